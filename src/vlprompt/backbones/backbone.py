@@ -1,0 +1,120 @@
+"""A frozen vision-language model: two towers, their tokenizer and image preprocessing, and the logit scale."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vlprompt.backbones.packing import pack
+from vlprompt.backbones.tokenizer import TextTokenizer
+from vlprompt.backbones.towers import ImageTower, TextTower
+from vlprompt.data.images import Preprocess
+
+TEXTS_AT_ONCE = 512
+
+
+def unit(features: Tensor) -> Tensor:
+    """L2-normalised features, in fp32 at least."""
+    return normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+
+
+@dataclass
+class Backbone:
+    """Frozen towers in one dtype; see :func:`vlprompt.load_backbone`."""
+
+    name: str
+    image_tower: ImageTower
+    text_tower: TextTower
+    tokenizer: TextTokenizer
+    preprocess: Preprocess
+    logit_scale: float
+    """What cosines are multiplied by (about 100 for CLIP), not its logarithm."""
+    logit_bias: float = 0.0
+    licence: str | None = None
+    fingerprint: str = ""
+    """SHA-256 over all weights (rounded to fp16, the coarsest form they are stored in) and what reads them."""
+    _texts: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for tower in (self.image_tower, self.text_tower):
+            tower.eval().requires_grad_(False)
+        if not self.fingerprint:
+            self.fingerprint = self._fingerprint()
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images that the image tower reads, in pixels."""
+        return self.image_tower.config.image_size
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the text tower reads at most, special tokens included."""
+        return self.text_tower.config.context_length
+
+    @property
+    def embed_dim(self) -> int:
+        """E, the width that both towers' features share."""
+        return self.text_tower.config.embed_dim
+
+    @property
+    def device(self) -> torch.device:
+        """Where the towers are."""
+        return self.text_tower.positions.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The towers' precision; features and prompts are fp32 at least."""
+        return self.text_tower.positions.dtype
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Backbone:
+        """Move the towers in place."""
+        for tower in (self.image_tower, self.text_tower):
+            tower.to(device=device, dtype=dtype)
+        self._texts.clear()
+        return self
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts, special tokens included, without padding where the tower does not read it."""
+        return self.tokenizer(texts)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Frozen features of preprocessed images [B, 3, S, S], normalised: [B, E]."""
+        return unit(self.image_tower(images.to(self.device)))
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str], normalise: bool = True) -> Tensor:
+        """Frozen features of texts, remembered between calls: [len(texts), E], in fp32 at least."""
+        new = [t for t in dict.fromkeys(texts) if t not in self._texts]
+        for start in range(0, len(new), TEXTS_AT_ONCE):
+            part = new[start : start + TEXTS_AT_ONCE]
+            packed = pack(self.tokenize(part), causal=self.text_tower.config.causal).to(self.device)
+            features = self.text_tower(packed)[0]
+            features = features.to(torch.promote_types(features.dtype, torch.float32))
+            self._texts.update(zip(part, features, strict=True))
+        stacked = torch.stack([self._texts[t] for t in texts])
+        return unit(stacked) if normalise else stacked
+
+    def logits(self, image_features: Tensor, class_features: Tensor) -> Tensor:
+        """scale · v · tᵀ (+ bias) of normalised features [B, E] and [C, E] or [B, C, E]: [B, C]."""
+        if class_features.ndim == 3:
+            cosines = torch.einsum("be,bce->bc", image_features, class_features)
+        else:
+            cosines = image_features @ class_features.T
+        return self.logit_scale * cosines + self.logit_bias
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        reads = (self.image_tower.config, self.text_tower.config, self.preprocess)
+        digest.update(repr((*reads, f"{self.logit_scale:.4g}", f"{self.logit_bias:.4g}")).encode())
+        digest.update(str(self.tokenizer.tokenizer.get_vocab_size()).encode())
+        for tower in (self.image_tower, self.text_tower):
+            for name, tensor in sorted(tower.state_dict().items()):
+                digest.update(name.encode())
+                digest.update(tensor.to(torch.float16).cpu().contiguous().numpy().data)
+        return digest.hexdigest()

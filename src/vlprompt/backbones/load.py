@@ -1,0 +1,214 @@
+"""``load_backbone``: the embedded model, a folder or file in any supported format, or a hub id."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from vlprompt.backbones.backbone import Backbone
+from vlprompt.backbones.formats import State, Weights, read_hf, read_open_clip, read_openai
+from vlprompt.backbones.tokenizer import FILES as TOKENIZER_FILES
+from vlprompt.backbones.tokenizer import TextTokenizer, load_clip_tokenizer, load_siglip_tokenizer
+from vlprompt.backbones.towers import ImageTower, TextTower
+from vlprompt.data.images import Preprocess
+from vlprompt.errors import BackboneError
+
+EMBEDDED = {"mini": Path(__file__).parent / "mini"}
+"""Backbones that come with the package."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_TOKENIZER_SOURCE = "openai/clip-vit-base-patch32"  # the vocabulary is the same for all of OpenAI's models
+HUB_FILES = ["*.json", "*.safetensors", "merges.txt", "README.md"]
+
+
+def load_backbone(
+    name: str, device: torch.device | str = "cpu", precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+) -> Backbone:
+    """Load a frozen vision-language model.
+
+    ``name`` is ``mini`` (embedded), a folder or a ``.safetensors`` file, a hub id such as
+    ``openai/clip-vit-base-patch16``, or ``open_clip:MODEL/TAG``. Folders are Hugging Face CLIP or SigLIP, or
+    open_clip's (``open_clip_config.json``); a file is an OpenAI state dict.
+
+    Raises BackboneError if nothing is found there, if the architecture is not supported, or if tensors are
+    missing, left over or of another shape.
+    """
+    if precision not in DTYPES:
+        raise BackboneError(f"unknown precision '{precision}' (allowed: {', '.join(DTYPES)})")
+    path = EMBEDDED.get(name, Path(name).expanduser())
+    if name.startswith("open_clip:"):
+        backbone = _from_open_clip_library(name)
+    elif path.is_dir():
+        backbone = _from_folder(name, path)
+    elif path.is_file():
+        backbone = _from_file(name, path)
+    elif name.count("/") == 1 and not name.startswith((".", "~", "/")):
+        backbone = _from_folder(name, _download(name, HUB_FILES))
+    else:
+        raise BackboneError(
+            f"no backbone '{name}' (allowed: {', '.join(EMBEDDED)}, a folder or .safetensors file, "
+            "a hub id like openai/clip-vit-base-patch16, or open_clip:MODEL/TAG)"
+        )
+    try:
+        return backbone.to(device, DTYPES[precision])
+    except (RuntimeError, AssertionError) as error:
+        raise BackboneError(f"cannot use device '{device}': {str(error).splitlines()[0]}") from None
+
+
+def _from_folder(name: str, folder: Path) -> Backbone:
+    if (folder / "open_clip_config.json").is_file():
+        config = _read_json(folder / "open_clip_config.json")
+        weights = read_open_clip(config["model_cfg"], _read_state(folder, "open_clip_model"))
+        preprocess = _open_clip_preprocess(weights, config.get("preprocess_cfg", {}))
+        return _assemble(name, weights, preprocess, _clip_tokenizer(folder, weights), _licence(folder))
+    if (folder / "config.json").is_file():
+        config = _read_json(folder / "config.json")
+        weights = read_hf(config, _read_state(folder, "model"))
+        preprocess = _hf_preprocess(folder, weights)
+        reader = load_clip_tokenizer if weights.text.causal else load_siglip_tokenizer
+        return _assemble(name, weights, preprocess, reader(folder, weights.text.context_length), _licence(folder))
+    raise BackboneError(f"no backbone in {folder}: needs config.json or open_clip_config.json")
+
+
+def _from_file(name: str, file: Path) -> Backbone:
+    state = _read_safetensors(file)
+    if "visual.conv1.weight" not in state or "visual.proj" not in state:
+        kind = "a CLIP ResNet" if "visual.attnpool.c_proj.weight" in state else "no OpenAI CLIP state dict"
+        raise BackboneError(f"unsupported architecture: {file} is {kind} (allowed: vision transformers)")
+    weights = read_openai(state)
+    size = weights.image.image_size
+    return _assemble(name, weights, Preprocess(size, CLIP_MEAN, CLIP_STD), _clip_tokenizer(file.parent, weights))
+
+
+def _from_open_clip_library(name: str) -> Backbone:
+    """``open_clip:MODEL/TAG``: the library fetches the weights, our towers run them."""
+    model_name, _, tag = name.removeprefix("open_clip:").partition("/")
+    if find_spec("open_clip") is None:
+        raise BackboneError(f"'{name}' needs open_clip: pip install 'vlprompt[open_clip]'")
+    import open_clip
+
+    if not tag or model_name not in open_clip.list_models():
+        raise BackboneError(f"unknown open_clip model '{name}' (written open_clip:MODEL/TAG)")
+    model = open_clip.create_model(model_name, pretrained=tag)
+    weights = read_open_clip(open_clip.get_model_config(model_name), model.state_dict())
+    preprocess = _open_clip_preprocess(weights, open_clip.get_model_preprocess_cfg(model))
+    return _assemble(name, weights, preprocess, _clip_tokenizer(Path(open_clip.__file__).parent, weights))
+
+
+def _assemble(
+    name: str, weights: Weights, preprocess: Preprocess, tokenizer: TextTokenizer, licence: str | None = None
+) -> Backbone:
+    with torch.device("meta"):  # no time spent on initial values that the checkpoint overwrites
+        image_tower, text_tower = ImageTower(weights.image), TextTower(weights.text)
+    for tower, state in ((image_tower, weights.image_state), (text_tower, weights.text_state)):
+        try:
+            tower.load_state_dict({k: v.float().contiguous() for k, v in state.items()}, assign=True)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip()
+            raise BackboneError(f"checkpoint '{name}' does not fit its own configuration: {reason}") from None
+    return Backbone(
+        name, image_tower, text_tower, tokenizer, preprocess, weights.logit_scale, weights.logit_bias, licence
+    )
+
+
+def _hf_preprocess(folder: Path, weights: Weights) -> Preprocess:
+    """From ``preprocessor_config.json``; without one, what CLIP (or SigLIP) was trained with."""
+    clip = weights.image.pool == "cls"
+    file = folder / "preprocessor_config.json"
+    settings = _read_json(file) if file.is_file() else {}
+    resample = settings.get("resample", 3)
+    if resample not in (2, 3):
+        raise BackboneError(f"{file}: resample = {resample} (allowed: 2 bilinear, 3 bicubic)")
+    return Preprocess(
+        weights.image.image_size,
+        tuple(settings.get("image_mean", CLIP_MEAN if clip else (0.5,) * 3)),
+        tuple(settings.get("image_std", CLIP_STD if clip else (0.5,) * 3)),
+        resize="shortest" if settings.get("do_center_crop", clip) else "squash",
+        interpolation="bicubic" if resample == 3 else "bilinear",
+    )
+
+
+def _open_clip_preprocess(weights: Weights, settings: Mapping[str, Any]) -> Preprocess:
+    resize = {"shortest": "shortest", "squash": "squash"}.get(settings.get("resize_mode", "shortest"))
+    if resize is None:
+        raise BackboneError(f"unsupported open_clip resize_mode '{settings['resize_mode']}'")
+    return Preprocess(
+        weights.image.image_size,
+        tuple(settings.get("mean", CLIP_MEAN)),
+        tuple(settings.get("std", CLIP_STD)),
+        resize=resize,  # type: ignore[arg-type]
+        interpolation=settings.get("interpolation", "bicubic"),
+    )
+
+
+def _clip_tokenizer(folder: Path, weights: Weights) -> TextTokenizer:
+    """The tokenizer beside the weights; else, for CLIP's own vocabulary, open_clip's copy or the hub's."""
+    places = [folder]
+    if spec := find_spec("open_clip"):
+        places.append(Path(spec.origin or "").parent)
+    for place in places:
+        if any((place / f).is_file() for f in TOKENIZER_FILES):
+            return load_clip_tokenizer(place, weights.text.context_length)
+    try:
+        place = _download(CLIP_TOKENIZER_SOURCE, ["tokenizer.json"])
+    except BackboneError as error:
+        raise BackboneError(
+            f"no tokenizer beside the weights in {folder} (put tokenizer.json, vocab.json + merges.txt or "
+            f"{TOKENIZER_FILES[-1]} there); {error}"
+        ) from None
+    return load_clip_tokenizer(place, weights.text.context_length)
+
+
+def _download(repo: str, files: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=files))
+    except Exception as error:  # the library lets errors of several network libraries through
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BackboneError(f"cannot fetch '{repo}' from the hub: {reason}") from None
+
+
+def _read_state(folder: Path, stem: str) -> State:
+    """All tensors of a folder, in one file or in shards."""
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.is_file():
+        return _read_safetensors(single)
+    if index.is_file():
+        state: State = {}
+        for part in sorted(set(_read_json(index)["weight_map"].values())):
+            state |= _read_safetensors(folder / Path(part).name)
+        return state
+    raise BackboneError(f"no {stem}.safetensors in {folder} (only safetensors are read; pickles never are)")
+
+
+def _read_safetensors(file: Path) -> State:
+    if file.suffix != ".safetensors":
+        raise BackboneError(f"{file} is not a .safetensors file (only safetensors are read; pickles never are)")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise BackboneError(f"cannot read {file}: {error}") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise BackboneError(f"cannot read {file}: {error}") from None
+
+
+def _licence(folder: Path) -> str | None:
+    """The licence that the model card's head names."""
+    card = folder / "README.md"
+    lines = card.read_text("utf-8").splitlines() if card.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines[:40] if line.startswith("license:")), None)

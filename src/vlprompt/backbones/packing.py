@@ -1,0 +1,161 @@
+"""Texts packed for the text tower: no padding, and the tokens that all texts begin with stored once.
+
+A block works token by token except in attention, so its tokens may lie in any order as long as attention knows
+which belong together. One packed row of T tokens holds
+
+    [shared prefix: P tokens][texts of length l1: C1 × (l1 − P)][texts of length l2: C2 × (l2 − P)] …
+
+For a causal tower this is exact: no token sees what follows it, so padding after the end of a text changes
+nothing, and a prefix that is the same in all texts has the same states in all of them, at every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Maps queries, keys and values [B, N, D] to outputs shaped like the queries."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Texts of one length: ``count`` texts of ``length`` own tokens each, from row ``start`` on."""
+
+    start: int
+    count: int
+    length: int
+    mask: Tensor | None = field(repr=False)
+    """Which of prefix + own tokens each own token sees, [length, P + length]; None where it sees all."""
+
+
+@dataclass(frozen=True)
+class PackedText:
+    """C texts of T packed tokens; see the module's head for the order of the rows."""
+
+    tokens: Tensor  # [T] token ids
+    positions: Tensor  # [T] position of each row in its own text
+    prefix: int  # P, rows shared by all texts
+    groups: tuple[Group, ...]
+    pooled: Tensor  # [C] row whose output is the text's feature, in the order of the groups
+    order: Tensor  # [C] brings the pooled rows into the order of the texts
+    slots: Tensor  # [K] rows that learned tokens take
+    source: Tensor  # [K] which learned token goes there: an index into the M (class-specific: C·M) tokens
+
+    def to(self, device: torch.device) -> PackedText:
+        """The same texts on another device."""
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        groups = tuple(
+            Group(g.start, g.count, g.length, None if g.mask is None else g.mask.to(device)) for g in self.groups
+        )
+        return PackedText(**(vars(self) | moved | {"groups": groups}))
+
+
+def pack(
+    tokens: Sequence[Sequence[int]],
+    slots: Sequence[Sequence[int]] | None = None,
+    *,
+    causal: bool = True,
+    class_specific: bool = False,
+    share: bool = True,
+) -> PackedText:
+    """Pack texts, each a list of token ids from its first token to the one that is pooled.
+
+    ``slots[c]`` are the positions of text c where the learned tokens 0 … M−1 stand. ``class_specific`` says that
+    every text has learned tokens of its own, so that they cannot be shared. A tower that is not causal reads
+    all tokens from every token: its texts come padded to one length, and no prefix is shared.
+    """
+    where = [dict(zip(s, range(len(s)), strict=True)) for s in slots] if slots else [{} for _ in tokens]
+    prefix = _shared_prefix(tokens, where, class_specific) if causal and share else 0
+
+    by_length: dict[int, list[int]] = {}
+    for c, ids in enumerate(tokens):
+        by_length.setdefault(len(ids), []).append(c)
+
+    rows: list[tuple[int, int]] = [(0, j) for j in range(prefix)]  # (text, position) of every packed row
+    groups: list[Group] = []
+    pooled: list[int] = []
+    texts: list[int] = []
+    for total, members in sorted(by_length.items()):
+        length = total - prefix
+        mask = torch.ones(length, total, dtype=torch.bool).tril(prefix) if causal else None
+        groups.append(Group(len(rows), len(members), length, mask))
+        for c in members:
+            rows += [(c, j) for j in range(prefix, total)]
+            pooled.append(len(rows) - 1)
+            texts.append(c)
+
+    filled = [(row, c, where[c][j]) for row, (c, j) in enumerate(rows) if j in where[c]]
+    n_ctx = len(slots[0]) if slots else 0
+    return PackedText(
+        tokens=torch.tensor([tokens[c][j] for c, j in rows]),
+        positions=torch.tensor([j for _, j in rows]),
+        prefix=prefix,
+        groups=tuple(groups),
+        pooled=torch.tensor(pooled),
+        order=torch.tensor(texts).argsort(),
+        slots=torch.tensor([row for row, _, _ in filled], dtype=torch.long),
+        source=torch.tensor([c * n_ctx * class_specific + m for _, c, m in filled], dtype=torch.long),
+    )
+
+
+def _shared_prefix(tokens: Sequence[Sequence[int]], where: list[dict[int, int]], class_specific: bool) -> int:
+    """Tokens before the first one that differs between texts; every text keeps its last token for itself."""
+    limit = min(len(ids) for ids in tokens) - 1
+    for j in range(limit):
+        if class_specific and j in where[0]:
+            return j
+        first = (where[0].get(j), None if j in where[0] else tokens[0][j])
+        if any((w.get(j), None if j in w else ids[j]) != first for ids, w in zip(tokens, where, strict=True)):
+            return j
+    return limit
+
+
+def packed_attention(text: PackedText, heads: int) -> Attention:
+    """Attention among packed tokens [B, T, D]; with fewer queries than keys, the queries are the pooled rows."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch = len(q)
+        pooled = q.shape[1] != k.shape[1]
+        outputs = []
+        if text.prefix and not pooled:
+            p = slice(0, text.prefix)
+            qp, kp, vp = (_split_heads(t[:, None, p], heads) for t in (q, k, v))
+            outputs.append(_merge_heads(scaled_dot_product_attention(qp, kp, vp, is_causal=True), batch))
+        done = 0
+        for group in text.groups:
+            own = slice(group.start, group.start + group.count * group.length)
+            keys, values = (_with_prefix(t, text.prefix, own, group) for t in (k, v))
+            if pooled:  # the last token of its text: it sees every token of it
+                queries, mask = q[:, done : done + group.count, None], None
+                done += group.count
+            else:
+                queries, mask = q[:, own].unflatten(1, (group.count, group.length)), group.mask
+            qh, kh, vh = (_split_heads(t, heads) for t in (queries, keys, values))
+            outputs.append(_merge_heads(scaled_dot_product_attention(qh, kh, vh, attn_mask=mask), batch))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+    return attention
+
+
+def _with_prefix(x: Tensor, prefix: int, own: slice, group: Group) -> Tensor:
+    """Keys or values of a group's texts, the shared prefix in front of each: [B, count, P + length, D]."""
+    texts = x[:, own].unflatten(1, (group.count, group.length))
+    if not prefix:
+        return texts
+    shared = x[:, None, :prefix].expand(-1, group.count, -1, -1)
+    return torch.cat([shared, texts], 2)
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, C, N, D] → [B·C, H, N, D/H]"""
+    return x.unflatten(-1, (heads, -1)).transpose(2, 3).flatten(0, 1)
+
+
+def _merge_heads(x: Tensor, batch: int) -> Tensor:
+    """[B·C, H, N, D/H] → [B, C·N, D]"""
+    return x.transpose(1, 2).flatten(2).reshape(batch, -1, x.shape[1] * x.shape[3])

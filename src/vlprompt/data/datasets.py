@@ -1,0 +1,114 @@
+"""The benchmarks as one table, and ``load_dataset`` for their names, folders and CSV files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlprompt.data.folders import from_csv, from_folder
+from vlprompt.data.splits import Split, missing, read_split
+from vlprompt.errors import DataError, unknown
+
+DEFAULT_TEMPLATE = "a photo of a {}."
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Where a benchmark lies below the root (CoOp's layout), or how it is made."""
+
+    name: str
+    folder: str
+    """Below the root."""
+    images: str = ""
+    """Below the folder; the split file's paths start here."""
+    split_file: str = ""
+    """Below the folder."""
+    template: str = DEFAULT_TEMPLATE
+    """A class name in words; a method may bring its own."""
+    make: Callable[[Path], Split] | None = None
+    """For a data set that is made on this machine: writes the folder if it has to, and gives its split."""
+
+
+DATASETS: dict[str, Dataset] = {
+    dataset.name: dataset
+    for dataset in (
+        Dataset("caltech101", "caltech-101", "101_ObjectCategories", "split_zhou_Caltech101.json"),
+        Dataset("dtd", "dtd", "images", "split_zhou_DescribableTextures.json", "{} texture."),
+        Dataset("eurosat", "eurosat", "2750", "split_zhou_EuroSAT.json", "a centered satellite photo of {}."),
+        Dataset(
+            "oxford_flowers", "oxford_flowers", "jpg", "split_zhou_OxfordFlowers.json",
+            "a photo of a {}, a type of flower.",
+        ),
+        Dataset(
+            "oxford_pets", "oxford_pets", "images", "split_zhou_OxfordPets.json",
+            "a photo of a {}, a type of pet.",
+        ),
+        Dataset("stanford_cars", "stanford_cars", "", "split_zhou_StanfordCars.json"),
+        Dataset(
+            "ucf101", "ucf101", "UCF-101-midframes", "split_zhou_UCF101.json",
+            "a photo of a person doing {}.",
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoadedDataset:
+    """A data set ready to use."""
+
+    name: str
+    split: Split
+    template: str
+    """With ``{}`` where the class name goes."""
+
+
+def load_dataset(data: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> LoadedDataset:
+    """Load a benchmark of ``DATASETS`` (case, "-" and "_" do not matter), a folder, or a CSV file.
+
+    A benchmark lies in its folder below ``root``; without ``root``, one made on this machine goes to the
+    user's cache. A benchmark's name wins over a folder of that name: write ``./dtd`` for the folder. Raises
+    DataError for what does not exist, naming the path looked for or the nearest name.
+    """
+    data = os.fspath(data)
+    for dataset in DATASETS.values():
+        if _plain(dataset.name) == _plain(data):
+            return LoadedDataset(dataset.name, _load_benchmark(dataset, root), dataset.template)
+    path = Path(data).expanduser()
+    if path.suffix.lower() == ".csv":
+        return LoadedDataset(path.stem, from_csv(path), DEFAULT_TEMPLATE)
+    if path.is_dir():
+        return LoadedDataset(path.resolve().name, from_folder(path), DEFAULT_TEMPLATE)
+    if path.is_file():
+        reason = f"{path} is not a .csv file"
+    elif _looks_like_path(data):
+        reason = str(missing("folder", path))
+    else:
+        reason = unknown("data set", data.lower(), DATASETS)
+    raise DataError(f"{reason}; a folder of class folders or a .csv file of path,label is accepted too")
+
+
+def _looks_like_path(data: str) -> bool:
+    return "/" in data or os.sep in data
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
+def _load_benchmark(dataset: Dataset, root: str | os.PathLike[str] | None) -> Split:
+    if root is None and dataset.make is None:
+        raise DataError(f"data set '{dataset.name}' needs --root, the folder that holds '{dataset.folder}'")
+    folder = (_cache() if root is None else Path(root).expanduser()) / dataset.folder
+    if dataset.make is not None:
+        return dataset.make(folder)
+    images, split_file = folder / dataset.images, folder / dataset.split_file
+    for place in (folder, images):
+        if not place.is_dir():
+            raise missing(f"data set '{dataset.name}': folder", place)
+    return read_split(split_file, images)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlprompt"

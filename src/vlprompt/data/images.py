@@ -1,0 +1,207 @@
+"""Image files to tensors: decoding, evaluation preprocessing, and regions (random crops kept as numbers)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from vlprompt.errors import DataError, unknown
+
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_SIXTEEN_BIT = 65535
+# No photograph is this many times longer than wide; resizing such a strip whole would fill the memory.
+_LONGEST = 100
+
+Region = Sequence[float] | NDArray[np.floating]
+"""(top, left, height, width, flip): a box relative to the image, each in 0..1; flip is 0 or 1."""
+
+
+def load_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Decode an image file: upright (EXIF orientation), first frame, 8-bit RGB.
+
+    Raises DataError with the file and the reason if it is missing, damaged, empty, or a decompression bomb.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return to_rgb(_upright(image))
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes
+        raise DataError(f"cannot read image {os.fspath(path)}: {_reason(error, Path(path))}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as 8-bit RGB: transparency over white, 16-bit grey scaled (``convert`` would clip it).
+
+    Raises DataError for pixels whose range is unknown (32-bit floats, integers beyond 16 bits).
+    """
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode == "F":
+        raise DataError("32-bit float pixels have no known range; save the image with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        return _scale_to_8_bit(image).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scale_to_8_bit(image: Image.Image) -> Image.Image:
+    pixels = np.asarray(image)
+    # Some 16-bit files open in mode "I", which has 32 bits.
+    if pixels.min() < 0 or pixels.max() > _SIXTEEN_BIT:
+        raise DataError("integer pixels beyond 16 bits have no known range; save the image with 8 or 16 bits")
+    return Image.fromarray(np.rint(pixels * (255 / _SIXTEEN_BIT)).astype(np.uint8))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a damaged EXIF block says nothing about the pixels
+        return image
+
+
+def _reason(error: Exception, path: Path) -> str:
+    if path.is_file() and path.stat().st_size == 0:
+        return "the file is empty"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image in a known format"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From an image to what a backbone reads: float32 [3, S, S], normalised per channel.
+
+    ``shortest`` is CLIP's: the shorter side becomes S, then a centre crop. ``squash`` is SigLIP's: both sides
+    become S. Sizes and offsets are rounded down, as in transformers; torchvision, which OpenAI's CLIP uses,
+    rounds half an offset to even, so that its crop is one pixel further for some sizes.
+    """
+
+    image_size: int
+    """S, in pixels."""
+    mean: tuple[float, ...]
+    """Per channel, of values in 0..1."""
+    std: tuple[float, ...]
+    """Per channel, of values in 0..1."""
+    resize: Literal["shortest", "squash"] = "shortest"
+    """What happens to images that are not square."""
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    """Pillow's filter."""
+
+    def __post_init__(self) -> None:
+        if self.resize not in ("shortest", "squash"):
+            raise DataError(unknown("resize", self.resize, ("shortest", "squash")))
+        if self.interpolation not in _FILTERS:
+            raise DataError(unknown("interpolation", self.interpolation, _FILTERS))
+        if self.image_size < 1 or len(self.mean) != 3 or len(self.std) != 3:
+            raise DataError(
+                f"preprocessing needs a positive image_size and three values for mean and std, "
+                f"not {self.image_size}, {self.mean} and {self.std}"
+            )
+        # Configuration files give lists; equal settings must compare and print alike.
+        object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
+        object.__setattr__(self, "std", tuple(float(value) for value in self.std))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Evaluation view of the whole image, [3, S, S]."""
+        image, size = to_rgb(image), self.image_size
+        if self.resize == "squash":
+            return self._tensor(self._resized(image, size, size))
+        image = _without_extreme_ends(image)
+        width, height = image.size
+        if width <= height:
+            image = self._resized(image, size, int(size * height / width))
+        else:
+            image = self._resized(image, int(size * width / height), size)
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        return self._tensor(image.crop((left, top, left + size, top + size)))
+
+    def region(self, image: Image.Image, region: Region) -> Tensor:
+        """Training view of one region, [3, S, S]: cropped, resized to a square, perhaps flipped."""
+        # Crop first: resize(box=…) would let the filter read pixels outside the box.
+        crop = to_rgb(image).crop(pixel_box(region, image.width, image.height))
+        view = self._resized(crop, self.image_size, self.image_size)
+        return self._tensor(ImageOps.mirror(view) if region[4] > 0.5 else view)
+
+    def _resized(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        return image.resize((width, height), _FILTERS[self.interpolation])
+
+    def _tensor(self, image: Image.Image) -> Tensor:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # [3, S, S]
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        return ((pixels - mean[:, None, None]) / std[:, None, None]).contiguous()
+
+
+def _without_extreme_ends(image: Image.Image) -> Image.Image:
+    longest = _LONGEST * min(image.size)
+    width, height = min(image.width, longest), min(image.height, longest)
+    if (width, height) == image.size:
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def pixel_box(region: Region, width: int, height: int) -> tuple[int, int, int, int]:
+    """A region's whole pixels inside an image of this size: (left, top, right, bottom), at least 1×1."""
+    top = min(max(round(float(region[0]) * height), 0), height - 1)
+    left = min(max(round(float(region[1]) * width), 0), width - 1)
+    bottom = min(max(top + round(float(region[2]) * height), top + 1), height)
+    right = min(max(left + round(float(region[3]) * width), left + 1), width)
+    return left, top, right, bottom
+
+
+def random_regions(
+    rng: np.random.Generator,
+    width: int,
+    height: int,
+    n: int = 1,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.5,
+) -> NDArray[np.float64]:
+    """Draw n regions of an image as torchvision's RandomResizedCrop and RandomHorizontalFlip do.
+
+    ``width`` and ``height`` are in pixels; ``scale`` bounds the relative area, ``ratio`` width / height, and
+    ``flip`` is a probability. Returns [n, 5]; ``pixel_box`` gives exactly the whole-pixel boxes drawn.
+    """
+    regions = np.empty((n, 5))
+    for row in regions:
+        top, left, h, w = _random_box(rng, width, height, scale, ratio)
+        row[:] = top / height, left / width, h / height, w / width, rng.random() < flip
+    return regions
+
+
+def _random_box(
+    rng: np.random.Generator, width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    # The image is too long for the ratios: its centre, as long as they allow.
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = max(round(width / ratio[0]), 1)
+    elif width / height > ratio[1]:
+        w = max(round(height * ratio[1]), 1)
+    return (height - h) // 2, (width - w) // 2, h, w

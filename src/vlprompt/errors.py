@@ -1,0 +1,34 @@
+"""The errors a user can cause. The command line prints them as one line, without a traceback (exit code 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class VlpromptError(Exception):
+    """Base of every error that bad input can cause."""
+
+
+class DataError(VlpromptError):
+    """Images, splits or class names that cannot be used."""
+
+
+class BackboneError(VlpromptError):
+    """A checkpoint that cannot be loaded, or that a method cannot work with."""
+
+
+class ConfigError(VlpromptError):
+    """A setting that does not exist or has a value out of range."""
+
+
+class ArtefactError(VlpromptError):
+    """A tuned model that cannot be read or does not fit its backbone."""
+
+
+def unknown(what: str, value: str, allowed: Iterable[str]) -> str:
+    """One line for a name that does not exist: ``unknown method 'cop': did you mean 'coop'? (allowed: …)``."""
+    names = sorted(allowed)
+    near = get_close_matches(value, names, n=1, cutoff=0.5)
+    guess = f": did you mean '{near[0]}'?" if near else ";"
+    return f"unknown {what} '{value}'{guess} (allowed: {', '.join(names)})"

@@ -1,0 +1,163 @@
+"""What every method is: a frozen configuration, learned parameters, class features and named loss terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import torch
+from annotated_types import Ge
+from torch import Tensor, nn
+
+from vlprompt.backbones.backbone import Backbone, unit
+from vlprompt.backbones.towers import Prompts
+from vlprompt.errors import ConfigError, DataError, unknown
+from vlprompt.prompting.text import TextContext, encode_classes
+
+Count = Annotated[int, Ge(1)]
+Weight = Annotated[float, Ge(0)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's data: images [B, 3, S, S] preprocessed, labels [B], and what the method ``needs`` beyond them."""
+
+    images: Tensor
+    labels: Tensor
+    frozen_image_features: Tensor | None = None
+    """Normalised features of the same views from the frozen image tower, [B, E]."""
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Base of the methods' settings; each method adds its own."""
+
+
+class Method(nn.Module):
+    """A way of adapting a frozen backbone to a list of classes.
+
+    The backbone is held outside the module tree, so that everything in ``parameters()`` is learned. A method
+    never loads data, logs, saves or moves devices.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    year: ClassVar[int]
+    learns: ClassVar[str]
+    """What is learned, in a few words."""
+    parity: ClassVar[str] = "golden"
+    """How the numbers are checked: golden vectors of the official code, or identity with another library."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What a batch must bring beyond images and labels: ``frozen_image_features``."""
+    settings: ClassVar[Mapping[str, Any]] = {}
+    """The official training settings (base-to-novel), by key of the run configuration."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Other settings by name: ``cross-dataset``, ``few-shot``, …"""
+    prompts_images: ClassVar[bool] = False
+    """Whether the image tower reads learned tokens; if not, image features are frozen."""
+
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        class_names: Sequence[str],
+        config: Any = None,
+        template: str = "a photo of a {}.",
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone  # no nn.Module: stays out of the module tree
+        self.class_names = tuple(class_names)
+        self.config: Any = self.Config() if config is None else config
+        self.template = template
+        self.build()
+
+    def build(self) -> None:
+        """Create the learned parameters."""
+
+    def class_features(self, class_names: Sequence[str], image_features: Tensor | None = None) -> Tensor:
+        """Normalised class features [C, E], or [B, C, E] if they depend on ``image_features`` [B, E]."""
+        raise NotImplementedError
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Named loss terms, already weighted; their sum is minimised."""
+        raise NotImplementedError
+
+    def visual_prompts(self) -> Prompts | None:
+        """Learned tokens of the image tower, if the method has any."""
+        return None
+
+    def image_features(self, batch: Batch) -> Tensor:
+        """Normalised features of the batch's images with the method's visual prompts: [B, E]."""
+        if not self.prompts_images and batch.frozen_image_features is not None:
+            return batch.frozen_image_features
+        return self.encode_images(batch.images)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Normalised features of images [B, 3, S, S] with the method's visual prompts: [B, E]."""
+        prompts = self.visual_prompts()
+        if prompts is None:
+            return self.backbone.encode_images(images)
+        return unit(self.backbone.image_tower(images.to(self.backbone.device), prompts))
+
+    def encode_classes(self, class_names: Sequence[str], context: TextContext, bias: Tensor | None = None) -> Tensor:
+        """Class features under a learned context; see :func:`vlprompt.prompting.text.encode_classes`."""
+        if context.class_specific and tuple(class_names) != self.class_names:
+            raise DataError(f"{self.name} learned a context for each of its classes: it has none for other classes")
+        packed = context.packed(self.backbone, class_names)
+        return encode_classes(self.backbone.text_tower, context.prompts(bias), packed)
+
+    def logits(self, image_features: Tensor, class_features: Tensor) -> Tensor:
+        """[B, C] logits of normalised features."""
+        return self.backbone.logits(image_features, class_features)
+
+    def backward(self, losses: Mapping[str, Tensor]) -> None:
+        """Gradients of the sum of the loss terms."""
+        total(losses).backward()
+
+    def after_epoch(self, epoch: int, epochs: int) -> None:
+        """Called after each epoch (from 0) of ``epochs``."""
+
+    def fit_features(self, features: Tensor, labels: Tensor) -> None:
+        """Fit on frozen features [n, E] and labels [n], for methods without gradient steps."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to learn by gradient steps."""
+        return any(p.requires_grad for p in self.parameters())
+
+    def inference_state(self) -> dict[str, Tensor]:
+        """The tensors that inference needs, folded as far as possible."""
+        return self.state_dict()
+
+    def load_inference_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of :meth:`inference_state`."""
+        self.load_state_dict(state)
+
+
+def total(losses: Mapping[str, Tensor]) -> Tensor:
+    """The sum of the loss terms."""
+    return torch.stack(list(losses.values())).sum()
+
+
+METHODS: dict[str, type[Method]] = {}
+M = TypeVar("M", bound=Method)
+
+
+def register(name: str) -> Callable[[type[M]], type[M]]:
+    """Make a method known under ``name``."""
+
+    def add(cls: type[M]) -> type[M]:
+        cls.name = name
+        METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def find_method(name: str) -> type[Method]:
+    """The method registered as ``name``; raises ConfigError with the nearest match."""
+    if name not in METHODS:
+        raise ConfigError(unknown("method", name, METHODS))
+    return METHODS[name]

@@ -1,0 +1,54 @@
+"""CoCoOp: conditional prompt learning (Zhou et al., CVPR 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from vlprompt.methods.base import Batch, Count, Method, MethodConfig, register
+from vlprompt.methods.coop import SGD
+from vlprompt.prompting.text import TextContext
+
+REDUCTION = 16  # the meta-net's hidden layer is the embedding's width over this
+
+
+@register("cocoop")
+class CoCoOp(Method):
+    """A context moved by a small network of the image feature: each image has class features of its own.
+
+    Official settings: "a photo of a", SGD 0.002, batch 1, 10 epochs (KaiyangZhou's CoOp,
+    ``vit_b16_c4_ep10_batch1_ctxv1``). The meta-net E → E/16 → D reads the normalised image feature.
+    """
+
+    paper, year, learns = "Zhou et al., CVPR", 2022, "text context + meta-net"
+    settings = {**SGD, "data.batch_size": 1, "train.epochs": 10}
+
+    @dataclass(frozen=True)
+    class Config(MethodConfig):
+        """Settings of cocoop."""
+
+        n_ctx: Count = 4
+        """Learned context tokens."""
+        init: str | None = "a photo of a"
+        """Words that initialise the context instead of noise."""
+
+    def build(self) -> None:
+        """Create context and meta-net."""
+        self.context = TextContext(self.backbone, self.config.n_ctx, self.config.init)
+        embed, width = self.backbone.embed_dim, self.backbone.text_tower.config.width
+        hidden = max(embed // REDUCTION, 1)
+        self.meta_net = nn.Sequential(nn.Linear(embed, hidden), nn.ReLU(), nn.Linear(hidden, width))
+
+    def class_features(self, class_names: Sequence[str], image_features: Tensor | None = None) -> Tensor:
+        """[B, C, E], for ``image_features`` [B, E]."""
+        assert image_features is not None
+        return self.encode_classes(class_names, self.context, bias=self.meta_net(image_features))
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy."""
+        image_features = self.image_features(batch)
+        logits = self.logits(image_features, self.class_features(self.class_names, image_features))
+        return {"ce": cross_entropy(logits, batch.labels)}

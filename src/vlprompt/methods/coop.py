@@ -1,0 +1,59 @@
+"""CoOp: context optimization (Zhou et al., IJCV 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from vlprompt.methods.base import Batch, Count, Method, MethodConfig, register
+from vlprompt.prompting.text import TextContext
+
+SGD = {"optim.name": "sgd", "optim.lr": 0.002, "optim.warmup_epochs": 1}
+
+
+@register("coop")
+class CoOp(Method):
+    """One learned context for all classes, or one for each.
+
+    Official settings: 16 tokens at random, class name at the end, SGD 0.002, batch 32, 50 epochs (KaiyangZhou's
+    CoOp, configs ``vit_b16_ep50``; the paper's 16-shot results use 200 epochs: preset ``few-shot``).
+    """
+
+    paper, year, learns = "Zhou et al., IJCV", 2022, "text context"
+    settings = {**SGD, "data.batch_size": 32, "train.epochs": 50}
+    presets = {
+        "few-shot": {"train.epochs": 200},
+        "cross-dataset": {"method.n_ctx": 4, "method.init": "a photo of a"},
+    }
+
+    @dataclass(frozen=True)
+    class Config(MethodConfig):
+        """Settings of coop."""
+
+        n_ctx: Count = 16
+        """Learned context tokens."""
+        init: str | None = None
+        """Words that initialise the context instead of noise."""
+        class_specific: bool = False
+        """A context for each class instead of one for all; such a model cannot take new class names."""
+        position: Literal["end", "middle", "front"] = "end"
+        """Where the class name stands."""
+
+    def build(self) -> None:
+        """Create the context."""
+        c = self.config
+        n_classes = len(self.class_names) if c.class_specific else None
+        self.context = TextContext(self.backbone, c.n_ctx, c.init, position=c.position, n_classes=n_classes)
+
+    def class_features(self, class_names: Sequence[str], image_features: Tensor | None = None) -> Tensor:
+        """[C, E], the same for every image."""
+        return self.encode_classes(class_names, self.context)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy."""
+        logits = self.logits(self.image_features(batch), self.class_features(self.class_names))
+        return {"ce": cross_entropy(logits, batch.labels)}

@@ -1,0 +1,80 @@
+"""Linear probe on frozen image features: the baseline that every reader asks for first."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from annotated_types import Gt
+from torch import Tensor
+
+from vlprompt.errors import DataError
+from vlprompt.methods.base import Method, MethodConfig, register
+
+GRID = (0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)  # inverse regularisation tried on normalised features
+FOLDS = 3
+
+
+@register("linear_probe")
+class LinearProbe(Method):
+    """Logistic regression (scikit-learn, L2) on normalised frozen features of the training images, un-augmented.
+
+    It reads no text, so it knows the classes that it was fitted on and no others.
+    """
+
+    paper, year, learns = "Radford et al., ICML", 2021, "linear classifier on frozen features"
+    parity = "identity"
+
+    @dataclass(frozen=True)
+    class Config(MethodConfig):
+        """Settings of linear_probe."""
+
+        C: Annotated[float, Gt(0)] | None = None
+        """Inverse L2 strength; if not given, chosen by cross-validation on the training images."""
+        max_iter: Annotated[int, Gt(0)] = 1000
+        """Iterations of the solver (L-BFGS)."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def build(self) -> None:
+        """Create the classifier's weights, all zero until fitted."""
+        n_classes, embed = len(self.class_names), self.backbone.embed_dim
+        self.register_buffer("weight", torch.zeros(n_classes, embed))
+        self.register_buffer("bias", torch.zeros(n_classes))
+
+    def fit_features(self, features: Tensor, labels: Tensor) -> None:
+        """Fit on normalised features [n, E]; with a fold's worth of images per class, C is cross-validated."""
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import GridSearchCV, StratifiedKFold
+
+        x, y = features.double().cpu().numpy(), labels.cpu().numpy()
+        c = self.config.C
+        if c is None and torch.bincount(labels).min() < FOLDS:
+            c = GRID[len(GRID) // 2]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a solver stopped at max_iter is a setting, not a fault
+            model = LogisticRegression(C=c or 1.0, max_iter=self.config.max_iter)
+            if c is None:
+                folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+                model = GridSearchCV(model, {"C": GRID}, cv=folds).fit(x, y).best_estimator_
+            else:
+                model.fit(x, y)
+        weight, bias = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
+        if len(weight) == 1:  # two classes: scikit-learn keeps one row, the logit of the second
+            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+        self.weight.copy_(weight)
+        self.bias.copy_(bias)
+
+    def class_features(self, class_names: Sequence[str], image_features: Tensor | None = None) -> Tensor:
+        """The classifier's weights [C, E] (not normalised); only for the classes it was fitted on."""
+        if tuple(class_names) != self.class_names:
+            raise DataError("linear_probe was fitted on its own classes and reads no text: it cannot score others")
+        return self.weight
+
+    def logits(self, image_features: Tensor, class_features: Tensor) -> Tensor:
+        """W v + b: [B, C]."""
+        return image_features.to(class_features.dtype) @ class_features.T + self.bias

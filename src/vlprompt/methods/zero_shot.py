@@ -1,0 +1,54 @@
+"""Zero-shot CLIP (Radford et al., ICML 2021): nothing learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from vlprompt.backbones.backbone import Backbone, unit
+from vlprompt.methods.base import Method, MethodConfig, register
+from vlprompt.methods.templates import ENSEMBLES
+
+
+def fill(template: str, class_names: Sequence[str]) -> list[str]:
+    """A template's text for each class; underscores in class names are read as spaces."""
+    return [template.format(name.replace("_", " ")) for name in class_names]
+
+
+def frozen_class_features(
+    backbone: Backbone, class_names: Sequence[str], templates: Sequence[str], average: str = "normalised"
+) -> Tensor:
+    """Normalised class features averaged over templates: [C, E].
+
+    ``normalised`` averages normalised text features, as CLIP's ensemble does; ``raw`` averages them as they
+    come out of the text tower, as PromptSRC does.
+    """
+    features = [backbone.encode_texts(fill(t, class_names), average == "normalised") for t in templates]
+    return unit(sum(features[1:], features[0]) / len(features))
+
+
+@register("zero_shot")
+class ZeroShot(Method):
+    """The data set's template, or an ensemble of templates whose normalised text features are averaged.
+
+    Official code: KaiyangZhou's CoOp, ``ZeroshotCLIP`` and ``ZeroshotCLIP2``.
+    """
+
+    paper, year, learns = "Radford et al., ICML", 2021, "nothing"
+
+    @dataclass(frozen=True)
+    class Config(MethodConfig):
+        """Settings of zero_shot."""
+
+        template: str | None = None
+        """Text with {} for the class name; the data set's own if not given."""
+        ensemble: Literal["none", "select", "imagenet"] = "none"
+        """Average over the 7 templates selected for ImageNet, or over its first 60 (PromptSRC's list)."""
+
+    def class_features(self, class_names: Sequence[str], image_features: Tensor | None = None) -> Tensor:
+        """[C, E], the same for every image."""
+        own = (self.config.template or self.template,)
+        return frozen_class_features(self.backbone, class_names, ENSEMBLES.get(self.config.ensemble, own))

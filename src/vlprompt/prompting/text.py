@@ -1,0 +1,142 @@
+"""Learned tokens of the text tower, and class names to class features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vlprompt.backbones.backbone import Backbone, unit
+from vlprompt.backbones.packing import PackedText, pack
+from vlprompt.backbones.towers import Prompts, TextTower
+from vlprompt.errors import ConfigError
+
+INIT_STD = 0.02
+"""Standard deviation of randomly initialised tokens in every official implementation."""
+
+Position = Literal["end", "middle", "front"]
+
+
+@dataclass(frozen=True)
+class ClassTokens:
+    """The texts of C classes: token ids from the start to the end token, and where the learned tokens stand.
+
+    ``ids`` holds any token at the positions in ``slots`` ([C][M]); learned vectors replace it.
+    """
+
+    ids: list[list[int]]
+    slots: list[list[int]]
+
+
+def class_tokens(
+    backbone: Backbone,
+    class_names: Sequence[str],
+    n_ctx: int,
+    words: str | None = None,
+    position: Position = "end",
+) -> ClassTokens:
+    """Texts "{context} {class}." with M learned tokens; underscores in class names are read as spaces.
+
+    The first M tokens of the context's ``words`` are learned and the rest of them stays frozen (MaPLe: 2 of
+    "a photo of a"). More learned tokens than words stand in front of the words (ProGrad), and without words
+    all M are free. ``position`` puts the class name at the end, behind the first ⌊M/2⌋ tokens, or in front.
+    Raises DataError naming the class whose text is longer than the backbone reads.
+    """
+    tokenizer = backbone.tokenizer
+    n_words = len(tokenizer.words(words)) if words else 0
+    lead = " ".join(["X"] * max(n_ctx - n_words, 0) + ([words] if words else []))
+    n_lead = max(n_ctx, n_words)
+    start = len(tokenizer.start)
+    all_ids, slots = [], []
+    for class_name in class_names:
+        name = class_name.replace("_", " ")
+        sentence = tokenizer.words(f"{lead} {name}.")
+        context, rest = sentence[:n_lead], sentence[n_lead:]
+        n_name = len(tokenizer.words(name))
+        label, tail = rest[:n_name], rest[n_name:]
+        if position == "end":
+            before, ids = n_ctx, context + label + tail
+        else:
+            before = n_ctx // 2 if position == "middle" else 0
+            ids = context[:before] + label + context[before:] + tail
+        all_ids.append(tokenizer.finish(ids, class_name))
+        slots.append([start + m + (len(label) if m >= before else 0) for m in range(n_ctx)])
+    return ClassTokens(all_ids, slots)
+
+
+class TextContext(nn.Module):
+    """M learned tokens in the text of every class, and at ``depth`` layers of the text tower.
+
+    ``vectors``: [M, D], or [C, M, D] class-specific. ``deep``: [depth − 1, M, D], at the inputs of the blocks
+    after the first. Deeper tokens stand where the first ones do and replace (or are added to) their outputs.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        n_ctx: int,
+        words: str | None = None,
+        *,
+        position: Position = "end",
+        depth: int = 1,
+        mode: Literal["replace", "add"] = "replace",
+        n_classes: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        width, layers = backbone.text_tower.config.width, backbone.text_tower.config.layers
+        if not 1 <= depth <= layers:
+            raise ConfigError(f"text prompt depth = {depth} (allowed: 1 to {layers}, the text tower's layers)")
+        self.n_ctx, self.words, self.position, self.mode = n_ctx, words, position, mode
+        self.class_specific = n_classes is not None
+        shape = (n_ctx, width) if n_classes is None else (n_classes, n_ctx, width)
+        vectors = INIT_STD * torch.randn(shape, generator=generator)
+        if words:
+            known = word_vectors(backbone, words)[:n_ctx]  # the words stand last if there are more tokens
+            vectors[..., n_ctx - len(known) :, :] = known
+        self.vectors = nn.Parameter(vectors)
+        deep = INIT_STD * torch.randn(depth - 1, n_ctx, width, generator=generator)
+        self.deep = nn.Parameter(deep) if depth > 1 else None
+        self._packed: dict[tuple[str, ...], PackedText] = {}
+
+    def prompts(self, bias: Tensor | None = None) -> Prompts:
+        """The learned tokens per layer; ``bias`` [B, D] moves those of the first layer per image (CoCoOp)."""
+        first = self.vectors if bias is None else self.vectors[None, None] + bias[:, None, None]
+        return Prompts([first, *(() if self.deep is None else self.deep)], self.mode)
+
+    def packed(self, backbone: Backbone, class_names: Sequence[str]) -> PackedText:
+        """The classes' texts, tokenised and packed once for each list of names."""
+        key = tuple(class_names)
+        if key not in self._packed:
+            tokens = class_tokens(backbone, class_names, self.n_ctx, self.words, self.position)
+            causal = backbone.text_tower.config.causal
+            self._packed[key] = pack(tokens.ids, tokens.slots, causal=causal, class_specific=self.class_specific)
+        return self._packed[key].to(backbone.device)
+
+
+def word_vectors(backbone: Backbone, words: str) -> Tensor:
+    """Token embeddings of words, in fp32 at least: [tokens, D]."""
+    embedding = backbone.text_tower.token_embedding
+    ids = torch.tensor(backbone.tokenizer.words(words), device=embedding.weight.device)
+    vectors = embedding(ids)
+    return vectors.to(torch.promote_types(vectors.dtype, torch.float32)).cpu()
+
+
+def encode_classes(
+    text_tower: TextTower, prompts: Prompts | None, class_tokens: PackedText, normalise: bool = True
+) -> Tensor:
+    """Class features of packed texts: [C, E], or [B, C, E] where the prompts depend on the image.
+
+    No padding is computed, the prefix shared by all classes is computed once, and the last block runs for the
+    pooled tokens only: exact, forwards and backwards, for every causal tower (see ``backbones/packing.py``).
+    """
+    features = text_tower(class_tokens, prompts)
+    features = features if len(features) > 1 or _per_image(prompts) else features[0]
+    return unit(features) if normalise else features
+
+
+def _per_image(prompts: Prompts | None) -> bool:
+    return prompts is not None and prompts.layers[0].ndim == 4

@@ -1,0 +1,27 @@
+"""Shared fixtures. Small models run several times faster with one thread."""
+
+import os
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # warnings of other libraries while they are imported are not ours
+    import torch
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parent
+SHARED = ROOT.parents[1] / "shared"
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The reduced golden backbone: 12 layers, width 128, 32-px images, a vocabulary of a few hundred tokens."""
+    from vlprompt.backbones.load import load_backbone
+
+    return load_backbone(str(ROOT / "golden" / "backbone"))

@@ -1,0 +1,109 @@
+"""Golden vectors: where they lie, how they are read, and how our parameters are called officially."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vlprompt.backbones.backbone import Backbone
+from vlprompt.backbones.load import load_backbone
+from vlprompt.methods import METHODS, Method
+
+HERE = Path(__file__).parent
+FOLDERS = {
+    "reduced": HERE / "golden" / "cases",
+    "full": Path(os.environ.get("VLPROMPT_GOLDEN", HERE.parents[1] / "shared" / "golden" / "cases")),
+}
+
+OFFICIAL_NAMES = [  # official name → (our parameter, index into it)
+    (r"prompt_learner\.ctx", "context.vectors", None),
+    (r"image_encoder\.VPT", "visual.vectors", "0"),
+    (r"image_encoder\.transformer\.resblocks\.(\d+)\.VPT_shallow", "visual.vectors", "{0}"),
+    (r"text_encoder\.transformer\.resblocks\.(\d+)\.VPT_shallow", "context.deep", "{0} - 1"),
+    (r"prompt_learner\.meta_net\.linear1\.(\w+)", "meta_net.0.{0}", None),
+    (r"prompt_learner\.meta_net\.linear2\.(\w+)", "meta_net.2.{0}", None),
+    (r"prompt_learner\.proj\.(\w+)", "coupled.projections.0.{0}", None),
+    (r"prompt_learner\.compound_prompts_text\.(\d+)", "context.deep", "{0}"),
+    (r"prompt_learner\.compound_prompt_projections\.(\d+)\.(\w+)", "coupled.projections.{0+1}.{1}", None),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One golden case: its description, its tensors, and the folder of the whole set."""
+
+    file: Path
+
+    @property
+    def info(self) -> dict:
+        return json.loads(self.file.read_text())
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return load_file(self.file.with_suffix(".safetensors"))
+
+    @property
+    def method(self) -> str:
+        """Our name of the case's method (`zeroshot` is `zero_shot`)."""
+        folder = self.file.parent.name
+        return next((m for m in METHODS if m.replace("_", "") == folder.replace("_", "")), folder)
+
+    @property
+    def backbone(self) -> Backbone:
+        return _backbone(self.file.parents[2] / "backbone")
+
+
+@cache
+def _backbone(folder: Path) -> Backbone:
+    return load_backbone(str(folder))
+
+
+def find_cases() -> list:
+    """Every case of both folders, as pytest parameters."""
+    import pytest
+
+    return [
+        pytest.param(Case(file), id=f"{where}-{file.parent.name}-{file.stem}")
+        for where, folder in FOLDERS.items()
+        for file in sorted(folder.glob("*/*.json"))
+    ]
+
+
+def our_parameter(method: Method, official: str) -> tuple[str, int | None]:
+    """Our parameter for an official name, and the index into it."""
+    for pattern, ours, index in OFFICIAL_NAMES:
+        if found := re.fullmatch(pattern, official):
+            groups = found.groups()
+            ours = ours.replace("{0+1}", str(int(groups[0]) + 1) if groups and groups[0].isdigit() else "")
+            if index is None:
+                return ours.format(*groups), None
+            first, *minus = index.format(*groups).split(" - ")
+            return ours, int(first) - sum(map(int, minus))
+    raise KeyError(f"{method.name}: official parameter {official} is not mapped")
+
+
+def view(method: Method, official: str, gradient: bool = False) -> Tensor:
+    """The part of our parameter (or its gradient) that an official name stands for."""
+    name, index = our_parameter(method, official)
+    parameter = dict(method.named_parameters())[name]
+    tensor = parameter.grad if gradient else parameter
+    return tensor if index is None else tensor[index]
+
+
+def load_official(method: Method, tensors: dict[str, Tensor], prefix: str) -> set[str]:
+    """Set parameters from ``prefix``NAME tensors; returns the official names. Every parameter must be covered."""
+    names = {k.removeprefix(prefix) for k in tensors if k.startswith(prefix)}
+    covered = sum(tensors[prefix + n].numel() for n in names)
+    assert covered == sum(p.numel() for p in method.parameters()), "a parameter has no official counterpart"
+    with torch.no_grad():
+        for name in names:
+            view(method, name).copy_(tensors[prefix + name])
+    return names
