@@ -30,5 +30,5 @@ def unknown(what: str, value: str, allowed: Iterable[str]) -> str:
     """One line for a name that does not exist: ``unknown method 'cop': did you mean 'coop'? (allowed: …)``."""
     names = sorted(allowed)
     near = get_close_matches(value, names, n=1, cutoff=0.5)
-    guess = f": did you mean '{near[0]}'?" if near else ";"
+    guess = f": did you mean '{near[0]}'?" if near else ""
     return f"unknown {what} '{value}'{guess} (allowed: {', '.join(names)})"

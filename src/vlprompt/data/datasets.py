@@ -31,6 +31,12 @@ class Dataset:
     """For a data set that is made on this machine: writes the folder if it has to, and gives its split."""
 
 
+def _openmoji(folder: Path) -> Split:
+    from vlprompt.data.openmoji import make_openmoji
+
+    return from_folder(make_openmoji(folder))
+
+
 DATASETS: dict[str, Dataset] = {
     dataset.name: dataset
     for dataset in (
@@ -50,6 +56,7 @@ DATASETS: dict[str, Dataset] = {
             "ucf101", "ucf101", "UCF-101-midframes", "split_zhou_UCF101.json",
             "a photo of a person doing {}.",
         ),
+        Dataset("openmoji", "openmoji", template="a picture of a {}.", make=_openmoji),
     )
 }  # fmt: skip
 

@@ -57,6 +57,9 @@ class Method(nn.Module):
     prompts_images: ClassVar[bool] = False
     """Whether the image tower reads learned tokens; if not, image features are frozen."""
 
+    image_dependent: ClassVar[bool] = False
+    """Whether class features depend on the image."""
+
     Config: ClassVar[type[MethodConfig]] = MethodConfig
 
     def __init__(
@@ -126,6 +129,11 @@ class Method(nn.Module):
     def trains(self) -> bool:
         """Whether there is anything to learn by gradient steps."""
         return any(p.requires_grad for p in self.parameters())
+
+    @property
+    def takes_new_classes(self) -> bool:
+        """Whether the tuned model can be used with class names that it was not trained on."""
+        return True
 
     def inference_state(self) -> dict[str, Tensor]:
         """The tensors that inference needs, folded as far as possible."""

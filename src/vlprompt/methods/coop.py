@@ -49,6 +49,11 @@ class CoOp(Method):
         n_classes = len(self.class_names) if c.class_specific else None
         self.context = TextContext(self.backbone, c.n_ctx, c.init, position=c.position, n_classes=n_classes)
 
+    @property
+    def takes_new_classes(self) -> bool:
+        """Not with a context for each class."""
+        return not self.config.class_specific
+
     def class_features(self, class_names: Sequence[str], image_features: Tensor | None = None) -> Tensor:
         """[C, E], the same for every image."""
         return self.encode_classes(class_names, self.context)

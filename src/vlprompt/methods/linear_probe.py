@@ -46,6 +46,11 @@ class LinearProbe(Method):
         self.register_buffer("weight", torch.zeros(n_classes, embed))
         self.register_buffer("bias", torch.zeros(n_classes))
 
+    @property
+    def takes_new_classes(self) -> bool:
+        """A classifier of the classes it was fitted on."""
+        return False
+
     def fit_features(self, features: Tensor, labels: Tensor) -> None:
         """Fit on normalised features [n, E]; with a fold's worth of images per class, C is cross-validated."""
         from sklearn.linear_model import LogisticRegression

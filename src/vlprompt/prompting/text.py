@@ -84,7 +84,6 @@ class TextContext(nn.Module):
         depth: int = 1,
         mode: Literal["replace", "add"] = "replace",
         n_classes: int | None = None,
-        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         width, layers = backbone.text_tower.config.width, backbone.text_tower.config.layers
@@ -93,12 +92,12 @@ class TextContext(nn.Module):
         self.n_ctx, self.words, self.position, self.mode = n_ctx, words, position, mode
         self.class_specific = n_classes is not None
         shape = (n_ctx, width) if n_classes is None else (n_classes, n_ctx, width)
-        vectors = INIT_STD * torch.randn(shape, generator=generator)
+        vectors = INIT_STD * torch.randn(shape)
         if words:
             known = word_vectors(backbone, words)[:n_ctx]  # the words stand last if there are more tokens
             vectors[..., n_ctx - len(known) :, :] = known
         self.vectors = nn.Parameter(vectors)
-        deep = INIT_STD * torch.randn(depth - 1, n_ctx, width, generator=generator)
+        deep = INIT_STD * torch.randn(depth - 1, n_ctx, width)
         self.deep = nn.Parameter(deep) if depth > 1 else None
         self._packed: dict[tuple[str, ...], PackedText] = {}
 

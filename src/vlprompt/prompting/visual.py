@@ -32,13 +32,12 @@ class VisualPrompts(nn.Module):
         n_ctx: int,
         depth: int = 1,
         mode: Literal["replace", "add"] = "replace",
-        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         check_image_prompts(backbone, depth)
         self.mode = mode
         width = backbone.image_tower.config.width
-        self.vectors = nn.Parameter(INIT_STD * torch.randn(depth, n_ctx, width, generator=generator))
+        self.vectors = nn.Parameter(INIT_STD * torch.randn(depth, n_ctx, width))
 
     def prompts(self) -> Prompts:
         """The learned tokens per layer."""

@@ -1,0 +1,5 @@
+"""``python -m vlprompt``."""
+
+from vlprompt.cli import main
+
+main()

@@ -1,0 +1,282 @@
+"""The command line: commands only, no logic. Heavy libraries are imported by the commands that need them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vlprompt.errors import ConfigError, DataError, VlpromptError
+
+if TYPE_CHECKING:
+    from vlprompt.methods import Method
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Adapt a frozen vision-language model (CLIP and relatives) to your classes by learning a few prompt tokens.",
+    epilog="Example: vlprompt train promptsrc ./photos --shots 16 --out runs/photos",
+)
+
+DATA, MODEL, RUN, OUTPUT = "Data", "Model", "Training", "Output"
+
+
+class Classes(StrEnum):
+    """Halves of the class list."""
+
+    base = "base"
+    novel = "novel"
+    all = "all"
+
+
+class Part(StrEnum):
+    """Parts that can be evaluated."""
+
+    test = "test"
+    val = "val"
+
+
+class Listing(StrEnum):
+    """What ``list`` lists."""
+
+    methods = "methods"
+    backbones = "backbones"
+    datasets = "datasets"
+
+
+Data = Annotated[str, typer.Argument(help="A benchmark's name (with --root), a folder of class folders, or a CSV.")]
+Root = Annotated[Path | None, typer.Option(help="Folder that holds the benchmarks.", rich_help_panel=DATA)]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", rich_help_panel=MODEL)]
+Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16 for the frozen towers.", rich_help_panel=MODEL)]
+RunFolder = Annotated[Path, typer.Argument(help="A run folder, or any folder that holds a tuned model.")]
+OtherBackbone = Annotated[
+    str | None, typer.Option(help="Where the backbone lies, if not where it was.", rich_help_panel=MODEL)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.", rich_help_panel=OUTPUT)]
+
+
+def main() -> None:
+    """Run the command line; bad input ends in one line on standard error and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except VlpromptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except typer.TyperException as error:  # unknown option, missing argument, …
+        print(f"error: {error.format_message()}", file=sys.stderr)
+        code = error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Adapt a frozen vision-language model (CLIP and relatives) to your classes by learning a few prompt tokens."""
+    if version:
+        from vlprompt import __version__
+
+        print(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command(epilog="Example: vlprompt demo --out demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and the tuned models.")] = Path("demo"),
+    json_output: Json = False,
+) -> None:
+    """The whole job on the embedded backbone, offline, in under two minutes."""
+    from vlprompt.demo import run_demo
+
+    result = run_demo(out, _say)
+    if json_output:
+        print(json.dumps(result))
+
+
+@app.command("list", epilog="Example: vlprompt list methods --json")
+def list_(
+    what: Annotated[Listing, typer.Argument(help="What to list.")] = Listing.methods, json_output: Json = False
+) -> None:
+    """List methods, backbones or data sets."""
+    from vlprompt.listing import listing, table
+
+    rows = listing(what.value)
+    print(json.dumps({what.value: rows}) if json_output else table(rows))
+
+
+@app.command(epilog="Example: vlprompt train coop caltech101 --root data --shots 16 --classes base n_ctx=4 lr=0.001")
+def train(
+    method: Annotated[str, typer.Argument(help="One of `vlprompt list methods`.")],
+    data: Data,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any setting; --dry-run shows them all.")
+    ] = None,
+    root: Root = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Training images per class; default: all.", rich_help_panel=DATA)
+    ] = None,
+    classes: Annotated[Classes | None, typer.Option(help="Default: all.", rich_help_panel=DATA)] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="mini (default), a folder or file, a hub id.", rich_help_panel=MODEL)
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu (default), cuda, cuda:N.", rich_help_panel=MODEL)] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 (default), bf16 or fp16.", rich_help_panel=MODEL)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Decides images, initial prompts, order; default: 1.", rich_help_panel=RUN)
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Default: the method's official number.", rich_help_panel=RUN)
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Other official settings, e.g. few-shot.", rich_help_panel=RUN)
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with any settings.", rich_help_panel=RUN)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; default: runs/DATA-METHOD-seedN.", rich_help_panel=OUTPUT)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the merged configuration and stop.", rich_help_panel=OUTPUT)
+    ] = False,
+    json_output: Json = False,
+) -> None:
+    """Tune prompts on images and save a folder that predicts elsewhere.
+
+    Defaults < the method's official settings < --preset < --config < options and KEY=VALUE.
+    """
+    from vlprompt.training.config import build_config, parse_override, read_config
+
+    given = {
+        "data.name": data,
+        "data.root": root and str(root),
+        "data.shots": shots,
+        "data.classes": classes and classes.value,
+        "backbone": backbone,
+        "train.device": device,
+        "train.precision": precision,
+        "seed": seed,
+        "train.epochs": epochs,
+    }
+    overrides = dict(parse_override(s) for s in settings or [])
+    overrides |= {k: v for k, v in given.items() if v is not None}
+    merged = build_config(method, preset, read_config(config) if config else None, overrides)
+    if dry_run:
+        print(json.dumps(merged.to_dict()) if json_output else merged.to_yaml(), end="\n" if json_output else "")
+        return
+    from vlprompt.progress import Bar
+    from vlprompt.training.run import train as train_run
+
+    out = out or Path("runs") / f"{Path(data).stem}-{method}-seed{merged.seed}"
+    with Bar() as bar:
+        _, result = train_run(merged, out, bar, _say)
+    if json_output:
+        print(json.dumps(vars(result)))
+        return
+    val = "" if result.val_accuracy is None else f", val {result.val_accuracy:.1f} %"
+    _say(f"train {result.train_accuracy:.1f} %{val} in {result.seconds:.0f} s; saved in {result.run}")
+
+
+@app.command(epilog="Example: vlprompt evaluate runs/x caltech101 --root data --classes novel")
+def evaluate(
+    run: RunFolder,
+    data: Data,
+    root: Root = None,
+    classes: Annotated[
+        Classes, typer.Option(help="Half of the data set's classes, or all.", rich_help_panel=DATA)
+    ] = Classes.all,
+    split: Annotated[Part, typer.Option(help="Which images.", rich_help_panel=DATA)] = Part.test,
+    backbone: OtherBackbone = None,
+    device: Device = "cpu",
+    precision: Precision = "fp32",
+    json_output: Json = False,
+) -> None:
+    """Measure a tuned model's accuracy and calibration on a data set's images and class names."""
+    from vlprompt.data.datasets import load_dataset
+    from vlprompt.training.evaluate import EvaluationImages
+    from vlprompt.training.evaluate import evaluate as evaluate_method
+
+    dataset = load_dataset(data, root)
+    chosen = dataset.split.subset(classes.value)  # type: ignore[arg-type]
+    items = chosen.items(split.value)
+    if not items:
+        raise DataError(f"data set '{dataset.name}' has no {split.value} images")
+    method = _load(run, backbone, device, precision)
+    images = EvaluationImages(chosen.paths(split.value), [item.label for item in items])
+    result = evaluate_method(method, images, chosen.class_names)
+    if json_output:
+        print(json.dumps(result.to_dict()))
+        return
+    for name, accuracy in sorted(result.per_class.items(), key=lambda x: x[1]):
+        print(f"{accuracy:6.1f} %  {name}")
+    print(
+        f"accuracy {result.accuracy:.2f} % on {result.n} {split.value} images of {len(result.classes)} classes "
+        f"({classes.value}); calibration error {result.calibration_error:.3f}"
+    )
+
+
+@app.command(epilog='Example: vlprompt predict runs/x photo.jpg more/ --class-names "cat,dog,horse" --top 3')
+def predict(
+    run: RunFolder,
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    class_names: Annotated[
+        str | None, typer.Option(help="Other classes, separated by commas.", rich_help_panel=DATA)
+    ] = None,
+    class_names_file: Annotated[
+        Path | None, typer.Option(help="Other classes, one a line.", rich_help_panel=DATA)
+    ] = None,
+    top: Annotated[int, typer.Option(help="Classes shown for each image.", min=1, rich_help_panel=OUTPUT)] = 5,
+    backbone: OtherBackbone = None,
+    device: Device = "cpu",
+    precision: Precision = "fp32",
+    json_output: Json = False,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="Print image,class,probability rows.", rich_help_panel=OUTPUT)
+    ] = False,
+) -> None:
+    """Classify images with a tuned model, under its own class names or any others."""
+    from vlprompt.predict import find_images, predict_images, read_class_names
+
+    if json_output and csv:
+        raise ConfigError("--json and --csv exclude each other")
+    paths = find_images(images)
+    method = _load(run, backbone, device, precision)
+    names = read_class_names(class_names, class_names_file) or method.class_names
+    predictions = predict_images(method, paths, names, top)
+    if json_output:
+        print(json.dumps({"predictions": predictions}, ensure_ascii=False))
+    else:
+        _print_predictions(predictions, csv)
+
+
+def _print_predictions(predictions: list[dict[str, Any]], as_csv: bool) -> None:
+    import csv
+
+    if as_csv:
+        rows = csv.writer(sys.stdout, lineterminator="\n")
+        rows.writerow(["image", "class", "probability"])
+        rows.writerows([p["image"], t["class"], f"{t['probability']:.6f}"] for p in predictions for t in p["top"])
+        return
+    for p in predictions:
+        print(p["image"])
+        for t in p["top"]:
+            print(f"  {100 * t['probability']:5.1f} %  {t['class']}")
+
+
+def _load(run: Path, backbone: str | None, device: str, precision: str) -> Method:
+    from vlprompt.training.artefact import load_artefact
+
+    return load_artefact(run, backbone, device, precision)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

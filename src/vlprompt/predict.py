@@ -1,0 +1,63 @@
+"""Classify image files with a tuned model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlprompt.data.folders import IMAGE_EXTENSIONS
+from vlprompt.data.splits import check_class_names
+from vlprompt.errors import DataError
+from vlprompt.methods import Method
+from vlprompt.training.evaluate import EvaluationImages, predict_logits
+
+
+def find_images(places: Sequence[Path]) -> list[Path]:
+    """The image files among ``places``, and below those that are folders, sorted by name."""
+    found: list[Path] = []
+    for place in places:
+        if place.is_dir():
+            inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file())
+            if not inside:
+                raise DataError(f"no images in folder {place} (looked for {', '.join(sorted(IMAGE_EXTENSIONS))})")
+            found += inside
+        elif place.is_file():
+            found.append(place)
+        else:
+            raise DataError(f"image {place} does not exist")
+    return found
+
+
+def read_class_names(text: str | None, file: Path | None) -> tuple[str, ...] | None:
+    """Class names from a comma-separated text or a file with one a line; None if neither is given."""
+    if text is not None and file is not None:
+        raise DataError("--class-names and --class-names-file exclude each other")
+    if file is not None:
+        try:
+            names = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read class names from {file}: {error}") from None
+        source = f"class names file {file}"
+    elif text is not None:
+        names, source = [name.strip() for name in text.split(",")], "--class-names"
+    else:
+        return None
+    if not names:
+        raise DataError(f"{source}: there are no class names")
+    check_class_names(names, source)
+    return tuple(names)
+
+
+def predict_images(method: Method, paths: Sequence[Path], class_names: Sequence[str], top: int) -> list[dict[str, Any]]:
+    """For each image its ``top`` most probable classes: ``{"image": …, "top": [{"class": …, "probability": …}]}``."""
+    images = EvaluationImages(paths, [0] * len(paths))
+    probabilities = predict_logits(method, images.features(method), class_names).double().softmax(-1)
+    best, labels = probabilities.topk(min(top, len(class_names)))
+    return [
+        {
+            "image": str(path),
+            "top": [{"class": class_names[c], "probability": p} for p, c in zip(ps, cs, strict=True)],
+        }
+        for path, ps, cs in zip(paths, best.tolist(), labels.tolist(), strict=True)
+    ]

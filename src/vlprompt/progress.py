@@ -1,0 +1,42 @@
+"""A run's progress on standard error: a bar on a terminal, a line an epoch elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vlprompt.training.loop import EpochLog
+
+
+class Bar:
+    """Draws a training run; see :class:`vlprompt.training.run.Progress`."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True)
+        self.epochs = 0
+
+    def __enter__(self) -> Bar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
+        self.bar.stop()
+
+    def start(self, steps: int, epochs: int) -> None:
+        """Training begins."""
+        self.epochs = epochs
+        self.task = self.bar.add_task("", total=steps * epochs)
+
+    def step(self) -> None:
+        """A step is done."""
+        self.bar.advance(self.task)
+
+    def epoch(self, log: EpochLog, val_accuracy: float | None) -> None:
+        """An epoch is done."""
+        terms = "  ".join(f"{term} {value:.3f}" for term, value in log.losses.items())
+        val = "" if val_accuracy is None else f"  val {val_accuracy:.1f} %"
+        self.console.print(f"epoch {log.epoch + 1}/{self.epochs}  lr {log.lr:.2g}  {terms}{val}")

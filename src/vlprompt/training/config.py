@@ -1,0 +1,225 @@
+"""The configuration of a run: defaults < the method's settings < preset < file < command line, checked as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import yaml
+from annotated_types import Ge, Gt, Le
+from pydantic import TypeAdapter, ValidationError
+
+from vlprompt.errors import ConfigError, unknown
+from vlprompt.methods import MethodConfig, find_method
+
+Fraction = Annotated[float, Gt(0), Le(1)]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images of which classes, and how training reads them."""
+
+    name: str = ""
+    """A benchmark's name, a folder or a CSV file."""
+    root: str | None = None
+    """Folder that holds the benchmarks."""
+    shots: Annotated[int, Ge(1)] | None = None
+    """Training images per class; all if not given."""
+    classes: Literal["base", "novel", "all"] = "all"
+    """First half of the classes, second half, or all."""
+    batch_size: Annotated[int, Ge(1)] = 32
+    """Images in a training step."""
+    min_scale: Fraction = 0.08
+    """Smallest share of the image that a random crop covers."""
+    workers: Annotated[int, Ge(0)] = 2
+    """Threads that decode and crop ahead of the training steps."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser and learning-rate schedule."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """Optimiser."""
+    lr: Annotated[float, Gt(0)] = 0.002
+    """Learning rate after the warm-up."""
+    momentum: Annotated[float, Ge(0)] = 0.9
+    """Momentum of SGD."""
+    weight_decay: Annotated[float, Ge(0)] = 5e-4
+    """Weight decay; acts on prompts too, as in the official code."""
+    warmup_epochs: Annotated[int, Ge(0)] = 1
+    """Epochs at the warm-up rate before the cosine starts."""
+    warmup_lr: Annotated[float, Gt(0)] = 1e-5
+    """Learning rate of the warm-up."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length and numerics of training."""
+
+    epochs: Annotated[int, Ge(1)] = 50
+    """Passes over the training images."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the frozen towers; prompts are fp32."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's result."""
+
+    method: str
+    """The method's name."""
+    settings: MethodConfig
+    """The method's own settings."""
+    backbone: str = "mini"
+    """The frozen model."""
+    seed: Annotated[int, Ge(0)] = 1
+    """Decides the few-shot images, the initial prompts, and the order and crops of training images."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values, as in the configuration file."""
+        d = asdict(self)
+        settings = d.pop("settings")
+        return {**d, "method": {"name": self.method, **settings}}
+
+    def to_yaml(self) -> str:
+        """The configuration as a file that ``--config`` reads."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+SECTIONS = {"data": DataConfig, "optim": OptimConfig, "train": TrainConfig}
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A YAML file's keys, flattened: ``{"optim.lr": 0.01, …}``."""
+    try:
+        content = yaml.safe_load(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read configuration {file}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"configuration {file} must hold keys and values")
+    return dict(_flatten(content))
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """``key=value`` from the command line; the value is read as YAML (``1e-3`` too, which YAML takes for text)."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"'{text}' is not key=value")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        parsed = value
+    return key.strip(), value if isinstance(parsed, (dict, list)) else parsed
+
+
+def build_config(
+    method: str,
+    preset: str | None = None,
+    file: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """Merge and check a run's configuration; keys are flat, ``optim.lr`` or, where it is clear, ``lr``.
+
+    Raises ConfigError that lists every unknown key and every value out of range at once.
+    """
+    cls = find_method(method)
+    if preset is not None and preset not in cls.presets:
+        if not cls.presets:
+            raise ConfigError(f"method '{method}' has no presets (asked for '{preset}')")
+        raise ConfigError(unknown(f"preset of {method}", preset, cls.presets))
+    known = _known_keys(cls.Config)
+    problems: list[str] = []
+    merged: dict[str, Any] = {}
+    for layer in (cls.settings, cls.presets[preset] if preset else {}, file or {}, overrides or {}):
+        for key, value in layer.items():
+            full = _resolve(key, known, problems)
+            if full is not None:
+                merged[full] = value
+    if (named := merged.pop("method.name", method)) != method:
+        problems.append(f"method.name = {named}: the command asks for '{method}'")
+    nested: dict[str, dict[str, Any]] = {s: {} for s in ("method", *SECTIONS)}
+    top: dict[str, Any] = {}
+    for key, value in merged.items():
+        section, _, name = key.rpartition(".")
+        (nested[section] if section else top)[name] = value
+    sections = {s: _checked(c, nested[s], f"{s}.", problems) for s, c in SECTIONS.items()}
+    settings = _checked(cls.Config, nested["method"], "method.", problems)
+    top = _checked_top(top, problems)
+    if problems:
+        keys = f" (allowed keys: {', '.join(known)})" if any("unknown key" in p for p in problems) else ""
+        raise ConfigError("; ".join(problems) + keys)
+    return RunConfig(method=method, settings=settings, **top, **sections)
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _known_keys(settings: type) -> list[str]:
+    keys = ["backbone", "seed", "method.name", *(f"method.{f.name}" for f in fields(settings))]
+    return keys + [f"{s}.{f.name}" for s, c in SECTIONS.items() for f in fields(c)]
+
+
+def _resolve(key: str, known: list[str], problems: list[str]) -> str | None:
+    """The full key that ``key`` means: itself, or the one key that ends in it."""
+    if key in known:
+        return key
+    ending = [k for k in known if k.rpartition(".")[2] == key]
+    if len(ending) == 1:
+        return ending[0]
+    if ending:
+        problems.append(f"key '{key}' is not clear (write one of {', '.join(ending)})")
+        return None
+    short = {k.rpartition(".")[2]: k for k in known}
+    near = get_close_matches(key, known, 1, 0.6) or get_close_matches(key.rpartition(".")[2], short, 1, 0.6)
+    guess = f": did you mean '{short.get(near[0], near[0])}'?" if near else ""
+    problems.append(f"unknown key '{key}'{guess}")
+    return None
+
+
+def _checked(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+    """An instance of a configuration dataclass, or None with the problems noted."""
+    assert is_dataclass(cls)
+    try:
+        return TypeAdapter(cls).validate_python(dict(values))
+    except ValidationError as error:
+        problems += _one_line_each(error, prefix)
+        return None
+
+
+def _checked_top(values: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    hints = get_type_hints(RunConfig, include_extras=True)
+    checked = {}
+    for key, value in values.items():
+        try:
+            checked[key] = TypeAdapter(hints[key]).validate_python(value)
+        except ValidationError as error:
+            problems += _one_line_each(error, key)
+    return checked
+
+
+def _one_line_each(error: ValidationError, prefix: str) -> list[str]:
+    lines: dict[str, str] = {}
+    for e in error.errors():
+        key = f"{prefix}{e['loc'][0] if e['loc'] else ''}"
+        rule = e["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+        near = ""
+        if e["type"] == "literal_error":
+            options = [o.strip("'") for o in e["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+            match = get_close_matches(str(e["input"]), options, 1, 0.5)
+            near = f"; did you mean '{match[0]}'?" if match else ""
+        lines.setdefault(key, f"{key} = {e['input']} (allowed: {rule[0].lower()}{rule[1:]}{near})")
+    return list(lines.values())

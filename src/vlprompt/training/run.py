@@ -1,0 +1,185 @@
+"""One run: a configuration in, a run folder with its log, its metrics and the tuned model out."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+import vlprompt
+from vlprompt.backbones.backbone import Backbone
+from vlprompt.backbones.load import load_backbone
+from vlprompt.data.datasets import LoadedDataset, load_dataset
+from vlprompt.data.splits import Split, write_split
+from vlprompt.data.views import TrainingViews
+from vlprompt.errors import ConfigError, DataError
+from vlprompt.files import write_atomically
+from vlprompt.methods import Method, find_method
+from vlprompt.training.artefact import save_artefact
+from vlprompt.training.config import RunConfig
+from vlprompt.training.evaluate import EvaluationImages, evaluate
+from vlprompt.training.loop import EpochLog, fit
+
+
+class Progress(Protocol):
+    """Told how a run goes; the command line draws it."""
+
+    def start(self, steps: int, epochs: int) -> None:
+        """Training begins: ``steps`` in each of ``epochs``."""
+
+    def step(self) -> None:
+        """A step is done."""
+
+    def epoch(self, log: EpochLog, val_accuracy: float | None) -> None:
+        """An epoch is done."""
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def start(self, steps: int, epochs: int) -> None:
+        """Training begins."""
+
+    def step(self) -> None:
+        """A step is done."""
+
+    def epoch(self, log: EpochLog, val_accuracy: float | None) -> None:
+        """An epoch is done."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run reports."""
+
+    run: str
+    epochs: int
+    train_accuracy: float
+    """Percent, on the whole training images."""
+    val_accuracy: float | None
+    """Percent; None where there is no val split."""
+    trainable_parameters: int
+    seconds: float
+
+
+def run_split(config: RunConfig, dataset: LoadedDataset) -> Split:
+    """The images that a run trains and validates on: its classes, its shots."""
+    split = dataset.split.subset(config.data.classes)
+    if not split.train:
+        raise DataError(f"data set '{dataset.name}' has no training images")
+    return split if config.data.shots is None else split.few_shot(config.data.shots, config.seed)
+
+
+def train(
+    config: RunConfig, out: Path, progress: Progress | None = None, say: Callable[[str], None] = lambda text: None
+) -> tuple[Method, Result]:
+    """Train as configured and write the run folder ``out``.
+
+    Everything that can be wrong with the input is found before the folder is made. Raises ConfigError if the folder
+    is already in use.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"output folder {out} is already in use: choose another with --out")
+    progress = progress or Silent()
+    began = time.monotonic()
+    dataset = load_dataset(config.data.name, config.data.root)
+    split = run_split(config, dataset)
+    backbone = load_backbone(config.backbone, config.train.device, config.train.precision)
+    torch.manual_seed(config.seed)
+    method = find_method(config.method)(backbone, split.class_names, config.settings, dataset.template)
+    method.to(backbone.device)
+    trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    say(
+        f"{config.method} on {backbone.name}: {len(split.class_names)} classes of {dataset.name}, "
+        f"{len(split.train)} training images, {trainable:,} learned parameters"
+    )
+    images = {part: _images(split, part, config.data.workers) for part in ("train", "val")}
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "config.yaml", config.to_yaml())
+    write_atomically(out / "environment.json", json.dumps(environment(backbone), indent=2))
+    write_split(split, out / "split.json")
+    with (out / "log.jsonl").open("w", encoding="utf-8") as log_file:
+        epochs, val_accuracy = _train(config, method, split, images, progress, log_file.write)
+    train_accuracy = evaluate(method, images["train"], split.class_names).accuracy
+    if val_accuracy is None and split.val:
+        val_accuracy = evaluate(method, images["val"], split.class_names).accuracy
+    result = Result(str(out), epochs, train_accuracy, val_accuracy, trainable, time.monotonic() - began)
+    write_atomically(out / "metrics.json", json.dumps(vars(result), indent=2))
+    save_artefact(method, out, about(config, dataset, result))
+    return method.requires_grad_(False), result
+
+
+def _train(
+    config: RunConfig,
+    method: Method,
+    split: Split,
+    images: dict[str, EvaluationImages],
+    progress: Progress,
+    write: Callable[[str], object],
+) -> tuple[int, float | None]:
+    """Train by gradient steps, or fit on frozen features; returns epochs and the last val accuracy."""
+    if not method.trains:
+        method.fit_features(images["train"].frozen(method), images["train"].labels)
+        method.eval()
+        return 0, None
+    views = TrainingViews(
+        split.paths("train"),
+        [item.label for item in split.train],
+        method.backbone.preprocess,
+        config.data.batch_size,
+        config.seed,
+        min_scale=config.data.min_scale,
+        workers=config.data.workers,
+    )
+    accuracy: float | None = None
+
+    def after_epoch(log: EpochLog) -> None:
+        nonlocal accuracy
+        method.eval()
+        accuracy = evaluate(method, images["val"], split.class_names).accuracy if split.val else None
+        method.train()
+        row = {"epoch": log.epoch + 1, "lr": log.lr, **log.losses, "val_accuracy": accuracy}
+        write(json.dumps(row) + "\n")
+        progress.epoch(log, accuracy)
+
+    progress.start(len(views), config.train.epochs)
+    fit(method, views, config.optim, config.train.epochs, progress.step, after_epoch)
+    return config.train.epochs, accuracy
+
+
+def _images(split: Split, part: str, workers: int) -> EvaluationImages:
+    return EvaluationImages(split.paths(part), [item.label for item in split.items(part)], workers)
+
+
+def environment(backbone: Backbone) -> dict[str, Any]:
+    """What a run's result may depend on besides its configuration."""
+    return {
+        "vlprompt": vlprompt.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if backbone.device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "backbone_fingerprint": backbone.fingerprint,
+    }
+
+
+def about(config: RunConfig, dataset: LoadedDataset, result: Result) -> dict[str, Any]:
+    """The rows of the model card."""
+    val = "no val split" if result.val_accuracy is None else f"{result.val_accuracy:.1f} %"
+    return {
+        "data set": f"{dataset.name} ({config.data.classes} classes)",
+        "shots": config.data.shots or "all training images",
+        "seed": config.seed,
+        "epochs": result.epochs,
+        "learned parameters": f"{result.trainable_parameters:,}",
+        "accuracy on the training images": f"{result.train_accuracy:.1f} %",
+        "accuracy on the val images": val,
+        "settings": "`" + ", ".join(f"{k}={v}" for k, v in vars(config.settings).items()) + "`",
+    }
