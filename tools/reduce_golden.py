@@ -22,6 +22,7 @@ import argparse
 import json
 import shutil
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def applied_merges(word: str, rank: dict[tuple[str, str], int]) -> list[tuple[st
     """Byte-pair encoding of one word: the adjacent pair of lowest rank is merged first, everywhere it stands."""
     parts = [*word[:-1], word[-1] + "</w>"]
     applied = []
-    while pairs := [p for p in zip(parts, parts[1:], strict=False) if p in rank]:
+    while pairs := [p for p in pairwise(parts) if p in rank]:
         best = min(pairs, key=rank.__getitem__)
         applied.append(best)
         merged, i = [], 0

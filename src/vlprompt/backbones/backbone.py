@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -111,7 +112,8 @@ class Backbone:
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         reads = (self.image_tower.config, self.text_tower.config, self.preprocess)
-        digest.update(repr((*reads, f"{self.logit_scale:.4g}", f"{self.logit_bias:.4g}")).encode())
+        scale_and_bias = torch.tensor([math.log(self.logit_scale), self.logit_bias]).to(torch.float16)
+        digest.update(repr((*reads, scale_and_bias.tolist())).encode())
         digest.update(str(self.tokenizer.tokenizer.get_vocab_size()).encode())
         for tower in (self.image_tower, self.text_tower):
             for name, tensor in sorted(tower.state_dict().items()):

@@ -39,14 +39,14 @@ def read_hf(config: Mapping[str, Any], state: State) -> Weights:
         found = kind or (config.get("architectures") or ["nothing"])[0]
         raise BackboneError(f"unsupported architecture '{found}' (allowed: clip, siglip)")
     siglip = kind == "siglip"
-    v, t = config.get("vision_config") or {}, config.get("text_config") or {}
+    v, t = (_sub_config(config, key) for key in ("vision_config", "text_config"))
     if siglip and not v.get("vision_use_head", True):
         raise BackboneError("unsupported architecture 'siglip' without its pooling head")
     # transformers leaves out values equal to its defaults: ViT-B/32 for CLIP, ViT-B/16 for SigLIP.
     eps = 1e-6 if siglip else 1e-5
     act = "gelu_pytorch_tanh" if siglip else "quick_gelu"
     v_width, t_width = v.get("hidden_size", 768), t.get("hidden_size", 768 if siglip else 512)
-    t_embed = t.get("projection_size", t_width) if siglip else config.get("projection_dim", 512)
+    t_embed = (t.get("projection_size") or t_width) if siglip else config.get("projection_dim", 512)
     image = ImageConfig(
         image_size=v.get("image_size", 224),
         patch_size=v.get("patch_size", 16 if siglip else 32),
@@ -108,65 +108,72 @@ def read_hf(config: Mapping[str, Any], state: State) -> Weights:
     return Weights(image, text, image_state, text_state, scale.float().exp().item(), bias.float().item())
 
 
+def _sub_config(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """One tower's settings; where older files have ``KEY_dict`` too, transformers lets that one win."""
+    old = config.get(f"{key}_dict")
+    return old if old is not None else config.get(key) or {}
+
+
 def read_openai(state: State) -> Weights:
     """A state dict of OpenAI's CLIP (vision transformers); the architecture is read off the shapes."""
     state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
-    width, patch = state["visual.conv1.weight"].shape[0], state["visual.conv1.weight"].shape[-1]
-    side = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
-    context_length, t_width = state["positional_embedding"].shape
+    look = _Taker(state)
+    width, _, _, patch = look("visual.conv1.weight").shape
+    side = round((len(look("visual.positional_embedding")) - 1) ** 0.5)
+    context_length, t_width = look("positional_embedding").shape
     image = ImageConfig(
         image_size=side * patch,
         patch_size=patch,
         width=width,
         layers=_count(state, "visual.transformer.resblocks"),
         heads=width // OPENAI_HEAD_WIDTH,
-        mlp_width=len(state["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
-        embed_dim=state["visual.proj"].shape[1],
+        mlp_width=len(look("visual.transformer.resblocks.0.mlp.c_fc.weight")),
+        embed_dim=look("visual.proj").shape[1],
     )
     text = TextConfig(
-        vocab_size=len(state["token_embedding.weight"]),
+        vocab_size=len(look("token_embedding.weight")),
         context_length=context_length,
         width=t_width,
         layers=_count(state, "transformer.resblocks"),
         heads=t_width // OPENAI_HEAD_WIDTH,
-        mlp_width=len(state["transformer.resblocks.0.mlp.c_fc.weight"]),
-        embed_dim=state["text_projection"].shape[1],
+        mlp_width=len(look("transformer.resblocks.0.mlp.c_fc.weight")),
+        embed_dim=look("text_projection").shape[1],
     )
     return _openai_weights(image, text, state)
 
 
 def read_open_clip(model: Mapping[str, Any], state: State) -> Weights:
     """A state dict of open_clip with its ``model_cfg``; vision transformers with a causal text tower."""
+    for key in ("embed_dim", "vision_cfg", "text_cfg"):
+        if key not in model:
+            raise BackboneError(f"open_clip model_cfg lacks '{key}'")
     v, t = model["vision_cfg"], model["text_cfg"]
+    both = ("ls_init_value", "act_kwargs", "norm_kwargs")
     for side, cfg, foreign in (
-        (
-            "vision_cfg",
-            v,
-            ("timm_model_name", "attentional_pool", "ls_init_value", "no_ln_pre", "final_ln_after_pool"),
-        ),
-        ("text_cfg", t, ("hf_model_name", "embed_cls", "ls_init_value", "no_causal_mask", "proj_bias")),
+        ("vision_cfg", v, ("timm_model_name", "attentional_pool", "no_ln_pre", "final_ln_after_pool", *both)),
+        ("text_cfg", t, ("hf_model_name", "embed_cls", "no_causal_mask", "proj_bias", *both)),
         ("model_cfg", model, ("multimodal_cfg",)),
     ):
         for key in foreign:
             if cfg.get(key):
                 raise BackboneError(f"unsupported architecture: open_clip {side} with {key} = {cfg[key]}")
-    if not isinstance(v["layers"], int):
+    if not isinstance(v.get("layers", 12), int):
         raise BackboneError(f"unsupported architecture: open_clip ResNet with layers = {v['layers']} (allowed: ViT)")
     for side, key, cfg, allowed in (
         ("vision_cfg", "pool_type", v, ("tok",)),
-        ("text_cfg", "pool_type", t, ("argmax", "eos")),
+        ("text_cfg", "pool_type", t, ("argmax",)),  # "eos" comes with other tokenizers than CLIP's
         ("text_cfg", "proj_type", t, ("linear",)),
     ):
         if cfg.get(key, allowed[0]) not in allowed:
             raise BackboneError(f"unsupported architecture: open_clip {side} with {key} = {cfg[key]}")
     size = v.get("image_size", 224)
     activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
-    width, t_width = v["width"], t["width"]
+    width, t_width = v.get("width", 768), t.get("width", 512)
     image = ImageConfig(
         image_size=size if isinstance(size, int) else size[0],
-        patch_size=v["patch_size"],
+        patch_size=v.get("patch_size", 16),
         width=width,
-        layers=v["layers"],
+        layers=v.get("layers", 12),
         heads=width // v.get("head_width", 64),
         mlp_width=int(width * v.get("mlp_ratio", 4.0)),
         embed_dim=model["embed_dim"],
@@ -176,8 +183,8 @@ def read_open_clip(model: Mapping[str, Any], state: State) -> Weights:
         vocab_size=t.get("vocab_size", 49408),
         context_length=t.get("context_length", 77),
         width=t_width,
-        layers=t["layers"],
-        heads=t["heads"],
+        layers=t.get("layers", 12),
+        heads=t.get("heads", 8),
         mlp_width=int(t_width * t.get("mlp_ratio", 4.0)),
         embed_dim=model["embed_dim"],
         activation=activation,
@@ -206,8 +213,9 @@ def _openai_weights(image: ImageConfig, text: TextConfig, state: State) -> Weigh
         "projection.weight": take("text_projection").T,
     }
     scale = take("logit_scale").float().exp().item()
+    bias = take("logit_bias").float().item() if "logit_bias" in state else 0.0  # open_clip's sigmoid loss
     take.nothing_left(ignore=r"attn_mask$")
-    return Weights(image, text, image_state, text_state, scale)
+    return Weights(image, text, image_state, text_state, scale, bias)
 
 
 class _Taker:
@@ -238,7 +246,10 @@ def _hf_blocks(take: _Taker, prefix: str, layers: int) -> State:
     for i in range(layers):
         theirs, ours = f"{prefix}.{i}", f"blocks.{i}"
         for x in ("weight", "bias"):
-            state[f"{ours}.qkv.{x}"] = torch.cat([take(f"{theirs}.self_attn.{n}_proj.{x}") for n in "qkv"])
+            parts = [take(f"{theirs}.self_attn.{n}_proj.{x}") for n in "qkv"]
+            if len({part.shape for part in parts}) > 1:
+                raise BackboneError(f"{theirs}.self_attn: {x}s of q_proj, k_proj and v_proj differ in shape")
+            state[f"{ours}.qkv.{x}"] = torch.cat(parts)
         state |= _pair(f"{ours}.out", take, f"{theirs}.self_attn.out_proj")
         state |= _pair(f"{ours}.ln_1", take, f"{theirs}.layer_norm1")
         state |= _pair(f"{ours}.ln_2", take, f"{theirs}.layer_norm2")
@@ -263,7 +274,7 @@ def _openai_blocks(take: _Taker, prefix: str, layers: int) -> State:
 
 def _count(state: State, prefix: str) -> int:
     pattern = re.compile(rf"^{re.escape(prefix)}\.(\d+)\.")
-    return 1 + max(int(m[1]) for k in state if (m := pattern.match(k)))
+    return 1 + max((int(m[1]) for k in state if (m := pattern.match(k))), default=-1)
 
 
 def _activation(name: str) -> str:

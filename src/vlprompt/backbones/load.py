@@ -18,7 +18,7 @@ from vlprompt.backbones.tokenizer import FILES as TOKENIZER_FILES
 from vlprompt.backbones.tokenizer import TextTokenizer, load_clip_tokenizer, load_siglip_tokenizer
 from vlprompt.backbones.towers import ImageTower, TextTower
 from vlprompt.data.images import Preprocess
-from vlprompt.errors import BackboneError
+from vlprompt.errors import BackboneError, unknown
 
 EMBEDDED = {"mini": Path(__file__).parent / "mini"}
 """Backbones that come with the package."""
@@ -26,7 +26,9 @@ EMBEDDED = {"mini": Path(__file__).parent / "mini"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_VOCAB_SIZE = 49408
 CLIP_TOKENIZER_SOURCE = "openai/clip-vit-base-patch32"  # the vocabulary is the same for all of OpenAI's models
+OPEN_CLIP_STEMS = ("open_clip_model", "open_clip_pytorch_model")
 HUB_FILES = ["*.json", "*.safetensors", "merges.txt", "README.md"]
 
 
@@ -65,9 +67,11 @@ def load_backbone(
 
 
 def _from_folder(name: str, folder: Path) -> Backbone:
-    if (folder / "open_clip_config.json").is_file():
+    # Many repositories hold both configurations, but safetensors of one of them only.
+    stem = next((s for s in OPEN_CLIP_STEMS if (folder / f"{s}.safetensors").is_file()), None)
+    if (folder / "open_clip_config.json").is_file() and (stem or not (folder / "config.json").is_file()):
         config = _read_json(folder / "open_clip_config.json")
-        weights = read_open_clip(config["model_cfg"], _read_state(folder, "open_clip_model"))
+        weights = read_open_clip(config.get("model_cfg", {}), _read_state(folder, stem or OPEN_CLIP_STEMS[0]))
         preprocess = _open_clip_preprocess(weights, config.get("preprocess_cfg", {}))
         return _assemble(name, weights, preprocess, _clip_tokenizer(folder, weights), _licence(folder))
     if (folder / "config.json").is_file():
@@ -94,12 +98,29 @@ def _from_open_clip_library(name: str) -> Backbone:
     model_name, _, tag = name.removeprefix("open_clip:").partition("/")
     if find_spec("open_clip") is None:
         raise BackboneError(f"'{name}' needs open_clip: pip install 'vlprompt[open_clip]'")
-    import open_clip
+    try:
+        import open_clip
+    except ImportError as error:
+        raise BackboneError(f"'{name}' needs open_clip, which cannot be imported: {error}") from None
 
     if not tag or model_name not in open_clip.list_models():
         raise BackboneError(f"unknown open_clip model '{name}' (written open_clip:MODEL/TAG)")
-    model = open_clip.create_model(model_name, pretrained=tag)
-    weights = read_open_clip(open_clip.get_model_config(model_name), model.state_dict())
+    trained = open_clip.get_pretrained_cfg(model_name, tag)
+    if not trained:
+        tags = open_clip.list_pretrained_tags_by_model(model_name)
+        raise BackboneError(unknown(f"open_clip tag of {model_name}:", tag, tags))
+    config = open_clip.get_model_config(model_name)
+    # open_clip takes the activation from the model's name and only warns where the weights had another one.
+    quick_gelu = bool(config.get("quick_gelu") or trained.get("quick_gelu") or tag == "openai")
+    try:
+        model = open_clip.create_model(model_name, pretrained=tag, force_quick_gelu=quick_gelu)
+    except Exception as error:  # downloads fail in many ways
+        raise BackboneError(f"open_clip cannot load '{name}': {_first_line(error)}") from None
+    weights = read_open_clip({**config, "quick_gelu": quick_gelu}, model.state_dict())
+    if weights.text.vocab_size != CLIP_VOCAB_SIZE:
+        raise BackboneError(
+            f"unsupported architecture: {name} has {weights.text.vocab_size} tokens (allowed: CLIP's {CLIP_VOCAB_SIZE})"
+        )
     preprocess = _open_clip_preprocess(weights, open_clip.get_model_preprocess_cfg(model))
     return _assemble(name, weights, preprocess, _clip_tokenizer(Path(open_clip.__file__).parent, weights))
 
@@ -115,16 +136,25 @@ def _assemble(
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip()
             raise BackboneError(f"checkpoint '{name}' does not fit its own configuration: {reason}") from None
+    if (last := max((*tokenizer.start, *tokenizer.end), default=0)) >= weights.text.vocab_size:
+        raise BackboneError(
+            f"the tokenizer of '{name}' has token id {last}; its text tower knows {weights.text.vocab_size} tokens"
+        )
     return Backbone(
         name, image_tower, text_tower, tokenizer, preprocess, weights.logit_scale, weights.logit_bias, licence
     )
 
 
 def _hf_preprocess(folder: Path, weights: Weights) -> Preprocess:
-    """From ``preprocessor_config.json``; without one, what CLIP (or SigLIP) was trained with."""
+    """From ``preprocessor_config.json``; without one, what CLIP (or SigLIP) was trained with.
+
+    A processor saved by transformers 5 writes the same settings into ``processor_config.json``.
+    """
     clip = weights.image.pool == "cls"
-    file = folder / "preprocessor_config.json"
+    file, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
     settings = _read_json(file) if file.is_file() else {}
+    if not settings and whole.is_file():
+        file, settings = whole, _read_json(whole).get("image_processor", {})
     resample = settings.get("resample", 3)
     if resample not in (2, 3):
         raise BackboneError(f"{file}: resample = {resample} (allowed: 2 bilinear, 3 bicubic)")
@@ -152,19 +182,20 @@ def _open_clip_preprocess(weights: Weights, settings: Mapping[str, Any]) -> Prep
 
 def _clip_tokenizer(folder: Path, weights: Weights) -> TextTokenizer:
     """The tokenizer beside the weights; else, for CLIP's own vocabulary, open_clip's copy or the hub's."""
-    places = [folder]
-    if spec := find_spec("open_clip"):
-        places.append(Path(spec.origin or "").parent)
-    for place in places:
-        if any((place / f).is_file() for f in TOKENIZER_FILES):
-            return load_clip_tokenizer(place, weights.text.context_length)
+    if any((folder / f).is_file() for f in TOKENIZER_FILES):
+        return load_clip_tokenizer(folder, weights.text.context_length)
+    missing = (
+        f"no tokenizer beside the weights in {folder} (put tokenizer.json, vocab.json + merges.txt or "
+        f"{TOKENIZER_FILES[-1]} there)"
+    )
+    if weights.text.vocab_size != CLIP_VOCAB_SIZE:
+        raise BackboneError(f"{missing}; its {weights.text.vocab_size} tokens are not CLIP's {CLIP_VOCAB_SIZE}")
+    if (spec := find_spec("open_clip")) and spec.origin and (Path(spec.origin).parent / TOKENIZER_FILES[-1]).is_file():
+        return load_clip_tokenizer(Path(spec.origin).parent, weights.text.context_length)
     try:
         place = _download(CLIP_TOKENIZER_SOURCE, ["tokenizer.json"])
     except BackboneError as error:
-        raise BackboneError(
-            f"no tokenizer beside the weights in {folder} (put tokenizer.json, vocab.json + merges.txt or "
-            f"{TOKENIZER_FILES[-1]} there); {error}"
-        ) from None
+        raise BackboneError(f"{missing}; {error}") from None
     return load_clip_tokenizer(place, weights.text.context_length)
 
 
@@ -174,8 +205,11 @@ def _download(repo: str, files: list[str]) -> Path:
     try:
         return Path(snapshot_download(repo, allow_patterns=files))
     except Exception as error:  # the library lets errors of several network libraries through
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BackboneError(f"cannot fetch '{repo}' from the hub: {reason}") from None
+        raise BackboneError(f"cannot fetch '{repo}' from the hub: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _read_state(folder: Path, stem: str) -> State:
@@ -185,7 +219,7 @@ def _read_state(folder: Path, stem: str) -> State:
         return _read_safetensors(single)
     if index.is_file():
         state: State = {}
-        for part in sorted(set(_read_json(index)["weight_map"].values())):
+        for part in sorted(set(_read_json(index).get("weight_map", {}).values())):
             state |= _read_safetensors(folder / Path(part).name)
         return state
     raise BackboneError(f"no {stem}.safetensors in {folder} (only safetensors are read; pickles never are)")

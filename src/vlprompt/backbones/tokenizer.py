@@ -30,8 +30,12 @@ class TextTokenizer:
     """Set where the tower was trained on padded texts and reads the padding (SigLIP)."""
 
     def words(self, text: str) -> list[int]:
-        """Token ids of a text without special tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        """Token ids of a text without special tokens.
+
+        Characters outside a small vocabulary are left out: CLIP's tokenizers would put the end token in their place.
+        """
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return [i for i in ids if i not in self.end]
 
     def finish(self, ids: Sequence[int], name: str) -> list[int]:
         """Special tokens (and padding, where the tower reads it) around ``ids``.

@@ -217,4 +217,5 @@ class TextTower(nn.Module):
 def _per_row(prompts: Tensor, source: Tensor) -> Tensor:
     """Learned tokens [M, D], [C, M, D] or [B, 1 or C, M, D] → one for each slot, [1 or B, K, D]."""
     batch = len(prompts) if prompts.ndim == 4 else 1
-    return prompts.reshape(batch, -1, prompts.shape[-1])[:, source]
+    vectors = prompts.reshape(batch, -1, prompts.shape[-1])  # M or C·M of them
+    return vectors[:, source % vectors.shape[1]]  # c·M + m is m where all texts share the M tokens

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.backbones.packing import PackedText, pack
 from vlprompt.backbones.towers import Prompts, TextTower
-from vlprompt.errors import ConfigError
+from vlprompt.errors import ConfigError, DataError
 
 INIT_STD = 0.02
 """Standard deviation of randomly initialised tokens in every official implementation."""
@@ -56,6 +56,8 @@ def class_tokens(
         sentence = tokenizer.words(f"{lead} {name}.")
         context, rest = sentence[:n_lead], sentence[n_lead:]
         n_name = len(tokenizer.words(name))
+        if not n_name:
+            raise DataError(f"class name '{class_name}' has no token that the backbone knows")
         label, tail = rest[:n_name], rest[n_name:]
         if position == "end":
             before, ids = n_ctx, context + label + tail
@@ -103,7 +105,7 @@ class TextContext(nn.Module):
 
     def prompts(self, bias: Tensor | None = None) -> Prompts:
         """The learned tokens per layer; ``bias`` [B, D] moves those of the first layer per image (CoCoOp)."""
-        first = self.vectors if bias is None else self.vectors[None, None] + bias[:, None, None]
+        first = self.vectors if bias is None else self.vectors + bias[:, None, None]
         return Prompts([first, *(() if self.deep is None else self.deep)], self.mode)
 
     def packed(self, backbone: Backbone, class_names: Sequence[str]) -> PackedText:

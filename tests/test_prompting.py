@@ -1,0 +1,480 @@
+"""The fast computation of prompted features against the plain one, in float64, gradients included.
+
+The plain one is written out here: one text at a time, padded to the whole context length, every token through every
+block under an explicit mask, learned tokens written into the sequence, the feature read at the end token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from vlprompt.backbones.backbone import Backbone, unit
+from vlprompt.backbones.load import CLIP_MEAN, CLIP_STD
+from vlprompt.backbones.packing import pack
+from vlprompt.backbones.tokenizer import TextTokenizer, load_clip_tokenizer
+from vlprompt.backbones.towers import Block, ImageConfig, ImageTower, TextConfig, TextTower
+from vlprompt.data.images import Preprocess
+from vlprompt.errors import BackboneError, ConfigError, DataError
+from vlprompt.prompting.text import TextContext, class_tokens, encode_classes, word_vectors
+from vlprompt.prompting.visual import CoupledPrompts, VisualPrompts
+
+TOLERANCE = 1e-9
+LAYERS = 3
+N_IMAGES = 3
+
+quick = settings(derandomize=True, deadline=None, max_examples=200)
+
+
+@cache
+def small_backbone(causal: bool = True, pool: str = "cls") -> Backbone:
+    """A random float64 backbone of three layers: CLIP-like, or with a bidirectional text tower as in SigLIP."""
+    tokenizer = load_clip_tokenizer(Path(__file__).parent / "golden" / "backbone", 77)  # it knows every byte
+    if not causal:
+        tokenizer = replace(tokenizer, start=(), pad=7)
+    width = {"layers": LAYERS, "heads": 2, "mlp_width": 48, "embed_dim": 16}
+    torch.manual_seed(0)
+    image = ImageTower(ImageConfig(image_size=16, patch_size=4, width=24, pool=pool, **width))
+    vocab_size = tokenizer.tokenizer.get_vocab_size()
+    text = TextTower(TextConfig(vocab_size, tokenizer.context_length, width=32, causal=causal, **width))
+    for tower in (image.double(), text.double()):
+        for module in tower.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                spread = 0.3 if parameter.ndim == 1 else 2 * parameter.shape[-1] ** -0.5
+                nn.init.normal_(parameter, float(isinstance(module, nn.LayerNorm) and name == "weight"), spread)
+    return Backbone("small", image, text, tokenizer, Preprocess(16, CLIP_MEAN, CLIP_STD), 100.0)
+
+
+# The plain computation
+
+
+def plain_norm(x: Tensor, ln: nn.LayerNorm) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + ln.eps).sqrt() * ln.weight + ln.bias
+
+
+def plain_block(x: Tensor, block: Block, heads: int, mask: Tensor) -> Tensor:
+    """x [N, D] → [N, D]; ``mask`` [N, N] is 0 where a token is seen and −∞ where not."""
+    q, k, v = (plain_norm(x, block.ln_1) @ block.qkv.weight.T + block.qkv.bias).chunk(3, -1)
+    outputs = []
+    for qh, kh, vh in zip(*(t.chunk(heads, -1) for t in (q, k, v)), strict=True):
+        outputs.append((qh @ kh.T / qh.shape[-1] ** 0.5 + mask).softmax(-1) @ vh)
+    x = x + torch.cat(outputs, -1) @ block.out.weight.T + block.out.bias
+    h = plain_norm(x, block.ln_2) @ block.fc_1.weight.T + block.fc_1.bias
+    return x + h * torch.sigmoid(1.702 * h) @ block.fc_2.weight.T + block.fc_2.bias
+
+
+def write(x: Tensor, where: Sequence[int], values: Tensor, mode: str) -> Tensor:
+    """x [N, D] with token m of ``values`` [M, D] at (or added to) row ``where[m]``."""
+    rows = list(x)
+    for row, value in zip(where, values, strict=True):
+        rows[row] = rows[row] + value if mode == "add" else value
+    return torch.stack(rows)
+
+
+def plain_text(
+    tower: TextTower, ids: Sequence[int], where: Sequence[int], prompts: Sequence[Tensor], mode: str, pad: int
+) -> Tensor:
+    """Feature [E] of one text, not normalised; ``prompts``: [M, D] for each layer, which stand at ``where``."""
+    c = tower.config
+    n = c.context_length
+    x = tower.token_embedding.weight[[*ids, *[pad] * (n - len(ids))]]
+    mask = torch.full((n, n), -torch.inf, dtype=x.dtype).triu(1) if c.causal else torch.zeros(n, n, dtype=x.dtype)
+    x = (write(x, where, prompts[0], "replace") if prompts else x) + tower.positions
+    for i, block in enumerate(tower.blocks):
+        if 0 < i < len(prompts):
+            x = write(x, where, prompts[i], mode)
+        x = plain_block(x, block, c.heads, mask)
+    pooled = plain_norm(x, tower.ln_final)[len(ids) - 1 if c.causal else n - 1]
+    feature = tower.projection.weight @ pooled
+    return feature if tower.projection.bias is None else feature + tower.projection.bias
+
+
+def plain_layout(tokenizer: TextTokenizer, name: str, n_ctx: int, words: str | None, position: str) -> list[int]:
+    """Token ids of a class's text, where −1 − m stands for the learned token m."""
+    frozen = tokenizer.words(words or "")[n_ctx:]
+    spelled = name.replace("_", " ")
+    n_name = len(tokenizer.words(spelled))
+    sentence = tokenizer.words(f"x {spelled}.")[1:]  # as in a sentence: a name's last sign may join the full stop
+    label, stop = sentence[:n_name], sentence[n_name:]
+    context = [-1 - m for m in range(n_ctx)] + frozen
+    before = {"end": len(context), "middle": n_ctx // 2, "front": 0}[position]
+    text = context[:before] + label + context[before:] + stop
+    return [*tokenizer.start, *text, *tokenizer.end]
+
+
+def plain_classes(
+    backbone: Backbone,
+    names: Sequence[str],
+    context: TextContext,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Class features, [C, E] or [B, C, E], of every class and image by itself."""
+    tokenizer = backbone.tokenizer
+    images = [None] if bias is None else list(bias)
+    features = []
+    for b in images:
+        for c, name in enumerate(names):
+            ids = plain_layout(tokenizer, name, context.n_ctx, context.words, context.position)
+            where = [ids.index(-1 - m) for m in range(context.n_ctx)]
+            first = context.vectors[c] if context.class_specific else context.vectors
+            prompts = [first if b is None else first + b, *(() if context.deep is None else context.deep)]
+            ids = [max(i, 0) for i in ids]
+            pad = 0 if tokenizer.pad is None else tokenizer.pad
+            features.append(plain_text(backbone.text_tower, ids, where, prompts, context.mode, pad))
+    stacked = torch.stack(features).unflatten(0, (len(images), len(names)))
+    stacked = stacked[0] if bias is None else stacked
+    return stacked / stacked.norm(dim=-1, keepdim=True)
+
+
+def plain_image(tower: ImageTower, images: Tensor, prompts: Sequence[Tensor] = (), mode: str = "replace") -> Tensor:
+    """Features [B, E] of images, one at a time, not normalised; the prompts stand behind the patches."""
+    c = tower.config
+    side = range(0, c.image_size, c.patch_size)
+    features = []
+    for image in images:
+        patches = [image[:, i : i + c.patch_size, j : j + c.patch_size].flatten() for i in side for j in side]
+        x = torch.stack(patches) @ tower.patches.weight.flatten(1).T
+        x = torch.cat([tower.class_token[None], x]) + tower.positions
+        where = range(len(x), len(x) + len(prompts[0])) if prompts else ()
+        x = plain_norm(torch.cat([x, *prompts[:1]]), tower.ln_pre)
+        mask = torch.zeros(len(x), len(x), dtype=x.dtype)
+        for i, block in enumerate(tower.blocks):
+            if 0 < i < len(prompts):
+                x = write(x, where, prompts[i], mode)
+            x = plain_block(x, block, c.heads, mask)
+        features.append(tower.projection.weight @ plain_norm(x, tower.ln_post)[0])
+    return torch.stack(features)
+
+
+def same(what: str, fast: Tensor, plain: Tensor) -> None:
+    """Equal to 1e-9, of the largest value where that is above 1."""
+    assert fast.dtype == plain.dtype == torch.float64
+    assert fast.shape == plain.shape, f"{what}: {tuple(fast.shape)} is not {tuple(plain.shape)}"
+    error = (fast - plain).abs().max().item()
+    assert error <= TOLERANCE * max(1.0, plain.abs().max().item()), f"{what}: off by {error:.3g}"
+
+
+def same_with_gradients(fast: Tensor, plain: Tensor, learned: dict[str, Tensor]) -> None:
+    """Equal features, and equal gradients of one random linear function of them."""
+    same("features", fast, plain)
+    weights = torch.randn_like(plain)
+    gradients = [torch.autograd.grad((f * weights).sum(), list(learned.values())) for f in (fast, plain)]
+    for name, of_fast, of_plain in zip(learned, *gradients, strict=True):
+        assert of_plain.abs().max() > 1e-6, f"{name} has no effect: nothing is compared"
+        same(f"gradient of {name}", of_fast, of_plain)
+
+
+# Class texts
+
+
+def make_context(backbone: Backbone, n_ctx: int, words: str | None = None, **options) -> TextContext:
+    """A context in float64, moved off its initial values."""
+    context = TextContext(backbone, n_ctx, words, **options).double()
+    with torch.no_grad():
+        for parameter in context.parameters():
+            parameter += 0.5 * torch.randn_like(parameter)
+    return context
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the property is drawn over."""
+
+    names: list[str]
+    n_ctx: int
+    words: str | None
+    position: str
+    depth: int
+    mode: str
+    class_specific: bool
+    images: int
+    seed: int
+
+    def context(self, backbone: Backbone) -> TextContext:
+        torch.manual_seed(self.seed)
+        return make_context(
+            backbone,
+            self.n_ctx,
+            self.words,
+            position=self.position,
+            depth=self.depth,
+            mode=self.mode,
+            n_classes=len(self.names) if self.class_specific else None,
+        )
+
+
+ODD_NAMES = (
+    "forget-me-not",
+    "pot_plant",
+    "_x",
+    "Boeing 737-200",
+    "C++",
+    "St. Bernard",
+    "dog's",
+    "犬",
+    "クロネコ",
+    "серый волк",
+    "كلب",
+    "ελιά",
+    "ô café",
+    "🐶",
+    "👩🏽‍🚀 in space",
+    "7",
+)
+word = st.text("abcdefghijklmnopqrstuvwxyz", min_size=1, max_size=7)
+name = st.lists(word, min_size=1, max_size=4).map(" ".join) | st.sampled_from(ODD_NAMES)
+names = st.lists(name, min_size=1, max_size=4)
+related_names = st.builds(
+    lambda first, others, gap: [f"{first}{gap}{other}" for other in others], word, names, st.sampled_from(" _-")
+)
+same_length = st.lists(st.sampled_from(["dog", "cat", "car", "tree"]), min_size=2, max_size=5)
+
+setting = st.builds(
+    Setting,
+    names=names | related_names | same_length,
+    n_ctx=st.integers(1, 6),
+    words=st.sampled_from([None, "a photo of a", "a photo", "one of many pretty pictures of the"]),
+    position=st.sampled_from(["end", "middle", "front"]),
+    depth=st.integers(1, LAYERS),
+    mode=st.sampled_from(["replace", "add"]),
+    class_specific=st.booleans(),
+    images=st.just(0),
+    seed=st.integers(0, 1000),
+)
+
+
+def check_classes(backbone: Backbone, drawn: Setting) -> None:
+    context = drawn.context(backbone)
+    learned = dict(context.named_parameters())
+    bias = None
+    if drawn.images:
+        bias = learned["bias"] = torch.randn(drawn.images, 32, dtype=torch.float64, requires_grad=True)
+    packed = context.packed(backbone, drawn.names)
+    fast = encode_classes(backbone.text_tower, context.prompts(bias), packed)
+    same_with_gradients(fast, plain_classes(backbone, drawn.names, context, bias), learned)
+
+
+@quick
+@given(setting)
+def test_fast_class_features_equal_the_plain_ones(drawn: Setting) -> None:
+    check_classes(small_backbone(), drawn)
+
+
+@settings(quick, max_examples=100)
+@given(setting, st.integers(1, N_IMAGES))
+def test_image_dependent_class_features_equal_the_plain_ones(drawn: Setting, images: int) -> None:
+    check_classes(small_backbone(), replace(drawn, images=images))
+
+
+@settings(quick, max_examples=100)
+@given(setting)
+def test_bidirectional_class_features_equal_the_plain_ones(drawn: Setting) -> None:
+    check_classes(small_backbone(causal=False), drawn)
+
+
+@settings(quick, max_examples=100)
+@given(setting)
+def test_sharing_the_prefix_changes_nothing(drawn: Setting) -> None:
+    backbone, context = small_backbone(), drawn.context(small_backbone())
+    texts = class_tokens(backbone, drawn.names, drawn.n_ctx, drawn.words, drawn.position)
+    shared, alone = (
+        pack(texts.ids, texts.slots, class_specific=drawn.class_specific, share=share) for share in (True, False)
+    )
+    assert shared.prefix >= 1
+    assert alone.prefix == 0
+    fast, plain = (encode_classes(backbone.text_tower, context.prompts(), p) for p in (shared, alone))
+    same_with_gradients(fast, plain, dict(context.named_parameters()))
+
+
+@settings(quick, max_examples=100)
+@given(setting)
+def test_no_padding_is_stored(drawn: Setting) -> None:
+    backbone = small_backbone()
+    texts = class_tokens(backbone, drawn.names, drawn.n_ctx, drawn.words, drawn.position)
+    packed = pack(texts.ids, texts.slots, class_specific=drawn.class_specific)
+    rows = packed.prefix + sum(len(ids) - packed.prefix for ids in texts.ids)
+    assert len(packed.tokens) == len(packed.positions) == rows
+    assert len(packed.pooled) == len(texts.ids)
+    ends = packed.positions[packed.pooled][packed.order]
+    assert ends.tolist() == [len(ids) - 1 for ids in texts.ids]
+
+
+@settings(quick, max_examples=50)
+@given(names | related_names)
+def test_frozen_text_features_equal_the_plain_ones(texts: list[str]) -> None:
+    for backbone in (small_backbone(), small_backbone(causal=False)):
+        tokenizer = backbone.tokenizer
+        rows = []
+        for text in texts:
+            ids = [*tokenizer.start, *tokenizer.words(text), *tokenizer.end]
+            rows.append(plain_text(backbone.text_tower, ids, (), (), "replace", tokenizer.pad or 0))
+        plain = torch.stack(rows)
+        same("features", backbone.encode_texts(texts, normalise=False), plain)
+        same("unit features", backbone.encode_texts(texts), unit(plain))
+
+
+DIFFERENT = ["dog", "cat", "forget-me-not"]
+
+
+@pytest.mark.parametrize(
+    ("position", "n_ctx", "words", "options", "prefix"),
+    [
+        ("end", 4, None, {}, 1 + 4),
+        ("end", 4, None, {"depth": LAYERS}, 1 + 4),
+        ("end", 2, "a photo of a", {}, 1 + 4),  # the frozen words too
+        ("end", 6, "a photo of a", {}, 1 + 6),
+        ("middle", 4, None, {}, 1 + 2),
+        ("middle", 5, None, {}, 1 + 2),
+        ("middle", 1, None, {}, 1),
+        ("front", 4, None, {}, 1),
+        ("end", 4, None, {"n_classes": 3}, 1),
+        ("end", 2, "a photo of a", {"n_classes": 3}, 1),
+        ("middle", 4, None, {"n_classes": 3}, 1),
+    ],
+)
+def test_shared_prefix_is_as_long_as_it_can_be(
+    position: str, n_ctx: int, words: str | None, options: dict, prefix: int
+) -> None:
+    context = TextContext(small_backbone(), n_ctx, words, position=position, **options)
+    assert context.packed(small_backbone(), DIFFERENT).prefix == prefix
+
+
+def test_words_that_all_class_names_begin_with_are_shared() -> None:
+    backbone = small_backbone()
+    assert TextContext(backbone, 4).packed(backbone, ["a dog", "a cat"]).prefix == 1 + 4 + 1
+    assert TextContext(backbone, 4, position="front").packed(backbone, ["a dog", "a cat"]).prefix == 1 + 1
+
+
+def test_bidirectional_texts_share_nothing_and_keep_their_padding() -> None:
+    backbone = small_backbone(causal=False)
+    packed = TextContext(backbone, 4).packed(backbone, DIFFERENT)
+    assert packed.prefix == 0
+    assert len(packed.tokens) == len(DIFFERENT) * backbone.context_length
+
+
+def test_class_features_do_not_depend_on_the_other_classes() -> None:
+    backbone = small_backbone()
+    torch.manual_seed(1)
+    context = make_context(backbone, 3, "a photo of a", depth=2)
+    names = ["a dog", "a big grey wolf", "a cat", "a dog"]
+
+    def features(names: list[str]) -> Tensor:
+        return encode_classes(backbone.text_tower, context.prompts(), context.packed(backbone, names))
+
+    together = features(names)
+    same("one by one", together, torch.cat([features([n]) for n in names]))
+    same("in another order", together.flip(0), features(names[::-1]))
+
+
+@pytest.mark.parametrize("position", ["end", "middle", "front"])
+def test_a_context_takes_any_new_class_names(position: str) -> None:
+    backbone = small_backbone()
+    torch.manual_seed(2)
+    context = make_context(backbone, 4, position=position, depth=2)
+    for names in (DIFFERENT, ["giant panda"], list(ODD_NAMES), DIFFERENT):
+        fast = encode_classes(backbone.text_tower, context.prompts(), context.packed(backbone, names))
+        same("features", fast, plain_classes(backbone, names, context))
+
+
+@pytest.mark.parametrize(("n_ctx", "free"), [(2, 0), (4, 0), (6, 2)])
+def test_words_initialise_the_last_tokens(n_ctx: int, free: int) -> None:
+    backbone, words = small_backbone(), "a photo of a"
+    torch.manual_seed(3)
+    context = TextContext(backbone, n_ctx, words)
+    ids = backbone.tokenizer.words(words)
+    known = backbone.text_tower.token_embedding.weight[ids]
+    torch.testing.assert_close(word_vectors(backbone, words), known, rtol=0, atol=0)
+    torch.testing.assert_close(context.vectors[free:], known[: n_ctx - free].float(), rtol=0, atol=0)
+    assert context.vectors[:free].abs().lt(0.2).all()
+
+
+def test_a_text_that_is_too_long_names_its_class() -> None:
+    backbone = small_backbone()
+    fits = "photo " * 72  # start, 2 learned tokens, 72 words, full stop, end: 77
+    assert len(class_tokens(backbone, [fits.strip()], 2).ids[0]) == backbone.context_length
+    with pytest.raises(
+        DataError, match=r"text of class 'photo photo .*…' has 78 tokens; the backbone reads at most 77"
+    ):
+        TextContext(backbone, 3).packed(backbone, ["cat", fits.strip()])
+    short = replace(backbone, tokenizer=replace(backbone.tokenizer, context_length=8))
+    with pytest.raises(DataError, match=r"text of class 'photo_of_a' has 10 tokens; .* at most 8"):
+        TextContext(short, 4).packed(short, ["a", "photo_of_a"])
+
+
+@pytest.mark.parametrize("name", ["", "_", "  "])
+def test_a_class_without_a_name_is_refused(name: str) -> None:
+    with pytest.raises(DataError, match=f"class name '{name}' has no token that the backbone knows"):
+        class_tokens(small_backbone(), ["cat", name], 2)
+
+
+@pytest.mark.parametrize("depth", [0, LAYERS + 1, -1])
+def test_depth_out_of_range_is_refused(depth: int) -> None:
+    backbone = small_backbone()
+    for kind, build in (
+        ("text", lambda: TextContext(backbone, 2, depth=depth)),
+        ("visual", lambda: VisualPrompts(backbone, 2, depth=depth)),
+        ("visual", lambda: CoupledPrompts(backbone, depth)),
+    ):
+        with pytest.raises(ConfigError, match=rf"{kind} prompt depth = {depth} \(allowed: 1 to {LAYERS}"):
+            build()
+
+
+# Images
+
+
+def make_images() -> Tensor:
+    return torch.randn(N_IMAGES, 3, 16, 16, dtype=torch.float64)
+
+
+def test_frozen_image_features_equal_the_plain_ones() -> None:
+    backbone = small_backbone()
+    torch.manual_seed(5)
+    images = make_images()
+    same("features", backbone.encode_images(images), unit(plain_image(backbone.image_tower, images)))
+
+
+@settings(quick, max_examples=50)
+@given(st.integers(1, 6), st.integers(1, LAYERS), st.sampled_from(["replace", "add"]), st.integers(0, 1000))
+def test_visual_prompts_equal_the_plain_ones(n_ctx: int, depth: int, mode: str, seed: int) -> None:
+    backbone = small_backbone()
+    torch.manual_seed(seed)
+    images = make_images()
+    visual = VisualPrompts(backbone, n_ctx, depth, mode).double()
+    fast = unit(backbone.image_tower(images, visual.prompts()))
+    plain = unit(plain_image(backbone.image_tower, images, list(visual.vectors), mode))
+    same_with_gradients(fast, plain, dict(visual.named_parameters()))
+
+
+@pytest.mark.parametrize("depth", [1, 2, LAYERS])
+def test_coupled_prompts_equal_the_plain_ones(depth: int) -> None:
+    """Image and text features together, so that the gradient reaches the context by both ways."""
+    backbone, names = small_backbone(), ["dog", "grey wolf", "cat"]
+    torch.manual_seed(depth)
+    images = make_images()
+    context = make_context(backbone, 2, "a photo of a", depth=depth)
+    coupled = CoupledPrompts(backbone, depth).double()
+    text = context.prompts()
+    v = unit(backbone.image_tower(images, coupled.prompts(text.layers)))
+    t = encode_classes(backbone.text_tower, text, context.packed(backbone, names))
+
+    tokens = [context.vectors, *(() if context.deep is None else context.deep)]
+    projected = [x @ p.weight.T + p.bias for x, p in zip(tokens, coupled.projections, strict=True)]
+    plain_v = unit(plain_image(backbone.image_tower, images, projected))
+    plain_t = plain_classes(backbone, names, context)
+    learned = {**dict(context.named_parameters()), **dict(coupled.named_parameters())}
+    same_with_gradients(backbone.logits(v, t), 100 * plain_v @ plain_t.T, learned)
+
+
+@pytest.mark.parametrize("build", [lambda b: VisualPrompts(b, 2), lambda b: CoupledPrompts(b, 1)])
+def test_visual_prompts_need_a_class_token(build: Callable[[Backbone], nn.Module]) -> None:
+    with pytest.raises(BackboneError, match="backbone 'small' has no class token"):
+        build(small_backbone(pool="map"))
