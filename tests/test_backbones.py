@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+import warnings
 from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -33,6 +34,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from vlprompt.backbones.backbone import Backbone
+from vlprompt.backbones.convert import convert
 from vlprompt.backbones.load import EMBEDDED, load_backbone
 from vlprompt.backbones.tokenizer import load_clip_tokenizer
 from vlprompt.errors import BackboneError, DataError
@@ -596,8 +598,8 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
         file.write_bytes(part)
         refused(str(tmp_path), match=f"cannot read {file}: ")
     file.rename(tmp_path / "model.pt")
-    refused(str(tmp_path), match=f"no model.safetensors in {tmp_path} (only safetensors are read; pickles never are)")
-    refused(str(tmp_path / "model.pt"), match="model.pt is not a .safetensors file (only safetensors are read")
+    refused(str(tmp_path), match=f"no model.safetensors in {tmp_path}: convert older weights first")
+    refused(str(tmp_path / "model.pt"), match="model.pt is not a .safetensors file: convert it first: vlprompt convert")
     (tmp_path / "config.json").write_text("{")
     refused(str(tmp_path), match=f"cannot read {tmp_path / 'config.json'}: ")
     (tmp_path / "config.json").unlink()
@@ -755,3 +757,44 @@ def test_golden_backbone() -> None:
     assert backbone.tokenize(texts) == [row[: row.index(end) + 1] for row in ids.tolist()]
     close(backbone.encode_texts(texts), pooled(model.get_text_features(input_ids=ids)))
     close(backbone.encode_images(images()), pooled(model.get_image_features(pixel_values=images())))
+
+
+# ------------------------------------------------------------------------------------------- converting old files
+
+
+class Payload:
+    """An object whose unpickling would run code."""
+
+    def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+        return Path.touch, (Path("code-ran"),)
+
+
+def test_convert_writes_the_tensors(tmp_path: Path) -> None:
+    weight = torch.randn(3, 2)
+    torch.save({"epoch": 3, "state_dict": {"module.a": weight, "module.b": weight.T, "n": 1}}, tmp_path / "old.pt")
+    assert convert(tmp_path / "old.pt", tmp_path / "new" / "model.safetensors") == 2
+    state = load_file(tmp_path / "new" / "model.safetensors")
+    assert torch.equal(state["a"], weight)
+    assert torch.equal(state["b"], weight.T)
+
+
+def test_convert_refuses_anything_but_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), "script.pt")
+    torch.save({"w": Payload()}, "object.pt")
+    torch.save([1, 2], "list.pt")
+    Path("damaged.pt").write_text("hi")
+    for file, reason in {
+        "script.pt": "is a TorchScript archive",
+        "object.pt": "holds objects beside tensors",
+        "list.pt": "holds no tensors by name",
+        "damaged.pt": "cannot read damaged.pt",
+        "absent.pt": "absent.pt does not exist",
+    }.items():
+        with pytest.raises(BackboneError, match=reason) as caught:
+            convert(Path(file), Path("out.safetensors"))
+        assert "\n" not in str(caught.value)
+    assert not Path("out.safetensors").exists()
+    assert not Path("code-ran").exists()

@@ -258,6 +258,17 @@ def predict(
         _print_predictions(predictions, csv)
 
 
+@app.command(epilog="Example: vlprompt convert pytorch_model.bin clip/model.safetensors")
+def convert(
+    file: Annotated[Path, typer.Argument(help="A .bin or .pt state dict.")],
+    out: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+) -> None:
+    """Turn an old checkpoint into safetensors, without running code that it may hold."""
+    from vlprompt.backbones.convert import convert as convert_file
+
+    _say(f"{convert_file(file, out)} tensors written to {out}")
+
+
 def _print_predictions(predictions: list[dict[str, Any]], as_csv: bool) -> None:
     import csv
 

@@ -109,11 +109,11 @@ def _draw(file: Path, halves: Sequence[Split], before: Method, after: Method) ->
         cells += zip(paths, split.class_names, *guesses, strict=True)
     sheet = Image.new("RGB", (COLUMNS * CELL, -(-len(cells) // COLUMNS) * ROW), "white")
     draw, title, font = ImageDraw.Draw(sheet), ImageFont.load_default(13), ImageFont.load_default(12)
-    for n, (path, name, *guesses) in enumerate(cells):
+    for n, (path, name, *said) in enumerate(cells):
         x, y = n % COLUMNS * CELL, n // COLUMNS * ROW
         sheet.paste(load_image(path).resize((80, 80)), (x + 45, y + 4))
         draw.text((x + 6, y + 86), name, "black", title)
-        for line, (when, guess) in enumerate(zip(("before", "after"), guesses, strict=True)):
+        for line, (when, guess) in enumerate(zip(("before", "after"), said, strict=True)):
             draw.text((x + 6, y + 104 + 16 * line), f"{when}: {guess}", RIGHT if guess == name else WRONG, font)
     sheet.save(file)
 

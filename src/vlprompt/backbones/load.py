@@ -222,12 +222,20 @@ def _read_state(folder: Path, stem: str) -> State:
         for part in sorted(set(_read_json(index).get("weight_map", {}).values())):
             state |= _read_safetensors(folder / Path(part).name)
         return state
-    raise BackboneError(f"no {stem}.safetensors in {folder} (only safetensors are read; pickles never are)")
+    old = next(folder.glob("*.bin"), None)
+    file = old or "pytorch_model.bin"
+    fetch = "" if old else f" (if its weights come as {file}, fetch that too)"
+    raise BackboneError(
+        f"no {stem}.safetensors in {folder}: convert older weights first{fetch}: vlprompt convert {file} {single}"
+    )
 
 
 def _read_safetensors(file: Path) -> State:
     if file.suffix != ".safetensors":
-        raise BackboneError(f"{file} is not a .safetensors file (only safetensors are read; pickles never are)")
+        raise BackboneError(
+            f"{file} is not a .safetensors file: convert it first: "
+            f"vlprompt convert {file} {file.with_suffix('.safetensors')}"
+        )
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
