@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,6 +40,7 @@ class Backbone:
     fingerprint: str = ""
     """SHA-256 over all weights (rounded to fp16, the coarsest form they are stored in) and what reads them."""
     _texts: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _known: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for tower in (self.image_tower, self.text_tower):
@@ -77,6 +78,7 @@ class Backbone:
         for tower in (self.image_tower, self.text_tower):
             tower.to(device=device, dtype=dtype)
         self._texts.clear()
+        self._known.clear()
         return self
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
@@ -100,6 +102,12 @@ class Backbone:
             self._texts.update(zip(part, features, strict=True))
         stacked = torch.stack([self._texts[t] for t in texts])
         return unit(stacked) if normalise else stacked
+
+    def remember(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """What ``compute`` gave for ``key`` the first time, until the towers move."""
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
 
     def logits(self, image_features: Tensor, class_features: Tensor) -> Tensor:
         """scale · v · tᵀ (+ bias) of normalised features [B, E] and [C, E] or [B, C, E]: [B, C]."""

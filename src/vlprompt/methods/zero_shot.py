@@ -21,13 +21,17 @@ def fill(template: str, class_names: Sequence[str]) -> list[str]:
 def frozen_class_features(
     backbone: Backbone, class_names: Sequence[str], templates: Sequence[str], average: str = "normalised"
 ) -> Tensor:
-    """Normalised class features averaged over templates: [C, E].
+    """Normalised class features averaged over templates, computed once for a backbone: [C, E].
 
     ``normalised`` averages normalised text features, as CLIP's ensemble does; ``raw`` averages them as they
     come out of the text tower, as PromptSRC does.
     """
-    features = [backbone.encode_texts(fill(t, class_names), average == "normalised") for t in templates]
-    return unit(sum(features[1:], features[0]) / len(features))
+
+    def compute() -> Tensor:
+        features = [backbone.encode_texts(fill(t, class_names), average == "normalised") for t in templates]
+        return unit(sum(features[1:], features[0]) / len(features))
+
+    return backbone.remember((tuple(class_names), tuple(templates), average), compute)
 
 
 @register("zero_shot")
