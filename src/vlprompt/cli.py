@@ -68,7 +68,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except typer.TyperException as error:  # unknown option, missing argument, …
-        print(f"error: {error.format_message()}", file=sys.stderr)
+        print(f"error: {error.format_message().replace('Value error, ', '')}", file=sys.stderr)
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
@@ -176,7 +176,8 @@ def train(
     from vlprompt.progress import Bar
     from vlprompt.training.run import train as train_run
 
-    out = out or Path("runs") / f"{Path(data).stem}-{method}-seed{merged.seed}"
+    name = Path(data).resolve().name.removesuffix(".csv")  # of "." too
+    out = out or Path("runs") / f"{name}-{method}-seed{merged.seed}"
     with Bar() as bar:
         _, result = train_run(merged, out, bar, _say)
     if json_output:
@@ -253,7 +254,7 @@ def predict(
     names = read_class_names(class_names, class_names_file) or method.class_names
     predictions = predict_images(method, paths, names, top)
     if json_output:
-        print(json.dumps({"predictions": predictions}, ensure_ascii=False))
+        print(json.dumps({"predictions": predictions}))
     else:
         _print_predictions(predictions, csv)
 

@@ -18,7 +18,7 @@ def find_images(places: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for place in places:
         if place.is_dir():
-            inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file())
+            inside = sorted(p for p in place.rglob("*") if _is_image(p, place))
             if not inside:
                 raise DataError(f"no images in folder {place} (looked for {', '.join(sorted(IMAGE_EXTENSIONS))})")
             found += inside
@@ -29,13 +29,18 @@ def find_images(places: Sequence[Path]) -> list[Path]:
     return found
 
 
+def _is_image(path: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
+    return path.suffix.lower() in IMAGE_EXTENSIONS and not hidden and path.is_file()
+
+
 def read_class_names(text: str | None, file: Path | None) -> tuple[str, ...] | None:
     """Class names from a comma-separated text or a file with one a line; None if neither is given."""
     if text is not None and file is not None:
         raise DataError("--class-names and --class-names-file exclude each other")
     if file is not None:
         try:
-            names = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+            names = [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot read class names from {file}: {error}") from None
         source = f"class names file {file}"

@@ -192,7 +192,8 @@ class TextTower(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = c = config
-        self.token_embedding = nn.Embedding(c.vocab_size, c.width)
+        # Not nn.Embedding(…): its random start makes PyTorch import its compiler on the meta device, a second's work.
+        self.token_embedding = nn.Embedding.from_pretrained(torch.zeros(c.vocab_size, c.width), freeze=False)
         self.positions = nn.Parameter(torch.zeros(c.context_length, c.width))
         self.blocks = nn.ModuleList(Block(c.width, c.mlp_width, c.activation, c.eps) for _ in range(c.layers))
         self.ln_final = nn.LayerNorm(c.width, c.eps)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 from annotated_types import Ge
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from vlprompt.backbones.backbone import Backbone, unit
@@ -17,6 +18,15 @@ from vlprompt.prompting.text import TextContext, encode_classes
 
 Count = Annotated[int, Ge(1)]
 Weight = Annotated[float, Ge(0)]
+
+
+def _check_template(text: str) -> str:
+    if "{}" not in text:
+        raise ValueError("text with {} for the class name")
+    return text
+
+
+Template = Annotated[str, AfterValidator(_check_template)]
 
 
 @dataclass(frozen=True)

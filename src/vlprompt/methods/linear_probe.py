@@ -56,9 +56,15 @@ class LinearProbe(Method):
         from sklearn.linear_model import LogisticRegression
         from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
+        count = torch.bincount(labels, minlength=len(self.class_names))
+        if not count.all():
+            name = self.class_names[int(count.argmin())]
+            raise DataError(f"linear_probe cannot score class '{name}': it has no training images")
+        if len(count) == 1:
+            return  # one class: nothing to tell apart, and scikit-learn refuses it
         x, y = features.double().cpu().numpy(), labels.cpu().numpy()
         c = self.config.C
-        if c is None and torch.bincount(labels).min() < FOLDS:
+        if c is None and count.min() < FOLDS:
             c = GRID[len(GRID) // 2]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a solver stopped at max_iter is a setting, not a fault

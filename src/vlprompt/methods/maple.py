@@ -76,7 +76,8 @@ class MaPLe(Method):
 
     def load_inference_state(self, state: Mapping[str, Tensor]) -> None:
         """Text prompts and folded visual prompts; the maps are gone."""
+        folded = torch.stack(list(self.visual_prompts().layers)).detach()  # its shape; the values are the state's
         self.coupled = None
         del self.folded
-        self.register_buffer("folded", torch.zeros_like(state["folded"]))
+        self.register_buffer("folded", torch.zeros_like(folded))
         self.load_state_dict(state)

@@ -86,7 +86,7 @@ class PromptSRC(IVLP):
         """Add the prompts to the average; after the last epoch, become the average."""
         weight = gaussian_weights(epochs, self.config.average_mean, self.config.average_std)[epoch]
         for name, p in self.named_parameters():
-            self.average[name] = weight * p + self.average.get(name, torch.zeros_like(p))
+            self.average[name] = weight * p + (self.average[name] if epoch else 0)
         if epoch == epochs - 1:
             for name, p in self.named_parameters():
                 p.copy_(self.average[name])

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from vlprompt.backbones.towers import Prompts
-from vlprompt.methods.base import Batch, Count, Method, MethodConfig, register
+from vlprompt.methods.base import Batch, Count, Method, MethodConfig, Template, register
 from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.prompting.visual import VisualPrompts
 
@@ -40,7 +40,7 @@ class VPT(Method):
         """Learned tokens at each layer."""
         depth: Count | None = None
         """Layers that get tokens of their own; all of the image tower's (12 in ViT-B) if not given."""
-        template: str = "a photo of a {}."
+        template: Template = "a photo of a {}."
         """Text of the classes."""
 
     def build(self) -> None:

@@ -9,13 +9,13 @@ from typing import Literal
 from torch import Tensor
 
 from vlprompt.backbones.backbone import Backbone, unit
-from vlprompt.methods.base import Method, MethodConfig, register
+from vlprompt.methods.base import Method, MethodConfig, Template, register
 from vlprompt.methods.templates import ENSEMBLES
 
 
 def fill(template: str, class_names: Sequence[str]) -> list[str]:
     """A template's text for each class; underscores in class names are read as spaces."""
-    return [template.format(name.replace("_", " ")) for name in class_names]
+    return [template.replace("{}", name.replace("_", " ")) for name in class_names]
 
 
 def frozen_class_features(
@@ -47,7 +47,7 @@ class ZeroShot(Method):
     class Config(MethodConfig):
         """Settings of zero_shot."""
 
-        template: str | None = None
+        template: Template | None = None
         """Text with {} for the class name; the data set's own if not given."""
         ensemble: Literal["none", "select", "imagenet"] = "none"
         """Average over the 7 templates selected for ImageNet, or over its first 60 (PromptSRC's list)."""

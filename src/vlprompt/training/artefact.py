@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 import vlprompt
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
-from vlprompt.errors import ArtefactError
+from vlprompt.errors import ArtefactError, ConfigError
 from vlprompt.files import write_atomically
 from vlprompt.methods import Method, find_method
 
@@ -62,10 +62,11 @@ def load_artefact(folder: Path, backbone: str | None = None, device: str = "cpu"
         settings = TypeAdapter(cls.Config).validate_python(config["settings"])
         state = load_file(folder / "prompts.safetensors")
         loaded = load_backbone(backbone or config["backbone"]["name"], device, precision)  # type: ignore[arg-type]
+        _check_backbone(loaded, config["backbone"], folder)
         method = cls(loaded, config["class_names"], settings, config["template"])
-    except (KeyError, TypeError, ValueError, ValidationError, SafetensorError, OSError) as error:
-        raise ArtefactError(f"cannot read the tuned model in {folder}: {' '.join(str(error).split())[:200]}") from None
-    _check_backbone(loaded, config["backbone"], folder)
+    except (KeyError, TypeError, ValueError, ValidationError, SafetensorError, OSError, ConfigError) as error:
+        reason = f"no {error} in config.json" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+        raise ArtefactError(f"cannot read the tuned model in {folder}: {reason}") from None
     try:
         method.load_inference_state(state)
     except (RuntimeError, KeyError) as error:

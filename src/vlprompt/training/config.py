@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import TypeAdapter, ValidationError
 
 from vlprompt.errors import ConfigError, unknown
@@ -78,7 +79,7 @@ class RunConfig:
     """The method's own settings."""
     backbone: str = "mini"
     """The frozen model."""
-    seed: Annotated[int, Ge(0)] = 1
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 1
     """Decides the few-shot images, the initial prompts, and the order and crops of training images."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -118,7 +119,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
         parsed = value
-    return key.strip(), value if isinstance(parsed, (dict, list)) else parsed
+    return key.strip(), parsed if parsed is None or isinstance(parsed, (str, int, float)) else value
 
 
 def build_config(
@@ -194,10 +195,14 @@ def _checked(cls: type, values: Mapping[str, Any], prefix: str, problems: list[s
     """An instance of a configuration dataclass, or None with the problems noted."""
     assert is_dataclass(cls)
     try:
-        return TypeAdapter(cls).validate_python(dict(values))
+        checked = TypeAdapter(cls).validate_python(dict(values))
     except ValidationError as error:
         problems += _one_line_each(error, prefix)
         return None
+    for name, value in vars(checked).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{prefix}{name} = {value} (allowed: finite number)")
+    return checked
 
 
 def _checked_top(values: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -215,7 +220,7 @@ def _one_line_each(error: ValidationError, prefix: str) -> list[str]:
     lines: dict[str, str] = {}
     for e in error.errors():
         key = f"{prefix}{e['loc'][0] if e['loc'] else ''}"
-        rule = e["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+        rule = e["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
         near = ""
         if e["type"] == "literal_error":
             options = [o.strip("'") for o in e["ctx"]["expected"].replace(" or ", ", ").split(", ")]

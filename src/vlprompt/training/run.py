@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,8 +82,7 @@ def train(
 ) -> tuple[Method, Result]:
     """Train as configured and write the run folder ``out``.
 
-    Everything that can be wrong with the input is found before the folder is made. Raises ConfigError if the folder
-    is already in use.
+    Input that cannot be used leaves no folder behind. Raises ConfigError if the folder is already in use.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"output folder {out} is already in use: choose another with --out")
@@ -100,19 +101,36 @@ def train(
     )
     images = {part: _images(split, part, config.data.workers) for part in ("train", "val")}
 
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "config.yaml", config.to_yaml())
-    write_atomically(out / "environment.json", json.dumps(environment(backbone), indent=2))
-    write_split(split, out / "split.json")
-    with (out / "log.jsonl").open("w", encoding="utf-8") as log_file:
-        epochs, val_accuracy = _train(config, method, split, images, progress, log_file.write)
-    train_accuracy = evaluate(method, images["train"], split.class_names).accuracy
-    if val_accuracy is None and split.val:
-        val_accuracy = evaluate(method, images["val"], split.class_names).accuracy
-    result = Result(str(out), epochs, train_accuracy, val_accuracy, trainable, time.monotonic() - began)
-    write_atomically(out / "metrics.json", json.dumps(vars(result), indent=2))
-    save_artefact(method, out, about(config, dataset, result))
+    with _run_folder(out):
+        write_atomically(out / "config.yaml", config.to_yaml())
+        write_atomically(out / "environment.json", json.dumps(environment(backbone), indent=2))
+        write_split(split, out / "split.json")
+        with (out / "log.jsonl").open("w", encoding="utf-8") as log_file:
+            epochs, val_accuracy = _train(config, method, split, images, progress, log_file.write)
+        train_accuracy = evaluate(method, images["train"], split.class_names).accuracy
+        if val_accuracy is None and split.val:
+            val_accuracy = evaluate(method, images["val"], split.class_names).accuracy
+        result = Result(str(out), epochs, train_accuracy, val_accuracy, trainable, time.monotonic() - began)
+        write_atomically(out / "metrics.json", json.dumps(vars(result), indent=2))
+        save_artefact(method, out, about(config, dataset, result))
     return method.requires_grad_(False), result
+
+
+@contextmanager
+def _run_folder(out: Path) -> Iterator[None]:
+    """Make the run folder, which is empty or not there yet, and take it away again if the data cannot be used."""
+    there = out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make output folder {out}: {error.strerror}") from None
+    try:
+        yield
+    except DataError:  # an image that cannot be decoded, a class name that is too long
+        shutil.rmtree(out)
+        if there:
+            out.mkdir()
+        raise
 
 
 def _train(
