@@ -62,6 +62,7 @@ def run_demo(out: Path, say: Callable[[str], None]) -> dict[str, Any]:
     tuned: dict[str, Method] = {}
     rows: dict[str, dict[str, float]] = {}
     for name, changes in METHODS.items():
+        say(f"{name}: running …")
         given = {"data.name": "openmoji", "data.root": str(out / "data"), "data.classes": "base", **changes}
         tuned[name], result = train(build_config(name, overrides=given), out / name)
         accuracy = {
