@@ -21,24 +21,7 @@ from vlprompt.backbones.packing import pack, packed_attention
 from vlprompt.backbones.towers import _per_row, inject
 from vlprompt.prompting.text import TextContext, class_tokens, encode_classes
 
-WORDS = [
-    "golden",
-    "retriever",
-    "sea",
-    "horse",
-    "water",
-    "lily",
-    "anchor",
-    "grand",
-    "piano",
-    "inline",
-    "skate",
-    "Boeing",
-    "737",
-    "old",
-    "oak",
-    "tree",
-]
+WORDS = ("golden retriever", "sea horse", "water lily", "anchor", "grand piano", "inline skate", "Boeing 737", "tree")
 
 
 def names(n: int) -> list[str]:
