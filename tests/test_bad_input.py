@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vlprompt import cli
+from vlprompt.data.reading import ImageReader
 from vlprompt.errors import OutputError
 from vlprompt.files import write_atomically
 from vlprompt.training import run as run_module
@@ -211,6 +213,22 @@ def test_unreadable_images_of_evaluate_and_predict(refuses, run, here, how, reas
         assert result["skipped"] == 1
         assert result.get("n", len(result.get("predictions", ()))) == 7
     refuses(reason, "predict", "run", bad, "--skip-bad")
+
+
+def test_an_image_beyond_the_readers_memory_is_found_while_training(refuses, here, monkeypatch):
+    monkeypatch.setattr(run_module, "ImageReader", partial(ImageReader, room=0))
+    for image in sorted(Path("photos/dog").iterdir()):
+        spoil(image, "truncated")
+    refuses("cannot read image photos/dog/", "train", "coop", "photos", "n_ctx=1", "--epochs", 1, "--out", "new/run")
+
+
+def test_a_folder_that_may_not_be_read(refuses, here, monkeypatch):
+    def refused(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vlprompt.data.folders._subfolders", refused)
+        refuses("error: photos: Permission denied", "train", "coop", "photos")
 
 
 # --- settings -------------------------------------------------------------------------------------
