@@ -301,7 +301,8 @@ def test_output_that_cannot_be_written(refuses, here, monkeypatch, call, code, r
         monkeypatch.setattr(Path, "open", lambda p, *a, **k: (refused if p.name == "log.jsonl" else plain)(p, *a, **k))
     else:
         monkeypatch.setattr(os, call, refused)
-    refuses(("cannot write ", reason), "train", "coop", "photos", "n_ctx=1", "--epochs", 1, "--out", "new/run")
+    says = ("cannot make output folder new/run: " if call == "mkdir" else "cannot write new/run", reason)
+    refuses(says, "train", "coop", "photos", "n_ctx=1", "--epochs", 1, "--out", "new/run")
 
 
 def test_a_disk_that_fills_up_at_the_end_keeps_what_was_logged(run, here, monkeypatch):

@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 
 DATA, MODEL, RUN, OUTPUT = "Data", "Model", "Training", "Output"
+INTERRUPTED = 130
 
 
 class Classes(StrEnum):
@@ -73,7 +74,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 def main() -> None:
     """Run the command line; bad input ends in one line on standard error and exit code 2."""
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="vlprompt")
+        if code == INTERRUPTED:  # typer turns an interrupt into a silent exit
+            raise KeyboardInterrupt
     except VlpromptError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
@@ -87,7 +90,7 @@ def main() -> None:
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
-        code = 130
+        code = INTERRUPTED
     sys.exit(code)
 
 
@@ -135,7 +138,7 @@ def train(
     method: Annotated[str, typer.Argument(help="One of `vlprompt list methods`.")],
     data: Data,
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any setting; --dry-run shows them all.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Any setting; --dry-run shows them all.")
     ] = None,
     root: Root = None,
     shots: Annotated[
@@ -248,7 +251,7 @@ def evaluate(
     method = _load(run, backbone, device, precision)
     with ImageReader(room=CACHE_BYTES if skip_bad else 0) as reader:
         kept = readable(paths, reader, skip_bad, _say)
-        images = EvaluationImages([paths[i] for i in kept], [items[i].label for i in kept], reader)
+        images = EvaluationImages([paths[i] for i in kept], [items[i].label for i in kept], reader=reader)
         result = evaluate_method(method, images, chosen.class_names)
     if json_output:
         print(json.dumps({**result.to_dict(), "skipped": len(paths) - len(kept)}))

@@ -59,7 +59,7 @@ def predict_images(
     method: Method, paths: Sequence[Path], class_names: Sequence[str], top: int, reader: ImageReader | None = None
 ) -> list[dict[str, Any]]:
     """For each image its ``top`` most probable classes: ``{"image": …, "top": [{"class": …, "probability": …}]}``."""
-    images = EvaluationImages(paths, [0] * len(paths), reader)
+    images = EvaluationImages(paths, [0] * len(paths), reader=reader)
     probabilities = predict_logits(method, images.features(method), class_names).double().softmax(-1)
     best, labels = probabilities.topk(min(top, len(class_names)))
     return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -215,7 +215,9 @@ def check_class_names(class_names: Iterable[str], source: str) -> None:
     text tower, which could never tell their classes apart.
     """
     seen: dict[str, str] = {}
-    for name in class_names:
+    for name, n in Counter(list(class_names)).items():
+        if n > 1 and name:
+            raise DataError(f"{source}: {n} classes are named '{name}'")
         folded = " ".join(unicodedata.normalize("NFC", class_name(name)).casefold().split())
         if not folded:
             raise DataError(f"{source}: a class has no name" + (f" but '{name}'" if name else ""))

@@ -1,11 +1,13 @@
 """Batches of views: random regions for training, whole images for evaluation, made ahead by a reader's threads.
 
+Without a reader, training views keep one of their own, and each pass over evaluation images starts one.
 Every view depends on (seed, epoch, image) alone, not on the number of threads or on what ran before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +28,14 @@ class TrainingViews:
         preprocess: Preprocess,
         batch_size: int,
         seed: int,
-        reader: ImageReader,
         *,
         min_scale: float = 0.08,
+        workers: int = 2,
+        reader: ImageReader | None = None,
     ) -> None:
         self.paths, self.labels, self.preprocess = paths, torch.tensor(labels), preprocess
-        self.batch_size, self.seed, self.reader, self.min_scale = batch_size, seed, reader, min_scale
+        self.batch_size, self.seed, self.min_scale = batch_size, seed, min_scale
+        self.reader = reader or ImageReader(workers)
 
     def __len__(self) -> int:
         """Batches in an epoch: the last incomplete one is dropped, unless it is the only one."""
@@ -52,10 +56,15 @@ class TrainingViews:
 
 
 def evaluation_batches(
-    paths: Sequence[Path], preprocess: Preprocess, reader: ImageReader, batch_size: int = 100
+    paths: Sequence[Path],
+    preprocess: Preprocess,
+    batch_size: int = 100,
+    workers: int = 2,
+    reader: ImageReader | None = None,
 ) -> Iterator[Tensor]:
     """Evaluation views of the images, [B, 3, S, S] at a time, in order."""
     order = np.arange(len(paths))
     batches = [order[i : i + batch_size] for i in range(0, len(paths), batch_size)]
-    for _, images in reader.batches(lambda i: preprocess(reader.image(paths[i])), batches):
-        yield images
+    with nullcontext(reader) if reader else ImageReader(workers, room=0) as source:
+        for _, images in source.batches(lambda i: preprocess(source.image(paths[i])), batches):
+            yield images

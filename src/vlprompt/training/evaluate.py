@@ -20,13 +20,12 @@ TEXTS_AT_ONCE = 2000  # class texts encoded together where each image has its ow
 
 
 class EvaluationImages:
-    """Images to evaluate on; features of the frozen image tower are computed once and remembered.
+    """Images to evaluate on; features of the frozen image tower are computed once and remembered."""
 
-    Without a ``reader`` each pass over the images starts one of its own, which keeps no images.
-    """
-
-    def __init__(self, paths: Sequence[Path], labels: Sequence[int], reader: ImageReader | None = None) -> None:
-        self.paths, self.labels, self.reader = paths, torch.tensor(labels), reader
+    def __init__(
+        self, paths: Sequence[Path], labels: Sequence[int], workers: int = 2, reader: ImageReader | None = None
+    ) -> None:
+        self.paths, self.labels, self.workers, self.reader = paths, torch.tensor(labels), workers, reader
         self._frozen: dict[str, Tensor] = {}
 
     def features(self, method: Method) -> Iterator[Tensor]:
@@ -39,18 +38,13 @@ class EvaluationImages:
 
     def frozen(self, method: Method) -> Tensor:
         """Normalised features from the frozen image tower, [n, E]."""
-        key = method.backbone.fingerprint
+        key = f"{method.backbone.fingerprint} {method.backbone.dtype}"
         if key not in self._frozen:
             self._frozen[key] = torch.cat([method.backbone.encode_images(images) for images in self._batches(method)])
         return self._frozen[key]
 
     def _batches(self, method: Method) -> Iterator[Tensor]:
-        preprocess = method.backbone.preprocess
-        if self.reader is not None:
-            yield from evaluation_batches(self.paths, preprocess, self.reader)
-            return
-        with ImageReader(room=0) as reader:
-            yield from evaluation_batches(self.paths, preprocess, reader)
+        return evaluation_batches(self.paths, method.backbone.preprocess, workers=self.workers, reader=self.reader)
 
 
 @torch.no_grad()

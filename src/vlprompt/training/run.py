@@ -98,13 +98,13 @@ def _run(
     method = find_method(config.method)(backbone, split.class_names, config.settings, dataset.template)
     method.to(backbone.device)
     trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    say(
-        f"{config.method} on {backbone.name}: {len(split.class_names)} classes of {dataset.name}, "
-        f"{len(split.train)} training images, {trainable:,} learned parameters"
-    )
     images = {part: _images(split, part, reader) for part in ("train", "val")}
 
     with _run_folder(out):
+        say(
+            f"{config.method} on {backbone.name}: {len(split.class_names)} classes of {dataset.name}, "
+            f"{len(split.train)} training images, {trainable:,} learned parameters"
+        )
         write_atomically(out / "config.yaml", config.to_yaml())
         write_atomically(out / "environment.json", json.dumps(environment(backbone), indent=2))
         write_split(split, out / "split.json")
@@ -126,17 +126,20 @@ def _run_folder(out: Path) -> Iterator[None]:
     The causes are data that cannot be used (an image that cannot be decoded, a class name that is too long) and a disk
     that cannot be written. What an epoch has learned is kept.
     """
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]  # innermost first
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make output folder {out}: {error.strerror}") from None
         yield
     except (DataError, OutputError, OSError) as error:
         log = out / "log.jsonl"
         if not (log.is_file() and log.stat().st_size):
             for path in out.iterdir() if out.is_dir() else ():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            with suppress(OSError):  # not made after all, or something else lies there by now
-                for folder in made:
+            for folder in made:
+                with suppress(OSError):  # not made after all, or another run may have begun below it
                     folder.rmdir()
         if isinstance(error, OSError):
             raise cannot_write(Path(error.filename or out), error) from error
@@ -163,8 +166,8 @@ def _train(
         method.backbone.preprocess,
         config.data.batch_size,
         config.seed,
-        reader,
         min_scale=config.data.min_scale,
+        reader=reader,
     )
     accuracy: float | None = None
 
@@ -183,7 +186,7 @@ def _train(
 
 
 def _images(split: Split, part: str, reader: ImageReader) -> EvaluationImages:
-    return EvaluationImages(split.paths(part), [item.label for item in split.items(part)], reader)
+    return EvaluationImages(split.paths(part), [item.label for item in split.items(part)], reader=reader)
 
 
 def environment(backbone: Backbone) -> dict[str, Any]:
