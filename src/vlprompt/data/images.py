@@ -34,6 +34,9 @@ Region = Sequence[float] | NDArray[np.floating]
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
     """Decode an image file: upright (EXIF orientation), first frame, 8-bit RGB.
 
+    JPEGs are decoded at full size: Pillow's draft mode, which decodes at 1/2, 1/4 or 1/8, gives other pixels than
+    resizing the whole image does, and so other features.
+
     Raises DataError with the file and the reason if it is missing, damaged, empty, or a decompression bomb.
     """
     try:
