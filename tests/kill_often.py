@@ -1,8 +1,9 @@
 """Run as a program: train in child processes that are killed with SIGKILL and resumed, until one is left to finish.
 
-A child is forked with everything imported, so that a death costs no start-up. Arguments, as JSON: ``argv`` of the
-run, ``out``, ``deaths``: each a number of seconds after which a child is killed, or the n-th file that it is killed
-before (negative: right after) putting into place. Prints as JSON how many children were killed.
+A child is forked with everything imported, so that a death costs no start-up. Argument, as JSON: a list of runs,
+each with ``argv``, ``out`` and ``deaths``: the time after which a child is killed, as a share of what the first run
+took, or the n-th file that it is killed before (negative: right after) putting into place. Prints as JSON how many
+children of each run were killed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo  # what the first optimiser imports
 
 import vlprompt.training.run  # noqa: F401
 from vlprompt import cli
@@ -65,11 +67,15 @@ def child(argv: list[str], out: Path, death: float | None) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    given = json.loads(sys.argv[1])
-    killed = 0
-    for death in [*given["deaths"], None]:
-        if death is not None and not (Path(given["out"]) / "config.yaml").exists() and Path(given["out"]).exists():
-            for file in Path(given["out"]).iterdir():  # it died before it had begun
-                file.unlink()
-        killed += child(given["argv"], Path(given["out"]), death)
-    print(json.dumps({"killed": killed}))
+    killed, length = [], 0.0
+    for run in json.loads(sys.argv[1]):
+        out = Path(run["out"])
+        killed.append(0)
+        began = time.monotonic()
+        for death in [*run["deaths"], None]:
+            if out.exists() and not (out / "config.yaml").exists():  # it died before it had begun
+                for file in out.iterdir():
+                    file.unlink()
+            killed[-1] += child(run["argv"], out, death * length if isinstance(death, float) else death)
+        length = length or time.monotonic() - began
+    print(json.dumps(killed))

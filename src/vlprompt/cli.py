@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlprompt.errors import ConfigError, DataError, VlpromptError
+from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError
 
 if TYPE_CHECKING:
     from vlprompt.methods import Method
@@ -80,6 +80,10 @@ def main() -> None:
     """Run the command line; bad input ends in one line on standard error and exit code 2."""
     try:
         code = app(standalone_mode=False)
+    except Interrupted as stop:
+        if _first():
+            print(f"interrupted; {stop}", file=sys.stderr)
+        code = 130
     except VlpromptError as error:
         process = "" if _first() else f"process {os.environ['RANK']}: "
         print(f"{process}error: {error}", file=sys.stderr)
@@ -87,9 +91,8 @@ def main() -> None:
     except typer.TyperException as error:  # unknown option, missing argument, …
         print(f"error: {error.format_message().replace('Value error, ', '')}", file=sys.stderr)
         code = error.exit_code
-    except (KeyboardInterrupt, typer.Abort) as stop:
-        if _first():
-            print(f"interrupted; {stop}" if str(stop) else "interrupted", file=sys.stderr)
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
 

@@ -26,6 +26,10 @@ class ArtefactError(VlpromptError):
     """A tuned model that cannot be read or does not fit its backbone."""
 
 
+class Interrupted(VlpromptError):
+    """A run stopped by Ctrl-C after saving a checkpoint; says how to resume it (exit code 130)."""
+
+
 def unknown(what: str, value: str, allowed: Iterable[str]) -> str:
     """One line for a name that does not exist: ``unknown method 'cop': did you mean 'coop'? (allowed: …)``."""
     names = sorted(allowed)

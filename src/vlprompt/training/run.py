@@ -22,7 +22,7 @@ from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.splits import Split, read_split, write_split
-from vlprompt.errors import ConfigError, DataError
+from vlprompt.errors import ConfigError, DataError, Interrupted
 from vlprompt.files import write_atomically
 from vlprompt.methods import Method, find_method
 from vlprompt.training.artefact import save_artefact
@@ -66,8 +66,8 @@ def train(
     """Train as configured and write the run folder ``out``, or ``resume`` the run that is in it.
 
     A resumed run ends as if it had never stopped (bit by bit on the same machine's CPU). Input that cannot be used
-    leaves no new folder behind. Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt that says
-    how to resume. Raises ConfigError if the folder is in use, or its run cannot be resumed with this data.
+    leaves no new folder behind. Ctrl-C finishes the step, saves a checkpoint and raises Interrupted, which says how
+    to resume. Raises ConfigError if the folder is in use, or its run cannot be resumed with this data.
     """
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"output folder {out} is already in use: choose another with --out, or see --resume")
@@ -174,7 +174,7 @@ def _run_folder(out: Path, resume: bool, processes: Processes) -> Iterator[None]
                 out.mkdir()
         raise
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"to go on: vlprompt train --resume {shlex.quote(str(out))}") from None
+        raise Interrupted(f"to go on: vlprompt train --resume {shlex.quote(str(out))}") from None
 
 
 def _images(split: Split, part: str, workers: int) -> EvaluationImages:
