@@ -31,8 +31,8 @@ def make_pictures(folder: Path, train: int = 4, val: int = 2, size: int = 32) ->
 
 
 def arguments(method: str, pictures: Path, out: Path, *more: str) -> list[str]:
-    """``vlprompt train`` on the tiny backbone, in batches of 4."""
-    given = ["data.batch_size=4", "data.workers=0", "optim.lr=0.01", "optim.warmup_epochs=0"]
+    """``vlprompt train`` on the tiny backbone, in batches of 4, without warm-up."""
+    given = ["data.batch_size=4", "data.workers=0", "optim.warmup_epochs=0"]
     return ["train", method, str(pictures), "--backbone", str(TINY), "--out", str(out), *given, *more]
 
 
