@@ -16,7 +16,7 @@ import torch
 
 from small_run import TINY, arguments, environment, log, make_pictures, prompts
 from vlprompt import cli
-from vlprompt.errors import ArtefactError, ConfigError, Interrupted, VlpromptError
+from vlprompt.errors import ArtefactError, ConfigError, DataError, Interrupted, VlpromptError
 from vlprompt.methods import METHODS
 from vlprompt.methods.coop import CoOp
 from vlprompt.training.checkpoints import checkpoint_file
@@ -232,3 +232,32 @@ def test_what_is_not_finite_stops_the_run(bad_method, gradient_only, says, pictu
     bad_method.steps = 5
     train(config, tmp_path / "never", resume=False)
     same(tmp_path / "run", tmp_path / "never")
+
+
+# --- a picture that cannot be read ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("part", "left"), [("train", False), ("val", True)])
+def test_a_bad_picture_leaves_no_folder_unless_something_was_trained(part, left, tmp_path):
+    own = make_pictures(tmp_path / "pictures")
+    picture = own / part / "cat" / "0.png"
+    whole = picture.read_bytes()
+
+    class Damages(StopsAfter):
+        def start(self, steps, epochs, done=0):
+            if part == "train":
+                picture.write_bytes(whole[:60])
+
+        def epoch(self, log, val_accuracy):
+            picture.write_bytes(whole[:60])
+
+    config = configured(own, "vpt")
+    with pytest.raises(DataError):
+        train(config, tmp_path / "run", Damages(-1))
+    assert (tmp_path / "run").exists() == left
+    if left:
+        with pytest.raises(DataError):
+            train(config, tmp_path / "run", resume=True)
+        picture.write_bytes(whole)
+        train(config, tmp_path / "run", resume=True)
+        assert [row["epoch"] for row in log(tmp_path / "run")] == [1, 2, 3]

@@ -10,16 +10,16 @@ from types import FrameType
 
 
 @contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+def deferred_interrupt(insist: bool = True) -> Iterator[Callable[[], bool]]:
     """Inside, the first Ctrl-C only makes the given function return True; a second one interrupts at once.
 
-    Outside the main thread, where Python handles no signals, nothing changes.
+    Not with ``insist=False``: torchrun passes on the Ctrl-C that its processes have had already. Outside the main thread, where Python handles no signals, nothing changes.
     """
     asked = False
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if asked:
+        if asked and insist:
             raise KeyboardInterrupt
         asked = True
 

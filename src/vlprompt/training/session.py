@@ -93,7 +93,7 @@ class Session:
         self.progress.start(steps, training.config.epochs, training.epoch * steps + training.step)
         if self.writes:
             self.report = self.open_report(self.run, self.config.to_dict(), training.epoch)
-        with closing(self.report), deferred_interrupt() as asked:
+        with closing(self.report), deferred_interrupt(insist=training.processes.size == 1) as asked:
             if not training.run(self.progress.step, self._after_epoch, asked):
                 self._save()
                 raise KeyboardInterrupt
