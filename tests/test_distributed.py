@@ -137,6 +137,14 @@ def to_double(preprocess: Preprocess) -> Preprocess:
     return Double(**vars(preprocess))
 
 
+def test_processes_that_nobody_started(pictures, tmp_path, monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"cannot join the 2 processes that WORLD_SIZE tells of: .*RANK"):
+        alone("coop", pictures, tmp_path / "run")
+
+
 def test_parts_that_are_refused(pictures, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"^a batch of 5 images is too small for train.accumulate = 6$"):
         alone("coop", pictures, tmp_path / "run", accumulate=6)

@@ -63,7 +63,7 @@ def join_processes(device: str) -> Iterator[Processes]:
     """Join the processes that the environment (RANK, WORLD_SIZE, LOCAL_RANK) tells of, and leave them at the end.
 
     With ``device`` "cuda" each process takes the GPU of its local rank. Raises ConfigError if that does not exist,
-    or if one GPU is asked for by number.
+    if one GPU is asked for by number, or if the others cannot be reached.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -79,7 +79,11 @@ def join_processes(device: str) -> Iterator[Processes]:
         torch.cuda.set_device(local)
     ours = not dist.is_initialized()
     if ours:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        try:
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        except (ValueError, RuntimeError) as error:  # variables that are missing, or a process that never came
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"cannot join the {size} processes that WORLD_SIZE tells of: {reason}") from None
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), device)
     finally:

@@ -13,7 +13,8 @@ from types import FrameType
 def deferred_interrupt(insist: bool = True) -> Iterator[Callable[[], bool]]:
     """Inside, the first Ctrl-C only makes the given function return True; a second one interrupts at once.
 
-    Not with ``insist=False``: torchrun passes on the Ctrl-C that its processes have had already. Outside the main thread, where Python handles no signals, nothing changes.
+    Not with ``insist=False``: torchrun passes on the Ctrl-C that its processes have had already. Outside the main
+    thread, where Python handles no signals, nothing changes.
     """
     asked = False
 
