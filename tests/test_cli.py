@@ -214,7 +214,7 @@ def test_train_prints_one_json_object(trained: tuple[Path, Done]) -> None:
     assert 0 <= result["val_accuracy"] <= 100
     assert result["trainable_parameters"] == 4 * 128
     assert result["seconds"] > 0
-    assert {p.name for p in out.iterdir()} == RUN_FILES
+    assert {p.name for p in out.iterdir()} == RUN_FILES | {"checkpoints"}
     assert json.loads((out / "metrics.json").read_text("utf-8")) == result
     assert "epoch 1/1  lr 0.002  ce " in done.err
 
@@ -231,7 +231,7 @@ def test_the_default_output_folder_has_the_datas_name(
     photos: Path, empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(photos)
-    monkeypatch.setattr("vlprompt.training.run.train", lambda config, out, *rest: pytest.fail(str(out)))
+    monkeypatch.setattr("vlprompt.training.run.train", lambda config, out, *rest, **more: pytest.fail(str(out)))
     table = photos / "table.csv"
     for data, name in ((".", "photos"), (f"{photos}/", "photos"), (table, "table"), ("caltech101", "caltech101")):
         with pytest.raises(pytest.fail.Exception, match=rf"\Aruns/{name}-coop-seed7\Z"):
@@ -436,7 +436,7 @@ BAD: dict[str, tuple[Callable[[Places], list[object]], str]] = {
     "unknown command": (lambda p: ["trian", "coop", p.photos], "No such command 'trian'"),
     "unknown option": (train_("--shot", 2), "No such option: --shot"),
     "option without its value": (train_("--shots"), "--shots"),
-    "missing argument": (lambda p: ["train", "coop"], "Missing argument 'data'"),
+    "missing argument": (lambda p: ["train", "coop"], "missing METHOD and DATA (or --resume RUN)"),
     "unknown thing to list": (lambda p: ["list", "method"], "'method' is not one of 'methods', 'backbones', 'data"),
     "unknown method": (train_(method="cop"), "unknown method 'cop': did you mean 'coop'?"),
     "unknown preset": (train_("--preset", "few"), "unknown preset of coop 'few'"),
@@ -547,7 +547,8 @@ def test_interrupted_and_broken(
         return
     done = vlprompt_(*arguments)
     assert (done.code, done.out) == (130, "")
-    assert done.err.splitlines()[-1] == "interrupted"
+    hint = "; to go on: vlprompt train --resume out" if command == "train" else ""
+    assert done.err.splitlines()[-1] == f"interrupted{hint}"
     assert "Traceback" not in done.err
     assert not (empty / "out" / "prompts.safetensors").exists()
 

@@ -25,9 +25,9 @@ from vlprompt.errors import ArtefactError, BackboneError, ConfigError, DataError
 from vlprompt.methods import METHODS, Batch, Method, find_method
 from vlprompt.training import run
 from vlprompt.training.artefact import FORMAT_VERSION, load_artefact, save_artefact
-from vlprompt.training.config import OptimConfig, RunConfig, build_config, parse_override, read_config
+from vlprompt.training.config import OptimConfig, RunConfig, TrainConfig, build_config, parse_override, read_config
 from vlprompt.training.evaluate import EvaluationImages, evaluate, harmonic_mean, predict_logits, score
-from vlprompt.training.loop import EpochLog, fit
+from vlprompt.training.loop import EpochLog, Training
 from vlprompt.training.run import Result, train
 from vlprompt.training.schedule import learning_rate
 
@@ -136,16 +136,28 @@ class Slope(Method):
 class Steps:
     """Two batches an epoch."""
 
+    seed, images_per_batch = 0, 1
+
     def __len__(self) -> int:
         return 2
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, start: int, share: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
         yield from [(torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.long))] * 2
+
+
+def fit(
+    method: Method,
+    views: TrainingViews | Steps,
+    optim: OptimConfig,
+    epochs: int,
+    after_epoch: Callable[[EpochLog], None] = lambda log: None,
+) -> None:
+    assert Training(method, views, optim, TrainConfig(epochs=epochs)).run(after_epoch=after_epoch)  # type: ignore[arg-type]
 
 
 def fit_slope(tiny: Backbone, optim: OptimConfig, epochs: int) -> tuple[Slope, list[EpochLog]]:
     method, logs = Slope(tiny, ("a", "b")), []
-    fit(method, Steps(), optim, epochs, after_epoch=logs.append)  # type: ignore[arg-type]
+    fit(method, Steps(), optim, epochs, after_epoch=logs.append)
     return method, logs
 
 
@@ -196,7 +208,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(tiny: Backbone, value: flo
 
     method = Breaks(tiny, ("a", "b"))
     with pytest.raises(VlpromptError, match=one_line(rf"'kg' is {value} in epoch 2, step 2\Z")):
-        fit(method, Steps(), OptimConfig(), 5)  # type: ignore[arg-type]
+        fit(method, Steps(), OptimConfig(), 5)
     assert method.w.isfinite()
 
 
@@ -622,7 +634,7 @@ def finished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 def test_the_run_folder_holds_exactly_its_files(finished: tuple[Path, RunConfig, Method, Result]) -> None:
     out, *_ = finished
-    assert {p.name for p in out.iterdir()} == RUN_FILES
+    assert {p.name for p in out.iterdir()} == RUN_FILES | {"checkpoints"}
 
 
 def test_the_saved_configuration_is_the_runs(finished: tuple[Path, RunConfig, Method, Result]) -> None:
@@ -696,8 +708,8 @@ def test_a_run_reports_its_progress(tiny_from_memory: None, photos: Path, tmp_pa
     events: list[object] = []
 
     class Watch:
-        def start(self, steps: int, epochs: int) -> None:
-            events.append((steps, epochs))
+        def start(self, steps: int, epochs: int, done: int = 0) -> None:
+            events.append((steps, epochs, done))
 
         def step(self) -> None:
             events.append("step")
@@ -708,8 +720,8 @@ def test_a_run_reports_its_progress(tiny_from_memory: None, photos: Path, tmp_pa
 
     said: list[str] = []
     train(configure(photos), tmp_path / "run", Watch(), said.append)
-    assert events == [(3, 2), "step", "step", "step", 0, "step", "step", "step", 1]
-    assert "3 classes of photos, 12 training images, 2,048 learned parameters" in said[0]
+    assert events == [(3, 2, 0), "step", "step", "step", 0, "step", "step", "step", 1]
+    assert "3 classes of photos, 12 training images\n2,048 learned parameters: context.vectors [16, 128]" in said[0]
 
 
 @pytest.mark.parametrize("method", ["zero_shot", "linear_probe"])

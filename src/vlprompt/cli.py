@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from enum import StrEnum
 from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlprompt.errors import ConfigError, DataError, VlpromptError
+from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError
 
 if TYPE_CHECKING:
     from vlprompt.methods import Method
+    from vlprompt.training.config import RunConfig
 
 app = typer.Typer(
     add_completion=False,
@@ -41,6 +43,20 @@ class Part(StrEnum):
 
     test = "test"
     val = "val"
+
+
+class Select(StrEnum):
+    """Epochs that can be kept."""
+
+    last = "last"
+    val = "val"
+
+
+class ReportTo(StrEnum):
+    """Where figures can be sent."""
+
+    tensorboard = "tensorboard"
+    wandb = "wandb"
 
 
 class Listing(StrEnum):
@@ -77,8 +93,13 @@ def main() -> None:
         code = app(standalone_mode=False, prog_name="vlprompt")
         if code == INTERRUPTED:  # typer turns an interrupt into a silent exit
             raise KeyboardInterrupt
+    except Interrupted as stop:
+        if _first():
+            print(f"interrupted; {stop}", file=sys.stderr)
+        code = INTERRUPTED
     except VlpromptError as error:
-        print(f"error: {error}", file=sys.stderr)
+        process = "" if _first() else f"process {os.environ['RANK']}: "
+        print(f"{process}error: {error}", file=sys.stderr)
         code = 2
     except typer.TyperException as error:  # unknown option, missing argument, …
         print(f"error: {error.format_message().replace('Value error, ', '')}", file=sys.stderr)
@@ -135,8 +156,13 @@ def list_(
 
 @app.command(epilog="Example: vlprompt train coop caltech101 --root data --shots 16 --classes base n_ctx=4 lr=0.001")
 def train(
-    method: Annotated[str, typer.Argument(help="One of `vlprompt list methods`.")],
-    data: Data,
+    method: Annotated[str | None, typer.Argument(help="One of `vlprompt list methods`.", show_default=False)] = None,
+    data: Annotated[
+        str | None,
+        typer.Argument(
+            help="A benchmark's name (with --root), a folder of class folders, or a CSV.", show_default=False
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Any setting; --dry-run shows them all.")
     ] = None,
@@ -171,7 +197,20 @@ def train(
     preset: Annotated[
         str | None, typer.Option(help="Other official settings, e.g. few-shot.", rich_help_panel=RUN)
     ] = None,
+    select: Annotated[
+        Select | None,
+        typer.Option(help="Keep the last epoch's prompts (default) or the best on val images.", rich_help_panel=RUN),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with any settings.", rich_help_panel=RUN)] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on with this stopped run, as configured there; nothing else is given.", rich_help_panel=RUN
+        ),
+    ] = None,
+    report_to: Annotated[
+        ReportTo | None, typer.Option(help="Also send each epoch's figures there.", rich_help_panel=OUTPUT)
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default: runs/DATA-METHOD-seedN.", rich_help_panel=OUTPUT)
     ] = None,
@@ -183,6 +222,9 @@ def train(
     """Tune prompts on images and save a folder that predicts elsewhere.
 
     Defaults < the method's official settings < --preset < --config < options and KEY=VALUE.
+
+    Every epoch is saved: `vlprompt train --resume RUN` goes on where a run was stopped. Started by `torchrun
+    --nproc-per-node N -m vlprompt train …` or `accelerate launch`, N processes share each batch.
     """
     from vlprompt.training.config import build_config, parse_override, read_config
 
@@ -200,25 +242,27 @@ def train(
         "train.precision": precision,
         "seed": seed,
         "train.epochs": epochs,
+        "train.select": select and select.value,
+        "train.report_to": report_to and report_to.value,
     }
+    if resume is not None:
+        others = [*(given | {"method": method, "preset": preset, "config": config, "out": out}).values(), settings]
+        if dry_run or any(value is not None for value in others if value != []):
+            raise ConfigError("--resume takes everything from the run's config.yaml: give nothing else but --json")
+        from vlprompt.training.run import saved_config
+
+        _train(saved_config(resume), resume, json_output, resume=True)
+        return
+    if method is None or data is None:
+        raise ConfigError("missing METHOD and DATA (or --resume RUN)")
     overrides = dict(parse_override(s) for s in settings or [])
     overrides |= {k: v for k, v in given.items() if v is not None}
     merged = build_config(method, preset, read_config(config) if config else None, overrides)
     if dry_run:
         print(json.dumps(merged.to_dict()) if json_output else merged.to_yaml(), end="\n" if json_output else "")
         return
-    from vlprompt.progress import Bar
-    from vlprompt.training.run import train as train_run
-
     name = Path(data).resolve().name.removesuffix(".csv")  # of "." too
-    out = out or Path("runs") / f"{name}-{method}-seed{merged.seed}"
-    with Bar() as bar:
-        _, result = train_run(merged, out, bar, _say)
-    if json_output:
-        print(json.dumps(vars(result)))
-        return
-    val = "" if result.val_accuracy is None else f", val {result.val_accuracy:.1f} %"
-    _say(f"train {result.train_accuracy:.1f} %{val} in {result.seconds:.0f} s; saved in {result.run}")
+    _train(merged, out or Path("runs") / f"{name}-{method}-seed{merged.seed}", json_output)
 
 
 @app.command(epilog="Example: vlprompt evaluate runs/x caltech101 --root data --classes novel")
@@ -325,6 +369,26 @@ def _print_predictions(predictions: list[dict[str, Any]], as_csv: bool) -> None:
         print(p["image"])
         for t in p["top"]:
             print(f"  {100 * t['probability']:5.1f} %  {t['class']}")
+
+
+def _train(config: RunConfig, out: Path, json_output: bool, resume: bool = False) -> None:
+    from vlprompt.progress import Bar
+    from vlprompt.training.run import train as train_run
+
+    with Bar() as bar:
+        _, result = train_run(config, out, bar, _say, resume=resume)
+    if not _first():
+        return
+    if json_output:
+        print(json.dumps(vars(result)))
+        return
+    val = "" if result.val_accuracy is None else f", val {result.val_accuracy:.1f} %"
+    _say(f"train {result.train_accuracy:.1f} %{val} in {result.seconds:.0f} s; saved in {result.run}")
+
+
+def _first() -> bool:
+    """Whether this process prints: the first of those that train together."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _load(run: Path, backbone: str | None, device: str, precision: str) -> Method:

@@ -30,6 +30,10 @@ class OutputError(VlpromptError):
     """A file or folder that cannot be written: a full disk, a place that is read-only."""
 
 
+class Interrupted(VlpromptError):
+    """A run stopped by Ctrl-C after saving a checkpoint; says how to resume it (exit code 130)."""
+
+
 def unknown(what: str, value: str, allowed: Iterable[str]) -> str:
     """One line for a name that does not exist: ``unknown method 'cop': did you mean 'coop'? (allowed: …)``."""
     names = sorted(allowed)

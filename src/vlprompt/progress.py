@@ -11,25 +11,25 @@ from vlprompt.training.loop import EpochLog
 
 
 class Bar:
-    """Draws a training run; see :class:`vlprompt.training.run.Progress`."""
+    """Draws a training run; see :class:`vlprompt.training.session.Progress`."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True)
         self.epochs = 0
 
     def __enter__(self) -> Bar:
-        self.bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
         self.bar.stop()
 
-    def start(self, steps: int, epochs: int) -> None:
+    def start(self, steps: int, epochs: int, done: int = 0) -> None:
         """Training begins."""
         self.epochs = epochs
-        self.task = self.bar.add_task("", total=steps * epochs)
+        self.bar.start()
+        self.task = self.bar.add_task("", total=steps * epochs, completed=done)
 
     def step(self) -> None:
         """A step is done."""

@@ -41,10 +41,20 @@ class TrainingViews:
         """Batches in an epoch: the last incomplete one is dropped, unless it is the only one."""
         return max(len(self.paths) // self.batch_size, 1)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches (images [B, 3, S, S], labels [B]) of one epoch."""
+    @property
+    def images_per_batch(self) -> int:
+        """Images in every batch: the batch size, or all there are if they are fewer."""
+        return min(self.batch_size, len(self.paths))
+
+    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches (images [B, 3, S, S], labels [B]) of one epoch, from batch ``start`` on.
+
+        ``share=(k, n)`` gives the k-th of n nearly equal pieces of every batch, one for each of n processes.
+        """
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.paths))
-        batches = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(len(self))]
+        whole = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(start, len(self))]
+        k, n = share
+        batches = [np.array_split(batch, n)[k] for batch in whole]
         for batch, images in self.reader.batches(lambda i: self._view(i, epoch), batches):
             yield images, self.labels[torch.from_numpy(batch)]
 

@@ -69,6 +69,8 @@ class Method(nn.Module):
 
     image_dependent: ClassVar[bool] = False
     """Whether class features depend on the image."""
+    couples_batch: ClassVar[bool] = False
+    """Whether a loss term is more than a mean over images, so that a batch cannot be computed in parts."""
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
 
@@ -125,12 +127,44 @@ class Method(nn.Module):
         """[B, C] logits of normalised features."""
         return self.backbone.logits(image_features, class_features)
 
+    def objectives(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is differentiated, by name: the sum of the loss terms, unless the method steps along less than that."""
+        return {"total": total(losses)}
+
+    def combine(self, gradients: Mapping[str, Sequence[Tensor]]) -> Sequence[Tensor]:
+        """The gradient to step along, from those of the objectives on the whole batch (one tensor a parameter)."""
+        return gradients["total"]
+
+    def gradients(self, losses: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+        """Gradient of each objective by every learned parameter, zero where a parameter takes no part.
+
+        Linear in the losses: parts of a batch, and processes, add theirs up before :meth:`combine` sees them.
+        """
+        parameters, objectives = self.learned(), self.objectives(losses)
+        last = list(objectives)[-1]
+        return {
+            name: list(torch.autograd.grad(value, parameters, retain_graph=name != last, materialize_grads=True))
+            for name, value in objectives.items()
+        }
+
     def backward(self, losses: Mapping[str, Tensor]) -> None:
-        """Gradients of the sum of the loss terms."""
-        total(losses).backward()
+        """Add the gradient of one whole batch to the parameters' ``grad``."""
+        for p, g in zip(self.learned(), self.combine(self.gradients(losses)), strict=True):
+            p.grad = g if p.grad is None else p.grad + g
+
+    def learned(self) -> list[nn.Parameter]:
+        """The parameters that gradient steps change."""
+        return [p for p in self.parameters() if p.requires_grad]
 
     def after_epoch(self, epoch: int, epochs: int) -> None:
         """Called after each epoch (from 0) of ``epochs``."""
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What training carries from epoch to epoch beside ``state_dict()``, for checkpoints."""
+        return {}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of :meth:`training_state`."""
 
     def fit_features(self, features: Tensor, labels: Tensor) -> None:
         """Fit on frozen features [n, E] and labels [n], for methods without gradient steps."""
@@ -138,7 +172,7 @@ class Method(nn.Module):
     @property
     def trains(self) -> bool:
         """Whether there is anything to learn by gradient steps."""
-        return any(p.requires_grad for p in self.parameters())
+        return bool(self.learned())
 
     @property
     def takes_new_classes(self) -> bool:

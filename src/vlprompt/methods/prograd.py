@@ -67,13 +67,15 @@ class ProGrad(Method):
         kl = -(zero_shot.softmax(-1) * (logits / self.config.temperature).log_softmax(-1)).sum(-1).mean()
         return {"ce": cross_entropy(logits, batch.labels), "kl": kl * self.config.temperature**2}
 
-    def backward(self, losses: Mapping[str, Tensor]) -> None:
+    def objectives(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Both terms, each with a gradient of its own."""
+        return {"kl": losses["kl"], "ce": losses["ce"]}
+
+    def combine(self, gradients: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
         """g_CE, without its component along g_KL where the two oppose each other, parameter by parameter."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        g_kl = torch.autograd.grad(losses["kl"], parameters, retain_graph=True)
-        g_ce = torch.autograd.grad(losses["ce"], parameters)
-        for p, ce, kl in zip(parameters, g_ce, g_kl, strict=True):
+        combined = []
+        for ce, kl in zip(gradients["ce"], gradients["kl"], strict=True):
             n = kl / kl.norm()
             along = (ce * n).sum()
-            g = ce - self.config.lambda_ * along * n if along < 0 else ce
-            p.grad = g if p.grad is None else p.grad + g
+            combined.append(ce - self.config.lambda_ * along * n if along < 0 else ce)
+        return combined

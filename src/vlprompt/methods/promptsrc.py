@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -80,6 +81,14 @@ class PromptSRC(IVLP):
             "image_l1": self.config.image_weight * (v - v0).abs().mean(),
             "logits_kl": kl / logits.numel(),
         }
+
+    def training_state(self) -> dict[str, Tensor]:
+        """The average so far."""
+        return dict(self.average)
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from an average."""
+        self.average = dict(state)
 
     @torch.no_grad()
     def after_epoch(self, epoch: int, epochs: int) -> None:

@@ -75,6 +75,12 @@ class TrainConfig:
     """cpu, cuda or cuda:N."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the frozen towers; prompts are fp32."""
+    accumulate: Annotated[int, Ge(1)] = 1
+    """Parts that each batch is computed in, one after the other, to need less memory; the step is the same."""
+    select: Literal["last", "val"] = "last"
+    """Keep the prompts of the last epoch, or those of the first epoch with the best val accuracy."""
+    report_to: Literal["tensorboard", "wandb"] | None = None
+    """Where each epoch's figures go besides log.jsonl."""
 
 
 @dataclass(frozen=True)

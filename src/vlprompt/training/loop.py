@@ -1,16 +1,20 @@
-"""The training loop: named loss terms in, tuned prompts out."""
+"""The training loop: batches in, the method's named loss terms summed, checked and logged, gradient steps out."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from vlprompt.data.views import TrainingViews
-from vlprompt.errors import VlpromptError
+from vlprompt.errors import ConfigError, VlpromptError
 from vlprompt.methods import Batch, Method
-from vlprompt.training.config import OptimConfig
+from vlprompt.training.config import OptimConfig, TrainConfig
+from vlprompt.training.distributed import Processes
 from vlprompt.training.schedule import build_optimizer, learning_rate
 
 
@@ -23,41 +27,150 @@ class EpochLog:
     losses: dict[str, float]
 
 
-def fit(
-    method: Method,
-    views: TrainingViews,
-    optim: OptimConfig,
-    epochs: int,
-    after_step: Callable[[], None] = lambda: None,
-    after_epoch: Callable[[EpochLog], None] = lambda log: None,
-) -> None:
-    """Train a method's parameters for ``epochs`` passes over the views.
+@dataclass
+class LossScale:
+    """What losses are multiplied by so that gradients do not vanish in fp16 towers; 1, and fixed, in others.
 
-    ``after_step`` and ``after_epoch`` are told about progress; ``after_epoch`` sees the method as it would be
-    saved then. Raises VlpromptError naming term, epoch and step if a loss is not finite.
+    The rule and numbers of ``torch.amp.GradScaler``: from 2¹⁶, halved when a gradient overflows (that step is left
+    out), doubled after 2000 steps without. Here it acts on gradients before a method combines them.
     """
-    device = method.backbone.device
-    method.train()
-    optimizer = build_optimizer(method.parameters(), optim)
-    for epoch in range(epochs):
-        lr = learning_rate(epoch, epochs, optim)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        sums: dict[str, float] = {}
-        for step, (images, labels) in enumerate(views.epoch(epoch)):
-            images, labels = images.to(device), labels.to(device)
-            frozen = method.backbone.encode_images(images) if "frozen_image_features" in method.needs else None
-            optimizer.zero_grad()
-            losses = method.losses(Batch(images, labels, frozen))
+
+    value: float = 1.0
+    good_steps: int = 0
+
+    def update(self, finite: bool) -> None:
+        """A step's gradients were finite, or not."""
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.value /= 2
+        elif self.good_steps == 2000:
+            self.value, self.good_steps = self.value * 2, 0
+
+
+class Training:
+    """A method in training: its optimiser, its loss scale, and how far it has come.
+
+    What it does next depends on the parameters, the optimiser's state, the loss scale, ``epoch``, ``step`` and
+    ``sums`` alone: random numbers are seeded anew for every step.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        views: TrainingViews,
+        optim: OptimConfig,
+        config: TrainConfig,
+        processes: Processes | None = None,
+    ) -> None:
+        self.method, self.views, self.optim, self.config = method, views, optim, config
+        self.processes = processes or Processes()
+        self.optimizer = build_optimizer(method.parameters(), optim)
+        self.scaled = method.backbone.dtype == torch.float16
+        self.scale = LossScale(2.0**16 if self.scaled else 1.0)
+        self.epoch = 0
+        """Epochs done."""
+        self.step = 0
+        """Steps done in the epoch after them."""
+        self.sums: dict[str, float] = {}
+        """Sums of the loss terms over these steps."""
+        self._check_parts()
+
+    def run(
+        self,
+        after_step: Callable[[], None] = lambda: None,
+        after_epoch: Callable[[EpochLog], None] = lambda log: None,
+        asked_to_stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Train to the last epoch; False if asked to stop before (any process may be), after a whole step.
+
+        ``after_epoch`` sees the method as it would be saved then. Raises VlpromptError naming term (or parameter),
+        epoch and step if a loss (or gradient) is not finite.
+        """
+        self.method.train()
+        shard = self.processes.rank, self.processes.size
+        while self.epoch < self.config.epochs:
+            lr = learning_rate(self.epoch, self.config.epochs, self.optim)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            for images, labels in self.views.epoch(self.epoch, self.step, shard):
+                stopping = self._step(images, labels, asked_to_stop)
+                self.step += 1
+                after_step()
+                if stopping:
+                    return False
+            self.method.after_epoch(self.epoch, self.config.epochs)
+            log = EpochLog(self.epoch, lr, {term: value / len(self.views) for term, value in self.sums.items()})
+            self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+            after_epoch(log)
+        self.method.eval()
+        return True
+
+    def _step(self, images: Tensor, labels: Tensor, asked_to_stop: Callable[[], bool]) -> bool:
+        """One optimiser step on this process's share of a batch; whether any process was asked to stop."""
+        method, parts = self.method, self.config.accumulate
+        device = method.backbone.device
+        seed = np.random.SeedSequence([self.views.seed, self.epoch, self.step, self.processes.rank])
+        torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
+        terms: dict[str, Tensor] = {}
+        gradients: dict[str, list[Tensor]] = {}
+        for x, y in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
+            x, y = x.to(device), y.to(device)
+            frozen = method.backbone.encode_images(x) if "frozen_image_features" in method.needs else None
+            weight = len(y) / self.views.images_per_batch
+            losses = {term: weight * value for term, value in method.losses(Batch(x, y, frozen)).items()}
             for term, value in losses.items():
-                if not torch.isfinite(value):
-                    raise VlpromptError(
-                        f"training stopped: loss term '{term}' is {value.item()} in epoch {epoch + 1}, step {step + 1}"
-                    )
-                sums[term] = sums.get(term, 0.0) + value.item()
-            method.backward(losses)
-            optimizer.step()
-            after_step()
-        method.after_epoch(epoch, epochs)
-        after_epoch(EpochLog(epoch, lr, {term: value / len(views) for term, value in sums.items()}))
-    method.eval()
+                terms[term] = terms.get(term, 0) + value.detach().double()
+            scaled = {term: self.scale.value * value for term, value in losses.items()}
+            for name, new in method.gradients(scaled).items():
+                old = gradients.get(name)
+                gradients[name] = [a + b for a, b in zip(old, new, strict=True)] if old else new
+        stop = torch.tensor(float(asked_to_stop()), dtype=torch.double, device=device)
+        sums = torch.stack([*terms.values(), stop])
+        self.processes.sum_([sums])
+        self.processes.sum_([g for group in gradients.values() for g in group])
+        *values, stopping = sums.tolist()
+        self._log(dict(zip(terms, values, strict=True)))
+        self._apply(gradients)
+        return bool(stopping)
+
+    def _log(self, losses: dict[str, float]) -> None:
+        for term, value in losses.items():
+            if not math.isfinite(value):
+                raise VlpromptError(f"training stopped: loss term '{term}' is {value} in {self._where()}")
+            self.sums[term] = self.sums.get(term, 0.0) + value
+
+    def _apply(self, gradients: dict[str, list[Tensor]]) -> None:
+        """Step along the combined gradient; in fp16 only if nothing overflowed."""
+        bad = self._first_not_finite(gradients)
+        if bad and (not self.scaled or self.scale.value < 1):
+            raise VlpromptError(f"training stopped: the gradient of '{bad}' is not finite in {self._where()}")
+        if not bad:
+            unscaled = {name: [g / self.scale.value for g in group] for name, group in gradients.items()}
+            for p, g in zip(self.method.learned(), self.method.combine(unscaled), strict=True):
+                p.grad = g
+            self.optimizer.step()
+        if self.scaled:
+            self.scale.update(finite=not bad)
+
+    def _first_not_finite(self, gradients: dict[str, list[Tensor]]) -> str | None:
+        flat = torch.cat([g.flatten() for group in gradients.values() for g in group])
+        if flat.isfinite().all():
+            return None
+        names = [name for name, p in self.method.named_parameters() if p.requires_grad]
+        return next(
+            name for group in gradients.values() for name, g in zip(names, group, strict=True) if not g.isfinite().all()
+        )
+
+    def _where(self) -> str:
+        return f"epoch {self.epoch + 1}, step {self.step + 1}"
+
+    def _check_parts(self) -> None:
+        """Every part of a batch must hold an image, and the loss must be a mean over images."""
+        size, parts = self.processes.size, self.config.accumulate
+        if size * parts == 1:
+            return
+        how = " and ".join([f"{size} processes"] * (size > 1) + [f"train.accumulate = {parts}"] * (parts > 1))
+        if self.method.couples_batch:
+            raise ConfigError(f"method '{self.method.name}' compares the images of a batch: it does not allow {how}")
+        if self.views.images_per_batch < size * parts:
+            raise ConfigError(f"a batch of {self.views.images_per_batch} images is too small for {how}")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import platform
+import re
+import shlex
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -19,42 +22,17 @@ from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.reading import ImageReader
-from vlprompt.data.splits import Split, write_split
-from vlprompt.data.views import TrainingViews
-from vlprompt.errors import ConfigError, DataError, OutputError
+from vlprompt.data.splits import Split, read_split, write_split
+from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError
 from vlprompt.files import cannot_write, write_atomically
 from vlprompt.methods import Method, find_method
 from vlprompt.training.artefact import save_artefact
-from vlprompt.training.config import RunConfig
+from vlprompt.training.checkpoints import History, checkpoint_file, remove_unfinished
+from vlprompt.training.config import RunConfig, build_config, read_config
+from vlprompt.training.distributed import Processes, join_processes
 from vlprompt.training.evaluate import EvaluationImages, evaluate
-from vlprompt.training.loop import EpochLog, fit
 from vlprompt.training.selection import choose_images
-
-
-class Progress(Protocol):
-    """Told how a run goes; the command line draws it."""
-
-    def start(self, steps: int, epochs: int) -> None:
-        """Training begins: ``steps`` in each of ``epochs``."""
-
-    def step(self) -> None:
-        """A step is done."""
-
-    def epoch(self, log: EpochLog, val_accuracy: float | None) -> None:
-        """An epoch is done."""
-
-
-class Silent:
-    """Progress that nobody watches."""
-
-    def start(self, steps: int, epochs: int) -> None:
-        """Training begins."""
-
-    def step(self) -> None:
-        """A step is done."""
-
-    def epoch(self, log: EpochLog, val_accuracy: float | None) -> None:
-        """An epoch is done."""
+from vlprompt.training.session import Progress, Session, Silent
 
 
 @dataclass(frozen=True)
@@ -69,73 +47,129 @@ class Result:
     """Percent; None where there is no val split."""
     trainable_parameters: int
     seconds: float
-    skipped: int = 0
-    """Images left out because they cannot be read."""
+    skipped: int
+    """Images left out because they cannot be read (--skip-bad)."""
 
 
 def train(
-    config: RunConfig, out: Path, progress: Progress | None = None, say: Callable[[str], None] = lambda text: None
+    config: RunConfig,
+    out: Path,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    *,
+    resume: bool = False,
 ) -> tuple[Method, Result]:
-    """Train as configured and write the run folder ``out``.
+    """Train as configured and write the run folder ``out``, or ``resume`` the run that is in it.
 
-    Input that cannot be used leaves no folder behind. Raises ConfigError if the folder is already in use, and
-    OutputError if it cannot be written.
+    A resumed run ends as if it had never stopped (bit by bit on the same machine's CPU). Input that cannot be used
+    leaves no new folder behind. Ctrl-C finishes the step, saves a checkpoint and raises Interrupted, which says how
+    to resume. Raises ConfigError if the folder is in use, or its run cannot be resumed with this data.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"output folder {out} is already in use: choose another with --out")
-    with ImageReader(config.data.workers) as reader:
-        return _run(config, out, reader, progress or Silent(), say)
-
-
-def _run(
-    config: RunConfig, out: Path, reader: ImageReader, progress: Progress, say: Callable[[str], None]
-) -> tuple[Method, Result]:
+    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"output folder {out} is already in use: choose another with --out, or see --resume")
     began = time.monotonic()
-    dataset = load_dataset(config.data.name, config.data.root, config.data.split_file)
-    split, skipped = choose_images(config, dataset, reader, say)
-    backbone = load_backbone(config.backbone, config.train.device, config.train.precision)
-    torch.manual_seed(config.seed)
-    method = find_method(config.method)(backbone, split.class_names, config.settings, dataset.template)
-    method.to(backbone.device)
-    trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    images = {part: _images(split, part, reader) for part in ("train", "val")}
-
-    with _run_folder(out):
-        say(
-            f"{config.method} on {backbone.name}: {len(split.class_names)} classes of {dataset.name}, "
-            f"{len(split.train)} training images, {trainable:,} learned parameters"
+    with join_processes(config.train.device) as processes, ImageReader(config.data.workers) as reader:
+        if not processes.first:
+            progress, say = None, lambda text: None
+        with processes.first_alone():
+            dataset = load_dataset(config.data.name, config.data.root, config.data.split_file)
+            split, skipped = choose_images(config, dataset, reader, say)
+            backbone = load_backbone(config.backbone, processes.device, config.train.precision)
+        torch.manual_seed(config.seed)
+        method = find_method(config.method)(backbone, split.class_names, config.settings, dataset.template)
+        method.to(backbone.device)
+        session = (
+            Session(config, out, method, split, processes, reader, progress or Silent()) if method.trains else None
         )
-        write_atomically(out / "config.yaml", config.to_yaml())
-        write_atomically(out / "environment.json", json.dumps(environment(backbone), indent=2))
-        write_split(split, out / "split.json")
-        with (out / "log.jsonl").open("w", encoding="utf-8") as log_file:
-            epochs, val_accuracy = _train(config, method, split, images, reader, progress, log_file.write)
-        train_accuracy = evaluate(method, images["train"], split.class_names).accuracy
-        if val_accuracy is None and split.val:
-            val_accuracy = evaluate(method, images["val"], split.class_names).accuracy
-        result = Result(str(out), epochs, train_accuracy, val_accuracy, trainable, time.monotonic() - began, skipped)
-        write_atomically(out / "metrics.json", json.dumps(vars(result), indent=2))
-        save_artefact(method, out, about(config, dataset, result))
+        if resume:
+            _check_images(out, split)
+        processes.wait()  # all have seen that the folder can be used
+        with _run_folder(out, resume, processes):
+            say(_opening(config, dataset, split, method, processes))
+            if processes.first:
+                _describe(out, config, split, backbone, resume)
+            history, images = History(), _images(split, "train", reader)
+            if session:
+                history = session.train(say)
+            else:
+                method.fit_features(images.frozen(method), images.labels)
+                method.eval()
+                if processes.first:
+                    write_atomically(out / "log.jsonl", "")
+            train_accuracy = evaluate(method, images, split.class_names).accuracy
+            if (row := history.kept) is not None:
+                val_accuracy = row["val_accuracy"]
+            else:
+                val = _images(split, "val", reader)
+                val_accuracy = evaluate(method, val, split.class_names).accuracy if split.val else None
+            trainable = sum(p.numel() for p in method.learned())
+            seconds = time.monotonic() - began + (session.earlier if session else 0.0)
+            result = Result(str(out), len(history.rows), train_accuracy, val_accuracy, trainable, seconds, skipped)
+            if processes.first:
+                write_atomically(out / "metrics.json", json.dumps(vars(result), indent=2))
+                save_artefact(method, out, about(config, dataset, result, history))
     return method.requires_grad_(False), result
 
 
+def saved_config(run: Path) -> RunConfig:
+    """The configuration of an earlier run; raises ConfigError if there is none in the folder."""
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"no run to resume in {run}: it has no config.yaml")
+    values = read_config(file)
+    if not isinstance(values.get("method.name"), str):
+        raise ConfigError(f"configuration {file} names no method")
+    return build_config(values["method.name"], file=values)
+
+
+def _opening(config: RunConfig, dataset: LoadedDataset, split: Split, method: Method, processes: Processes) -> str:
+    """What is trained, in a few lines: the learned parameters by shape, like ones together."""
+    together = f" in {processes.size} processes" if processes.size > 1 else ""
+    total = sum(p.numel() for p in method.learned())
+    like = Counter((re.sub(r"\d+", "*", n), tuple(p.shape)) for n, p in method.named_parameters() if p.requires_grad)
+    shapes = (f"{f'{n} × ' if n > 1 else ''}{name} {list(shape)}" for (name, shape), n in like.items())
+    return (
+        f"{config.method} on {method.backbone.name}{together}: {len(split.class_names)} classes of {dataset.name}, "
+        f"{len(split.train)} training images\n"
+        f"{total:,} learned parameters" + (f": {', '.join(shapes)}" if total else "")
+    )
+
+
+def _check_images(out: Path, split: Split) -> None:
+    """Raise ConfigError if the run in ``out`` began with other images or classes."""
+    if not (out / "split.json").exists():  # it was stopped before it began
+        return
+    before = read_split(out / "split.json", split.root)
+    if (before.class_names, before.train, before.val) != (split.class_names, split.train, split.val):
+        raise ConfigError(f"cannot resume {out}: its data set no longer gives the images of its split.json")
+
+
+def _describe(out: Path, config: RunConfig, split: Split, backbone: Backbone, resume: bool) -> None:
+    if resume:
+        remove_unfinished(out)
+    else:
+        write_atomically(out / "config.yaml", config.to_yaml())
+    write_atomically(out / "environment.json", json.dumps(environment(backbone), indent=2))
+    write_split(split, out / "split.json")
+
+
 @contextmanager
-def _run_folder(out: Path) -> Iterator[None]:
-    """Make the run folder, which is empty or not there yet; take it away if the run fails before an epoch is done.
+def _run_folder(out: Path, resume: bool, processes: Processes) -> Iterator[None]:
+    """Make the run folder, which is empty or not there yet; take it away if the run fails before its first checkpoint.
 
     The causes are data that cannot be used (an image that cannot be decoded, a class name that is too long) and a disk
-    that cannot be written. What an epoch has learned is kept.
+    that cannot be written. What a run has trained, or an earlier run's folder, stays.
     """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]  # innermost first
     try:
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            if processes.first:
+                out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot make output folder {out}: {error.strerror}") from None
         yield
     except (DataError, OutputError, OSError) as error:
-        log = out / "log.jsonl"
-        if not (log.is_file() and log.stat().st_size):
+        if processes.first and not resume and not checkpoint_file(out).exists():
             for path in out.iterdir() if out.is_dir() else ():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             for folder in made:
@@ -144,45 +178,8 @@ def _run_folder(out: Path) -> Iterator[None]:
         if isinstance(error, OSError):
             raise cannot_write(Path(error.filename or out), error) from error
         raise
-
-
-def _train(
-    config: RunConfig,
-    method: Method,
-    split: Split,
-    images: dict[str, EvaluationImages],
-    reader: ImageReader,
-    progress: Progress,
-    write: Callable[[str], object],
-) -> tuple[int, float | None]:
-    """Train by gradient steps, or fit on frozen features; returns epochs and the last val accuracy."""
-    if not method.trains:
-        method.fit_features(images["train"].frozen(method), images["train"].labels)
-        method.eval()
-        return 0, None
-    views = TrainingViews(
-        split.paths("train"),
-        [item.label for item in split.train],
-        method.backbone.preprocess,
-        config.data.batch_size,
-        config.seed,
-        min_scale=config.data.min_scale,
-        reader=reader,
-    )
-    accuracy: float | None = None
-
-    def after_epoch(log: EpochLog) -> None:
-        nonlocal accuracy
-        method.eval()
-        accuracy = evaluate(method, images["val"], split.class_names).accuracy if split.val else None
-        method.train()
-        row = {"epoch": log.epoch + 1, "lr": log.lr, **log.losses, "val_accuracy": accuracy}
-        write(json.dumps(row) + "\n")
-        progress.epoch(log, accuracy)
-
-    progress.start(len(views), config.train.epochs)
-    fit(method, views, config.optim, config.train.epochs, progress.step, after_epoch)
-    return config.train.epochs, accuracy
+    except KeyboardInterrupt:
+        raise Interrupted(f"to go on: vlprompt train --resume {shlex.quote(str(out))}") from None
 
 
 def _images(split: Split, part: str, reader: ImageReader) -> EvaluationImages:
@@ -202,14 +199,16 @@ def environment(backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def about(config: RunConfig, dataset: LoadedDataset, result: Result) -> dict[str, Any]:
+def about(config: RunConfig, dataset: LoadedDataset, result: Result, history: History) -> dict[str, Any]:
     """The rows of the model card."""
     val = "no val split" if result.val_accuracy is None else f"{result.val_accuracy:.1f} %"
     return {
         "data set": f"{dataset.name} ({config.data.classes} classes)",
         "shots": config.data.shots or "all training images",
         "seed": config.seed,
-        "epochs": result.epochs,
+        "epochs": f"{result.epochs} (kept: {history.best_epoch}, chosen on the val images)"
+        if history.best_epoch
+        else result.epochs,
         "learned parameters": f"{result.trainable_parameters:,}",
         "accuracy on the training images": f"{result.train_accuracy:.1f} %",
         "accuracy on the val images": val,

@@ -1,0 +1,130 @@
+"""Checkpoints: everything that a training run needs to go on as if it had never stopped.
+
+One file, ``checkpoints/last.safetensors``, replaced as a whole: tensors, and the numbers as JSON in its header.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+import vlprompt
+from vlprompt.errors import ArtefactError
+from vlprompt.files import write_atomically
+from vlprompt.training.loop import LossScale, Training
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class History:
+    """What a run has to show for the epochs it has done."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """The lines of log.jsonl."""
+    seconds: float = 0.0
+    """Spent until the last checkpoint."""
+    best_epoch: int = 0
+    """Epoch (from 1) with the best val accuracy; 0 while there is none."""
+    best_accuracy: float = -1.0
+    best: dict[str, Tensor] = field(default_factory=dict)
+    """The method's state after the best epoch, if it may be selected."""
+
+    @property
+    def kept(self) -> dict[str, Any] | None:
+        """The row of the epoch whose prompts are kept: the best if it is selected, or the last."""
+        return self.rows[(self.best_epoch or len(self.rows)) - 1] if self.rows else None
+
+
+def checkpoint_file(run: Path) -> Path:
+    """Where a run's checkpoint lies."""
+    return run / "checkpoints" / "last.safetensors"
+
+
+def save_checkpoint(run: Path, training: Training, history: History) -> None:
+    """Write the state of training; the checkpoint before is there until this one is complete."""
+    groups = {
+        "method": training.method.state_dict(),
+        "extra": training.method.training_state(),
+        "optimizer": _optimizer_tensors(training.optimizer),
+        "best": history.best,
+    }
+    tensors = {
+        f"{group}.{k}": v.detach().cpu().contiguous() for group, state in groups.items() for k, v in state.items()
+    }
+    numbers = {
+        "format_version": FORMAT_VERSION,
+        "vlprompt_version": vlprompt.__version__,
+        "backbone_fingerprint": training.method.backbone.fingerprint,
+        "epoch": training.epoch,
+        "step": training.step,
+        "sums": training.sums,
+        "loss_scale": asdict(training.scale),
+        "history": {k: v for k, v in vars(history).items() if k != "best"},
+    }
+    write_atomically(checkpoint_file(run), save(tensors, {"checkpoint": json.dumps(numbers)}))
+
+
+def load_checkpoint(run: Path, training: Training) -> History:
+    """Put training where the run's checkpoint says, if there is one; returns the run's history.
+
+    Raises ArtefactError if the checkpoint cannot be read, comes from a newer version, or does not fit.
+    """
+    file = checkpoint_file(run)
+    if not file.is_file():
+        return History()
+    method, device = training.method, training.method.backbone.device
+    try:
+        with safe_open(file, "pt") as f:
+            numbers = json.loads((f.metadata() or {})["checkpoint"])
+            # copies: tensors of an open file would change, or fault, with it
+            tensors = {k: f.get_tensor(k).clone() for k in f.keys()}  # noqa: SIM118
+        if numbers["format_version"] > FORMAT_VERSION:
+            raise ArtefactError(
+                f"{file} has format_version {numbers['format_version']}; "
+                f"this vlprompt reads up to {FORMAT_VERSION}: update it"
+            )
+        if numbers["backbone_fingerprint"] != method.backbone.fingerprint:
+            raise ArtefactError(f"{run} was begun on other weights than '{method.backbone.name}' has now")
+        method.load_state_dict(_group(tensors, "method"))
+        method.load_training_state({k: v.to(device) for k, v in _group(tensors, "extra").items()})
+        _load_optimizer(training.optimizer, _group(tensors, "optimizer"))
+        training.epoch, training.step, training.sums = numbers["epoch"], numbers["step"], numbers["sums"]
+        training.scale = LossScale(**numbers["loss_scale"])
+        return History(**numbers["history"], best=_group(tensors, "best"))
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError, OSError) as error:
+        raise ArtefactError(f"cannot read checkpoint {file}: {' '.join(str(error).split())[:200]}") from None
+
+
+def remove_unfinished(run: Path) -> None:
+    """Take away files that a killed process was writing."""
+    for folder in (run, run / "checkpoints"):
+        for file in folder.glob(".*"):
+            if re.fullmatch(r"\..+\.\d+", file.name):
+                file.unlink(missing_ok=True)
+
+
+def _group(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:
+    return {k.removeprefix(f"{group}."): v for k, v in tensors.items() if k.startswith(f"{group}.")}
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's tensors as PARAMETER.KEY; its other values are the configuration's."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{k}": v for i, values in state.items() for k, v in values.items() if isinstance(v, Tensor)}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        i, _, key = name.partition(".")
+        state.setdefault(int(i), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

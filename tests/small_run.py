@@ -1,0 +1,58 @@
+"""A small training run for the tests of the loop: random pictures, the tiny backbone, the real command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+TINY = Path(__file__).parent / "golden" / "backbone"
+SOURCE = Path(__file__).parents[1] / "src"
+CLASSES = ("cat", "dog", "sea horse")
+
+
+def make_pictures(folder: Path, train: int = 4, val: int = 2, size: int = 32) -> Path:
+    """``train`` and ``val`` random pictures of each of three classes."""
+    rng = np.random.default_rng(0)
+    for part, n in (("train", train), ("val", val)):
+        for name in CLASSES:
+            (folder / part / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / part / name / f"{i}.png")
+    return folder
+
+
+def arguments(method: str, pictures: Path, out: Path, *more: str) -> list[str]:
+    """``vlprompt train`` on the tiny backbone, in batches of 4, without warm-up."""
+    given = ["data.batch_size=4", "data.workers=0", "optim.warmup_epochs=0"]
+    return ["train", method, str(pictures), "--backbone", str(TINY), "--out", str(out), *given, *more]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """One thread, and this checkout's vlprompt."""
+    path = os.pathsep.join([str(SOURCE), str(SOURCE.parent / "tests")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+
+
+def vlprompt(*given: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", "vlprompt", *given]
+    return subprocess.run(command, env=environment(**more), capture_output=True, text=True, timeout=120)
+
+
+def prompts(run: Path) -> dict[str, Tensor]:
+    """The tuned prompts of a finished run."""
+    return load_file(run / "prompts.safetensors")
+
+
+def log(run: Path) -> list[dict]:
+    """The rows of a run's log."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

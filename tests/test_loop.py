@@ -1,0 +1,206 @@
+"""The loop's other promises: fp16, the epoch that is kept, reports, what is said at the start."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from small_run import CLASSES, TINY, log, make_pictures, prompts
+from vlprompt.backbones.load import load_backbone
+from vlprompt.data.views import TrainingViews
+from vlprompt.errors import ConfigError, VlpromptError
+from vlprompt.methods import find_method
+from vlprompt.training.config import OptimConfig, TrainConfig, build_config
+from vlprompt.training.interrupt import deferred_interrupt
+from vlprompt.training.loop import LossScale, Training
+from vlprompt.training.run import train
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def configured(pictures: Path, method: str = "coop", **more):
+    given = {"data.name": str(pictures), "data.batch_size": 4, "data.workers": 0, "train.epochs": 3}
+    return build_config(method, overrides={**given, "backbone": str(TINY), "optim.warmup_epochs": 0, **more})
+
+
+# --- fp16 -----------------------------------------------------------------------------------------
+
+
+def training(method: str, pictures: Path, precision: str, weight: float = 1.0, **config) -> Training:
+    """A method's training on one batch of 12, its losses multiplied by ``weight``; lr 1 / weight undoes that."""
+    cls = find_method(method)
+
+    class Weighted(cls):
+        def losses(self, batch):
+            return {term: weight * value for term, value in super().losses(batch).items()}
+
+    backbone = load_backbone(str(TINY), "cpu", precision)
+    files = sorted((pictures / "train").rglob("*.png"))
+    labels = [CLASSES.index(file.parent.name) for file in files]
+    views = TrainingViews(files, labels, backbone.preprocess, batch_size=12, seed=1, workers=0)
+    torch.manual_seed(1)
+    optim = OptimConfig(lr=0.001 / weight, momentum=0, weight_decay=0, warmup_epochs=0)
+    return Training(Weighted(backbone, CLASSES, cls.Config()), views, optim, TrainConfig(epochs=1, **config))
+
+
+def move(job: Training) -> torch.Tensor:
+    before = job.method.context.vectors.detach().clone()
+    assert job.run()
+    return job.method.context.vectors.detach() - before
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("method", ["coop", "prograd"])
+def test_fp16_towers_keep_small_gradients(method, parts, pictures):
+    right = move(training(method, pictures, "fp32"))
+
+    def error(job: Training) -> float:
+        return ((move(job) - right).norm() / right.norm()).item()
+
+    small = 1e-6  # gradients of such losses vanish in fp16
+    assert error(training(method, pictures, "fp16", small, accumulate=parts)) < 0.1
+    unscaled = training(method, pictures, "fp16", small, accumulate=parts)
+    unscaled.scale = LossScale(1.0)
+    assert error(unscaled) > 0.5
+
+
+def test_a_step_that_overflows_is_left_out(pictures):
+    job = training("prograd", pictures, "fp16")
+    job.scale = LossScale(2.0**60)
+    assert not move(job).any()
+    assert job.scale == LossScale(2.0**59)
+    job.scale, job.epoch = LossScale(2.0**10, good_steps=1999), 0
+    assert move(job).any()
+    assert job.scale == LossScale(2.0**11)
+
+
+def test_scaling_does_not_hide_a_bad_gradient(pictures):
+    job = training("coop", pictures, "fp16", weight=float("inf"))
+    with pytest.raises(VlpromptError, match="loss term 'ce' is inf in epoch 1, step 1"):
+        job.run()
+    assert training("coop", pictures, "bf16").scale == training("coop", pictures, "fp32").scale == LossScale(1.0)
+
+
+def test_fp16_scale_is_resumed(pictures, tmp_path):
+    config = configured(pictures, **{"train.precision": "fp16", "train.epochs": 2})
+    train(config, tmp_path / "run")
+    before = prompts(tmp_path / "run")
+    train(config, tmp_path / "run", resume=True)
+    assert all(torch.equal(before[k], v) for k, v in prompts(tmp_path / "run").items())
+
+
+# --- the epoch that is kept -----------------------------------------------------------------------
+
+
+def test_select_val_keeps_the_first_best_epoch(pictures, tmp_path, monkeypatch):
+    from vlprompt.training import session
+
+    accuracies = iter([50.0, 80.0, 80.0])
+    monkeypatch.setattr(session, "evaluate", lambda *_: SimpleNamespace(accuracy=next(accuracies)))
+    settings = {"optim.lr": 0.01, "train.epochs": 3}
+    _, result = train(configured(pictures, **settings, **{"train.select": "val"}), tmp_path / "best")
+    assert result.val_accuracy == 80.0
+    assert [row["val_accuracy"] for row in log(tmp_path / "best")] == [50.0, 80.0, 80.0]
+    assert "3 (kept: 2, chosen on the val images)" in (tmp_path / "best" / "README.md").read_text()
+    stopped = configured(pictures, **settings)
+    monkeypatch.setattr(session, "evaluate", lambda *_: SimpleNamespace(accuracy=0.0))
+    seen = {}
+
+    class Watch(session.Session):
+        def _after_epoch(self, log):
+            super()._after_epoch(log)
+            seen[log.epoch + 1] = self.method.context.vectors.detach().clone()
+
+    from vlprompt.training import run
+
+    monkeypatch.setattr(run, "Session", Watch)
+    train(stopped, tmp_path / "last")
+    best, last = (prompts(tmp_path / name)["context.vectors"] for name in ("best", "last"))
+    assert torch.equal(best, seen[2])
+    assert torch.equal(last, seen[3])
+    assert not torch.equal(best, last)
+
+
+def test_select_val_needs_val_images(tmp_path):
+    pictures = make_pictures(tmp_path / "pictures", val=0)
+    with pytest.raises(ConfigError, match=r"^train.select = val: there are no val images to select on$"):
+        train(configured(pictures / "train", **{"train.select": "val"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_interrupt_is_at_once_where_it_may_insist():
+    with deferred_interrupt(insist=False) as asked:
+        assert not asked()
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert asked()
+    with deferred_interrupt() as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+# --- reports and what is said ---------------------------------------------------------------------
+
+
+def test_wandb_gets_each_epoch_once(pictures, tmp_path, monkeypatch):
+    calls = []
+
+    class Run:
+        id = "abc"
+
+        def log(self, values, step):
+            calls.append((step, set(values)))
+
+        def finish(self):
+            calls.append("finish")
+
+    def init(**given):
+        calls.append((given["project"], given["name"], given["id"], given["config"]["method"]["name"]))
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    config = configured(pictures, **{"train.report_to": "wandb", "train.epochs": 2})
+    train(config, tmp_path / "run")
+    figures = {"lr", "ce", "val_accuracy"}
+    assert calls == [("vlprompt", "run", None, "coop"), (1, figures), (2, figures), "finish"]
+    calls.clear()
+    train(config, tmp_path / "run", resume=True)
+    assert calls == [("vlprompt", "run", "abc", "coop"), "finish"]
+
+
+def test_tensorboard_files(pictures, tmp_path):
+    pytest.importorskip("tensorboard")
+    train(configured(pictures, **{"train.report_to": "tensorboard"}), tmp_path / "run")
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize(("service", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+def test_a_report_that_is_not_installed(service, module, pictures, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    says = rf"^train.report_to = {service}: it is not installed \(pip install 'vlprompt\[{service}\]'\)$"
+    with pytest.raises(ConfigError, match=says):
+        train(configured(pictures, **{"train.report_to": service}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_start_lists_what_is_learned(pictures, tmp_path):
+    said = []
+    train(configured(pictures, "maple", **{"train.epochs": 1}), tmp_path / "run", say=said.append)
+    learned = said[0].splitlines()[1]
+    assert learned.endswith(
+        "learned parameters: 9 × coupled.projections.*.weight [128, 128], 9 × coupled.projections.*.bias [128], "
+        "context.vectors [2, 128], context.deep [8, 2, 128]"
+    )
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert learned.startswith(f"{metrics['trainable_parameters']:,} learned parameters")
