@@ -30,6 +30,31 @@ _LONGEST = 100
 Region = Sequence[float] | NDArray[np.floating]
 """(top, left, height, width, flip): a box relative to the image, each in 0..1; flip is 0 or 1."""
 
+ImageSource = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
+"""A file, a Pillow image, or uint8 pixels: [H, W, 3], or [H, W] for grey."""
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """An image as ``load_image`` gives it, from a file, a Pillow image or an array of pixels.
+
+    Raises DataError for what cannot be decoded, and for pixels of another type or shape.
+    """
+    if isinstance(source, np.ndarray):
+        grey, colour = source.ndim == 2, source.ndim == 3 and source.shape[-1] == 3
+        if source.dtype != np.uint8 or not source.size or not (grey or colour):
+            found = f"{source.dtype} {list(source.shape)}"
+            raise DataError(f"an image as an array is uint8 [H, W, 3] or [H, W], 0 to 255; found {found}")
+        return Image.fromarray(source).convert("RGB")
+    if isinstance(source, Image.Image):
+        try:
+            source.load()
+            return to_rgb(_upright(source))
+        except Exception as error:  # as in load_image: a file that Pillow opened may be damaged further on
+            raise DataError(f"cannot read the image {source!r}: {error}") from error
+    if isinstance(source, (str, os.PathLike)):
+        return load_image(source)
+    raise DataError(f"an image is a path, a Pillow image or an array, not {type(source).__name__}")
+
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
     """Decode an image file: upright (EXIF orientation), first frame, 8-bit RGB.

@@ -48,6 +48,10 @@ class Split:
         """Where the part's images lie, in the order of ``items``."""
         return [self.root / item.path for item in self.items(part)]
 
+    def labels(self, part: str) -> list[int]:
+        """The part's labels, in the order of ``items``."""
+        return [item.label for item in self.items(part)]
+
     def few_shot(self, shots: int, seed: int) -> Split:
         """Cut train to ``shots`` images per class, and val to at most min(shots, 4), as CoOp does.
 

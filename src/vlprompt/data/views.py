@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from vlprompt.data.images import Preprocess, load_image, random_regions
+from vlprompt.data.images import ImageSource, Preprocess, open_image, random_regions
 
 CACHE_BYTES = 2 << 30  # decoded training images kept in memory; the rest is decoded again each epoch
 AHEAD = 4  # batches being made while one is used
@@ -27,7 +26,7 @@ class TrainingViews:
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        paths: Sequence[ImageSource],
         labels: Sequence[int],
         preprocess: Preprocess,
         batch_size: int,
@@ -60,7 +59,7 @@ class TrainingViews:
 
     def _image(self, i: int) -> Image.Image:
         if i not in self._decoded:
-            image = load_image(self.paths[i])
+            image = open_image(self.paths[i])
             size = 3 * image.width * image.height
             if size > self._room:
                 return image
@@ -70,12 +69,12 @@ class TrainingViews:
 
 
 def evaluation_batches(
-    paths: Sequence[Path], preprocess: Preprocess, batch_size: int = 100, workers: int = 2
+    paths: Sequence[ImageSource], preprocess: Preprocess, batch_size: int = 100, workers: int = 2
 ) -> Iterator[Tensor]:
     """Evaluation views of the images, [B, 3, S, S] at a time, in order."""
     order = np.arange(len(paths))
     batches = [order[i : i + batch_size] for i in range(0, len(paths), batch_size)]
-    for _, images in _ahead(lambda i: preprocess(load_image(paths[i])), batches, workers):
+    for _, images in _ahead(lambda i: preprocess(open_image(paths[i])), batches, workers):
         yield images
 
 

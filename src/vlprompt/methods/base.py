@@ -125,6 +125,10 @@ class Method(nn.Module):
         """[B, C] logits of normalised features."""
         return self.backbone.logits(image_features, class_features)
 
+    def scale_and_bias(self) -> tuple[Tensor, Tensor]:
+        """What ``logits`` multiplies and adds: logits = scale · v · tᵀ + bias; the bias is a number, or [C]."""
+        return torch.tensor(self.backbone.logit_scale), torch.tensor(self.backbone.logit_bias)
+
     def backward(self, losses: Mapping[str, Tensor]) -> None:
         """Gradients of the sum of the loss terms."""
         total(losses).backward()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlprompt.data.images import ImageSource
 from vlprompt.data.views import evaluation_batches
 from vlprompt.methods import Method
 
@@ -20,7 +20,7 @@ TEXTS_AT_ONCE = 2000  # class texts encoded together where each image has its ow
 class EvaluationImages:
     """Images to evaluate on; features of the frozen image tower are computed once and remembered."""
 
-    def __init__(self, paths: Sequence[Path], labels: Sequence[int], workers: int = 2) -> None:
+    def __init__(self, paths: Sequence[ImageSource], labels: Sequence[int], workers: int = 2) -> None:
         self.paths, self.labels, self.workers = paths, torch.tensor(labels), workers
         self._frozen: dict[str, Tensor] = {}
 
