@@ -60,12 +60,21 @@ def build_method(
     state stays as it is. Raises ConfigError for what the method does not know, DataError for class names without a
     name or with another's.
     """
-    own = {f.name for f in fields(find_method(name).Config)}
+    keys = full_keys(settings, method_keys(name), f"setting of {name}")
+    return build_configured(build_config(name, overrides=keys), backbone, class_names, template, seed)
+
+
+def method_keys(name: str) -> dict[str, str]:
+    """A method's own settings, and their keys in the run configuration."""
+    return {f.name: f"method.{f.name}" for f in fields(find_method(name).Config)}
+
+
+def full_keys(settings: Mapping[str, Any], known: Mapping[str, str], what: str) -> dict[str, Any]:
+    """Settings by their keys in the run configuration; raises ConfigError for those that are not ``known``."""
     for key in settings:
-        if key.removeprefix("method.") not in own:
-            raise ConfigError(unknown(f"setting of {name}", key, own))
-    config = build_config(name, overrides={f"method.{k.removeprefix('method.')}": v for k, v in settings.items()})
-    return build_configured(config, backbone, class_names, template, seed)
+        if key not in known and key not in known.values():
+            raise ConfigError(unknown(what, key, known))
+    return {known.get(key, key): value for key, value in settings.items()}
 
 
 def build_configured(
@@ -98,12 +107,7 @@ def fit(
     epoch. Returns the method. Raises ConfigError for unknown settings, DataError for images and labels that do not
     fit together, VlpromptError if a loss is not finite.
     """
-    keys = {}
-    for key, value in settings.items():
-        full = key if key in TRAINING.values() else TRAINING.get(key)
-        if full is None:
-            raise ConfigError(unknown("training setting", key, TRAINING))
-        keys[full] = value
+    keys = full_keys(settings, TRAINING, "training setting")
     return fit_configured(method, images, labels, build_config(method.name, preset, overrides=keys), seed, after_epoch)
 
 

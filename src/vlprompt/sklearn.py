@@ -11,7 +11,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
-from vlprompt.api import Images, PromptedModel, build_configured, fit_configured
+from vlprompt.api import TRAINING, Images, PromptedModel, build_configured, fit_configured, full_keys, method_keys
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.data.datasets import DEFAULT_TEMPLATE
@@ -47,7 +47,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         ``backbone``: a name that ``load_backbone`` takes, or a loaded backbone (its own device and precision then
         count; copies of the classifier share it). ``class_names``: words for labels; str(label) for those left out.
         ``template``: text with {} for the class name. ``epochs``, ``lr``, ``batch_size``: the method's official ones
-        if not given. ``settings``: any other keys of a run configuration, ``{"n_ctx": 4, "optim.momentum": 0}``.
+        if not given. ``settings``: the method's own, and any other of training, ``{"n_ctx": 4, "momentum": 0}``.
         """
         self.method = method
         self.backbone = backbone
@@ -71,8 +71,10 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         check_classification_targets(y)
         labels = column_or_1d(y, warn=True)
         self.classes_, indices = np.unique(labels, return_inverse=True)
+        known = {**TRAINING, **method_keys(self.method)}
+        settings = full_keys(self.settings or {}, known, f"setting of {self.method}")
         given = {"train.epochs": self.epochs, "optim.lr": self.lr, "data.batch_size": self.batch_size}
-        overrides = {**(self.settings or {}), **{k: v for k, v in given.items() if v is not None}}
+        overrides = {**settings, **{k: v for k, v in given.items() if v is not None}}
         config = build_config(self.method, self.preset, overrides=overrides)
         backbone = self.backbone
         if not isinstance(backbone, Backbone):
@@ -90,7 +92,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Images) -> NDArray[Any]:
         """The most probable label of each image, [n]. Raises DataError for what is no image."""
-        return self.classes_[self.predict_proba(X).argmax(1)]
+        best = self.predict_proba(X).argmax(1)
+        return self.classes_[best]
 
     def _name(self, label: Hashable) -> str:
         return (self.class_names or {}).get(label, str(label))

@@ -20,7 +20,7 @@ from torch import Tensor
 import vlprompt
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
-from vlprompt.errors import ArtefactError, ConfigError
+from vlprompt.errors import ArtefactError, ConfigError, unknown
 from vlprompt.files import write_atomically
 from vlprompt.methods import Method, find_method
 from vlprompt.training.card import model_card
@@ -64,6 +64,8 @@ def load_artefact(folder: Path, backbone: str | None = None, device: str = "cpu"
     try:
         cls = find_method(config["method"])
         settings = TypeAdapter(cls.Config).validate_python(config["settings"])
+        if extra := set(config["settings"]) - set(asdict(settings)):  # pydantic passes them over
+            raise ConfigError(unknown(f"setting of {cls.name}", min(extra), asdict(settings)))
         class_names = TypeAdapter(tuple[str, ...]).validate_python(config["class_names"])
         state = _read_prompts(folder / PROMPTS, config)
         loaded = _load_backbone(backbone, config["backbone"], folder, device, precision)
