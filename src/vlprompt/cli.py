@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 
 DATA, MODEL, RUN, OUTPUT = "Data", "Model", "Training", "Output"
+INTERRUPTED = 130
 
 
 class Classes(StrEnum):
@@ -65,7 +66,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 def main() -> None:
     """Run the command line; bad input ends in one line on standard error and exit code 2."""
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="vlprompt")
+        if code == INTERRUPTED:  # typer turns an interrupt into a silent exit
+            raise KeyboardInterrupt
     except VlpromptError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
@@ -74,7 +77,7 @@ def main() -> None:
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
-        code = 130
+        code = INTERRUPTED
     sys.exit(code)
 
 
@@ -122,7 +125,7 @@ def train(
     method: Annotated[str, typer.Argument(help="One of `vlprompt list methods`.")],
     data: Data,
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any setting; --dry-run shows them all.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Any setting; --dry-run shows them all.")
     ] = None,
     root: Root = None,
     shots: Annotated[

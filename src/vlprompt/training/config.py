@@ -184,8 +184,9 @@ def _resolve(key: str, known: list[str], problems: list[str]) -> str | None:
     if ending:
         problems.append(f"key '{key}' is not clear (write one of {', '.join(ending)})")
         return None
-    short = {k.rpartition(".")[2]: k for k in known}
-    near = get_close_matches(key, known, 1, 0.6) or get_close_matches(key.rpartition(".")[2], short, 1, 0.6)
+    name, short = key.rpartition(".")[2], {k.rpartition(".")[2]: k for k in known}
+    # A name that exists in another section is nearer than any other name in the section given.
+    near = [name] if name in short else get_close_matches(key, known, 1, 0.6) or get_close_matches(name, short, 1, 0.6)
     guess = f": did you mean '{short.get(near[0], near[0])}'?" if near else ""
     problems.append(f"unknown key '{key}'{guess}")
     return None

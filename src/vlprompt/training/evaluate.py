@@ -34,7 +34,7 @@ class EvaluationImages:
 
     def frozen(self, method: Method) -> Tensor:
         """Normalised features from the frozen image tower, [n, E]."""
-        key = method.backbone.fingerprint
+        key = f"{method.backbone.fingerprint} {method.backbone.dtype}"
         if key not in self._frozen:
             batches = evaluation_batches(self.paths, method.backbone.preprocess, workers=self.workers)
             self._frozen[key] = torch.cat([method.backbone.encode_images(images) for images in batches])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,13 +94,13 @@ def train(
     method = find_method(config.method)(backbone, split.class_names, config.settings, dataset.template)
     method.to(backbone.device)
     trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    say(
-        f"{config.method} on {backbone.name}: {len(split.class_names)} classes of {dataset.name}, "
-        f"{len(split.train)} training images, {trainable:,} learned parameters"
-    )
     images = {part: _images(split, part, config.data.workers) for part in ("train", "val")}
 
     with _run_folder(out):
+        say(
+            f"{config.method} on {backbone.name}: {len(split.class_names)} classes of {dataset.name}, "
+            f"{len(split.train)} training images, {trainable:,} learned parameters"
+        )
         write_atomically(out / "config.yaml", config.to_yaml())
         write_atomically(out / "environment.json", json.dumps(environment(backbone), indent=2))
         write_split(split, out / "split.json")
@@ -119,7 +118,7 @@ def train(
 @contextmanager
 def _run_folder(out: Path) -> Iterator[None]:
     """Make the run folder, which is empty or not there yet, and take it away again if the data cannot be used."""
-    there = out.exists()
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]  # innermost first
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -127,9 +126,11 @@ def _run_folder(out: Path) -> Iterator[None]:
     try:
         yield
     except DataError:  # an image that cannot be decoded, a class name that is too long
-        shutil.rmtree(out)
-        if there:
-            out.mkdir()
+        for file in out.iterdir():
+            file.unlink()
+        for folder in made:
+            with suppress(OSError):  # another run may have begun below it
+                folder.rmdir()
         raise
 
 

@@ -1,0 +1,558 @@
+"""The command line: its contract, its exit codes, and what it leaves behind."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import vlprompt
+from vlprompt.cli import app, main
+from vlprompt.data.datasets import DATASETS
+from vlprompt.methods import METHODS
+
+TINY = Path(__file__).parent / "golden" / "backbone"
+COLOURS = {"blue": (30, 30, 220), "green": (30, 200, 30), "red": (220, 30, 30)}
+RUN_FILES = {
+    "config.yaml", "environment.json", "split.json", "log.jsonl", "metrics.json",
+    "config.json", "prompts.safetensors", "README.md",
+}  # fmt: skip
+COMMANDS = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback]
+QUICK = ["--backbone", str(TINY), "--epochs", "1", "batch_size=4", "workers=1"]
+
+
+@dataclass
+class Done:
+    """What a command printed, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one JSON object on standard output."""
+        assert self.code == 0, self.err
+        assert self.out.count("\n") == 1
+        return json.loads(self.out)
+
+
+def vlprompt_(*arguments: object) -> Done:
+    """Run a command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["vlprompt", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exited:
+            main()
+    return Done(exited.value.code or 0, out.getvalue(), err.getvalue())  # type: ignore[arg-type]
+
+
+def in_a_process(*arguments: object, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Python anew."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"} | variables
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8")
+
+
+def paint(file: Path, colour: tuple[int, int, int], seed: int) -> None:
+    noise = np.random.default_rng(seed).integers(-25, 26, (32, 32, 3))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)).save(file)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of coloured squares: three classes that are easy to tell apart."""
+    root = tmp_path_factory.mktemp("data") / "photos"
+    for part, n in (("train", 4), ("val", 1), ("test", 3)):
+        for seed, (name, colour) in enumerate(COLOURS.items()):
+            for i in range(n):
+                paint(root / part / name / f"{i}.png", colour, 100 * seed + i)
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+    out = tmp_path_factory.mktemp("runs") / "coop"
+    done = vlprompt_("train", "coop", photos, *QUICK, "n_ctx=4", "warmup_epochs=0", "--out", out, "--json")
+    return out, done
+
+
+@pytest.fixture(scope="module")
+def run(trained: tuple[Path, Done]) -> Path:
+    """A run folder."""
+    assert trained[1].code == 0, trained[1].err
+    return trained[0]
+
+
+@pytest.fixture(scope="module")
+def probe(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of a model that knows its own classes only."""
+    out = tmp_path_factory.mktemp("runs") / "probe"
+    assert vlprompt_("train", "linear_probe", photos, *QUICK, "C=100", "--out", out).code == 0
+    return out
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+# --- imports, help, lists -------------------------------------------------------------------------
+
+HEAVY = ("torch", "transformers", "sklearn", "open_clip", "numpy", "PIL", "huggingface_hub")
+NOTHING_HEAVY = (
+    "import sys; heavy = [m for m in {heavy} if m in sys.modules]; sys.exit(f'imported {{heavy}}' if heavy else 0)"
+)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["train", "--help"], ["predict", "--hlp"]])
+def test_help_and_import_are_light(arguments: list[str]) -> None:
+    if arguments:
+        first = f"""
+import sys
+from vlprompt.cli import main
+sys.argv = ["vlprompt", *{arguments}]
+try:
+    main()
+except SystemExit:
+    pass
+"""
+    else:
+        first = "import vlprompt\n"
+    done = in_a_process("-c", first + NOTHING_HEAVY.format(heavy=HEAVY))
+    assert done.returncode == 0, done.stderr
+
+
+def test_both_ways_to_start_it() -> None:
+    for start in (["-m", "vlprompt"], [Path(sys.executable).with_name("vlprompt")]):
+        if isinstance(start[0], Path):
+            if not start[0].is_file():
+                continue
+            done = subprocess.run([start[0], "--version"], capture_output=True, text=True)
+        else:
+            done = in_a_process(*start, "--version")
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{vlprompt.__version__}\n", "")
+
+
+def test_help_lists_every_command() -> None:
+    for arguments in (["--help"], []):
+        done = vlprompt_(*arguments)
+        assert (done.code, done.err) == (0, "")
+        assert all(f" {command} " in done.out for command in COMMANDS)
+        assert "Example: vlprompt train" in done.out
+    assert {"demo", "list", "train", "evaluate", "predict"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_help_and_an_example(command: str) -> None:
+    done = vlprompt_(command, "--help")
+    assert (done.code, done.err) == (0, "")
+    assert f"Usage: vlprompt {command}" in done.out
+    assert f"Example: vlprompt {command} " in done.out
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("methods", sorted(METHODS)),
+        ("datasets", list(DATASETS)),
+        ("backbones", ["mini", "FOLDER", "FILE.safetensors", "OWNER/MODEL", "open_clip:MODEL/TAG"]),
+    ],
+)
+def test_lists(what: str, names: list[str]) -> None:
+    rows = vlprompt_("list", what, "--json").json[what]
+    assert [row["name"] for row in rows] == names
+    plain = vlprompt_("list", what)
+    head, *lines = plain.out.splitlines()
+    assert (plain.code, plain.err) == (0, "")
+    assert head.split() == list(rows[0])
+    assert [line.split()[0] for line in lines] == names
+
+
+def test_methods_are_listed_first() -> None:
+    assert vlprompt_("list").out == vlprompt_("list", "methods").out
+    maple = next(row for row in vlprompt_("list", "--json").json["methods"] if row["name"] == "maple")
+    assert maple == {
+        "name": "maple", "paper": "Khattak et al., CVPR", "year": 2023,
+        "learns": "deep text prompts coupled to visual prompts", "needs": [], "parity": "golden",
+        "presets": ["cross-dataset"],
+    }  # fmt: skip
+
+
+# --- train ----------------------------------------------------------------------------------------
+
+
+def test_train_prints_one_json_object(trained: tuple[Path, Done]) -> None:
+    out, done = trained
+    result = done.json
+    assert set(result) == {"run", "epochs", "train_accuracy", "val_accuracy", "trainable_parameters", "seconds"}
+    assert result["run"] == str(out)
+    assert result["epochs"] == 1
+    assert 0 <= result["train_accuracy"] <= 100
+    assert 0 <= result["val_accuracy"] <= 100
+    assert result["trainable_parameters"] == 4 * 128
+    assert result["seconds"] > 0
+    assert {p.name for p in out.iterdir()} == RUN_FILES
+    assert json.loads((out / "metrics.json").read_text("utf-8")) == result
+    assert "epoch 1/1  lr 0.002  ce " in done.err
+
+
+def test_train_without_json_says_it_on_standard_error(photos: Path, empty: Path) -> None:
+    done = vlprompt_("train", "zero_shot", photos, *QUICK)
+    assert (done.code, done.out) == (0, "")
+    assert "zero_shot on" in done.err
+    assert done.err.splitlines()[-1].endswith("saved in runs/photos-zero_shot-seed1")
+    assert {p.name for p in (empty / "runs" / "photos-zero_shot-seed1").iterdir()} == RUN_FILES
+
+
+def test_the_default_output_folder_has_the_datas_name(
+    photos: Path, empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos)
+    monkeypatch.setattr("vlprompt.training.run.train", lambda config, out, *rest: pytest.fail(str(out)))
+    table = photos / "table.csv"
+    for data, name in ((".", "photos"), (f"{photos}/", "photos"), (table, "table"), ("caltech101", "caltech101")):
+        with pytest.raises(pytest.fail.Exception, match=rf"\Aruns/{name}-coop-seed7\Z"):
+            vlprompt_("train", "coop", data, "--seed", 7)
+
+
+def test_train_in_a_process_of_its_own(photos: Path, tmp_path: Path) -> None:
+    """Nothing but the JSON object on standard output, whatever the libraries print."""
+    done = in_a_process(
+        "-m", "vlprompt", "train", "maple", photos, *QUICK, "depth=2", "--out", "run", "--json", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    assert json.loads(done.stdout)["run"] == "run"
+    assert "epoch 1/1" in done.stderr
+
+
+def test_dry_run_prints_a_configuration_that_is_accepted(photos: Path, empty: Path) -> None:
+    options = ["--shots", 2, "--classes", "base", "--seed", 5, "--precision", "bf16", "--preset", "cross-dataset"]
+    first = vlprompt_("train", "maple", photos, *QUICK, *options, "lr=1e-3", "init=the 日本", "--dry-run")
+    assert (first.code, first.err) == (0, "")
+    content = yaml.safe_load(first.out)
+    assert content["method"] == {"name": "maple", "n_ctx": 2, "depth": 3, "init": "the 日本"}
+    assert content["data"]["shots"] == 2
+    assert content["optim"]["lr"] == 0.001
+    (empty / "c.yaml").write_text(first.out, encoding="utf-8")
+    again = vlprompt_("train", "maple", photos, "--config", "c.yaml", "--dry-run")
+    assert (again.code, again.out) == (0, first.out)
+    as_json = vlprompt_("train", "maple", photos, "--config", "c.yaml", "--dry-run", "--json")
+    assert as_json.json == content
+    changed = vlprompt_("train", "maple", photos, "--config", "c.yaml", "--epochs", 9, "lr=2", "--dry-run")
+    assert yaml.safe_load(changed.out)["train"]["epochs"] == 9
+    assert yaml.safe_load(changed.out)["optim"]["lr"] == 2
+    assert {p.name for p in empty.iterdir()} == {"c.yaml"}
+
+
+def test_every_setting_of_a_run_can_be_given(empty: Path) -> None:
+    """A dry run needs neither data nor backbone."""
+    for method in METHODS:
+        content = yaml.safe_load(vlprompt_("train", method, "nowhere", "--dry-run").out)
+        flat = [
+            f"{section}.{key}={'null' if value is None else value}"
+            for section in ("data", "optim", "train", "method")
+            for key, value in content[section].items()
+            if (section, key) != ("method", "name")
+        ]
+        given = vlprompt_("train", method, "nowhere", *flat, "--dry-run")
+        assert given.code == 0, given.err
+        assert yaml.safe_load(given.out) == content
+
+
+# --- evaluate -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("part", "n"), [("test", 9), ("val", 3)])
+def test_evaluate(photos: Path, run: Path, part: str, n: int) -> None:
+    result = vlprompt_("evaluate", run, photos, "--split", part, "--json").json
+    assert set(result) == {"accuracy", "n", "classes", "per_class", "calibration_error"}
+    assert result["n"] == n
+    assert result["classes"] == ["blue", "green", "red"]
+    assert set(result["per_class"]) == set(COLOURS)
+    assert result["accuracy"] == pytest.approx(sum(result["per_class"].values()) / 3)
+    assert 0 <= result["calibration_error"] <= 1
+    plain = vlprompt_("evaluate", run, photos, "--split", part)
+    assert (plain.code, plain.err) == (0, "")
+    assert f"accuracy {result['accuracy']:.2f} % on {n} {part} images of 3 classes (all)" in plain.out
+
+
+def test_evaluate_agrees_with_the_run(photos: Path, run: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+    result = vlprompt_("evaluate", run, photos, "--split", "val", "--json").json
+    assert result["accuracy"] == metrics["val_accuracy"]
+
+
+def test_evaluate_on_halves_of_the_classes(photos: Path, run: Path) -> None:
+    base, novel = (vlprompt_("evaluate", run, photos, "--classes", half, "--json").json for half in ("base", "novel"))
+    assert base["classes"] == ["blue", "green"]
+    assert (base["n"], novel["n"]) == (6, 3)
+    assert novel["per_class"] == {"red": 100}
+
+
+# --- predict --------------------------------------------------------------------------------------
+
+
+def check_predictions(result: dict[str, Any], images: list[Path], top: int, names: set[str]) -> None:
+    assert set(result) == {"predictions"}
+    assert [p["image"] for p in result["predictions"]] == [str(i) for i in images]
+    for prediction in result["predictions"]:
+        assert set(prediction) == {"image", "top"}
+        assert all(set(t) == {"class", "probability"} for t in prediction["top"])
+        probabilities = [t["probability"] for t in prediction["top"]]
+        assert len(probabilities) == min(top, len(names))
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert {t["class"] for t in prediction["top"]} <= names
+        assert all(0 <= p <= 1 for p in probabilities)
+        if top >= len(names):
+            assert sum(probabilities) == pytest.approx(1)
+            assert {t["class"] for t in prediction["top"]} == names
+
+
+@pytest.mark.parametrize("top", [1, 2, 100])
+def test_predict(photos: Path, run: Path, top: int) -> None:
+    images = [photos / "test" / "red" / "1.png", *sorted((photos / "val").rglob("*.png"))]
+    result = vlprompt_("predict", run, images[0], photos / "val", "--top", top, "--json").json
+    check_predictions(result, images, top, set(COLOURS))
+
+
+def test_predict_agrees_with_evaluate(photos: Path, run: Path, probe: Path) -> None:
+    for model in (run, probe):
+        accuracy = vlprompt_("evaluate", model, photos, "--json").json["accuracy"]
+        predictions = vlprompt_("predict", model, photos / "test", "--json").json["predictions"]
+        right = [p["top"][0]["class"] == Path(p["image"]).parent.name for p in predictions]
+        assert accuracy == pytest.approx(100 * sum(right) / len(right))
+
+
+def test_predict_under_other_class_names(photos: Path, run: Path, tmp_path: Path) -> None:
+    image, names = photos / "test" / "red" / "1.png", ["a red thing", "向日葵", "подсолнух", "café"]
+    given = vlprompt_("predict", run, image, "--class-names", " , ".join(names), "--json").json
+    check_predictions(given, [image], 5, set(names))
+    for encoding in ("utf-8", "utf-8-sig"):  # some editors put a mark in front
+        (tmp_path / "names.txt").write_text("\n".join([*names, "", "  "]), encoding=encoding)
+        from_file = vlprompt_("predict", run, image, "--class-names-file", tmp_path / "names.txt", "--json").json
+        assert from_file == given
+    (tmp_path / "names.txt").write_text("salt, pepper\nred", encoding="utf-8")  # a comma is part of a name here
+    check_predictions(
+        vlprompt_("predict", run, image, "--class-names-file", tmp_path / "names.txt", "--json").json,
+        [image], 5, {"salt, pepper", "red"},
+    )  # fmt: skip
+
+
+def test_predict_prints_tables(photos: Path, run: Path, tmp_path: Path) -> None:
+    image = tmp_path / 'a "red", square.png'
+    image.write_bytes((photos / "test" / "red" / "1.png").read_bytes())
+    top = vlprompt_("predict", run, image, "--json").json["predictions"][0]["top"]
+    table = vlprompt_("predict", run, image, "--csv")
+    rows = list(csv.reader(io.StringIO(table.out)))
+    assert (table.code, table.err) == (0, "")
+    assert rows == [["image", "class", "probability"]] + [
+        [str(image), t["class"], f"{t['probability']:.6f}"] for t in top
+    ]
+    plain = vlprompt_("predict", run, image, "--top", 1)
+    assert (plain.code, plain.err) == (0, "")
+    assert plain.out == f"{image}\n  {100 * top[0]['probability']:5.1f} %  {top[0]['class']}\n"
+
+
+def test_json_can_be_printed_in_any_encoding(photos: Path, run: Path) -> None:
+    image = photos / "test" / "red" / "1.png"
+    done = in_a_process(
+        "-m", "vlprompt", "predict", run, image, "--class-names", "red,向日葵", "--json", PYTHONIOENCODING="ascii"
+    )
+    assert done.returncode == 0, done.stderr
+    check_predictions(json.loads(done.stdout), [image], 5, {"red", "向日葵"})
+
+
+def test_predict_skips_hidden_files_and_what_is_no_image(photos: Path, run: Path, tmp_path: Path) -> None:
+    for name in ("b.png", "deeper/a.PNG", ".hidden.png", "._b.png", "__MACOSX/b.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((photos / "test" / "red" / "1.png").read_bytes())
+    result = vlprompt_("predict", run, tmp_path, "--json").json
+    assert [p["image"] for p in result["predictions"]] == [str(tmp_path / "b.png"), str(tmp_path / "deeper" / "a.PNG")]
+
+
+def test_a_model_moves_with_its_backbone_named_anew(photos: Path, run: Path, tmp_path: Path) -> None:
+    image = photos / "test" / "red" / "1.png"
+    expected = vlprompt_("predict", run, image, "--json").json
+    for name in ("config.json", "prompts.safetensors"):  # nothing else is needed
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    config = (tmp_path / "config.json").read_text("utf-8")
+    (tmp_path / "config.json").write_text(config.replace(str(TINY), "/elsewhere/clip"), encoding="utf-8")
+    lost = vlprompt_("predict", tmp_path, image)
+    assert lost.code == 2
+    assert "no backbone '/elsewhere/clip'" in lost.err
+    assert vlprompt_("predict", tmp_path, image, "--backbone", TINY, "--json").json == expected
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Places:
+    """What the bad commands below may name."""
+
+    photos: Path
+    run: Path
+    probe: Path
+    here: Path
+
+    @property
+    def image(self) -> Path:
+        return self.photos / "test" / "red" / "1.png"
+
+
+def train_(*rest: object, method: str = "coop", data: object = None) -> Callable[[Places], list[object]]:
+    return lambda p: ["train", method, p.photos if data is None else data, "--backbone", TINY, *rest]
+
+
+def predict_(*rest: object) -> Callable[[Places], list[object]]:
+    return lambda p: ["predict", p.run, p.image, *rest]
+
+
+BAD: dict[str, tuple[Callable[[Places], list[object]], str]] = {
+    "unknown command": (lambda p: ["trian", "coop", p.photos], "No such command 'trian'"),
+    "unknown option": (train_("--shot", 2), "No such option: --shot"),
+    "option without its value": (train_("--shots"), "--shots"),
+    "missing argument": (lambda p: ["train", "coop"], "Missing argument 'data'"),
+    "unknown thing to list": (lambda p: ["list", "method"], "'method' is not one of 'methods', 'backbones', 'data"),
+    "unknown method": (train_(method="cop"), "unknown method 'cop': did you mean 'coop'?"),
+    "unknown preset": (train_("--preset", "few"), "unknown preset of coop 'few'"),
+    "unknown key": (train_("n_ctxx=3"), "unknown key 'n_ctxx': did you mean 'method.n_ctx'?"),
+    "no key and value": (train_("n_ctx"), "'n_ctx' is not key=value"),
+    "value out of range": (train_("n_ctx=0"), "method.n_ctx = 0 (allowed: greater than or equal to 1)"),
+    "value of another type": (train_("lr=fast"), "optim.lr = fast (allowed: number"),
+    "several problems": (train_("lr=-1", "nctx=1", "--epochs", 0), "train.epochs = 0 (allowed: greater than or equal"),
+    "option of another type": (train_("--seed", "one"), "Invalid value for '--seed'"),
+    "option out of range": (train_("--seed", -1), "seed = -1 (allowed: greater than or equal to 0)"),
+    "seed too large": (train_("--seed", 2**70), "seed = 1180591620717411303424 (allowed: less than"),
+    "no shots": (train_("--shots", 0), "data.shots = 0 (allowed: greater than or equal to 1)"),
+    "too many shots": (train_("--shots", 99), "class 'blue' has 4 training images, too few for 99 shots"),
+    "unknown half": (train_("--classes", "old"), "'old' is not one of 'base', 'novel', 'all'"),
+    "unknown precision to train": (train_("--precision", "fp8"), "train.precision = fp8 (allowed: 'fp32', 'bf16' or"),
+    "unknown device": (train_("--device", "toaster"), "cannot use device 'toaster'"),
+    "unknown backbone": (lambda p: ["train", "coop", p.photos, "--backbone", "nano"], "no backbone 'nano' (allowed:"),
+    "backbone is something else": (lambda p: ["train", "coop", p.photos, "--backbone", p.photos], "no backbone in"),
+    "prompts deeper than the tower": (train_("depth=13", method="maple"), "prompt depth = 13 (allowed: 1 to 12"),
+    "more prompts than the tower reads": (train_("n_ctx=80"), "the backbone reads at most 77"),
+    "template without a place": (train_("template=photo", method="zero_shot"), "photo (allowed: text with {} for the"),
+    "unknown data set": (train_(data="caltech"), "unknown data set 'caltech': did you mean 'caltech101'?"),
+    "data set without root": (train_(data="caltech101"), "data set 'caltech101' needs --root"),
+    "data folder missing": (train_(data="./no/photos"), "does not exist"),
+    "data folder empty": (train_(data="."), "at least two classes are needed (found: none)"),
+    "data is an image": (lambda p: ["train", "coop", p.image, "--backbone", TINY], "is not a .csv file"),
+    "configuration missing": (train_("--config", "c.yaml"), "cannot read configuration c.yaml"),
+    "configuration for another method": (lambda p: ["train", "maple", p.photos, "--config", p.run / "config.yaml"],
+                                         "method.name = coop: the command asks for 'maple'"),
+    "output in use": (lambda p: ["train", "coop", p.photos, "--backbone", TINY, "--out", p.run], "is already in use"),
+    "output below a file": (lambda p: ["train", "coop", p.photos, "--backbone", TINY, "--out", p.image / "x"],
+                            "cannot make output folder"),
+    "run missing to evaluate": (lambda p: ["evaluate", "norun", p.photos], "no tuned model in norun"),
+    "data missing to evaluate": (lambda p: ["evaluate", p.run, "./no"], "does not exist"),
+    "unknown part": (lambda p: ["evaluate", p.run, p.photos, "--split", "train"], "'train' is not one of 'test', 'va"),
+    "probe on other classes": (lambda p: ["evaluate", p.probe, p.photos, "--classes", "base"],
+                               "linear_probe was fitted on its own classes"),
+    "run missing to predict": (lambda p: ["predict", "norun", p.image], "no tuned model in norun"),
+    "run is a file": (lambda p: ["predict", p.run / "config.json", p.image], "no tuned model in"),
+    "image missing": (predict_("no.png"), "image no.png does not exist"),
+    "folder without images": (predict_("."), "no images in folder ."),
+    "image is something else": (lambda p: ["predict", p.run, p.run / "config.json"], "not an image in a known format"),
+    "no top": (predict_("--top", 0), "Invalid value for '--top'"),
+    "two outputs": (predict_("--csv", "--json"), "--json and --csv exclude each other"),
+    "unknown precision to predict": (predict_("--precision", "fp8"), "unknown precision 'fp8' (allowed: fp32, bf16"),
+    "another backbone": (predict_("--backbone", "mini"), "but 'mini' has other weights"),
+    "class named twice": (predict_("--class-names", "cat,dog,cat"), "--class-names: 2 classes are named 'cat'"),
+    "class without a name": (predict_("--class-names", "cat,,dog"), "--class-names: a class has no name"),
+    "no class names": (predict_("--class-names", ""), "a class has no name"),
+    "class name too long": (predict_("--class-names", "cat," + "q " * 80), "the backbone reads at most 77"),
+    "class names twice": (predict_("--class-names", "a,b", "--class-names-file", "n.txt"), "exclude each other"),
+    "class names file missing": (predict_("--class-names-file", "n.txt"), "cannot read class names from n.txt"),
+    "class names file is an image": (lambda p: ["predict", p.run, p.image, "--class-names-file", p.image],
+                                     "cannot read class names from"),
+    "probe under other names": (lambda p: ["predict", p.probe, p.image, "--class-names", "a,b"],
+                                "linear_probe was fitted on its own classes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", list(BAD))
+def test_bad_input_ends_in_one_line_and_code_2(what: str, photos: Path, run: Path, probe: Path, empty: Path) -> None:
+    command, message = BAD[what]
+    arguments = command(Places(photos, run, probe, empty))
+    before = [tree(folder) for folder in (photos, run.parent, probe.parent)]
+    done = vlprompt_(*arguments)
+    assert done.code == 2, done.err
+    assert done.out == ""
+    *before_it, line = done.err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert "Value error" not in line
+    assert not before_it or what == "more prompts than the tower reads"  # found by the first step
+    assert tree(empty) == {}
+    assert [tree(folder) for folder in (photos, run.parent, probe.parent)] == before
+
+
+def test_bad_input_is_the_same_with_json(photos: Path, run: Path, empty: Path) -> None:
+    for arguments in (
+        ["list", "method"],
+        ["train", "cop", photos],
+        ["evaluate", run, "./no"],
+        ["predict", run, "no.png"],
+    ):
+        plain, as_json = vlprompt_(*arguments), vlprompt_(*arguments, "--json")
+        assert (as_json.code, as_json.out) == (2, "")
+        assert as_json.err == plain.err
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_interrupted_and_broken(
+    command: str, error: type[BaseException], photos: Path, run: Path, empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt is code 130 without a traceback; our own faults keep theirs."""
+
+    def stop(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("vlprompt.backbones.backbone.Backbone.encode_images", stop)
+    arguments = {
+        "train": ["train", "coop", photos, *QUICK, "--out", "out"],
+        "evaluate": ["evaluate", run, photos],
+        "predict": ["predict", run, photos / "test"],
+    }[command]
+    if error is RuntimeError:
+        with pytest.raises(RuntimeError):
+            vlprompt_(*arguments)
+        return
+    done = vlprompt_(*arguments)
+    assert (done.code, done.out) == (130, "")
+    assert done.err.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in done.err
+    assert not (empty / "out" / "prompts.safetensors").exists()
+
+
+def test_an_error_in_a_process_of_its_own(tmp_path: Path) -> None:
+    done = in_a_process("-m", "vlprompt", "train", "cop", "x", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: unknown method 'cop'")
+    assert done.stderr.count("\n") == 1

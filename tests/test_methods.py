@@ -1,0 +1,532 @@
+"""What every registered method must do: learn only its own parameters, reload exactly, take other class names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vlprompt.backbones.backbone import Backbone
+from vlprompt.errors import ConfigError, DataError
+from vlprompt.methods import METHODS, Batch, Method, find_method
+from vlprompt.methods.base import total
+from vlprompt.methods.promptsrc import gaussian_weights
+from vlprompt.training.artefact import load_artefact, save_artefact
+from vlprompt.training.config import build_config
+
+NAMES = ("red square", "blue circle", "green star", "black dog", "old oak tree", "house", "sea_horse")
+OTHER_NAMES = ("one of the very old and very tall trees behind the red house", "向日葵", "подсолнух", "café", "x")
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in sorted(METHODS)} | {
+    "coop, class-specific": ("coop", {"class_specific": True, "n_ctx": 4}),
+    "coop, name in the middle": ("coop", {"position": "middle", "init": "a photo of a", "n_ctx": 4}),
+    "vpt, shallow": ("vpt", {"depth": 1}),
+    "maple, more tokens than words": ("maple", {"n_ctx": 5, "depth": 2}),
+    "ivlp, first layer": ("ivlp", {"depth_text": 1, "depth_vision": 1}),
+    "zero_shot, ensemble": ("zero_shot", {"ensemble": "select"}),
+    "linear_probe, given C": ("linear_probe", {"C": 10.0}),
+}
+STEPS, IMAGES = 3, 28
+
+
+def images_and_labels(backbone: Backbone, n_classes: int, n: int = IMAGES, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Noise around a colour of each class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % n_classes
+    colours = torch.randn(n_classes, 3, 1, 1, generator=generator)
+    size = backbone.image_size
+    return colours[labels] + 0.3 * torch.randn(n, 3, size, size, generator=generator), labels
+
+
+def make(backbone: Backbone, name: str, class_names: Sequence[str] = NAMES, seed: int = 0, **settings: Any) -> Method:
+    torch.manual_seed(seed)
+    cls = find_method(name)
+    return cls(backbone, class_names, cls.Config(**settings))
+
+
+def make_batch(method: Method, images: Tensor, labels: Tensor) -> Batch:
+    frozen = method.backbone.encode_images(images) if "frozen_image_features" in method.needs else None
+    return Batch(images, labels, frozen)
+
+
+@torch.no_grad()
+def logits_of(method: Method, images: Tensor, class_names: Sequence[str] | None = None) -> Tensor:
+    v = method.encode_images(images)
+    return method.logits(v, method.class_features(tuple(class_names or method.class_names), v))
+
+
+@dataclass
+class Tuned:
+    """A method after a few steps, and what was seen on the way."""
+
+    method: Method
+    before: dict[str, Tensor]
+    losses: list[dict[str, Tensor]]
+    gradients: list[dict[str, Tensor | None]]
+    images: Tensor
+    labels: Tensor
+
+
+@pytest.fixture(scope="module", params=list(VARIANTS))
+def tuned(request: pytest.FixtureRequest, tiny: Backbone) -> Tuned:
+    name, settings = VARIANTS[request.param]
+    method = make(tiny, name, **settings)
+    images, labels = images_and_labels(tiny, len(NAMES))
+    before = {k: v.clone() for k, v in method.state_dict().items()}
+    seen = Tuned(method, before, [], [], images, labels)
+    if not method.trains:
+        method.fit_features(tiny.encode_images(images), labels)
+        return seen
+    optimizer = torch.optim.SGD(method.parameters(), 0.01)
+    for step in range(STEPS):
+        chosen = slice(7 * step, 7 * step + 7)
+        optimizer.zero_grad()
+        losses = method.losses(make_batch(method, images[chosen], labels[chosen]))
+        method.backward(losses)
+        seen.losses.append(losses)
+        seen.gradients.append({k: None if p.grad is None else p.grad.clone() for k, p in method.named_parameters()})
+        optimizer.step()
+    method.eval()
+    return seen
+
+
+# --- every method ---------------------------------------------------------------------------------
+
+
+def test_only_its_own_parameters_receive_gradients(tuned: Tuned) -> None:
+    backbone = tuned.method.backbone
+    frozen = [*backbone.image_tower.parameters(), *backbone.text_tower.parameters()]
+    assert all(p.grad is None and not p.requires_grad for p in frozen)
+    own = {id(p) for p in tuned.method.parameters()}
+    assert own.isdisjoint(map(id, frozen))
+    for gradients in tuned.gradients:
+        for name, gradient in gradients.items():
+            assert gradient is not None, f"{name} receives no gradient"
+            assert gradient.isfinite().all(), name
+            assert gradient.any(), f"the gradient of {name} is zero"
+
+
+def test_training_moves_every_parameter(tuned: Tuned) -> None:
+    for name, p in tuned.method.named_parameters():
+        assert not torch.equal(p, tuned.before[name]), f"{name} has not moved"
+
+
+def test_prompts_are_fp32(tuned: Tuned) -> None:
+    assert all(t.dtype == torch.float32 for t in tuned.method.inference_state().values())
+
+
+def test_losses_are_named_finite_and_scalar(tuned: Tuned) -> None:
+    assert bool(tuned.losses) == tuned.method.trains
+    for losses in tuned.losses:
+        assert "ce" in losses
+        for term, value in losses.items():
+            assert value.shape == (), term
+            assert value.isfinite(), term
+            assert value >= 0, term
+        torch.testing.assert_close(total(losses), sum(losses.values()))
+
+
+def test_class_features_are_normalised(tuned: Tuned) -> None:
+    method = tuned.method
+    v = method.encode_images(tuned.images[:3])
+    t = method.class_features(NAMES, v)
+    assert v.shape == (3, method.backbone.embed_dim)
+    assert t.shape == ((3,) if method.image_dependent else ()) + (len(NAMES), method.backbone.embed_dim)
+    for features in (v, t) if method.name != "linear_probe" else (v,):
+        torch.testing.assert_close(features.norm(dim=-1), torch.ones(features.shape[:-1]))
+
+
+def test_reloading_gives_identical_logits(tuned: Tuned, tmp_path: Path) -> None:
+    method = tuned.method
+    save_artefact(method, tmp_path)
+    again = load_artefact(tmp_path)
+    assert type(again) is type(method)
+    assert again.config == method.config
+    assert again.class_names == NAMES
+    assert again.template == method.template
+    assert not again.training
+    assert not any(p.requires_grad for p in again.parameters())
+    assert torch.equal(logits_of(again, tuned.images), logits_of(method, tuned.images))
+    if method.takes_new_classes:
+        other = logits_of(method, tuned.images[:3], OTHER_NAMES)
+        assert torch.equal(logits_of(again, tuned.images[:3], OTHER_NAMES), other)
+    save_artefact(again, tmp_path / "copy")  # a loaded model can be saved again
+    assert (tmp_path / "copy" / "prompts.safetensors").read_bytes() == (tmp_path / "prompts.safetensors").read_bytes()
+
+
+def test_other_class_names_without_retraining(tuned: Tuned) -> None:
+    method, images = tuned.method, tuned.images[:3]
+    if not method.takes_new_classes:
+        for names in (OTHER_NAMES, NAMES[:-1], NAMES[::-1]):
+            with pytest.raises(DataError, match=rf"\A{method.name} .*class.*\Z"):
+                logits_of(method, images, names)
+        return
+    logits = logits_of(method, images, OTHER_NAMES)
+    assert logits.shape == (3, len(OTHER_NAMES))
+    assert logits.isfinite().all()
+    # A class's logit does not depend on the classes beside it.
+    torch.testing.assert_close(logits_of(method, images, OTHER_NAMES[1:3]), logits[:, 1:3], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        logits_of(method, images, ("house",)), logits_of(method, images)[:, 5:6], atol=1e-4, rtol=0
+    )
+
+
+def test_nothing_learned_depends_on_the_class_list(tuned: Tuned) -> None:
+    method = tuned.method
+    fewer = make(method.backbone, method.name, NAMES[:2], **vars(method.config))
+    shapes = {k: v.shape for k, v in method.inference_state().items()}
+    same = shapes == {k: v.shape for k, v in fewer.inference_state().items()}
+    assert same == method.takes_new_classes
+
+
+def test_the_seed_alone_decides_the_initial_parameters(tuned: Tuned) -> None:
+    method = tuned.method
+    again, other = (make(method.backbone, method.name, seed=s, **vars(method.config)) for s in (0, 1))
+    assert all(torch.equal(v, tuned.before[k]) for k, v in again.state_dict().items())
+    if method.trains and not getattr(method.config, "init", None):  # noise, not words
+        assert any(not torch.equal(v, tuned.before[k]) for k, v in other.state_dict().items())
+
+
+def test_the_listing_is_filled() -> None:
+    for name, cls in METHODS.items():
+        assert cls.name == name
+        assert cls.paper
+        assert cls.learns
+        assert 2020 < cls.year < 2100
+        assert cls.needs <= {"frozen_image_features"}
+        assert (cls.__doc__ or "").splitlines()[0]
+
+
+# --- one method -----------------------------------------------------------------------------------
+
+
+def test_maple_saves_folded_visual_prompts_and_no_projections(tiny: Backbone, tmp_path: Path) -> None:
+    method = make(tiny, "maple", depth=3)
+    save_artefact(method, tmp_path)
+    state = load_file(tmp_path / "prompts.safetensors")
+    width = tiny.text_tower.config.width
+    assert {k: tuple(v.shape) for k, v in state.items()} == {
+        "context.vectors": (2, width),
+        "context.deep": (2, 2, width),
+        "folded": (3, 2, tiny.image_tower.config.width),
+    }
+    assert torch.equal(state["folded"], torch.stack(list(method.visual_prompts().layers)))
+    loaded = load_artefact(tmp_path)
+    assert not any("projections" in name for name in loaded.state_dict())
+
+
+def test_cocoop_has_class_features_for_each_image(tiny: Backbone) -> None:
+    method = make(tiny, "cocoop")
+    images, labels = images_and_labels(tiny, len(NAMES), 4)
+    v = method.encode_images(images)
+    t = method.class_features(NAMES, v)
+    assert t.shape == (4, len(NAMES), tiny.embed_dim)
+    assert not torch.allclose(t[0], t[1])
+    for b in range(4):  # an image's class features do not depend on the images beside it
+        torch.testing.assert_close(method.class_features(NAMES, v[b : b + 1])[0], t[b], atol=1e-5, rtol=0)
+    logits = method.logits(v, t)
+    torch.testing.assert_close(logits, tiny.logit_scale * (v[:, None] * t).sum(-1))
+    assert method.losses(Batch(images, labels))["ce"].isfinite()
+
+
+def test_cocoop_without_meta_net_is_a_plain_context(tiny: Backbone) -> None:
+    cocoop, coop = make(tiny, "cocoop"), make(tiny, "coop", n_ctx=4, init="a photo of a")
+    torch.nn.init.zeros_(cocoop.meta_net[2].weight)
+    torch.nn.init.zeros_(cocoop.meta_net[2].bias)
+    images, _ = images_and_labels(tiny, 2, 2)
+    torch.testing.assert_close(logits_of(cocoop, images), logits_of(coop, images), atol=1e-4, rtol=0)
+
+
+def test_class_specific_contexts_are_learned_separately(tiny: Backbone) -> None:
+    method = make(tiny, "coop", class_specific=True, n_ctx=4)
+    assert method.context.vectors.shape == (len(NAMES), 4, tiny.text_tower.config.width)
+    before = method.class_features(NAMES)
+    with torch.no_grad():
+        method.context.vectors[2] *= -1
+    moved = (method.class_features(NAMES) - before).abs().amax(-1) > 1e-4
+    assert moved.tolist() == [c == 2 for c in range(len(NAMES))]
+
+
+class Gradients:
+    """ProGrad on two loss terms whose gradients are known."""
+
+    def __init__(self, backbone: Backbone, lambda_: float = 1.0) -> None:
+        self.method = make(backbone, "prograd", lambda_=lambda_)
+        self.vectors = self.method.context.vectors
+
+    def project(self, ce: Tensor, kl: Tensor) -> Tensor:
+        self.method.zero_grad()
+        self.method.backward({"ce": (self.vectors * ce).sum(), "kl": (self.vectors * kl).sum()})
+        assert self.vectors.grad is not None
+        return self.vectors.grad
+
+
+def test_prograd_is_plain_where_the_gradients_agree(tiny: Backbone) -> None:
+    g = Gradients(tiny)
+    ce = torch.randn_like(g.vectors)
+    kl = torch.randn_like(ce)
+    kl = kl if (ce * kl).sum() > 0 else -kl
+    assert torch.equal(g.project(ce, kl), ce)
+    assert torch.equal(g.project(ce, ce), ce)
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 0.5, 1.0])
+def test_prograd_removes_the_share_lambda_of_what_opposes(tiny: Backbone, lambda_: float) -> None:
+    g = Gradients(tiny, lambda_)
+    ce = torch.randn_like(g.vectors)
+    kl = torch.randn_like(ce)
+    kl = kl if (ce * kl).sum() < 0 else -kl
+    along = (ce * kl).sum() / (kl * kl).sum() * kl  # the component of ce along kl
+    torch.testing.assert_close(g.project(ce, kl), ce - lambda_ * along)
+    cosine = (g.project(ce, 1000 * kl) * kl).sum() / ce.norm() / kl.norm()
+    expected = (1 - lambda_) * (ce * kl).sum() / ce.norm() / kl.norm()  # zero for the official lambda
+    torch.testing.assert_close(cosine, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_prograd_never_opposes_the_zero_shot_prediction(tiny: Backbone) -> None:
+    method = make(tiny, "prograd", n_ctx=4)
+    with torch.no_grad():  # a little away from zero-shot's own words
+        method.context.vectors += 0.01 * torch.randn_like(method.context.vectors)
+    images, _ = images_and_labels(tiny, len(NAMES), 7)
+    zero_shot = logits_of(make(tiny, "zero_shot"), images)
+    vetoed = []
+    for labels in (zero_shot.argmax(-1), *[zero_shot.argmin(-1)] * 3):  # what zero-shot finds most, and least likely
+        losses = method.losses(make_batch(method, images, labels))
+        kl, ce = (torch.autograd.grad(losses[t], method.context.vectors, retain_graph=True)[0] for t in ("kl", "ce"))
+        method.zero_grad()
+        method.backward(losses)
+        g = method.context.vectors.grad
+        assert (g * kl).sum() >= -1e-5 * g.norm() * kl.norm()
+        vetoed.append(bool((ce * kl).sum() < 0))
+        assert torch.equal(g, ce) != vetoed[-1]
+        with torch.no_grad():
+            method.context.vectors -= 0.001 * g
+    assert set(vetoed) == {True, False}, f"both cases must have been seen: {vetoed}"
+
+
+def test_prograd_with_gradients_of_zero(tiny: Backbone) -> None:
+    g = Gradients(tiny)
+    ce, zero = torch.randn_like(g.vectors), torch.zeros_like(g.vectors)
+    assert torch.equal(g.project(ce, zero), ce)
+    assert torch.equal(g.project(zero, ce), zero)
+
+
+def test_prograd_starts_with_zeros_in_front_of_the_words(tiny: Backbone) -> None:
+    vectors = make(tiny, "prograd").context.vectors
+    assert not vectors[:12].any()
+    assert vectors[12:].any(-1).all()
+
+
+def test_kgcoop_pulls_towards_the_template(tiny: Backbone) -> None:
+    images, labels = images_and_labels(tiny, len(NAMES), 7)
+    batch = Batch(images, labels)
+    torch.manual_seed(0)
+    cls = find_method("kgcoop")
+    same = cls(tiny, NAMES, cls.Config(), template="a photo of a {}.")  # the initial words make the same text
+    assert same.losses(batch)["kg"].item() == pytest.approx(0, abs=1e-4)
+    moved = make(tiny, "kgcoop", init=None, seed=1)
+    assert moved.losses(batch)["kg"] > 0.01
+    double = make(tiny, "kgcoop", init=None, seed=1, w=16.0)
+    torch.testing.assert_close(double.losses(batch)["kg"], 2 * moved.losses(batch)["kg"])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "mean", "std"), [(20, 15, 1), (20, 6, 10), (50, 30, 30), (1, 1, 1), (3, 15, 1), (5, -2.5, 0.3)]
+)
+def test_gaussian_weights_sum_to_one(epochs: int, mean: float, std: float) -> None:
+    weights = gaussian_weights(epochs, mean, std)
+    assert len(weights) == epochs
+    assert sum(weights) == pytest.approx(1)
+    assert min(weights) >= 0
+    peak = min(max(round(mean), 1), epochs)
+    assert max(weights) == weights[peak - 1]
+
+
+@pytest.mark.parametrize("mean", [1000.0, -1000.0])
+def test_a_mean_out_of_reach_leaves_the_last_epoch(mean: float) -> None:
+    assert gaussian_weights(4, mean, 1.0) == [0, 0, 0, 1]
+
+
+def test_promptsrc_becomes_the_average_of_its_epochs(tiny: Backbone) -> None:
+    method = make(tiny, "promptsrc", average_mean=2.0, average_std=1.0)
+    for _ in range(2):  # a second training starts a new average
+        seen = []
+        for epoch in range(3):
+            with torch.no_grad():
+                for p in method.parameters():
+                    p += torch.randn_like(p)
+            seen.append({k: p.detach().clone() for k, p in method.named_parameters()})
+            method.after_epoch(epoch, 3)
+            if epoch < 2:  # training goes on from the prompts themselves
+                assert all(torch.equal(p, seen[-1][k]) for k, p in method.named_parameters())
+        weights = gaussian_weights(3, 2.0, 1.0)
+        for name, p in method.named_parameters():
+            expected = sum(w * s[name] for w, s in zip(weights, seen, strict=True))
+            torch.testing.assert_close(p.detach(), expected)
+
+
+def test_promptsrc_is_at_rest_where_nothing_is_learned(tiny: Backbone) -> None:
+    method = make(tiny, "promptsrc")
+    images, labels = images_and_labels(tiny, len(NAMES), 7)
+    batch = make_batch(method, images, labels)
+    terms = method.losses(batch)
+    assert set(terms) == {"ce", "text_l1", "image_l1", "logits_kl"}
+    off = make(tiny, "promptsrc", text_weight=0.0, image_weight=0.0).losses(batch)
+    assert off["text_l1"] == 0
+    assert off["image_l1"] == 0
+    torch.testing.assert_close(off["ce"], terms["ce"])
+
+
+def test_vpt_covers_the_whole_image_tower(tiny: Backbone) -> None:
+    layers, width = tiny.image_tower.config.layers, tiny.image_tower.config.width
+    assert make(tiny, "vpt").visual.vectors.shape == (layers, 8, width)
+    assert make(tiny, "vpt", depth=1).visual.vectors.shape == (1, 8, width)
+    with pytest.raises(ConfigError, match=r"visual prompt depth = 13 \(allowed: 1 to 12"):
+        make(tiny, "vpt", depth=13)
+
+
+@pytest.mark.parametrize("name", ["zero_shot", "vpt"])
+def test_a_template_needs_a_place_for_the_class_name(tiny: Backbone, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"method.template = a photo \(allowed: text with \{\} for the class name\)"):
+        build_config(name, overrides={"template": "a photo"})
+    braces = make(tiny, name, template="a {photo} of {}: {}.")  # other braces are text
+    plain = tiny.encode_texts(["a {photo} of house: house."])
+    torch.testing.assert_close(braces.class_features(("house",)), plain)
+
+
+def test_zero_shot_ensembles(tiny: Backbone) -> None:
+    images, _ = images_and_labels(tiny, 2, 2)
+    single = logits_of(make(tiny, "zero_shot"), images)
+    select, imagenet = (logits_of(make(tiny, "zero_shot", ensemble=e), images) for e in ("select", "imagenet"))
+    assert not torch.allclose(single, select)
+    assert not torch.allclose(select, imagenet)
+    cls = find_method("zero_shot")
+    of_data = cls(tiny, NAMES, cls.Config(), template="{} texture.")
+    own = make(tiny, "zero_shot", template="{} texture.")
+    assert torch.equal(logits_of(of_data, images), logits_of(own, images))
+
+
+# --- linear probe ---------------------------------------------------------------------------------
+
+
+def probe(backbone: Backbone, n_classes: int, n: int, **settings: Any) -> tuple[Method, Tensor, Tensor]:
+    images, labels = images_and_labels(backbone, n_classes, n)
+    features = backbone.encode_images(images)
+    method = make(backbone, "linear_probe", NAMES[:n_classes], **settings)
+    method.fit_features(features, labels)
+    return method, features, labels
+
+
+@pytest.mark.parametrize("n_classes", [2, 3, 7])
+@pytest.mark.parametrize("per_class", [1, 2, 5])  # too few for cross-validation, and enough
+def test_linear_probe_equals_scikit_learn(tiny: Backbone, n_classes: int, per_class: int) -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    method, features, labels = probe(tiny, n_classes, n_classes * per_class, C=10.0)
+    model = linear_model.LogisticRegression(C=10.0, max_iter=1000).fit(features.double(), labels)
+    t = method.class_features(method.class_names)
+    probabilities = method.logits(features, t).softmax(-1)
+    assert t.shape == (n_classes, tiny.embed_dim)
+    expected = torch.from_numpy(model.predict_proba(features.double())).float()
+    torch.testing.assert_close(probabilities, expected, atol=1e-4, rtol=0)
+    chosen, *_ = probe(tiny, n_classes, n_classes * per_class)
+    assert chosen.logits(features, chosen.weight).argmax(-1).tolist() == labels.tolist()
+
+
+def test_linear_probe_of_one_class(tiny: Backbone, tmp_path: Path) -> None:
+    method, features, _ = probe(tiny, 1, 3)
+    logits = method.logits(features, method.class_features(NAMES[:1]))
+    assert logits.shape == (3, 1)
+    assert logits.softmax(-1).tolist() == [[1], [1], [1]]
+    save_artefact(method, tmp_path)
+    assert torch.equal(load_artefact(tmp_path).weight, method.weight)
+
+
+@pytest.mark.parametrize("absent", [0, 1, 2])
+def test_linear_probe_needs_images_of_every_class(tiny: Backbone, absent: int) -> None:
+    method = make(tiny, "linear_probe", NAMES[:3])
+    features = torch.randn(8, tiny.embed_dim)
+    labels = torch.tensor([c for c in range(3) if c != absent] * 4)
+    with pytest.raises(DataError, match=rf"class '{NAMES[absent]}': it has no training images"):
+        method.fit_features(features, labels)
+    assert not method.weight.any()
+
+
+# --- official settings ----------------------------------------------------------------------------
+
+SGD = {"optim.name": "sgd", "optim.momentum": 0.9, "optim.weight_decay": 5e-4, "data.min_scale": 0.08}
+WARM_UP = {"optim.warmup_epochs": 1, "optim.warmup_lr": 1e-5}
+WORDS = "a photo of a"
+DEEP = {
+    "method.n_ctx_text": 4, "method.n_ctx_vision": 4, "method.depth_text": 9, "method.depth_vision": 9,
+    "method.init": WORDS, "optim.lr": 0.0025, "data.batch_size": 4, "train.epochs": 20,
+}  # fmt: skip
+SRC = {"method.text_weight": 25, "method.image_weight": 10, "method.average_mean": 15, "method.average_std": 1}
+OFFICIAL: Mapping[str, Mapping[str, Any]] = {
+    "zero_shot": {"method.template": None, "method.ensemble": "none"},
+    "linear_probe": {"method.C": None, "method.max_iter": 1000},
+    "coop": {
+        "method.n_ctx": 16, "method.init": None, "method.class_specific": False, "method.position": "end",
+        "optim.lr": 0.002, "data.batch_size": 32, "train.epochs": 50,
+    },
+    "coop few-shot": {"method.n_ctx": 16, "optim.lr": 0.002, "data.batch_size": 32, "train.epochs": 200},
+    "coop cross-dataset": {"method.n_ctx": 4, "method.init": WORDS, "optim.lr": 0.002, "train.epochs": 50},
+    "cocoop": {
+        "method.n_ctx": 4, "method.init": WORDS,
+        "optim.lr": 0.002, "data.batch_size": 1, "train.epochs": 10,
+    },
+    "kgcoop": {
+        "method.n_ctx": 4, "method.init": WORDS, "method.w": 8,
+        "optim.lr": 0.002, "data.batch_size": 128, "train.epochs": 100,
+    },
+    "prograd": {
+        "method.n_ctx": 16, "method.init": WORDS, "method.lambda_": 1, "method.temperature": 1,
+        "optim.lr": 0.002, "data.batch_size": 32, "train.epochs": 100,
+    },
+    "vpt": {
+        "method.n_ctx": 8, "method.depth": None, "method.template": "a photo of a {}.",
+        "optim.lr": 0.0025, "data.batch_size": 4, "train.epochs": 5,
+    },
+    "ivlp": DEEP,
+    "ivlp cross-dataset": {**DEEP, "method.depth_text": 3, "method.depth_vision": 3},
+    "ivlp few-shot": {**DEEP, "train.epochs": 50},
+    "maple": {
+        "method.n_ctx": 2, "method.depth": 9, "method.init": WORDS,
+        "optim.lr": 0.0035, "data.batch_size": 4, "train.epochs": 5,
+    },
+    "maple cross-dataset": {
+        "method.n_ctx": 2, "method.depth": 3, "method.init": WORDS,
+        "optim.lr": 0.0026, "data.batch_size": 4, "train.epochs": 2,
+    },
+    "promptsrc": {**DEEP, **SRC},
+    "promptsrc cross-dataset": {
+        **DEEP, **SRC, "method.depth_text": 3, "method.depth_vision": 3,
+        "method.average_mean": 6, "method.average_std": 10,
+    },
+    "promptsrc few-shot": {
+        **DEEP, **SRC, "train.epochs": 50, "method.average_mean": 30, "method.average_std": 30,
+    },
+}  # fmt: skip
+"""The published settings of every method and preset: base-to-novel with ViT-B/16 unless said."""
+
+
+@pytest.mark.parametrize("row", list(OFFICIAL))
+def test_defaults_are_the_official_settings(row: str) -> None:
+    name, _, preset = row.partition(" ")
+    built = build_config(name, preset or None).to_dict()
+    expected = OFFICIAL[row] | (SGD | WARM_UP if METHODS[name].settings else {})
+    actual = {key: built[key.split(".")[0]][key.split(".")[1]] for key in expected}
+    assert actual == expected
+    if not preset:  # the row names every setting of the method
+        assert {k for k in OFFICIAL[row] if k.startswith("method.")} == {
+            f"method.{k}" for k in built["method"] if k != "name"
+        }
+
+
+def test_every_method_and_preset_has_its_official_settings_here() -> None:
+    rows = [*METHODS, *(f"{name} {preset}" for name, cls in METHODS.items() for preset in cls.presets)]
+    assert set(rows) == set(OFFICIAL)
