@@ -341,10 +341,10 @@ def test_truncated_and_missing_files(saved, tmp_path):
     with fails(ArtefactError, "it is damaged"):
         PromptedModel.from_pretrained(saved)
     file.unlink()
-    with fails(ArtefactError, "has no prompts.safetensors"):
+    with fails(ArtefactError, "cannot read the tuned model in .*No such file.*prompts.safetensors"):
         PromptedModel.from_pretrained(saved)
     (saved / "config.json").write_text((saved / "config.json").read_text()[:50])
-    with fails(ArtefactError, "cannot read .*config.json"):
+    with fails(ArtefactError, "cannot read the tuned model in "):
         PromptedModel.from_pretrained(saved)
     with fails(ArtefactError, "no tuned model in .*was the run finished"):
         PromptedModel.from_pretrained(tmp_path)
@@ -354,7 +354,7 @@ def test_truncated_and_missing_files(saved, tmp_path):
     ("values", "message"),
     [
         ({"format_version": FORMAT_VERSION + 1}, f"format_version {FORMAT_VERSION + 1}; this vlprompt reads up to"),
-        ({"format_version": "new"}, "cannot read .*config.json"),
+        ({"format_version": "new"}, "cannot read the tuned model in "),
         ({"method": "cop"}, "unknown method 'cop': did you mean 'coop'"),
         ({"settings": {"n_ctx": 0}}, "n_ctx"),
         ({"settings": {"n_ctx": 2, "more": 1}}, "unknown setting of coop 'more'"),

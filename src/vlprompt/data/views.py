@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlprompt.data.images import ImageSource, Preprocess, open_image, random_regions
+from vlprompt.data.images import ImageSource, Preprocess, load_image, random_regions
 
 CACHE_BYTES = 2 << 30  # decoded training images kept in memory; the rest is decoded again each epoch
 AHEAD = 4  # batches being made while one is used
@@ -59,7 +59,7 @@ class TrainingViews:
 
     def _image(self, i: int) -> Image.Image:
         if i not in self._decoded:
-            image = open_image(self.paths[i])
+            image = load_image(self.paths[i])
             size = 3 * image.width * image.height
             if size > self._room:
                 return image
@@ -74,7 +74,7 @@ def evaluation_batches(
     """Evaluation views of the images, [B, 3, S, S] at a time, in order."""
     order = np.arange(len(paths))
     batches = [order[i : i + batch_size] for i in range(0, len(paths), batch_size)]
-    for _, images in _ahead(lambda i: preprocess(open_image(paths[i])), batches, workers):
+    for _, images in _ahead(lambda i: preprocess(load_image(paths[i])), batches, workers):
         yield images
 
 

@@ -71,8 +71,7 @@ def load_artefact(folder: Path, backbone: str | None = None, device: str = "cpu"
         loaded = _load_backbone(backbone, config["backbone"], folder, device, precision)
         method = cls(loaded, class_names, settings, TypeAdapter(str).validate_python(config["template"]))
     except (KeyError, TypeError, ValueError, ValidationError, SafetensorError, OSError, ConfigError) as error:
-        reason = f"no {error} in {CONFIG}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
-        raise ArtefactError(f"cannot read the tuned model in {folder}: {reason}") from None
+        raise _unreadable(folder, error) from None
     try:
         method.load_inference_state(state)
     except (RuntimeError, KeyError) as error:
@@ -91,8 +90,7 @@ def read_artefact_config(folder: Path) -> dict[str, Any]:
         version = config["format_version"]
         newer = version > FORMAT_VERSION
     except (KeyError, TypeError, ValueError, OSError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
-        raise ArtefactError(f"cannot read {file}: {reason}") from None
+        raise _unreadable(folder, error) from None
     if newer:
         raise ArtefactError(
             f"{folder} has format_version {version}; this vlprompt reads up to {FORMAT_VERSION}: update it"
@@ -100,17 +98,20 @@ def read_artefact_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _unreadable(folder: Path, error: Exception) -> ArtefactError:
+    reason = f"no {error} in {CONFIG}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+    return ArtefactError(f"cannot read the tuned model in {folder}: {reason}")
+
+
 def _read_prompts(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors, if they are the ones that were saved."""
-    if not file.is_file():
-        raise ArtefactError(f"the tuned model in {file.parent} has no {PROMPTS}")
     content = file.read_bytes()
     if config["format_version"] < 2:
         return load(content)
     expected = config["prompts"]
     if sha256(content).hexdigest() == expected["sha256"]:
         return load(content)
-    raise ArtefactError(f"{file} is not the file that was saved: {_difference(content, expected['shapes'])}")
+    raise ValueError(f"{PROMPTS} is not the file that was saved: {_difference(content, expected['shapes'])}")
 
 
 def _difference(content: bytes, shapes: Mapping[str, list[int]]) -> str:
