@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import subprocess
 import sys
 from hashlib import sha256
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -18,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import vlprompt
+from hub import Hub
 from pictures import pictures, write_pictures
 from vlprompt import PromptedModel, build_method, evaluate, fit, load_backbone, load_dataset
 from vlprompt.cli import main
@@ -389,43 +388,6 @@ def test_the_backbone_may_lie_elsewhere_but_must_be_the_same(saved):
 
 
 # --- the hub --------------------------------------------------------------------------------------
-
-
-class Hub:
-    """Stands in for huggingface_hub: repositories are folders; calls must fit the real signatures."""
-
-    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.root, self.calls = root, []
-        real = huggingface_hub.HfApi
-
-        class Api:
-            def __init__(api, **arguments):
-                inspect.signature(real).bind(**arguments)
-
-            def create_repo(api, *args, **arguments):
-                call = inspect.signature(real.create_repo).bind(api, *args, **arguments).arguments
-                self.calls.append(call)
-                if "/" not in call["repo_id"]:
-                    raise ValueError("bad repository name\nmore lines")
-                (root / call["repo_id"]).mkdir(parents=True, exist_ok=call["exist_ok"])
-                return huggingface_hub.RepoUrl(f"https://huggingface.co/{call['repo_id']}")
-
-            def upload_folder(api, **arguments):
-                call = inspect.signature(real.upload_folder).bind(api, **arguments).arguments
-                self.calls.append(call)
-                for file in Path(call["folder_path"]).iterdir():
-                    (root / call["repo_id"] / file.name).write_bytes(file.read_bytes())
-
-        def snapshot_download(*args, **arguments):
-            call = inspect.signature(real_download).bind(*args, **arguments).arguments
-            self.calls.append(call)
-            if not (root / call["repo_id"]).is_dir():
-                raise OSError("404: no such repository\nmore lines")
-            return str(root / call["repo_id"])
-
-        real_download = huggingface_hub.snapshot_download
-        monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
 
 
 def test_there_and_back_over_the_hub(tuned, tmp_path, monkeypatch):
