@@ -205,7 +205,9 @@ def test_methods_are_listed_first() -> None:
 def test_train_prints_one_json_object(trained: tuple[Path, Done]) -> None:
     out, done = trained
     result = done.json
-    assert set(result) == {"run", "epochs", "train_accuracy", "val_accuracy", "trainable_parameters", "seconds"}
+    assert set(result) == {
+        "run", "epochs", "train_accuracy", "val_accuracy", "trainable_parameters", "seconds", "skipped",
+    }  # fmt: skip
     assert result["run"] == str(out)
     assert result["epochs"] == 1
     assert 0 <= result["train_accuracy"] <= 100
@@ -287,7 +289,7 @@ def test_every_setting_of_a_run_can_be_given(empty: Path) -> None:
 @pytest.mark.parametrize(("part", "n"), [("test", 9), ("val", 3)])
 def test_evaluate(photos: Path, run: Path, part: str, n: int) -> None:
     result = vlprompt_("evaluate", run, photos, "--split", part, "--json").json
-    assert set(result) == {"accuracy", "n", "classes", "per_class", "calibration_error"}
+    assert set(result) == {"accuracy", "n", "classes", "per_class", "calibration_error", "skipped"}
     assert result["n"] == n
     assert result["classes"] == ["blue", "green", "red"]
     assert set(result["per_class"]) == set(COLOURS)
@@ -315,7 +317,7 @@ def test_evaluate_on_halves_of_the_classes(photos: Path, run: Path) -> None:
 
 
 def check_predictions(result: dict[str, Any], images: list[Path], top: int, names: set[str]) -> None:
-    assert set(result) == {"predictions"}
+    assert set(result) == {"predictions", "skipped"}
     assert [p["image"] for p in result["predictions"]] == [str(i) for i in images]
     for prediction in result["predictions"]:
         assert set(prediction) == {"image", "top"}

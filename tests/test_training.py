@@ -22,7 +22,7 @@ from vlprompt.data.datasets import load_dataset
 from vlprompt.data.images import Preprocess, load_image
 from vlprompt.data.splits import read_split
 from vlprompt.data.views import TrainingViews, evaluation_batches
-from vlprompt.errors import ArtefactError, BackboneError, ConfigError, DataError, VlpromptError
+from vlprompt.errors import ArtefactError, BackboneError, ConfigError, DataError, OutputError, VlpromptError
 from vlprompt.methods import METHODS, Batch, Method, find_method
 from vlprompt.training import run
 from vlprompt.training.artefact import FORMAT_VERSION, load_artefact, save_artefact
@@ -475,7 +475,7 @@ def test_a_single_short_batch_is_kept(pictures: list[Path], n: int, workers: int
 def test_images_are_decoded_once_as_long_as_there_is_room(
     pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vlprompt.data import views as module
+    from vlprompt.data import reading as module
 
     decoded: list[Path] = []
     monkeypatch.setattr(module, "load_image", lambda path: decoded.append(path) or load_image(path))
@@ -483,8 +483,8 @@ def test_images_are_decoded_once_as_long_as_there_is_room(
     fast = [list(plenty.epoch(e)) for e in epochs]
     assert sorted(decoded) == pictures
     decoded.clear()
-    monkeypatch.setattr(module, "CACHE_BYTES", 2 * 3 * 35 * 35)  # room for two
-    little = views(pictures, batch_size=11)
+    two = module.ImageReader(0, room=2 * 3 * 35 * 35)
+    little = TrainingViews(pictures, range(11), SMALL, 11, 1, reader=two)
     slow = [list(little.epoch(e)) for e in epochs]
     assert len(decoded) == 11 + 2 * 9
     assert all(same(a, b) for a, b in zip(fast, slow, strict=True))
@@ -656,7 +656,9 @@ def test_the_metrics_are_those_of_the_saved_model(
     out, _, method, result = finished
     metrics = json.loads((out / "metrics.json").read_text("utf-8"))
     assert metrics == vars(result)
-    assert set(metrics) == {"run", "epochs", "train_accuracy", "val_accuracy", "trainable_parameters", "seconds"}
+    assert set(metrics) == {
+        "run", "epochs", "train_accuracy", "val_accuracy", "trainable_parameters", "seconds", "skipped",
+    }  # fmt: skip
     assert metrics["run"] == str(out)
     assert metrics["epochs"] == 2
     assert metrics["trainable_parameters"] == 4 * tiny.text_tower.config.width
@@ -757,7 +759,7 @@ def test_a_used_output_folder_is_left_alone(tiny_from_memory: None, photos: Path
     for out in (used, used / "thesis.txt"):
         with pytest.raises(ConfigError, match=one_line("is already in use: choose another with --out")):
             train(configure(photos), out)
-    with pytest.raises(ConfigError, match=one_line("cannot make output folder")):
+    with pytest.raises(OutputError, match=one_line("cannot make output folder")):
         train(configure(photos), used / "thesis.txt" / "run")
     assert tree(tmp_path) == before
     (tmp_path / "empty").mkdir()
@@ -973,7 +975,7 @@ def test_a_failed_write_leaves_the_old_file(artefact: Path, monkeypatch: pytest.
     from vlprompt import files
 
     before = tree(artefact)
-    monkeypatch.setattr(files.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(files.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(OutputError, match=r"config\.json: disk full"):
         files.write_atomically(artefact / "config.json", "half")
     assert tree(artefact) == before

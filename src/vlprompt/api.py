@@ -21,6 +21,7 @@ from torch import Tensor
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.data.datasets import DEFAULT_TEMPLATE
 from vlprompt.data.images import ImageSource
+from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import check_class_names
 from vlprompt.data.views import TrainingViews
 from vlprompt.errors import ArtefactError, ConfigError, DataError, unknown
@@ -122,15 +123,15 @@ def fit_configured(
     """Fit under a checked configuration; see :func:`fit`."""
     images, indices = _labelled(images, labels, method.class_names)
     data = config.data
-    if not method.trains:
-        seen = EvaluationImages(images, indices, data.workers)
-        method.fit_features(seen.frozen(method), seen.labels)
-        return method.eval()
-    views = TrainingViews(
-        images, indices, method.backbone.preprocess, data.batch_size, seed,
-        min_scale=data.min_scale, workers=data.workers,
-    )  # fmt: skip
-    run_loop(method, views, config.optim, config.train.epochs, after_epoch=after_epoch)
+    with ImageReader(data.workers) as reader:
+        if not method.trains:
+            seen = EvaluationImages(images, indices, reader=reader)
+            method.fit_features(seen.frozen(method), seen.labels)
+            return method.eval()
+        views = TrainingViews(
+            images, indices, method.backbone.preprocess, data.batch_size, seed, min_scale=data.min_scale, reader=reader
+        )
+        run_loop(method, views, config.optim, config.train.epochs, after_epoch=after_epoch)
     return method
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from enum import StrEnum
+from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,6 +53,15 @@ class Listing(StrEnum):
 
 Data = Annotated[str, typer.Argument(help="A benchmark's name (with --root), a folder of class folders, or a CSV.")]
 Root = Annotated[Path | None, typer.Option(help="Folder that holds the benchmarks.", rich_help_panel=DATA)]
+SplitFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Which of DATA's images are what: a run's split.json, CoOp's file, a few-shot list.", rich_help_panel=DATA
+    ),
+]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Leave out images that cannot be read, and count them.", rich_help_panel=DATA)
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", rich_help_panel=MODEL)]
 Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16 for the frozen towers.", rich_help_panel=MODEL)]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder, or any folder that holds a tuned model.")]
@@ -75,6 +85,11 @@ def main() -> None:
     except typer.TyperException as error:  # unknown option, missing argument, …
         print(f"error: {error.format_message().replace('Value error, ', '')}", file=sys.stderr)
         code = error.exit_code
+    except OSError as error:
+        if error.errno not in (EACCES, EDQUOT, ENOSPC, EPERM, EROFS):
+            raise
+        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
+        code = 2
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED
@@ -131,7 +146,19 @@ def train(
     shots: Annotated[
         int | None, typer.Option(help="Training images per class; default: all.", rich_help_panel=DATA)
     ] = None,
+    allow_fewer: Annotated[
+        bool, typer.Option("--allow-fewer", help="Classes with fewer images use what they have.", rich_help_panel=DATA)
+    ] = False,
     classes: Annotated[Classes | None, typer.Option(help="Default: all.", rich_help_panel=DATA)] = None,
+    split_file: SplitFile = None,
+    val_fraction: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the training images that becomes val (before shots are drawn), where there is no val split.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    skip_bad: SkipBad = False,
     backbone: Annotated[
         str | None, typer.Option(help="mini (default), a folder or file, a hub id.", rich_help_panel=MODEL)
     ] = None,
@@ -164,6 +191,10 @@ def train(
     given = {
         "data.name": data,
         "data.root": root and str(root),
+        "data.split_file": split_file and str(split_file),
+        "data.val_fraction": val_fraction,
+        "data.allow_fewer": allow_fewer or None,
+        "data.skip_bad": skip_bad or None,
         "data.shots": shots,
         "data.classes": classes and classes.value,
         "backbone": backbone,
@@ -201,6 +232,8 @@ def evaluate(
         Classes, typer.Option(help="Half of the data set's classes, or all.", rich_help_panel=DATA)
     ] = Classes.all,
     split: Annotated[Part, typer.Option(help="Which images.", rich_help_panel=DATA)] = Part.test,
+    split_file: SplitFile = None,
+    skip_bad: SkipBad = False,
     backbone: OtherBackbone = None,
     device: Device = "cpu",
     precision: Precision = "fp32",
@@ -208,19 +241,22 @@ def evaluate(
 ) -> None:
     """Measure a tuned model's accuracy and calibration on a data set's images and class names."""
     from vlprompt.data.datasets import load_dataset
+    from vlprompt.data.reading import CACHE_BYTES, ImageReader, readable
     from vlprompt.training.evaluate import EvaluationImages
     from vlprompt.training.evaluate import evaluate as evaluate_method
 
-    dataset = load_dataset(data, root)
+    dataset = load_dataset(data, root, split_file)
     chosen = dataset.split.subset(classes.value)  # type: ignore[arg-type]
-    items = chosen.items(split.value)
+    items, paths = chosen.items(split.value), chosen.paths(split.value)
     if not items:
         raise DataError(f"data set '{dataset.name}' has no {split.value} images")
     method = _load(run, backbone, device, precision)
-    images = EvaluationImages(chosen.paths(split.value), [item.label for item in items])
-    result = evaluate_method(method, images, chosen.class_names)
+    with ImageReader(room=CACHE_BYTES if skip_bad else 0) as reader:
+        kept = readable(paths, reader, skip_bad, _say)
+        images = EvaluationImages([paths[i] for i in kept], [items[i].label for i in kept], reader=reader)
+        result = evaluate_method(method, images, chosen.class_names)
     if json_output:
-        print(json.dumps(result.to_dict()))
+        print(json.dumps({**result.to_dict(), "skipped": len(paths) - len(kept)}))
         return
     for name, accuracy in sorted(result.per_class.items(), key=lambda x: x[1]):
         print(f"{accuracy:6.1f} %  {name}")
@@ -236,6 +272,7 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     class_names: ClassNames = None,
     class_names_file: ClassNamesFile = None,
+    skip_bad: SkipBad = False,
     top: Annotated[int, typer.Option(help="Classes shown for each image.", min=1, rich_help_panel=OUTPUT)] = 5,
     backbone: OtherBackbone = None,
     device: Device = "cpu",
@@ -246,6 +283,7 @@ def predict(
     ] = False,
 ) -> None:
     """Classify images with a tuned model, under its own class names or any others."""
+    from vlprompt.data.reading import CACHE_BYTES, ImageReader, readable
     from vlprompt.predict import find_images, predict_images, read_class_names, show
 
     if json_output and csv:
@@ -253,8 +291,11 @@ def predict(
     paths = find_images(images)
     method = _load(run, backbone, device, precision)
     names = read_class_names(class_names, class_names_file) or method.class_names
-    predictions = predict_images(method, paths, names, top)
-    print(json.dumps({"predictions": predictions}) if json_output else show(predictions, csv))
+    with ImageReader(room=CACHE_BYTES if skip_bad else 0) as reader:
+        kept = [paths[i] for i in readable(paths, reader, skip_bad, _say)]
+        predictions = predict_images(method, kept, names, top, reader)
+    result = {"predictions": predictions, "skipped": len(paths) - len(kept)}
+    print(json.dumps(result) if json_output else show(predictions, csv))
 
 
 @app.command(epilog='Example: vlprompt export runs/x --class-names "cat,dog,horse" --out pets.safetensors')

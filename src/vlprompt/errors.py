@@ -26,6 +26,10 @@ class ArtefactError(VlpromptError):
     """A tuned model that cannot be read or does not fit its backbone."""
 
 
+class OutputError(VlpromptError):
+    """A file or folder that cannot be written: a full disk, a place that is read-only."""
+
+
 def unknown(what: str, value: str, allowed: Iterable[str]) -> str:
     """One line for a name that does not exist: ``unknown method 'cop': did you mean 'coop'? (allowed: …)``."""
     names = sorted(allowed)

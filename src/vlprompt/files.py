@@ -5,13 +5,26 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from vlprompt.errors import OutputError
+
 
 def write_atomically(file: Path, content: str | bytes) -> None:
-    """Write a file under another name, then move it into place."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file under another name, then move it into place; its folder is made if need be.
+
+    Raises OutputError, and leaves what was there before, if that is not possible (a full disk, no permission).
+    """
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        unfinished.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            unfinished.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+            os.replace(unfinished, file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(file, error) from error
+
+
+def cannot_write(place: Path, error: OSError) -> OutputError:
+    """The error for an output that the system refuses, with its reason."""
+    return OutputError(f"cannot write {place}: {error.strerror or error}")

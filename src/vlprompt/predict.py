@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlprompt.data.folders import IMAGE_EXTENSIONS
+from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import check_class_names
 from vlprompt.errors import DataError
 from vlprompt.methods import Method
@@ -56,9 +57,11 @@ def read_class_names(text: str | None, file: Path | None) -> tuple[str, ...] | N
     return tuple(names)
 
 
-def predict_images(method: Method, paths: Sequence[Path], class_names: Sequence[str], top: int) -> list[dict[str, Any]]:
+def predict_images(
+    method: Method, paths: Sequence[Path], class_names: Sequence[str], top: int, reader: ImageReader | None = None
+) -> list[dict[str, Any]]:
     """For each image its ``top`` most probable classes: ``{"image": …, "top": [{"class": …, "probability": …}]}``."""
-    images = EvaluationImages(paths, [0] * len(paths))
+    images = EvaluationImages(paths, [0] * len(paths), reader=reader)
     probabilities = predict_logits(method, images.features(method), class_names).double().softmax(-1)
     best, labels = probabilities.topk(min(top, len(class_names)))
     return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -56,8 +57,10 @@ def load_backbone(
     elif name.count("/") == 1 and not name.startswith((".", "~", "/")):
         backbone = _from_folder(name, _download(name, HUB_FILES))
     else:
+        near = get_close_matches(name, EMBEDDED, n=1, cutoff=0.5)
+        guess = f": did you mean '{near[0]}'?" if near else ""
         raise BackboneError(
-            f"no backbone '{name}' (allowed: {', '.join(EMBEDDED)}, a folder or .safetensors file, "
+            f"no backbone '{name}'{guess} (allowed: {', '.join(EMBEDDED)}, a folder or .safetensors file, "
             "a hub id like openai/clip-vit-base-patch16, or open_clip:MODEL/TAG)"
         )
     try:

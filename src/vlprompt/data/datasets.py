@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlprompt.data.folders import from_csv, from_folder
-from vlprompt.data.splits import Split, missing, read_split
+from vlprompt.data.splits import PARTS, Split, missing, read_split
 from vlprompt.errors import DataError, unknown
 
 DEFAULT_TEMPLATE = "a photo of a {}."
@@ -71,22 +71,35 @@ class LoadedDataset:
     """With ``{}`` where the class name goes."""
 
 
-def load_dataset(data: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> LoadedDataset:
+def load_dataset(
+    data: str | os.PathLike[str],
+    root: str | os.PathLike[str] | None = None,
+    split_file: str | os.PathLike[str] | None = None,
+) -> LoadedDataset:
     """Load a benchmark of ``DATASETS`` (case, "-" and "_" do not matter), a folder, or a CSV file.
 
     A benchmark lies in its folder below ``root``; without ``root``, one made on this machine goes to the
-    user's cache. A benchmark's name wins over a folder of that name: write ``./dtd`` for the folder. Raises
-    DataError for what does not exist, naming the path looked for or the nearest name.
+    user's cache. A benchmark's name wins over a folder of that name: write ``./dtd`` for the folder.
+
+    With ``split_file``, ``data`` says where the images lie (for a CSV, beside it) and the file says which of them are
+    what: the ``split.json`` of a run, a split file in CoOp's format or a published few-shot list. It replaces the data
+    set's own classes and parts, and its images must exist. A run's file holds the classes of that run only.
+
+    Raises DataError for what does not exist, naming the path looked for or the nearest name.
     """
-    data = os.fspath(data)
+    data, file = os.fspath(data), None if split_file is None else Path(split_file).expanduser()
     for dataset in DATASETS.values():
         if _plain(dataset.name) == _plain(data):
-            return LoadedDataset(dataset.name, _load_benchmark(dataset, root), dataset.template)
+            return LoadedDataset(dataset.name, _load_benchmark(dataset, root, file), dataset.template)
     path = Path(data).expanduser()
     if path.suffix.lower() == ".csv":
-        return LoadedDataset(path.stem, from_csv(path), DEFAULT_TEMPLATE)
+        if file and not path.is_file():
+            raise missing("CSV file", path)
+        return LoadedDataset(path.stem, _listed(file, path.parent) if file else from_csv(path), DEFAULT_TEMPLATE)
     if path.is_dir():
-        return LoadedDataset(path.resolve().name, from_folder(path), DEFAULT_TEMPLATE)
+        return LoadedDataset(path.resolve().name, _listed(file, path) if file else from_folder(path), DEFAULT_TEMPLATE)
+    if path.is_file() and path.suffix.lower() == ".json":
+        raise DataError(f"{path} is no data set: give the images as DATA, and this file with --split-file")
     if path.is_file():
         reason = f"{path} is not a .csv file"
     elif _looks_like_path(data):
@@ -104,17 +117,27 @@ def _plain(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
 
 
-def _load_benchmark(dataset: Dataset, root: str | os.PathLike[str] | None) -> Split:
+def _listed(file: Path, images: Path) -> Split:
+    split = read_split(file, images)
+    for part in PARTS:
+        if absent := [path for path in split.paths(part) if not path.is_file()]:
+            more = f" ({len(absent)} of {len(split.paths(part))} {part} images)" if len(absent) > 1 else ""
+            raise DataError(f"split file {file}: {missing('image', absent[0])}{more}")
+    return split
+
+
+def _load_benchmark(dataset: Dataset, root: str | os.PathLike[str] | None, file: Path | None) -> Split:
     if root is None and dataset.make is None:
         raise DataError(f"data set '{dataset.name}' needs --root, the folder that holds '{dataset.folder}'")
     folder = (_cache() if root is None else Path(root).expanduser()) / dataset.folder
     if dataset.make is not None:
-        return dataset.make(folder)
+        made = dataset.make(folder)
+        return _listed(file, made.root) if file else made
     images, split_file = folder / dataset.images, folder / dataset.split_file
     for place in (folder, images):
         if not place.is_dir():
             raise missing(f"data set '{dataset.name}': folder", place)
-    return read_split(split_file, images)
+    return _listed(file, images) if file else read_split(split_file, images)
 
 
 def _cache() -> Path:

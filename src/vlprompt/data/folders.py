@@ -112,7 +112,7 @@ def _labels(names: Iterable[str], source: str) -> dict[str, int]:
     if len(labels) < 2:
         found = ", ".join(labels) or "none"
         raise DataError(f"{source}: at least two classes are needed (found: {found})")
-    check_class_names([class_name(name) for name in labels], source)
+    check_class_names(labels, source)
     return labels
 
 

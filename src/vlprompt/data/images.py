@@ -37,6 +37,9 @@ ImageSource = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 def load_image(source: ImageSource) -> Image.Image:
     """An image upright (EXIF orientation), its first frame, as 8-bit RGB; files are decoded.
 
+    JPEGs are decoded at full size: Pillow's draft mode, which decodes at 1/2, 1/4 or 1/8, gives other pixels than
+    resizing the whole image does, and so other features.
+
     Raises DataError with the file and the reason if it is missing, damaged, empty, or a decompression bomb, and for
     pixels of another type or shape than ``ImageSource`` says.
     """

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from hashlib import sha256
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
 from vlprompt.errors import DataError, unknown
+from vlprompt.files import write_atomically
 
 PARTS = ("train", "val", "test")
 _VAL_SHOTS = 4  # CoOp's cap
@@ -52,19 +54,47 @@ class Split:
         """The part's labels, in the order of ``items``."""
         return [item.label for item in self.items(part)]
 
-    def few_shot(self, shots: int, seed: int) -> Split:
+    def without(self, paths: Collection[Path]) -> Split:
+        """Leave out the images that lie at these paths, from every part."""
+        if not paths:
+            return self
+        kept = (tuple(i for i in self.items(part) if self.root / i.path not in paths) for part in PARTS)
+        return Split(self.root, self.class_names, *kept)
+
+    def with_val(self, fraction: float) -> Split:
+        """Move this share of each class's training images (rounded down) to val, which must be empty.
+
+        The images' relative paths alone decide which: every seed and number of shots leaves the same ones to train.
+        """
+        if not 0 <= fraction < 1:
+            raise DataError(f"val fraction = {fraction} (allowed: at least 0, less than 1)")
+        if self.val:
+            raise DataError("there is a val split already")
+        train, val = [], []
+        for ranked in ranked_by_class(self.train, "val").values():
+            n = int(len(ranked) * fraction)
+            val += ranked[:n]
+            train += ranked[n:]
+        return replace(self, train=in_order(train), val=in_order(val))
+
+    def few_shot(self, shots: int, seed: int, allow_fewer: bool = False) -> Split:
         """Cut train to ``shots`` images per class, and val to at most min(shots, 4), as CoOp does.
 
         The draw depends on the seed and the images' relative paths only: not on their order here, nor on any
         random state. For one seed, fewer shots are a subset of more. Items come sorted by label and path.
-        Raises DataError if a class has too few training images (too few in val are all kept).
+        Raises DataError if a class has too few training images, unless ``allow_fewer`` keeps what there is (but
+        one at least); too few in val are all kept.
         """
         if shots < 1:
             raise DataError(f"shots must be at least 1, not {shots}")
         train, val = ranked_by_class(self.train, seed), ranked_by_class(self.val, seed)
-        for label, name in enumerate(self.class_names):
-            if (n := len(train.get(label, ()))) < shots:
-                raise DataError(f"class '{name}' has {n} training images, too few for {shots} shots")
+        counts = [len(train.get(label, ())) for label in range(len(self.class_names))]
+        if short := [label for label, n in enumerate(counts) if n < (1 if allow_fewer else shots)]:
+            name, more = self.class_names[short[0]], len(short) - 1
+            others = f" (and {more} more class{'es' if more > 1 else ''})" if more else ""
+            hint = "" if allow_fewer else "; --allow-fewer uses what there is"
+            n = counts[short[0]]
+            raise DataError(f"class '{name}' has {n} training images, too few for {shots} shots{others}{hint}")
         return replace(
             self,
             train=in_order(item for group in train.values() for item in group[:shots]),
@@ -118,58 +148,97 @@ def missing(what: str, path: Path) -> DataError:
 def read_split(file: str | os.PathLike[str], root: str | os.PathLike[str]) -> Split:
     """Read a split file in CoOp's format: ``{"train": [[path, label, class name], …], "val": …, "test": …}``.
 
-    Paths are relative to ``root``; underscores in class names become spaces; a part may be missing. Raises
-    DataError if the file cannot be read, or its labels are not 0 … C − 1 with one distinct name each.
+    Published few-shot lists are read too: ``{"train": {"data": [{"impath": …, "label": …, "classname": …}, …]}}``.
+    Their paths begin with the folders of whoever made them: those that are not found below ``root`` are dropped.
+    Otherwise paths are relative to ``root``. Underscores in class names become spaces; a part may be missing. Classes
+    are told apart by label, so that two may have one name, as in ImageNet. Raises DataError if the file cannot be read,
+    or its labels are not 0 … C − 1 with one name each.
     """
-    file = Path(file)
+    file, root = Path(file), Path(root)
     try:
         parts = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise missing("split file", file) from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read split file {file}: {error}") from error
-    if not isinstance(parts, dict) or not all(isinstance(parts.get(part, []), list) for part in PARTS):
+    rows = {part: _rows(parts.get(part, [])) for part in PARTS} if isinstance(parts, dict) else {}
+    if not rows or not all(isinstance(part, list) for part in rows.values()):
         raise DataError(f"split file {file} must hold lists named {', '.join(PARTS)}")
     items: dict[str, tuple[Item, ...]] = {}
     names: dict[int, str] = {}
     for part in PARTS:
-        for i, row in enumerate(rows := parts.get(part, [])):
+        for i, row in enumerate(rows[part]):
             if not isinstance(row, list) or [type(value) for value in row] != [str, int, str]:
                 where = f"split file {file}: {part}[{i}]"
                 raise DataError(f"{where} is not [path, label, class name]: {str(row)[:80]}")
             name = class_name(row[2])
+            if not name:
+                raise DataError(f"split file {file}: {part}[{i}]: label {row[1]} has no class name")
             if names.setdefault(row[1], name) != name:
                 raise DataError(f"split file {file}: label {row[1]} is both '{names[row[1]]}' and '{name}'")
-        items[part] = tuple(Item(path, label) for path, label, _ in rows)
+        items[part] = tuple(Item(path, label) for path, label, _ in rows[part])
     gap = next((label for label in range(len(names)) if label not in names), None)
     if gap is not None or not names:
         found = f"{gap} is missing" if names else "it lists no images"
         raise DataError(f"split file {file}: labels must be 0, 1, 2, … without gaps, but {found}")
-    class_names = tuple(names[label] for label in range(len(names)))
-    check_class_names(class_names, f"split file {file}")
-    return Split(Path(root), class_names, **items)
+    if any(isinstance(part, dict) for part in parts.values()):
+        items = _without_prefix(items, file, root)
+    return Split(root, tuple(names[label] for label in range(len(names))), **items)
 
 
-def check_class_names(class_names: Sequence[str], source: str) -> None:
-    """Raise DataError, naming the source, if a class has no name or another's."""
-    for name, n in Counter(class_names).items():
-        if not name:
-            raise DataError(f"{source}: a class has no name")
-        if n > 1:
+def _rows(part: Any) -> Any:
+    """The rows of a part in CoOp's form; what is neither form stays as it is."""
+    if not isinstance(part, dict):
+        return part
+    keys, data = ("impath", "label", "classname"), part.get("data")
+    if not isinstance(data, list):
+        return part
+    return [[row.get(key) for key in keys] if isinstance(row, dict) else row for row in data]
+
+
+def _without_prefix(items: dict[str, tuple[Item, ...]], file: Path, root: Path) -> dict[str, tuple[Item, ...]]:
+    first = next(item.path for part in items.values() for item in part)
+    folders = PurePosixPath(first).parts
+    n = next((n for n in range(len(folders)) if root.joinpath(*folders[n:]).is_file()), None)
+    if n is None:
+        raise DataError(f"split file {file}: {first} is not below {root}")
+
+    def shortened(item: Item) -> Item:
+        parts = PurePosixPath(item.path).parts
+        if parts[:n] != folders[:n]:
+            raise DataError(f"split file {file}: {item.path} does not begin like {first}")
+        return Item(str(PurePosixPath(*parts[n:])), item.label)
+
+    return {part: tuple(map(shortened, rows)) for part, rows in items.items()}
+
+
+def check_class_names(class_names: Iterable[str], source: str) -> None:
+    """Raise DataError, naming the source, if a class has no name, or one that reads like another's.
+
+    Names that differ only in case, underscores, white space or the way that accents are stored are the same text for a
+    text tower, which could never tell their classes apart.
+    """
+    seen: dict[str, str] = {}
+    for name, n in Counter(list(class_names)).items():
+        if n > 1 and name:
             raise DataError(f"{source}: {n} classes are named '{name}'")
+        folded = " ".join(unicodedata.normalize("NFC", class_name(name)).casefold().split())
+        if not folded:
+            raise DataError(f"{source}: a class has no name" + (f" but '{name}'" if name else ""))
+        if folded in seen:
+            raise DataError(f"{source}: classes '{seen[folded]}' and '{name}' have the same name for a text tower")
+        seen[folded] = name
+
+
+def repeated(class_names: Sequence[str]) -> list[str]:
+    """The names that several classes have, which only split files allow."""
+    return [name for name in dict.fromkeys(class_names) if class_names.count(name) > 1]
 
 
 def write_split(split: Split, file: str | os.PathLike[str]) -> None:
     """Write a split file in CoOp's format, one image a line; a reader sees the old file or the whole new."""
-    file = Path(file)
     parts = []
     for part in PARTS:
         rows = [[item.path, item.label, split.class_names[item.label]] for item in split.items(part)]
         parts.append(f'"{part}": [' + ",".join(f"\n{json.dumps(row)}" for row in rows) + "\n]")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        unfinished.write_text("{" + ",\n".join(parts) + "}\n", encoding="utf-8")
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_atomically(Path(file), "{" + ",\n".join(parts) + "}\n")

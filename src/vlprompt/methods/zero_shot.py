@@ -11,6 +11,7 @@ from torch import Tensor
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.methods.base import Method, MethodConfig, Template, register
 from vlprompt.methods.templates import ENSEMBLES
+from vlprompt.prompting.text import check_known
 
 
 def fill(template: str, class_names: Sequence[str]) -> list[str]:
@@ -28,6 +29,7 @@ def frozen_class_features(
     """
 
     def compute() -> Tensor:
+        check_known(backbone, class_names)
         features = [backbone.encode_texts(fill(t, class_names), average == "normalised") for t in templates]
         return unit(sum(features[1:], features[0]) / len(features))
 

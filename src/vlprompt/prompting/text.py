@@ -50,14 +50,13 @@ def class_tokens(
     lead = " ".join(["X"] * max(n_ctx - n_words, 0) + ([words] if words else []))
     n_lead = max(n_ctx, n_words)
     start = len(tokenizer.start)
+    check_known(backbone, class_names)
     all_ids, slots = [], []
     for class_name in class_names:
         name = class_name.replace("_", " ")
         sentence = tokenizer.words(f"{lead} {name}.")
         context, rest = sentence[:n_lead], sentence[n_lead:]
         n_name = len(tokenizer.words(name))
-        if not n_name:
-            raise DataError(f"class name '{class_name}' has no token that the backbone knows")
         label, tail = rest[:n_name], rest[n_name:]
         if position == "end":
             before, ids = n_ctx, context + label + tail
@@ -67,6 +66,13 @@ def class_tokens(
         all_ids.append(tokenizer.finish(ids, class_name))
         slots.append([start + m + (len(label) if m >= before else 0) for m in range(n_ctx)])
     return ClassTokens(all_ids, slots)
+
+
+def check_known(backbone: Backbone, class_names: Sequence[str]) -> None:
+    """Raise DataError for a class name of which the backbone's vocabulary knows nothing."""
+    for name in class_names:
+        if not backbone.tokenizer.words(name.replace("_", " ")):
+            raise DataError(f"class name '{name}' has no token that the backbone knows")
 
 
 class TextContext(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
@@ -27,8 +27,14 @@ class DataConfig:
     """A benchmark's name, a folder or a CSV file."""
     root: str | None = None
     """Folder that holds the benchmarks."""
+    split_file: str | None = None
+    """Which of the images are train, val and test, if not the data set's own split."""
     shots: Annotated[int, Ge(1)] | None = None
     """Training images per class; all if not given."""
+    allow_fewer: bool = False
+    """Whether classes with fewer images than shots use what they have."""
+    val_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Share of each class's training images that becomes val before shots are drawn, where there is no val split."""
     classes: Literal["base", "novel", "all"] = "all"
     """First half of the classes, second half, or all."""
     batch_size: Annotated[int, Ge(1)] = 32
@@ -37,6 +43,8 @@ class DataConfig:
     """Smallest share of the image that a random crop covers."""
     workers: Annotated[int, Ge(0)] = 2
     """Threads that decode and crop ahead of the training steps."""
+    skip_bad: bool = False
+    """Whether images that cannot be read are left out instead of stopping the run."""
 
 
 @dataclass(frozen=True)
@@ -195,8 +203,9 @@ def _resolve(key: str, known: list[str], problems: list[str]) -> str | None:
 def _checked(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
     """An instance of a configuration dataclass, or None with the problems noted."""
     assert is_dataclass(cls)
+    hints = get_type_hints(cls)
     try:
-        checked = TypeAdapter(cls).validate_python(dict(values))
+        checked = TypeAdapter(cls).validate_python({k: _no_truth(v, hints[k]) for k, v in values.items()})
     except ValidationError as error:
         problems += _one_line_each(error, prefix)
         return None
@@ -207,14 +216,20 @@ def _checked(cls: type, values: Mapping[str, Any], prefix: str, problems: list[s
 
 
 def _checked_top(values: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    hints = get_type_hints(RunConfig, include_extras=True)
+    hints, plain = get_type_hints(RunConfig, include_extras=True), get_type_hints(RunConfig)
     checked = {}
     for key, value in values.items():
         try:
-            checked[key] = TypeAdapter(hints[key]).validate_python(value)
+            checked[key] = TypeAdapter(hints[key]).validate_python(_no_truth(value, plain[key]))
         except ValidationError as error:
             problems += _one_line_each(error, key)
     return checked
+
+
+def _no_truth(value: Any, hint: Any) -> Any:
+    """``true`` as text where a number is asked for: pydantic would read it as 1."""
+    allowed = {hint, *get_args(hint)}
+    return str(value).lower() if isinstance(value, bool) and bool not in allowed and allowed & {int, float} else value
 
 
 def _one_line_each(error: ValidationError, prefix: str) -> list[str]:

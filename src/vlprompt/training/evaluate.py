@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from vlprompt.data.images import ImageSource
+from vlprompt.data.reading import ImageReader
+from vlprompt.data.splits import repeated
 from vlprompt.data.views import evaluation_batches
 from vlprompt.methods import Method
 
@@ -20,14 +22,20 @@ TEXTS_AT_ONCE = 2000  # class texts encoded together where each image has its ow
 class EvaluationImages:
     """Images to evaluate on; features of the frozen image tower are computed once and remembered."""
 
-    def __init__(self, paths: Sequence[ImageSource], labels: Sequence[int], workers: int = 2) -> None:
-        self.paths, self.labels, self.workers = paths, torch.tensor(labels), workers
+    def __init__(
+        self,
+        paths: Sequence[ImageSource],
+        labels: Sequence[int],
+        workers: int = 2,
+        reader: ImageReader | None = None,
+    ) -> None:
+        self.paths, self.labels, self.workers, self.reader = paths, torch.tensor(labels), workers, reader
         self._frozen: dict[str, Tensor] = {}
 
     def features(self, method: Method) -> Iterator[Tensor]:
         """Normalised features with the method's visual prompts, [B, E] at a time."""
         if method.prompts_images:
-            for images in evaluation_batches(self.paths, method.backbone.preprocess, workers=self.workers):
+            for images in self._batches(method):
                 yield method.encode_images(images)
             return
         yield self.frozen(method)
@@ -36,9 +44,11 @@ class EvaluationImages:
         """Normalised features from the frozen image tower, [n, E]."""
         key = f"{method.backbone.fingerprint} {method.backbone.dtype}"
         if key not in self._frozen:
-            batches = evaluation_batches(self.paths, method.backbone.preprocess, workers=self.workers)
-            self._frozen[key] = torch.cat([method.backbone.encode_images(images) for images in batches])
+            self._frozen[key] = torch.cat([method.backbone.encode_images(images) for images in self._batches(method)])
         return self._frozen[key]
+
+    def _batches(self, method: Method) -> Iterator[Tensor]:
+        return evaluation_batches(self.paths, method.backbone.preprocess, workers=self.workers, reader=self.reader)
 
 
 @torch.no_grad()
@@ -63,7 +73,7 @@ class Evaluation:
     """Images."""
     classes: tuple[str, ...]
     per_class: dict[str, float]
-    """Percent, for the classes that have images."""
+    """Percent, for the classes that have images; classes of one name have their number behind it."""
     calibration_error: float
     """Expected calibration error, 0 to 1, over 15 equal bins of confidence (Guo et al., 2017)."""
 
@@ -83,6 +93,8 @@ def score(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Evaluat
     confidence, predicted = logits.double().softmax(-1).max(-1)
     right = (predicted == labels).double()
     bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+    twice = repeated(class_names)
+    distinct = [f"{name} (class {c})" if name in twice else name for c, name in enumerate(class_names)]
     gap = torch.zeros(BINS, dtype=torch.double).index_add(0, bins, right - confidence)
     count = torch.bincount(labels, minlength=len(class_names))
     hits = torch.zeros(len(class_names), dtype=torch.double).index_add(0, labels, right)
@@ -90,7 +102,7 @@ def score(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Evaluat
         accuracy=100 * right.mean().item(),
         n=len(labels),
         classes=tuple(class_names),
-        per_class={name: 100 * (hits[c] / count[c]).item() for c, name in enumerate(class_names) if count[c]},
+        per_class={name: 100 * (hits[c] / count[c]).item() for c, name in enumerate(distinct) if count[c]},
         calibration_error=(gap.abs().sum() / len(labels)).item(),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,15 +18,17 @@ import vlprompt
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.data.datasets import LoadedDataset, load_dataset
+from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split, write_split
 from vlprompt.data.views import TrainingViews
-from vlprompt.errors import ConfigError, DataError
-from vlprompt.files import write_atomically
+from vlprompt.errors import ConfigError, DataError, OutputError
+from vlprompt.files import cannot_write, write_atomically
 from vlprompt.methods import Method, find_method
 from vlprompt.training.artefact import save_artefact
 from vlprompt.training.config import RunConfig
 from vlprompt.training.evaluate import EvaluationImages, evaluate
 from vlprompt.training.loop import EpochLog, fit
+from vlprompt.training.selection import choose_images
 
 
 class Progress(Protocol):
@@ -66,14 +69,8 @@ class Result:
     """Percent; None where there is no val split."""
     trainable_parameters: int
     seconds: float
-
-
-def run_split(config: RunConfig, dataset: LoadedDataset) -> Split:
-    """The images that a run trains and validates on: its classes, its shots."""
-    split = dataset.split.subset(config.data.classes)
-    if not split.train:
-        raise DataError(f"data set '{dataset.name}' has no training images")
-    return split if config.data.shots is None else split.few_shot(config.data.shots, config.seed)
+    skipped: int = 0
+    """Images left out because they cannot be read."""
 
 
 def train(
@@ -81,20 +78,27 @@ def train(
 ) -> tuple[Method, Result]:
     """Train as configured and write the run folder ``out``.
 
-    Input that cannot be used leaves no folder behind. Raises ConfigError if the folder is already in use.
+    Input that cannot be used leaves no folder behind. Raises ConfigError if the folder is already in use, and
+    OutputError if it cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"output folder {out} is already in use: choose another with --out")
-    progress = progress or Silent()
+    with ImageReader(config.data.workers) as reader:
+        return _run(config, out, reader, progress or Silent(), say)
+
+
+def _run(
+    config: RunConfig, out: Path, reader: ImageReader, progress: Progress, say: Callable[[str], None]
+) -> tuple[Method, Result]:
     began = time.monotonic()
-    dataset = load_dataset(config.data.name, config.data.root)
-    split = run_split(config, dataset)
+    dataset = load_dataset(config.data.name, config.data.root, config.data.split_file)
+    split, skipped = choose_images(config, dataset, reader, say)
     backbone = load_backbone(config.backbone, config.train.device, config.train.precision)
     torch.manual_seed(config.seed)
     method = find_method(config.method)(backbone, split.class_names, config.settings, dataset.template)
     method.to(backbone.device)
     trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    images = {part: _images(split, part, config.data.workers) for part in ("train", "val")}
+    images = {part: _images(split, part, reader) for part in ("train", "val")}
 
     with _run_folder(out):
         say(
@@ -105,11 +109,11 @@ def train(
         write_atomically(out / "environment.json", json.dumps(environment(backbone), indent=2))
         write_split(split, out / "split.json")
         with (out / "log.jsonl").open("w", encoding="utf-8") as log_file:
-            epochs, val_accuracy = _train(config, method, split, images, progress, log_file.write)
+            epochs, val_accuracy = _train(config, method, split, images, reader, progress, log_file.write)
         train_accuracy = evaluate(method, images["train"], split.class_names).accuracy
         if val_accuracy is None and split.val:
             val_accuracy = evaluate(method, images["val"], split.class_names).accuracy
-        result = Result(str(out), epochs, train_accuracy, val_accuracy, trainable, time.monotonic() - began)
+        result = Result(str(out), epochs, train_accuracy, val_accuracy, trainable, time.monotonic() - began, skipped)
         write_atomically(out / "metrics.json", json.dumps(vars(result), indent=2))
         save_artefact(method, out, about(config, dataset, result))
     return method.requires_grad_(False), result
@@ -117,20 +121,28 @@ def train(
 
 @contextmanager
 def _run_folder(out: Path) -> Iterator[None]:
-    """Make the run folder, which is empty or not there yet, and take it away again if the data cannot be used."""
+    """Make the run folder, which is empty or not there yet; take it away if the run fails before an epoch is done.
+
+    The causes are data that cannot be used (an image that cannot be decoded, a class name that is too long) and a disk
+    that cannot be written. What an epoch has learned is kept.
+    """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]  # innermost first
     try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot make output folder {out}: {error.strerror}") from None
-    try:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make output folder {out}: {error.strerror}") from None
         yield
-    except DataError:  # an image that cannot be decoded, a class name that is too long
-        for file in out.iterdir():
-            file.unlink()
-        for folder in made:
-            with suppress(OSError):  # another run may have begun below it
-                folder.rmdir()
+    except (DataError, OutputError, OSError) as error:
+        log = out / "log.jsonl"
+        if not (log.is_file() and log.stat().st_size):
+            for path in out.iterdir() if out.is_dir() else ():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for folder in made:
+                with suppress(OSError):  # not made after all, or another run may have begun below it
+                    folder.rmdir()
+        if isinstance(error, OSError):
+            raise cannot_write(Path(error.filename or out), error) from error
         raise
 
 
@@ -139,6 +151,7 @@ def _train(
     method: Method,
     split: Split,
     images: dict[str, EvaluationImages],
+    reader: ImageReader,
     progress: Progress,
     write: Callable[[str], object],
 ) -> tuple[int, float | None]:
@@ -154,7 +167,7 @@ def _train(
         config.data.batch_size,
         config.seed,
         min_scale=config.data.min_scale,
-        workers=config.data.workers,
+        reader=reader,
     )
     accuracy: float | None = None
 
@@ -172,8 +185,8 @@ def _train(
     return config.train.epochs, accuracy
 
 
-def _images(split: Split, part: str, workers: int) -> EvaluationImages:
-    return EvaluationImages(split.paths(part), [item.label for item in split.items(part)], workers)
+def _images(split: Split, part: str, reader: ImageReader) -> EvaluationImages:
+    return EvaluationImages(split.paths(part), [item.label for item in split.items(part)], reader=reader)
 
 
 def environment(backbone: Backbone) -> dict[str, Any]:

@@ -1,0 +1,145 @@
+"""Image files read by threads that start once, and decoded once: one reader serves a whole run."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlprompt.data.images import ImageSource, load_image
+from vlprompt.errors import DataError
+
+CACHE_BYTES = 2 << 30  # decoded images kept in memory; the rest is decoded again when it is needed again
+AHEAD = 4  # batches being made while one is used
+NAMED = 3  # images that an error names
+
+
+class ImageReader:
+    """Decoded images, kept while there is room, and threads that make batches of them ahead of their use.
+
+    Pillow decodes and resizes outside Python's lock, so threads are enough: they start at once and share the decoded
+    images. ``workers`` = 0 does all work in the calling thread. Close it, or use it in a ``with`` statement.
+    """
+
+    def __init__(self, workers: int = 2, room: int = CACHE_BYTES) -> None:
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="vlprompt-images") if workers else None
+        self._room, self._full = room, False
+        self._kept: dict[Path, Image.Image] = {}
+        self._lock = Lock()
+
+    def __enter__(self) -> ImageReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads and forget the images."""
+        if self._pool:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._kept.clear()
+
+    def image(self, source: ImageSource) -> Image.Image:
+        """The decoded image; raises DataError naming the file if it cannot be used."""
+        if not isinstance(source, (str, os.PathLike)):
+            return load_image(source)  # it is in memory already
+        path = Path(source)
+        if path in self._kept:
+            return self._kept[path]
+        image = load_image(path)
+        size = 3 * image.width * image.height
+        with self._lock:
+            self._full = self._full or size > self._room
+            if size <= self._room and path not in self._kept:
+                self._room -= size
+                self._kept[path] = image
+        return image
+
+    def batches(
+        self, make: Callable[[int], Tensor], batches: Iterable[np.ndarray]
+    ) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Each batch of indices with the stacked tensors that ``make`` gives for them."""
+        for batch, tensors in self._ahead(make, batches):
+            yield batch, torch.stack(tensors)
+
+    def unreadable(self, paths: Sequence[Path], everything: bool = True) -> dict[Path, str]:
+        """The files that cannot be used, each with the reason, in order.
+
+        Without ``everything``, decoding stops when an image finds no room to be kept, so that a large data set is not
+        decoded an extra time: of the other files it is only looked whether they are there, and hold anything.
+        """
+
+        def check(path: Path) -> str | None:
+            if not everything and self._full and path.is_file() and path.stat().st_size:
+                return None
+            try:
+                self.image(path)
+            except DataError as error:
+                return str(error)
+            return None
+
+        chunks = [paths[i : i + 64] for i in range(0, len(paths), 64)]
+        bad: dict[Path, str] = {}
+        for chunk, reasons in self._ahead(check, chunks):
+            bad.update((path, reason) for path, reason in zip(chunk, reasons, strict=True) if reason)
+        return bad
+
+    def _ahead(self, make: Callable, batches: Iterable[Any]) -> Iterator[tuple]:
+        """``make`` every element of every batch, some batches ahead of the one that is handed out."""
+        if self._pool is None:
+            for batch in batches:
+                yield batch, [make(x) for x in batch]
+            return
+        waiting: deque[tuple[Any, list[Future]]] = deque()
+        try:
+            for batch in batches:
+                waiting.append((batch, [self._pool.submit(make, x) for x in batch]))
+                if len(waiting) > AHEAD:
+                    done, futures = waiting.popleft()
+                    yield done, [f.result() for f in futures]
+            while waiting:
+                done, futures = waiting.popleft()
+                yield done, [f.result() for f in futures]
+        finally:
+            for _, futures in waiting:
+                for future in futures:
+                    future.cancel()
+
+
+def readable(paths: Sequence[Path], reader: ImageReader, skip_bad: bool, say: Callable[[str], object]) -> list[int]:
+    """Which of the images to use: all of them, or with ``skip_bad`` those that can be decoded, the others being named.
+
+    Raises DataError if none is left.
+    """
+    if not skip_bad:
+        return list(range(len(paths)))
+    bad = reader.unreadable(paths)
+    name_skipped(bad, say)
+    if len(bad) == len(set(paths)):
+        raise unusable(bad, len(paths))
+    return [i for i, path in enumerate(paths) if path not in bad]
+
+
+def name_skipped(bad: Mapping[Path, str], say: Callable[[str], object]) -> None:
+    """Say of each unreadable image that it is left out, and why."""
+    for reason in bad.values():
+        say(f"skipped: {reason}")
+
+
+def unusable(bad: Mapping[Path, str], n: int, hint: str = "") -> DataError:
+    """The error for unreadable images among ``n``, naming the first few."""
+    reasons = list(bad.values())
+    if len(reasons) == 1:
+        return DataError(reasons[0] + hint)
+    more = f"; and {len(reasons) - NAMED} more" if len(reasons) > NAMED else ""
+    return DataError(f"{len(reasons)} of {n} images: {'; '.join(reasons[:NAMED])}{more}{hint}")
