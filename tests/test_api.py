@@ -156,6 +156,12 @@ def test_preset_and_dotted_keys_reach_the_loop(tiny):
     assert [entry.lr for entry in log] == [0.5]
 
 
+def test_a_loaded_model_is_not_fitted_by_mistake(saved):
+    pixels, names = pictures(1)
+    with fails(ConfigError, "coop is frozen, as loaded models are"):
+        fit(PromptedModel.from_pretrained(saved).method, pixels, names)
+
+
 def test_bad_input(tiny, tuned, tmp_path):
     pixels, names = pictures(1)
     model = PromptedModel(tuned)

@@ -24,13 +24,14 @@ from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import check_class_names
 from vlprompt.data.views import TrainingViews
-from vlprompt.errors import ArtefactError, ConfigError, DataError, unknown
+from vlprompt.errors import ConfigError, DataError, unknown
 from vlprompt.methods import Method, find_method
 from vlprompt.training import evaluate as evaluation
-from vlprompt.training.artefact import FILES, load_artefact, read_artefact_config, save_artefact
+from vlprompt.training.artefact import load_artefact, read_artefact_config, save_artefact
 from vlprompt.training.config import OptimConfig, RunConfig, build_config
 from vlprompt.training.evaluate import Evaluation, EvaluationImages
 from vlprompt.training.export import export_classes
+from vlprompt.training.hub import download, upload
 from vlprompt.training.loop import EpochLog
 from vlprompt.training.loop import fit as run_loop
 
@@ -105,8 +106,8 @@ def fit(
 
     Without ``settings`` (``epochs``, ``lr``, ``batch_size``, … as in ``TRAINING``) the method's official ones apply,
     or those of ``preset``. ``seed`` decides order and crops. ``after_epoch`` is told the mean loss terms of each
-    epoch. Returns the method. Raises ConfigError for unknown settings, DataError for images and labels that do not
-    fit together, VlpromptError if a loss is not finite.
+    epoch. Returns the method. Raises ConfigError for unknown settings and loaded models, DataError for images and
+    labels that do not fit together, VlpromptError if a loss is not finite.
     """
     keys = full_keys(settings, TRAINING, "training setting")
     return fit_configured(method, images, labels, build_config(method.name, preset, overrides=keys), seed, after_epoch)
@@ -122,8 +123,10 @@ def fit_configured(
 ) -> Method:
     """Fit under a checked configuration; see :func:`fit`."""
     images, indices = _labelled(images, labels, method.class_names)
+    if not method.trains and any(True for _ in method.parameters()):
+        raise ConfigError(f"{method.name} is frozen, as loaded models are: build a new one to fit it")
     data = config.data
-    with ImageReader(data.workers) as reader:
+    with ImageReader(data.workers) as reader, torch.random.fork_rng(devices=[]):
         if not method.trains:
             seen = EvaluationImages(images, indices, reader=reader)
             method.fit_features(seen.frozen(method), seen.labels)
@@ -222,7 +225,7 @@ class PromptedModel:
         """
         folder = Path(name).expanduser()
         if not folder.is_dir() and str(name).count("/") == 1 and not str(name).startswith((".", "~", "/")):
-            folder = _download(str(name), revision)
+            folder = download(str(name), revision)
         method = load_artefact(folder, backbone, device, precision)
         return cls(method, read_artefact_config(folder).get("about"))
 
@@ -239,30 +242,9 @@ class PromptedModel:
         The repository is made if it is not there. Only prompts go up, not the backbone. Raises ArtefactError with
         the hub's reason.
         """
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            try:
-                address = api.create_repo(repo, private=private, exist_ok=True)
-                api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, allow_patterns=list(FILES))
-            except Exception as error:  # the library lets errors of several network libraries through
-                raise ArtefactError(f"cannot upload to '{repo}': {_first_line(error)}") from None
-        return str(address)
-
-
-def _download(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(FILES)))
-    except Exception as error:  # as above
-        raise ArtefactError(f"no folder '{repo}', and not on the hub: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+            return upload(Path(folder), repo, private=private, token=token, message=message)
 
 
 def _names(method: Method, class_names: Sequence[str] | None) -> tuple[str, ...]:
