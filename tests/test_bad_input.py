@@ -384,7 +384,7 @@ def test_a_model_on_another_backbone_or_with_other_tensors(refuses, tuned):
     )
     weights = load_file(tuned / "prompts.safetensors")
     save_file({**weights, "extra": torch.ones(1)}, tuned / "prompts.safetensors")
-    refuses("prompts.safetensors in run does not fit coop", "predict", "run", "photos")
+    refuses("prompts.safetensors is not the file that was saved: tensor 'extra' was added", "predict", "run", "photos")
     (tuned / "prompts.safetensors").write_bytes(pickle.dumps({"vectors": Harmful()}))
     refuses("cannot read the tuned model in run", "predict", "run", "photos")
     (tuned / "prompts.safetensors").unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -934,11 +935,12 @@ def test_what_is_no_folder_is_refused(artefact: Path, tmp_path: Path) -> None:
     ("changes", "match"),
     [
         ({"method": "cop"}, "unknown method 'cop': did you mean 'coop'"),
-        ({"method": "maple"}, "does not fit maple"),
+        ({"method": "maple"}, "unknown setting of maple 'class_specific'"),
         ({"settings": {"n_ctx": 0}}, "n_ctx"),
         ({"settings": {"n_ctx": 4}}, "prompts.safetensors .* does not fit coop: .*size mismatch"),
         ({"settings": None}, "cannot read the tuned model"),
         ({"format_version": "one"}, "cannot read the tuned model"),
+        ({"method": "kgcoop", "settings": {}}, "does not fit kgcoop"),
         ({"backbone": {"name": str(TINY)}}, "no 'fingerprint' in config.json"),
         ({"backbone": None}, "cannot read the tuned model"),
     ],
@@ -962,7 +964,7 @@ def test_a_configuration_without_a_key_is_refused(artefact: Path, key: str) -> N
 def test_tensors_that_do_not_fit_are_refused(tiny: Backbone, tmp_path: Path, name: str) -> None:
     save_artefact(find_method(name)(tiny, ("blue", "green", "red")), tmp_path)
     file = tmp_path / "prompts.safetensors"
-    state = load_file(file)
+    state, saved = load_file(file), json.loads((tmp_path / "config.json").read_text("utf-8"))["prompts"]
     for key, tensor in state.items():
         wrong = [
             state | {key: torch.cat([tensor, tensor])},
@@ -971,8 +973,13 @@ def test_tensors_that_do_not_fit_are_refused(tiny: Backbone, tmp_path: Path, nam
         ]
         for tensors in wrong:
             save_file(tensors, file)
+            refused(tmp_path, "prompts.safetensors is not the file that was saved: tensor ")
+            change(tmp_path, prompts={"sha256": sha256(file.read_bytes()).hexdigest()})
             refused(tmp_path, rf"prompts.safetensors in .* does not fit {name}: ")
+            change(tmp_path, prompts=saved)
     save_file(state | {"extra": torch.zeros(1)}, file)
+    refused(tmp_path, "saved: tensor 'extra' was added")
+    change(tmp_path, prompts={"sha256": sha256(file.read_bytes()).hexdigest()})
     refused(tmp_path, f"does not fit {name}: .*extra")
 
 

@@ -1,5 +1,47 @@
-"""vlprompt: adapt a frozen vision-language model to your classes by learning a few prompt tokens."""
+"""vlprompt: adapt a frozen vision-language model to your classes by learning a few prompt tokens.
+
+The names below are imported when they are first used: ``import vlprompt`` alone does not import PyTorch.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlprompt.api import PromptedModel, build_method, evaluate, fit
+    from vlprompt.backbones.load import load_backbone
+    from vlprompt.data.datasets import load_dataset
+    from vlprompt.sklearn import PromptClassifier
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "PromptClassifier",
+    "PromptedModel",
+    "build_method",
+    "evaluate",
+    "fit",
+    "load_backbone",
+    "load_dataset",
+]
+
+_HOME = {
+    "PromptClassifier": "vlprompt.sklearn",
+    "PromptedModel": "vlprompt.api",
+    "build_method": "vlprompt.api",
+    "evaluate": "vlprompt.api",
+    "fit": "vlprompt.api",
+    "load_backbone": "vlprompt.backbones.load",
+    "load_dataset": "vlprompt.data.datasets",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vlprompt' has no attribute '{name}'")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

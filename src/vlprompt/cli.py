@@ -8,7 +8,7 @@ import sys
 from enum import StrEnum
 from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -84,6 +84,8 @@ RunFolder = Annotated[Path, typer.Argument(help="A run folder, or any folder tha
 OtherBackbone = Annotated[
     str | None, typer.Option(help="Where the backbone lies, if not where it was.", rich_help_panel=MODEL)
 ]
+ClassNames = Annotated[str | None, typer.Option(help="Other classes, separated by commas.", rich_help_panel=DATA)]
+ClassNamesFile = Annotated[Path | None, typer.Option(help="Other classes, one a line.", rich_help_panel=DATA)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.", rich_help_panel=OUTPUT)]
 
 
@@ -312,12 +314,8 @@ def evaluate(
 def predict(
     run: RunFolder,
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
-    class_names: Annotated[
-        str | None, typer.Option(help="Other classes, separated by commas.", rich_help_panel=DATA)
-    ] = None,
-    class_names_file: Annotated[
-        Path | None, typer.Option(help="Other classes, one a line.", rich_help_panel=DATA)
-    ] = None,
+    class_names: ClassNames = None,
+    class_names_file: ClassNamesFile = None,
     skip_bad: SkipBad = False,
     top: Annotated[int, typer.Option(help="Classes shown for each image.", min=1, rich_help_panel=OUTPUT)] = 5,
     backbone: OtherBackbone = None,
@@ -330,7 +328,7 @@ def predict(
 ) -> None:
     """Classify images with a tuned model, under its own class names or any others."""
     from vlprompt.data.reading import CACHE_BYTES, ImageReader, readable
-    from vlprompt.predict import find_images, predict_images, read_class_names
+    from vlprompt.predict import find_images, predict_images, read_class_names, show
 
     if json_output and csv:
         raise ConfigError("--json and --csv exclude each other")
@@ -340,10 +338,26 @@ def predict(
     with ImageReader(room=CACHE_BYTES if skip_bad else 0) as reader:
         kept = [paths[i] for i in readable(paths, reader, skip_bad, _say)]
         predictions = predict_images(method, kept, names, top, reader)
-    if json_output:
-        print(json.dumps({"predictions": predictions, "skipped": len(paths) - len(kept)}))
-    else:
-        _print_predictions(predictions, csv)
+    result = {"predictions": predictions, "skipped": len(paths) - len(kept)}
+    print(json.dumps(result) if json_output else show(predictions, csv))
+
+
+@app.command(epilog='Example: vlprompt export runs/x --class-names "cat,dog,horse" --out pets.safetensors')
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.", rich_help_panel=OUTPUT)],
+    class_names: ClassNames = None,
+    class_names_file: ClassNamesFile = None,
+    backbone: OtherBackbone = None,
+) -> None:
+    """Write class features and scale for use without vlprompt; for methods that leave the image tower alone."""
+    from vlprompt.predict import read_class_names
+    from vlprompt.training.export import export_classes
+
+    method = _load(run, backbone, "cpu", "fp32")
+    names = read_class_names(class_names, class_names_file) or method.class_names
+    export_classes(method, names, out)
+    _say(f"{len(names)} classes of {method.name} on {method.backbone.name} written to {out}")
 
 
 @app.command(epilog="Example: vlprompt convert pytorch_model.bin clip/model.safetensors")
@@ -355,20 +369,6 @@ def convert(
     from vlprompt.backbones.convert import convert as convert_file
 
     _say(f"{convert_file(file, out)} tensors written to {out}")
-
-
-def _print_predictions(predictions: list[dict[str, Any]], as_csv: bool) -> None:
-    import csv
-
-    if as_csv:
-        rows = csv.writer(sys.stdout, lineterminator="\n")
-        rows.writerow(["image", "class", "probability"])
-        rows.writerows([p["image"], t["class"], f"{t['probability']:.6f}"] for p in predictions for t in p["top"])
-        return
-    for p in predictions:
-        print(p["image"])
-        for t in p["top"]:
-            print(f"  {100 * t['probability']:5.1f} %  {t['class']}")
 
 
 def _train(config: RunConfig, out: Path, json_output: bool, resume: bool = False) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,3 +71,16 @@ def predict_images(
         }
         for path, ps, cs in zip(paths, best.tolist(), labels.tolist(), strict=True)
     ]
+
+
+def show(predictions: Sequence[dict[str, Any]], as_csv: bool) -> str:
+    """Predictions for people, or as image,class,probability rows."""
+    if not as_csv:
+        tops = ([f"  {100 * t['probability']:5.1f} %  {t['class']}" for t in p["top"]] for p in predictions)
+        lines = ([p["image"], *top] for p, top in zip(predictions, tops, strict=True))
+        return "\n".join(line for group in lines for line in group)
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["image", "class", "probability"])
+    rows.writerows([p["image"], t["class"], f"{t['probability']:.6f}"] for p in predictions for t in p["top"])
+    return text.getvalue().rstrip("\n")

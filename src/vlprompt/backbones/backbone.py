@@ -48,6 +48,10 @@ class Backbone:
         if not self.fingerprint:
             self.fingerprint = self._fingerprint()
 
+    def __sklearn_clone__(self) -> Backbone:
+        """Copies of a scikit-learn estimator share the frozen model."""
+        return self
+
     @property
     def image_size(self) -> int:
         """Side of the square images that the image tower reads, in pixels."""

@@ -30,21 +30,43 @@ _LONGEST = 100
 Region = Sequence[float] | NDArray[np.floating]
 """(top, left, height, width, flip): a box relative to the image, each in 0..1; flip is 0 or 1."""
 
+ImageSource = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
+"""A file, a Pillow image, or uint8 pixels: [H, W, 3], or [H, W] for grey."""
 
-def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Decode an image file: upright (EXIF orientation), first frame, 8-bit RGB.
+
+def load_image(source: ImageSource) -> Image.Image:
+    """An image upright (EXIF orientation), its first frame, as 8-bit RGB; files are decoded.
 
     JPEGs are decoded at full size: Pillow's draft mode, which decodes at 1/2, 1/4 or 1/8, gives other pixels than
     resizing the whole image does, and so other features.
 
-    Raises DataError with the file and the reason if it is missing, damaged, empty, or a decompression bomb.
+    Raises DataError with the file and the reason if it is missing, damaged, empty, or a decompression bomb, and for
+    pixels of another type or shape than ``ImageSource`` says.
     """
+    if isinstance(source, np.ndarray):
+        return _from_pixels(source)
+    if isinstance(source, Image.Image):
+        try:
+            source.load()
+            return to_rgb(_upright(source))
+        except Exception as error:  # a file that Pillow has opened may be damaged further on
+            raise DataError(f"cannot read the image {source!r}: {error}") from error
+    if not isinstance(source, (str, os.PathLike)):
+        raise DataError(f"an image is a path, a Pillow image or an array, not {type(source).__name__}")
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             image.load()
             return to_rgb(_upright(image))
     except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes
-        raise DataError(f"cannot read image {os.fspath(path)}: {_reason(error, Path(path))}") from error
+        raise DataError(f"cannot read image {os.fspath(source)}: {_reason(error, Path(source))}") from error
+
+
+def _from_pixels(pixels: NDArray[np.uint8]) -> Image.Image:
+    grey, colour = pixels.ndim == 2, pixels.ndim == 3 and pixels.shape[-1] == 3
+    if pixels.dtype != np.uint8 or not pixels.size or not (grey or colour):
+        found = f"{pixels.dtype} {list(pixels.shape)}"
+        raise DataError(f"an image as an array is uint8 [H, W, 3] or [H, W], 0 to 255; found {found}")
+    return Image.fromarray(pixels).convert("RGB")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlprompt.data.images import load_image
+from vlprompt.data.images import ImageSource, load_image
 from vlprompt.errors import DataError
 
 CACHE_BYTES = 2 << 30  # decoded images kept in memory; the rest is decoded again when it is needed again
@@ -48,8 +49,11 @@ class ImageReader:
             self._pool.shutdown(wait=True, cancel_futures=True)
         self._kept.clear()
 
-    def image(self, path: Path) -> Image.Image:
+    def image(self, source: ImageSource) -> Image.Image:
         """The decoded image; raises DataError naming the file if it cannot be used."""
+        if not isinstance(source, (str, os.PathLike)):
+            return load_image(source)  # it is in memory already
+        path = Path(source)
         if path in self._kept:
             return self._kept[path]
         image = load_image(path)

@@ -50,6 +50,10 @@ class Split:
         """Where the part's images lie, in the order of ``items``."""
         return [self.root / item.path for item in self.items(part)]
 
+    def labels(self, part: str) -> list[int]:
+        """The part's labels, in the order of ``items``."""
+        return [item.label for item in self.items(part)]
+
     def without(self, paths: Collection[Path]) -> Split:
         """Leave out the images that lie at these paths, from every part."""
         if not paths:

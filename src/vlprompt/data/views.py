@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlprompt.data.images import Preprocess, random_regions
+from vlprompt.data.images import ImageSource, Preprocess, random_regions
 from vlprompt.data.reading import ImageReader
 
 
@@ -23,7 +22,7 @@ class TrainingViews:
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        paths: Sequence[ImageSource],
         labels: Sequence[int],
         preprocess: Preprocess,
         batch_size: int,
@@ -66,7 +65,7 @@ class TrainingViews:
 
 
 def evaluation_batches(
-    paths: Sequence[Path],
+    paths: Sequence[ImageSource],
     preprocess: Preprocess,
     batch_size: int = 100,
     workers: int = 2,

@@ -127,6 +127,10 @@ class Method(nn.Module):
         """[B, C] logits of normalised features."""
         return self.backbone.logits(image_features, class_features)
 
+    def scale_and_bias(self) -> tuple[Tensor, Tensor]:
+        """What ``logits`` multiplies and adds: logits = scale · v · tᵀ + bias; the bias is a number, or [C]."""
+        return torch.tensor(self.backbone.logit_scale), torch.tensor(self.backbone.logit_bias)
+
     def objectives(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is differentiated, by name: the sum of the loss terms, unless the method steps along less than that."""
         return {"total": total(losses)}

@@ -89,3 +89,7 @@ class LinearProbe(Method):
     def logits(self, image_features: Tensor, class_features: Tensor) -> Tensor:
         """W v + b: [B, C]."""
         return image_features.to(class_features.dtype) @ class_features.T + self.bias
+
+    def scale_and_bias(self) -> tuple[Tensor, Tensor]:
+        """1 and b."""
+        return torch.ones(()), self.bias

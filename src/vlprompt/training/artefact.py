@@ -6,27 +6,38 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
+from torch import Tensor
 
 import vlprompt
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
-from vlprompt.errors import ArtefactError, ConfigError
+from vlprompt.errors import ArtefactError, ConfigError, unknown
 from vlprompt.files import write_atomically
 from vlprompt.methods import Method, find_method
+from vlprompt.training.card import model_card
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 added ``about`` and ``prompts`` (checksum and shapes); artefacts of version 1 are read without that check."""
+
+PROMPTS, CONFIG, CARD = "prompts.safetensors", "config.json", "README.md"
+FILES = (CONFIG, PROMPTS, CARD)
 
 
-def save_artefact(method: Method, folder: Path, about: dict[str, Any] | None = None) -> None:
+def save_artefact(method: Method, folder: Path, about: Mapping[str, Any] | None = None) -> None:
     """Write a tuned model into ``folder``; ``about`` (data, settings, metrics) goes into its model card."""
     backbone = method.backbone
+    state = {k: v.detach().float().cpu().contiguous() for k, v in method.inference_state().items()}
+    prompts = save(state)
+    about = {key: str(value) for key, value in (about or {}).items()}
     config = {
         "format_version": FORMAT_VERSION,
         "vlprompt_version": vlprompt.__version__,
@@ -35,77 +46,96 @@ def save_artefact(method: Method, folder: Path, about: dict[str, Any] | None = N
         "class_names": list(method.class_names),
         "template": method.template,
         "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint, "licence": backbone.licence},
+        "prompts": {"sha256": sha256(prompts).hexdigest(), "shapes": {k: list(v.shape) for k, v in state.items()}},
+        "about": about,
     }
-    state = {k: v.detach().float().cpu().contiguous() for k, v in method.inference_state().items()}
-    write_atomically(folder / "prompts.safetensors", save(state))
-    write_atomically(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False))
-    write_atomically(folder / "README.md", _card(method, about or {}))
+    write_atomically(folder / PROMPTS, prompts)
+    write_atomically(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False))
+    write_atomically(folder / CARD, model_card(method, about))
 
 
 def load_artefact(folder: Path, backbone: str | None = None, device: str = "cpu", precision: str = "fp32") -> Method:
     """Read a tuned model; ``backbone`` says where its backbone lies if not where it was.
 
-    Raises ArtefactError if the folder is no artefact, comes from a newer version, does not fit the method, or was
-    tuned on another backbone.
+    Raises ArtefactError if the folder is no artefact, comes from a newer version, holds other tensors than were
+    saved, does not fit the method, or was tuned on another backbone.
     """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ArtefactError(f"no tuned model in {folder}: it has no config.json (was the run finished?)")
+    config = read_artefact_config(folder)
     try:
-        config = json.loads(file.read_text("utf-8"))
-        version = config["format_version"]
-        if version > FORMAT_VERSION:
-            raise ArtefactError(
-                f"{folder} has format_version {version}; this vlprompt reads up to {FORMAT_VERSION}: update it"
-            )
         cls = find_method(config["method"])
         settings = TypeAdapter(cls.Config).validate_python(config["settings"])
-        state = load_file(folder / "prompts.safetensors")
-        loaded = load_backbone(backbone or config["backbone"]["name"], device, precision)  # type: ignore[arg-type]
-        _check_backbone(loaded, config["backbone"], folder)
-        method = cls(loaded, config["class_names"], settings, config["template"])
+        if extra := set(config["settings"]) - set(asdict(settings)):  # pydantic passes them over
+            raise ConfigError(unknown(f"setting of {cls.name}", min(extra), asdict(settings)))
+        class_names = TypeAdapter(tuple[str, ...]).validate_python(config["class_names"])
+        state = _read_prompts(folder / PROMPTS, config)
+        loaded = _load_backbone(backbone, config["backbone"], folder, device, precision)
+        method = cls(loaded, class_names, settings, TypeAdapter(str).validate_python(config["template"]))
     except (KeyError, TypeError, ValueError, ValidationError, SafetensorError, OSError, ConfigError) as error:
-        reason = f"no {error} in config.json" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
-        raise ArtefactError(f"cannot read the tuned model in {folder}: {reason}") from None
+        raise _unreadable(folder, error) from None
     try:
         method.load_inference_state(state)
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ArtefactError(f"prompts.safetensors in {folder} does not fit {cls.name}: {reason}") from None
+        raise ArtefactError(f"{PROMPTS} in {folder} does not fit {cls.name}: {reason}") from None
     return method.to(device).eval().requires_grad_(False)
 
 
-def _check_backbone(backbone: Backbone, expected: dict[str, Any], folder: Path) -> None:
+def read_artefact_config(folder: Path) -> dict[str, Any]:
+    """What ``config.json`` says; raises ArtefactError if it is not there, not readable, or of a newer version."""
+    file = folder / CONFIG
+    if not file.is_file():
+        raise ArtefactError(f"no tuned model in {folder}: it has no {CONFIG} (was the run finished?)")
+    try:
+        config = json.loads(file.read_text("utf-8"))
+        version = config["format_version"]
+        newer = version > FORMAT_VERSION
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise _unreadable(folder, error) from None
+    if newer:
+        raise ArtefactError(
+            f"{folder} has format_version {version}; this vlprompt reads up to {FORMAT_VERSION}: update it"
+        )
+    return config
+
+
+def _unreadable(folder: Path, error: Exception) -> ArtefactError:
+    reason = f"no {error} in {CONFIG}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+    return ArtefactError(f"cannot read the tuned model in {folder}: {reason}")
+
+
+def _read_prompts(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors, if they are the ones that were saved."""
+    content = file.read_bytes()
+    if config["format_version"] < 2:
+        return load(content)
+    expected = config["prompts"]
+    if sha256(content).hexdigest() == expected["sha256"]:
+        return load(content)
+    raise ValueError(f"{PROMPTS} is not the file that was saved: {_difference(content, expected['shapes'])}")
+
+
+def _difference(content: bytes, shapes: Mapping[str, list[int]]) -> str:
+    try:
+        found = {name: list(tensor.shape) for name, tensor in load(content).items()}
+    except (SafetensorError, ValueError) as error:
+        return f"it is damaged ({' '.join(str(error).split())[:100]})"
+    for name in sorted({*shapes, *found}):
+        if name not in found:
+            return f"tensor '{name}' is missing"
+        if name not in shapes:
+            return f"tensor '{name}' was added"
+        if shapes[name] != found[name]:
+            return f"tensor '{name}' is {found[name]} and was {shapes[name]}"
+    return f"its content has changed (its sha256 is not the one in {CONFIG})"
+
+
+def _load_backbone(
+    elsewhere: str | None, expected: Mapping[str, Any], folder: Path, device: str, precision: str
+) -> Backbone:
+    backbone = load_backbone(elsewhere or expected["name"], device, precision)  # type: ignore[arg-type]
     if backbone.fingerprint != expected["fingerprint"]:
         raise ArtefactError(
             f"{folder} was tuned on backbone '{expected['name']}' ({expected['fingerprint'][:12]}…), "
             f"but '{backbone.name}' has other weights ({backbone.fingerprint[:12]}…)"
         )
-
-
-def _card(method: Method, about: dict[str, Any]) -> str:
-    backbone, names = method.backbone, method.class_names
-    shown = ", ".join(names[:20]) + (f", … ({len(names)} in all)" if len(names) > 20 else "")
-    rows = "\n".join(f"| {key} | {value} |" for key, value in about.items())
-    other = f'Other classes: add `--class-names "{",".join(names[:2])},…"`.'
-    licence = backbone.licence or "not stated by its checkpoint"
-    return f"""---
-library_name: vlprompt
-tags: [prompt-learning, {method.name}]
----
-
-# {method.name} on {backbone.name}
-
-{(method.__doc__ or "").splitlines()[0]}
-Tuned with vlprompt {vlprompt.__version__}; needs the backbone `{backbone.name}` (licence: {licence}).
-
-| | |
-|---|---|
-| classes | {shown} |
-{rows}
-
-```
-vlprompt predict FOLDER image.jpg
-```
-`FOLDER` is this folder. {other if method.takes_new_classes else "It knows these classes and no others."}
-"""
+    return backbone

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import repeated
 from vlprompt.data.views import evaluation_batches
@@ -23,7 +23,11 @@ class EvaluationImages:
     """Images to evaluate on; features of the frozen image tower are computed once and remembered."""
 
     def __init__(
-        self, paths: Sequence[Path], labels: Sequence[int], workers: int = 2, reader: ImageReader | None = None
+        self,
+        paths: Sequence[ImageSource],
+        labels: Sequence[int],
+        workers: int = 2,
+        reader: ImageReader | None = None,
     ) -> None:
         self.paths, self.labels, self.workers, self.reader = paths, torch.tensor(labels), workers, reader
         self._frozen: dict[str, Tensor] = {}

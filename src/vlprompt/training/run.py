@@ -209,6 +209,9 @@ def about(config: RunConfig, dataset: LoadedDataset, result: Result, history: Hi
         "epochs": f"{result.epochs} (kept: {history.best_epoch}, chosen on the val images)"
         if history.best_epoch
         else result.epochs,
+        "training": f"{config.optim.name}, lr {config.optim.lr:g}, batches of {config.data.batch_size}"
+        if result.epochs
+        else "no gradient steps",
         "learned parameters": f"{result.trainable_parameters:,}",
         "accuracy on the training images": f"{result.train_accuracy:.1f} %",
         "accuracy on the val images": val,

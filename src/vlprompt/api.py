@@ -1,0 +1,282 @@
+"""The Python API: build a method, fit it on images in memory or on disk, evaluate it, keep it, share it.
+
+Images are paths, Pillow images or uint8 arrays [H, W, 3]; labels are class names or indices of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from vlprompt.backbones.backbone import Backbone
+from vlprompt.data.datasets import DEFAULT_TEMPLATE
+from vlprompt.data.images import ImageSource
+from vlprompt.data.reading import ImageReader
+from vlprompt.data.splits import check_class_names
+from vlprompt.data.views import TrainingViews
+from vlprompt.errors import ConfigError, DataError, unknown
+from vlprompt.methods import Method, find_method
+from vlprompt.training import evaluate as evaluation
+from vlprompt.training.artefact import load_artefact, read_artefact_config, save_artefact
+from vlprompt.training.config import OptimConfig, RunConfig, build_config
+from vlprompt.training.evaluate import Evaluation, EvaluationImages
+from vlprompt.training.export import export_classes
+from vlprompt.training.hub import download, upload
+from vlprompt.training.loop import EpochLog, Training
+
+Images = Sequence[ImageSource] | NDArray[np.uint8]
+Labels = Sequence[str] | Sequence[int] | NDArray[Any]
+
+TRAINING = {
+    **{f.name: f"optim.{f.name}" for f in fields(OptimConfig)},
+    "epochs": "train.epochs",
+    **{name: f"data.{name}" for name in ("batch_size", "min_scale", "workers")},
+}
+"""What ``fit`` can be told, and its key in the run configuration."""
+
+
+def build_method(
+    name: str,
+    backbone: Backbone,
+    class_names: Sequence[str],
+    *,
+    template: str = DEFAULT_TEMPLATE,
+    seed: int = 1,
+    **settings: Any,
+) -> Method:
+    """A method of ``vlprompt list methods``, ready to be fitted.
+
+    ``template`` is the data set's text with {} for the class name; ``settings`` are the method's own (``n_ctx=4``;
+    where a name is taken, ``**{"method.template": …}``). ``seed`` decides the initial prompts; the global random
+    state stays as it is. Raises ConfigError for what the method does not know, DataError for class names without a
+    name or with another's.
+    """
+    keys = full_keys(settings, method_keys(name), f"setting of {name}")
+    return build_configured(build_config(name, overrides=keys), backbone, class_names, template, seed)
+
+
+def method_keys(name: str) -> dict[str, str]:
+    """A method's own settings, and their keys in the run configuration."""
+    return {f.name: f"method.{f.name}" for f in fields(find_method(name).Config)}
+
+
+def full_keys(settings: Mapping[str, Any], known: Mapping[str, str], what: str) -> dict[str, Any]:
+    """Settings by their keys in the run configuration; raises ConfigError for those that are not ``known``."""
+    for key in settings:
+        if key not in known and key not in known.values():
+            raise ConfigError(unknown(what, key, known))
+    return {known.get(key, key): value for key, value in settings.items()}
+
+
+def build_configured(
+    config: RunConfig, backbone: Backbone, class_names: Sequence[str], template: str, seed: int
+) -> Method:
+    """The method of a checked configuration, initialised as ``vlprompt train`` does it."""
+    if isinstance(class_names, str):
+        raise DataError(f"class names are a list of texts, not one text: '{class_names[:60]}'")
+    check_class_names(class_names, "class names")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        method = find_method(config.method)(backbone, class_names, config.settings, template)
+    return method.to(backbone.device)
+
+
+def fit(
+    method: Method,
+    images: Images,
+    labels: Labels,
+    *,
+    preset: str | None = None,
+    seed: int = 1,
+    after_epoch: Callable[[EpochLog], None] = lambda log: None,
+    **settings: Any,
+) -> Method:
+    """Fit a method on labelled images, as ``vlprompt train`` does: same views, same steps, same prompts.
+
+    Without ``settings`` (``epochs``, ``lr``, ``batch_size``, … as in ``TRAINING``) the method's official ones apply,
+    or those of ``preset``. ``seed`` decides order and crops. ``after_epoch`` is told the mean loss terms of each
+    epoch. Returns the method. Raises ConfigError for unknown settings and loaded models, DataError for images and
+    labels that do not fit together, VlpromptError if a loss is not finite.
+    """
+    keys = full_keys(settings, TRAINING, "training setting")
+    return fit_configured(method, images, labels, build_config(method.name, preset, overrides=keys), seed, after_epoch)
+
+
+def fit_configured(
+    method: Method,
+    images: Images,
+    labels: Labels,
+    config: RunConfig,
+    seed: int,
+    after_epoch: Callable[[EpochLog], None] = lambda log: None,
+) -> Method:
+    """Fit under a checked configuration; see :func:`fit`."""
+    images, indices = _labelled(images, labels, method.class_names)
+    if not method.trains and any(True for _ in method.parameters()):
+        raise ConfigError(f"{method.name} is frozen, as loaded models are: build a new one to fit it")
+    data = config.data
+    with ImageReader(data.workers) as reader, torch.random.fork_rng(devices=[]):
+        if not method.trains:
+            seen = EvaluationImages(images, indices, reader=reader)
+            method.fit_features(seen.frozen(method), seen.labels)
+            return method.eval()
+        views = TrainingViews(
+            images, indices, method.backbone.preprocess, data.batch_size, seed, min_scale=data.min_scale, reader=reader
+        )
+        Training(method, views, config.optim, config.train).run(after_epoch=after_epoch)
+    return method
+
+
+def evaluate(
+    model: Method | PromptedModel, images: Images, labels: Labels, class_names: Sequence[str] | None = None
+) -> Evaluation:
+    """Accuracy, accuracy per class and calibration error; ``class_names`` need not be those that were trained on.
+
+    Labels are class names or indices of them. Raises DataError for images and labels that do not fit together.
+    """
+    method = model.method if isinstance(model, PromptedModel) else model
+    names = _names(method, class_names)
+    images, indices = _labelled(images, labels, names)
+    return evaluation.evaluate(method, EvaluationImages(images, indices), names)
+
+
+class Predictions(NamedTuple):
+    """What a model says about n images."""
+
+    names: list[str]
+    """The most probable class of each image."""
+    probabilities: NDArray[np.float64]
+    """[n, C], each row sums to 1."""
+    class_names: tuple[str, ...]
+    """What the C columns stand for."""
+
+
+class PromptedModel:
+    """A tuned method ready for use: predicts, and lives in a folder or on the hub without its training data."""
+
+    def __init__(self, method: Method, about: Mapping[str, Any] | None = None) -> None:
+        """Wrap a fitted method; ``about`` (data, settings, metrics) goes into the model card."""
+        self.method, self.about = method.eval(), dict(about or {})
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes that it was tuned on."""
+        return self.method.class_names
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen model."""
+        return self.method.backbone
+
+    def __repr__(self) -> str:
+        return f"PromptedModel({self.method.name} on {self.backbone.name}, {len(self.class_names)} classes)"
+
+    def logits(self, images: Images, class_names: Sequence[str] | None = None) -> Tensor:
+        """Logits for the model's classes, or any others: [n, C], on the CPU.
+
+        Raises DataError for what is no image, for bad class names, and where the method cannot take others.
+        """
+        names, images = _names(self.method, class_names), _images(images)
+        if not images:
+            return torch.zeros(0, len(names))
+        features = EvaluationImages(images, [0] * len(images)).features(self.method)
+        return evaluation.predict_logits(self.method, features, names)
+
+    def predict(self, images: Images, class_names: Sequence[str] | None = None) -> Predictions:
+        """The most probable class of each image and all probabilities; errors as in ``logits``."""
+        names = _names(self.method, class_names)
+        probabilities = self.logits(images, names).double().softmax(-1)
+        best = probabilities.argmax(-1).tolist()
+        return Predictions([names[c] for c in best], probabilities.numpy(), names)
+
+    def export(self, file: str | os.PathLike[str], class_names: Sequence[str] | None = None) -> None:
+        """Class features for use without vlprompt; see :func:`vlprompt.training.export.export_classes`."""
+        export_classes(self.method, _names(self.method, class_names), Path(file))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write prompts, configuration and model card into a folder, over those of an earlier model."""
+        save_artefact(self.method, Path(folder), self.about)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        backbone: str | None = None,
+        device: str = "cpu",
+        precision: str = "fp32",
+        revision: str | None = None,
+    ) -> PromptedModel:
+        """Load a tuned model from a folder, or from a hub repository ``owner/name``.
+
+        ``backbone`` says where its backbone lies if not where it was. Raises ArtefactError if there is no such
+        model, its files are not those that were saved, or the backbone is another one.
+        """
+        folder = Path(name).expanduser()
+        if not folder.is_dir() and str(name).count("/") == 1 and not str(name).startswith((".", "~", "/")):
+            folder = download(str(name), revision)
+        method = load_artefact(folder, backbone, device, precision)
+        return cls(method, read_artefact_config(folder).get("about"))
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        message: str = "Upload tuned prompts",
+    ) -> str:
+        """Upload what ``save_pretrained`` writes to the hub repository ``owner/name``; returns its address.
+
+        The repository is made if it is not there. Only prompts go up, not the backbone. Raises ArtefactError with
+        the hub's reason.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(Path(folder), repo, private=private, token=token, message=message)
+
+
+def _names(method: Method, class_names: Sequence[str] | None) -> tuple[str, ...]:
+    if class_names is None:
+        return method.class_names
+    if isinstance(class_names, str) or not class_names:
+        raise DataError("class names are a list of one or more texts")
+    check_class_names(class_names, "class names")
+    return tuple(class_names)
+
+
+def _images(images: Images) -> list[ImageSource]:
+    if isinstance(images, (str, os.PathLike, Image.Image)):
+        raise DataError("images are a list: put the one image into brackets, [image]")
+    if isinstance(images, np.ndarray) and images.ndim != 1 and (images.ndim != 4 or images.shape[-1] != 3):
+        raise DataError(f"images as one array are uint8 [n, H, W, 3]; found {images.dtype} {list(images.shape)}")
+    return list(images)
+
+
+def _labelled(images: Images, labels: Labels, class_names: Sequence[str]) -> tuple[list[ImageSource], list[int]]:
+    """Images and the indices of their classes."""
+    images, labels = _images(images), list(labels)
+    if len(images) != len(labels) or not images:
+        raise DataError(f"every image needs a label: there are {len(images)} images and {len(labels)} labels")
+    position = {name: c for c, name in enumerate(class_names)}
+    indices = []
+    for label in labels:
+        if isinstance(label, str):
+            if label not in position:
+                raise DataError(unknown("label", label, class_names))
+            indices.append(position[label])
+        elif isinstance(label, (int, np.integer)) and 0 <= label < len(class_names):
+            indices.append(int(label))
+        else:
+            raise DataError(f"label {label!r} is no class name and no index below {len(class_names)}")
+    return images, indices

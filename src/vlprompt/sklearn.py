@@ -1,0 +1,104 @@
+"""``PromptClassifier``: prompt learning as a scikit-learn classifier of images."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, column_or_1d
+
+from vlprompt.api import TRAINING, Images, PromptedModel, build_configured, fit_configured, full_keys, method_keys
+from vlprompt.backbones.backbone import Backbone
+from vlprompt.backbones.load import load_backbone
+from vlprompt.data.datasets import DEFAULT_TEMPLATE
+from vlprompt.training.config import build_config
+
+
+class PromptClassifier(ClassifierMixin, BaseEstimator):
+    """A classifier of images: X is a list of paths or Pillow images, or uint8 pixels [n, H, W, 3]; y any labels.
+
+    ``clone``, ``cross_val_score``, ``GridSearchCV`` and ``Pipeline`` work; grids reach method settings through
+    ``settings``. It trains as ``vlprompt train`` does; the same data and parameters give the same prompts. After
+    ``fit``, ``classes_`` holds the labels in sorted order and ``model_`` the
+    :class:`~vlprompt.api.PromptedModel`, which can be saved and knows other class names too.
+    """
+
+    def __init__(
+        self,
+        method: str = "coop",
+        backbone: str | Backbone = "mini",
+        class_names: Mapping[Any, str] | None = None,
+        template: str = DEFAULT_TEMPLATE,
+        preset: str | None = None,
+        epochs: int | None = None,
+        lr: float | None = None,
+        batch_size: int | None = None,
+        settings: Mapping[str, Any] | None = None,
+        seed: int = 1,
+        device: str = "cpu",
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    ) -> None:
+        """Keep the parameters; nothing is checked or loaded before ``fit``.
+
+        ``backbone``: a name that ``load_backbone`` takes, or a loaded backbone (its own device and precision then
+        count; copies of the classifier share it). ``class_names``: words for labels; str(label) for those left out.
+        ``template``: text with {} for the class name. ``epochs``, ``lr``, ``batch_size``: the method's official ones
+        if not given. ``settings``: the method's own, and any other of training, ``{"n_ctx": 4, "momentum": 0}``.
+        """
+        self.method = method
+        self.backbone = backbone
+        self.class_names = class_names
+        self.template = template
+        self.preset = preset
+        self.epochs = epochs
+        self.lr = lr
+        self.batch_size = batch_size
+        self.settings = settings
+        self.seed = seed
+        self.device = device
+        self.precision = precision
+
+    def fit(self, X: Images, y: ArrayLike) -> PromptClassifier:
+        """Tune prompts on images X with labels y [n].
+
+        Raises ConfigError for bad parameters, DataError for what is no image or two labels with one name, ValueError
+        for labels that are no classes.
+        """
+        check_classification_targets(y)
+        labels = column_or_1d(y, warn=True)
+        self.classes_, indices = np.unique(labels, return_inverse=True)
+        known = {**TRAINING, **method_keys(self.method)}
+        settings = full_keys(self.settings or {}, known, f"setting of {self.method}")
+        given = {"train.epochs": self.epochs, "optim.lr": self.lr, "data.batch_size": self.batch_size}
+        overrides = {**settings, **{k: v for k, v in given.items() if v is not None}}
+        config = build_config(self.method, self.preset, overrides=overrides)
+        backbone = self.backbone
+        if not isinstance(backbone, Backbone):
+            backbone = load_backbone(backbone, self.device, self.precision)
+        names = [self._name(label) for label in self.classes_.tolist()]
+        method = build_configured(config, backbone, names, self.template, self.seed)
+        fit_configured(method, X, indices, config, self.seed)
+        self.model_ = PromptedModel(method.requires_grad_(False))
+        return self
+
+    def predict_proba(self, X: Images) -> NDArray[np.float64]:
+        """Probabilities [n, C]; columns as in ``classes_``. Raises DataError for what is no image."""
+        check_is_fitted(self, "model_")
+        return self.model_.predict(X).probabilities
+
+    def predict(self, X: Images) -> NDArray[Any]:
+        """The most probable label of each image, [n]. Raises DataError for what is no image."""
+        best = self.predict_proba(X).argmax(1)
+        return self.classes_[best]
+
+    def _name(self, label: Hashable) -> str:
+        return (self.class_names or {}).get(label, str(label))
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = False
+        return tags

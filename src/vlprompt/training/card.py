@@ -1,0 +1,76 @@
+"""The model card: what a tuned model is, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import vlprompt
+from vlprompt.methods import Method
+
+SHOWN = 20  # class names
+
+
+def model_card(method: Method, about: Mapping[str, str]) -> str:
+    """A README with the head that the hub reads; ``about`` gives further rows of its table."""
+    backbone, names = method.backbone, method.class_names
+    shown = ", ".join(names[:SHOWN]) + (f", … ({len(names)} in all)" if len(names) > SHOWN else "")
+    rows = {
+        "method": f"{method.name} ({method.paper} {method.year}), which learns {method.learns}",
+        "classes": shown,
+        "template": f"`{method.template}`",
+        **about,
+        "backbone": f"`{_name(backbone.name)}`",
+        "backbone's licence": backbone.licence or "not stated by its checkpoint",
+        "backbone's fingerprint": f"`{backbone.fingerprint}`",
+    }
+    table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
+    if method.takes_new_classes:
+        other = "Other classes need no training: add `--class-names` or `class_names=[…]`."
+    else:
+        other = "It knows these classes and no others."
+    return f"""---
+library_name: vlprompt
+pipeline_tag: image-classification
+tags: [prompt-learning, {method.name}]{_base_model(backbone.name)}
+---
+
+# {method.name} on {_name(backbone.name)}
+
+{(method.__doc__ or "").splitlines()[0]}
+Tuned with vlprompt {vlprompt.__version__}. The backbone's weights are not in this folder: they are loaded from where
+they are published, under their own licence, and checked against the fingerprint.
+
+| | |
+|---|---|
+{table}
+
+`FOLDER` is this folder, or the name of its repository on the hub in Python. {other}
+
+```
+vlprompt predict FOLDER image.jpg
+```
+
+```python
+from vlprompt import PromptedModel
+
+PromptedModel.from_pretrained("FOLDER").predict(["image.jpg"]).names
+```
+"""
+
+
+def _cell(value: str) -> str:
+    return " ".join(value.replace("|", "\\|").split())
+
+
+def _name(backbone: str) -> str:
+    """A hub id as it is; of a path its last part, since the rest of it says something about one machine only."""
+    return backbone if _is_hub_id(backbone) or backbone.startswith("open_clip:") else Path(backbone).name
+
+
+def _base_model(backbone: str) -> str:
+    return f"\nbase_model: {backbone}" if _is_hub_id(backbone) else ""
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "~", "/")) and not Path(name).exists()

@@ -1,0 +1,146 @@
+"""The documentation: its Python runs, its commands parse, its links lead somewhere, its settings are the code's."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer.main
+from PIL import Image
+
+from hub import Hub
+from vlprompt.cli import app
+from vlprompt.data.datasets import DATASETS
+from vlprompt.methods import METHODS
+from vlprompt.training.config import build_config, parse_override
+
+REPOSITORY = Path(__file__).parents[1]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+PLACEHOLDERS = {"METHOD": "coop", "SEED": "1"}
+CLASSES = {"forget-me-not": (90, 120, 240), "otter": (120, 90, 60), "red_rose": (220, 40, 60)}
+
+
+def name(page: Path) -> str:
+    return page.relative_to(REPOSITORY).as_posix()
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    every = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    return [text for language, text in every if language in languages]
+
+
+# --- Python ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the photographs that the pages speak of, to run them in."""
+    rng = np.random.default_rng(0)
+    for folder, colour in CLASSES.items():
+        for i in range(8):
+            pixels = (np.array(colour) + rng.integers(-40, 40, (64, 64, 3))).clip(0, 255).astype(np.uint8)
+            file = tmp_path / "photos" / folder / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(file)
+    Hub(tmp_path / "hub", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    for registry in (METHODS, DATASETS):  # pages add to them
+        for key in registry:
+            monkeypatch.setitem(registry, key, registry[key])
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name)
+def test_python_runs(page: Path, place: Path) -> None:
+    before = set(METHODS), set(DATASETS)
+    namespace = {"__name__": "page"}
+    try:
+        for code in blocks(page, "python"):
+            exec(compile(code, name(page), "exec", dont_inherit=True), namespace)
+    finally:
+        for registry, known in zip((METHODS, DATASETS), before, strict=True):
+            for key in set(registry) - known:
+                del registry[key]
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+def commands() -> Iterator[tuple[Path, list[str]]]:
+    """Every ``vlprompt …`` line of an unmarked or bash block, unless it is a description with […]."""
+    for page in PAGES:
+        for block in blocks(page, "", "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.startswith("vlprompt ") and "[" not in line:
+                    words = shlex.split(line, comments=True)[1:]
+                    yield page, [PLACEHOLDERS.get(word, word) for word in words]
+
+
+def test_there_are_commands_on_every_page_that_should_have_some() -> None:
+    used = {name(page) for page, _ in commands()}
+    assert used >= {"README.md", "docs/quick-start.md", "docs/reproduce.md", "docs/adding-a-dataset.md"}
+    assert used >= {f"docs/methods/{method}.md" for method in METHODS}
+
+
+@pytest.mark.parametrize(("page", "words"), [pytest.param(p, w, id=f"{name(p)}: {' '.join(w)}") for p, w in commands()])
+def test_commands_are_valid(page: Path, words: list[str]) -> None:
+    group = typer.main.get_command(app)
+    context = group.make_context("vlprompt", words[:1])
+    _, command, _ = group.resolve_command(context, words[:1])
+    given = command.make_context(words[0], words[1:]).params  # raises for unknown options, bad values, what is missing
+    if words[0] == "train":
+        settings = dict(parse_override(text) for text in given["settings"] or [])
+        build_config(given["method"], given["preset"], overrides=settings)
+
+
+# --- links and settings ---------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    heads = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if link.startswith("http"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_page_says_what_the_code_does(method: str) -> None:
+    cls, page = METHODS[method], REPOSITORY / "docs" / "methods" / f"{method}.md"
+    text = page.read_text("utf-8")
+    for head in ("Equations", "Settings", "Where it differs from the official code", "Parity", "Use"):
+        assert f"\n## {head}\n" in text
+    for field in fields(cls.Config):
+        assert f"\n| `{field.name}` | {shown(field.default)} | " in text
+    if cls.settings:
+        c = build_config(method)
+        said = (
+            f"{c.optim.name.upper()}, learning rate {c.optim.lr:g}, batches of {c.data.batch_size}, {c.train.epochs} "
+        )
+        assert said in " ".join(text.split())
+    for preset, values in cls.presets.items():
+        said = ", ".join(f"`{key.split('.', 1)[1]}={value}`" for key, value in values.items())
+        assert f"`--preset {preset}`: {said}." in " ".join(text.split())
+    index = (REPOSITORY / "docs" / "methods.md").read_text("utf-8")
+    assert f"\n| [`{method}`](methods/{method}.md) | " in index
+
+
+def shown(default: object) -> str:
+    if default is None:
+        return "–"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return f"{default:g}" if isinstance(default, float) else str(default)
