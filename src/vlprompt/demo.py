@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
 """What runs, with changes to the official settings (CoOp's 50 epochs would take a minute more)."""
 
 MARKER = "demo.json"
+ARTEFACT = ("prompts.safetensors", "config.json", "README.md")
 CELL, ROW, COLUMNS = 170, 150, 6  # pixels, pixels, pictures in a row
 RIGHT, WRONG = "#14803c", "#b42318"
 
@@ -77,7 +78,8 @@ def run_demo(out: Path, say: Callable[[str], None]) -> dict[str, Any]:
     say(_table(rows, len(base.class_names)))
     say(
         f"Predictions before (zero_shot) and after (maple): {picture}\n"
-        f"The tuned prompts, ready to use elsewhere: {out / 'maple'} ({_size(out / 'maple')} kB with its log)\n"
+        f"The tuned prompts, ready to use elsewhere: {out / 'maple'} "
+        f"({', '.join(ARTEFACT)}: {_size(out / 'maple')} kB)\n"
         f"All in {total:.0f} s. On your own images, one folder a class:\n"
         f"  vlprompt train maple PHOTOS --out runs/photos\n"
         f"  vlprompt evaluate runs/photos PHOTOS\n"
@@ -97,7 +99,7 @@ def _table(rows: dict[str, dict[str, float]], classes: int) -> str:
 
 
 def _size(folder: Path) -> int:
-    return round(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1000)
+    return round(sum((folder / name).stat().st_size for name in ARTEFACT) / 1000)
 
 
 def _draw(file: Path, halves: Sequence[Split], before: Method, after: Method) -> None:
