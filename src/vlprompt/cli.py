@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from enum import StrEnum
 from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +12,43 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError
+from vlprompt.options import (
+    DATA,
+    OUTPUT,
+    AllowFewer,
+    Classes,
+    ClassNames,
+    ClassNamesFile,
+    ConfigFile,
+    Data,
+    Device,
+    DryRun,
+    Epochs,
+    Json,
+    Listing,
+    MethodName,
+    OtherBackbone,
+    Out,
+    Part,
+    Precision,
+    Preset,
+    Report,
+    Resume,
+    Root,
+    RunFolder,
+    Seed,
+    Selection,
+    Settings,
+    Shots,
+    SkipBad,
+    SplitFile,
+    TrainBackbone,
+    TrainClasses,
+    TrainData,
+    TrainDevice,
+    TrainPrecision,
+    ValFraction,
+)
 
 if TYPE_CHECKING:
     from vlprompt.methods import Method
@@ -26,67 +62,7 @@ app = typer.Typer(
     epilog="Example: vlprompt train promptsrc ./photos --shots 16 --out runs/photos",
 )
 
-DATA, MODEL, RUN, OUTPUT = "Data", "Model", "Training", "Output"
 INTERRUPTED = 130
-
-
-class Classes(StrEnum):
-    """Halves of the class list."""
-
-    base = "base"
-    novel = "novel"
-    all = "all"
-
-
-class Part(StrEnum):
-    """Parts that can be evaluated."""
-
-    test = "test"
-    val = "val"
-
-
-class Select(StrEnum):
-    """Epochs that can be kept."""
-
-    last = "last"
-    val = "val"
-
-
-class ReportTo(StrEnum):
-    """Where figures can be sent."""
-
-    tensorboard = "tensorboard"
-    wandb = "wandb"
-
-
-class Listing(StrEnum):
-    """What ``list`` lists."""
-
-    methods = "methods"
-    backbones = "backbones"
-    datasets = "datasets"
-
-
-Data = Annotated[str, typer.Argument(help="A benchmark's name (with --root), a folder of class folders, or a CSV.")]
-Root = Annotated[Path | None, typer.Option(help="Folder that holds the benchmarks.", rich_help_panel=DATA)]
-SplitFile = Annotated[
-    Path | None,
-    typer.Option(
-        help="Which of DATA's images are what: a run's split.json, CoOp's file, a few-shot list.", rich_help_panel=DATA
-    ),
-]
-SkipBad = Annotated[
-    bool, typer.Option("--skip-bad", help="Leave out images that cannot be read, and count them.", rich_help_panel=DATA)
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", rich_help_panel=MODEL)]
-Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16 for the frozen towers.", rich_help_panel=MODEL)]
-RunFolder = Annotated[Path, typer.Argument(help="A run folder, or any folder that holds a tuned model.")]
-OtherBackbone = Annotated[
-    str | None, typer.Option(help="Where the backbone lies, if not where it was.", rich_help_panel=MODEL)
-]
-ClassNames = Annotated[str | None, typer.Option(help="Other classes, separated by commas.", rich_help_panel=DATA)]
-ClassNamesFile = Annotated[Path | None, typer.Option(help="Other classes, one a line.", rich_help_panel=DATA)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.", rich_help_panel=OUTPUT)]
 
 
 def main() -> None:
@@ -158,67 +134,28 @@ def list_(
 
 @app.command(epilog="Example: vlprompt train coop caltech101 --root data --shots 16 --classes base n_ctx=4 lr=0.001")
 def train(
-    method: Annotated[str | None, typer.Argument(help="One of `vlprompt list methods`.", show_default=False)] = None,
-    data: Annotated[
-        str | None,
-        typer.Argument(
-            help="A benchmark's name (with --root), a folder of class folders, or a CSV.", show_default=False
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Any setting; --dry-run shows them all.")
-    ] = None,
+    method: MethodName = None,
+    data: TrainData = None,
+    settings: Settings = None,
     root: Root = None,
-    shots: Annotated[
-        int | None, typer.Option(help="Training images per class; default: all.", rich_help_panel=DATA)
-    ] = None,
-    allow_fewer: Annotated[
-        bool, typer.Option("--allow-fewer", help="Classes with fewer images use what they have.", rich_help_panel=DATA)
-    ] = False,
-    classes: Annotated[Classes | None, typer.Option(help="Default: all.", rich_help_panel=DATA)] = None,
+    shots: Shots = None,
+    allow_fewer: AllowFewer = False,
+    classes: TrainClasses = None,
     split_file: SplitFile = None,
-    val_fraction: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of the training images that becomes val (before shots are drawn), where there is no val split.",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
+    val_fraction: ValFraction = None,
     skip_bad: SkipBad = False,
-    backbone: Annotated[
-        str | None, typer.Option(help="mini (default), a folder or file, a hub id.", rich_help_panel=MODEL)
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu (default), cuda, cuda:N.", rich_help_panel=MODEL)] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 (default), bf16 or fp16.", rich_help_panel=MODEL)] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Decides images, initial prompts, order; default: 1.", rich_help_panel=RUN)
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="Default: the method's official number.", rich_help_panel=RUN)
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="Other official settings, e.g. few-shot.", rich_help_panel=RUN)
-    ] = None,
-    select: Annotated[
-        Select | None,
-        typer.Option(help="Keep the last epoch's prompts (default) or the best on val images.", rich_help_panel=RUN),
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with any settings.", rich_help_panel=RUN)] = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(
-            help="Go on with this stopped run, as configured there; nothing else is given.", rich_help_panel=RUN
-        ),
-    ] = None,
-    report_to: Annotated[
-        ReportTo | None, typer.Option(help="Also send each epoch's figures there.", rich_help_panel=OUTPUT)
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Run folder; default: runs/DATA-METHOD-seedN.", rich_help_panel=OUTPUT)
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the merged configuration and stop.", rich_help_panel=OUTPUT)
-    ] = False,
+    backbone: TrainBackbone = None,
+    device: TrainDevice = None,
+    precision: TrainPrecision = None,
+    seed: Seed = None,
+    epochs: Epochs = None,
+    preset: Preset = None,
+    select: Selection = None,
+    config: ConfigFile = None,
+    resume: Resume = None,
+    report_to: Report = None,
+    out: Out = None,
+    dry_run: DryRun = False,
     json_output: Json = False,
 ) -> None:
     """Tune prompts on images and save a folder that predicts elsewhere.
