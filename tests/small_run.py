@@ -7,13 +7,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vlprompt.training.config import RunConfig, build_config
+
 TINY = Path(__file__).parent / "golden" / "backbone"
+RUN_FILES = {
+    "config.yaml", "environment.json", "split.json", "log.jsonl", "metrics.json",
+    "config.json", "prompts.safetensors", "README.md",
+}  # fmt: skip
+"""What a finished run holds, besides ``checkpoints`` where there were epochs."""
 SOURCE = Path(__file__).parents[1] / "src"
 CLASSES = ("cat", "dog", "sea horse")
 
@@ -28,6 +36,12 @@ def make_pictures(folder: Path, train: int = 4, val: int = 2, size: int = 32) ->
                 pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / part / name / f"{i}.png")
     return folder
+
+
+def configured(pictures: Path, method: str = "coop", **more: Any) -> RunConfig:
+    """A run of three epochs on the tiny backbone, in batches of 4, without warm-up."""
+    given = {"data.name": str(pictures), "data.batch_size": 4, "data.workers": 0, "train.epochs": 3}
+    return build_config(method, overrides={**given, "backbone": str(TINY), "optim.warmup_epochs": 0, **more})
 
 
 def arguments(method: str, pictures: Path, out: Path, *more: str) -> list[str]:

@@ -20,16 +20,12 @@ import yaml
 from PIL import Image
 
 import vlprompt
+from small_run import RUN_FILES, TINY
 from vlprompt.cli import app, main
 from vlprompt.data.datasets import DATASETS
 from vlprompt.methods import METHODS
 
-TINY = Path(__file__).parent / "golden" / "backbone"
 COLOURS = {"blue": (30, 30, 220), "green": (30, 200, 30), "red": (220, 30, 30)}
-RUN_FILES = {
-    "config.yaml", "environment.json", "split.json", "log.jsonl", "metrics.json",
-    "config.json", "prompts.safetensors", "README.md",
-}  # fmt: skip
 COMMANDS = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback]
 QUICK = ["--backbone", str(TINY), "--epochs", "1", "batch_size=4", "workers=1"]
 

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from small_run import CLASSES, TINY, log, make_pictures, prompts
+from small_run import CLASSES, TINY, configured, log, make_pictures, prompts
 from vlprompt.backbones.load import load_backbone
 from vlprompt.data.views import TrainingViews
 from vlprompt.errors import ConfigError, VlpromptError
 from vlprompt.methods import find_method
-from vlprompt.training.config import OptimConfig, TrainConfig, build_config
+from vlprompt.training.config import OptimConfig, TrainConfig
 from vlprompt.training.interrupt import deferred_interrupt
 from vlprompt.training.loop import LossScale, Training
 from vlprompt.training.run import train
@@ -25,11 +25,6 @@ from vlprompt.training.run import train
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     return make_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-def configured(pictures: Path, method: str = "coop", **more):
-    given = {"data.name": str(pictures), "data.batch_size": 4, "data.workers": 0, "train.epochs": 3}
-    return build_config(method, overrides={**given, "backbone": str(TINY), "optim.warmup_epochs": 0, **more})
 
 
 # --- fp16 -----------------------------------------------------------------------------------------

@@ -14,13 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from small_run import TINY, arguments, environment, log, make_pictures, prompts
+from small_run import arguments, configured, environment, log, make_pictures, prompts
 from vlprompt import cli
 from vlprompt.errors import ArtefactError, ConfigError, DataError, Interrupted, VlpromptError
 from vlprompt.methods import METHODS
 from vlprompt.methods.coop import CoOp
 from vlprompt.training.checkpoints import checkpoint_file
-from vlprompt.training.config import build_config
 from vlprompt.training.run import saved_config, train
 
 EPOCHS = 4
@@ -30,11 +29,6 @@ METHOD_SETTINGS = {"coop": [], "promptsrc": ["average_mean=3"]}
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     return make_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-def configured(pictures: Path, method: str = "coop", **more):
-    given = {"data.name": str(pictures), "data.batch_size": 4, "data.workers": 0, "train.epochs": 3}
-    return build_config(method, overrides={**given, "backbone": str(TINY), "optim.warmup_epochs": 0, **more})
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from small_run import RUN_FILES, TINY
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.images import Preprocess, load_image
@@ -32,12 +33,7 @@ from vlprompt.training.loop import EpochLog, Training
 from vlprompt.training.run import Result, train
 from vlprompt.training.schedule import learning_rate
 
-TINY = Path(__file__).parent / "golden" / "backbone"
 COLOURS = {"blue": (30, 30, 220), "green": (30, 200, 30), "red": (220, 30, 30)}
-RUN_FILES = {
-    "config.yaml", "environment.json", "split.json", "log.jsonl", "metrics.json",
-    "config.json", "prompts.safetensors", "README.md",
-}  # fmt: skip
 
 
 def one_line(match: str) -> str:
