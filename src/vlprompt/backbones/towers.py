@@ -69,6 +69,10 @@ class TextConfig:
     """Causal, pooled at the end of the text (CLIP); or padded, bidirectional, pooled at the last position (SigLIP)."""
 
 
+AfterBlock = Callable[[int, Tensor], Tensor]
+"""Called with a block's index and its output [B, N, D]; what it returns goes on to the next block."""
+
+
 @dataclass(frozen=True)
 class Prompts:
     """Learned tokens of one tower: ``layers[i]`` enters block i.
@@ -129,6 +133,11 @@ def plain_attention(heads: int) -> Attention:
     return attention
 
 
+def _per_block(attention: Attention | Sequence[Attention], blocks: int) -> Sequence[Attention]:
+    """One attention function a block, where one was given for all."""
+    return [attention] * blocks if callable(attention) else attention
+
+
 class AttentionPool(nn.Module):
     """SigLIP's head: one learned query reads all tokens."""
 
@@ -164,8 +173,17 @@ class ImageTower(nn.Module):
         self.projection = nn.Linear(c.width, c.embed_dim, bias=False) if cls else nn.Identity()
         self.head = nn.Identity() if cls else AttentionPool(c)
 
-    def forward(self, images: Tensor, prompts: Prompts | None = None, attention: Attention | None = None) -> Tensor:
-        """Features of images [B, 3, S, S], not normalised: [B, E]. Prompts stand after the patches."""
+    def forward(
+        self,
+        images: Tensor,
+        prompts: Prompts | None = None,
+        attention: Attention | Sequence[Attention] | None = None,
+        after_block: AfterBlock | None = None,
+    ) -> Tensor:
+        """Features of images [B, 3, S, S], not normalised: [B, E]. Prompts stand after the patches.
+
+        ``attention`` is one function for all blocks, or one a block. The last block's output is the pooled token alone.
+        """
         x = self.patches(images.to(self.positions.dtype)).flatten(2).transpose(1, 2)  # [B, N, D]
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1)
@@ -176,12 +194,14 @@ class ImageTower(nn.Module):
             rows = torch.arange(x.shape[1], x.shape[1] + len(first), device=x.device)
             x = torch.cat([x, first.expand(len(x), -1, -1)], 1)
         x = self.ln_pre(x)
-        attention = attention or plain_attention(self.config.heads)
+        attentions = _per_block(attention or plain_attention(self.config.heads), len(self.blocks))
         cls_row = None if self.class_token is None else torch.zeros(1, dtype=torch.long, device=x.device)
         for i, block in enumerate(self.blocks):
             if prompts is not None and 0 < i < len(prompts.layers):
                 x = inject(x, rows, prompts.layers[i], prompts.mode)
-            x = block(x, attention, cls_row if i == len(self.blocks) - 1 else None)
+            x = block(x, attentions[i], cls_row if i == len(self.blocks) - 1 else None)
+            if after_block is not None:
+                x = after_block(i, x)
         x = self.ln_post(x)
         return self.projection(x[:, 0]) if self.config.pool == "cls" else self.head(x)
 
@@ -199,11 +219,20 @@ class TextTower(nn.Module):
         self.ln_final = nn.LayerNorm(c.width, c.eps)
         self.projection = nn.Linear(c.width, c.embed_dim, bias=not c.causal)
 
-    def forward(self, text: PackedText, prompts: Prompts | None = None) -> Tensor:
-        """Features of packed texts, not normalised: [1, C, E], or [B, C, E] if the prompts depend on the image."""
+    def forward(
+        self,
+        text: PackedText,
+        prompts: Prompts | None = None,
+        attention: Attention | Sequence[Attention] | None = None,
+        after_block: AfterBlock | None = None,
+    ) -> Tensor:
+        """Features of packed texts, not normalised: [1, C, E], or [B, C, E] if the prompts depend on the image.
+
+        ``attention`` is one function for all blocks, or one a block. The last block's output is the pooled rows alone.
+        """
         positions = self.positions[text.positions]
         x = (self.token_embedding(text.tokens) + positions)[None]  # [1, T, D]
-        attention = packed_attention(text, self.config.heads)
+        attentions = _per_block(attention or packed_attention(text, self.config.heads), len(self.blocks))
         for i, block in enumerate(self.blocks):
             if prompts is not None and i < len(prompts.layers):
                 values = _per_row(prompts.layers[i], text.source)
@@ -211,7 +240,9 @@ class TextTower(nn.Module):
                     x = inject(x, text.slots, values.to(x.dtype) + positions[text.slots])
                 else:
                     x = inject(x, text.slots, values, prompts.mode)
-            x = block(x, attention, text.pooled if i == len(self.blocks) - 1 else None)
+            x = block(x, attentions[i], text.pooled if i == len(self.blocks) - 1 else None)
+            if after_block is not None:
+                x = after_block(i, x)
         return self.projection(self.ln_final(x))[:, text.order]
 
 
