@@ -25,6 +25,7 @@ FOLDERS = {
 
 OFFICIAL_NAMES = [  # official name → (our parameter, index into it)
     (r"prompt_learner\.ctx", "context.vectors", None),
+    (r"prompt_learner_generic\.ctx", "negative.vectors", None),
     (r"image_encoder\.VPT", "visual.vectors", "0"),
     (r"image_encoder\.transformer\.resblocks\.(\d+)\.VPT_shallow", "visual.vectors", "{0}"),
     (r"text_encoder\.transformer\.resblocks\.(\d+)\.VPT_shallow", "context.deep", "{0} - 1"),
@@ -52,13 +53,24 @@ class Case:
 
     @property
     def method(self) -> str:
-        """Our name of the case's method (`zeroshot` is `zero_shot`)."""
+        """Our name of the case's method (`zeroshot` is `zero_shot`, `kdpl/vpt_a…` is `kdpl_vpt`)."""
         folder = self.file.parent.name
-        return next((m for m in METHODS if m.replace("_", "") == folder.replace("_", "")), folder)
+        on_student = f"{folder}_{self.file.stem.partition('_')[0]}"
+        return (
+            on_student
+            if on_student in METHODS
+            else next((m for m in METHODS if m.replace("_", "") == folder.replace("_", "")), folder)
+        )
 
     @property
     def backbone(self) -> Backbone:
         return _backbone(self.file.parents[2] / "backbone")
+
+    @property
+    def teacher(self) -> Backbone | None:
+        """The teacher, which the reduced set lacks."""
+        folder = self.file.parents[2] / "teacher"
+        return _backbone(folder) if folder.is_dir() else None
 
 
 @cache

@@ -12,9 +12,12 @@ from golden_cases import FOLDERS, Case, find_cases, load_official, view
 from vlprompt.backbones.backbone import unit
 from vlprompt.methods import METHODS, Batch, Method, find_method
 from vlprompt.methods.base import total
+from vlprompt.methods.fdbpl import entropy, informativeness
+from vlprompt.methods.kdpl import divergences
 from vlprompt.methods.promptsrc import gaussian_weights
 from vlprompt.methods.templates import IMAGENET_TEMPLATES
 from vlprompt.methods.zero_shot import frozen_class_features
+from vlprompt.training.teacher import Teacher
 
 CONFIGS: dict[str, Callable[[dict], dict]] = {
     "zero_shot": lambda h: {},
@@ -46,6 +49,12 @@ CONFIGS: dict[str, Callable[[dict], dict]] = {
         "text_weight": h["text_loss_weight"],
         "image_weight": h["image_loss_weight"],
     },
+    "kdpl_coop": lambda h: {"n_ctx": h["N_CTX"], "init": h["CTX_INIT"], "class_specific": h["CSC"]},
+    "kdpl_vpt": lambda h: CONFIGS["vpt"](h),
+    "kdpl_maple": lambda h: {"n_ctx": h["n_ctx"], "depth": h["prompt_depth"]},
+    "kdpl_promptsrc": lambda h: CONFIGS["promptsrc"]({k.lower(): v for k, v in h.items()}),
+    "fdbpl_coop": lambda h: {"init": h["ctx_init"], "init_negative": h["ctx_init_negative"]},
+    "fdbpl_promptsrc": lambda h: CONFIGS["kdpl_promptsrc"](h),
 }
 
 
@@ -64,9 +73,13 @@ def make(case: Case, info: dict) -> Method:
     return cls(case.backbone, info["classnames"], config)
 
 
-def make_batch(method: Method, images: Tensor, labels: Tensor) -> Batch:
+def make_batch(method: Method, images: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> Batch:
     frozen = method.backbone.encode_images(images) if "frozen_image_features" in method.needs else None
-    return Batch(images, labels.long(), frozen)
+    if "teacher_probabilities" not in method.needs:
+        return Batch(images, labels.long(), frozen)
+    assert teacher_logits is not None
+    # The labels are not used, so no value of theirs may matter.
+    return Batch(images, torch.full_like(labels.long(), -1), frozen, teacher_logits.softmax(-1))
 
 
 def step(method: Method, batch: Batch, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
@@ -99,12 +112,49 @@ def check_loss_terms(
     case: Case, method: Method, losses: dict[str, Tensor], gold: dict[str, Tensor], noise: dict
 ) -> None:
     """Our terms are weighted; official cases list ``loss/TERM`` and for some also the term without its weight."""
+    official = {k.removeprefix("loss/"): v for k, v in gold.items() if k.startswith("loss/")}
+    if case.file.parent.name in ("kdpl", "fdbpl"):
+        official = check_divergences(method, official, gold)
     for term, value in losses.items():
-        close(f"loss/{term}", value, gold[f"loss/{term}"], noise.get("loss", 0))
-    extra = {k.removeprefix("loss/") for k in gold if k.startswith("loss/")} - set(losses)
+        close(f"loss/{term}", value, official[term], noise.get("loss", 0))
+    extra = set(official) - set(losses)
     assert extra <= {f"{term}_unweighted" for term in losses}, f"official loss terms not computed: {extra}"
     official = losses["ce"] if method.name == "prograd" else total(losses)  # there the KL only vetoes
     close("loss", official, gold["loss"], noise.get("loss", 0))
+
+
+def check_divergences(method: Method, official: dict[str, Tensor], gold: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Distillation's terms with their weights, as ours are; what they are made of is compared here."""
+    p = gold["teacher_logits"].softmax(-1)
+    weighted = dict(official)
+    if method.name == "fdbpl_coop":  # per view, and then each term with its weight
+        w, cascade = weighted.pop("weight_w"), weighted.pop("term_cascade")
+        close("weight_w", informativeness(p), w)
+        assert abs(cascade) < 1e-6, "the official cascade cancels"
+        weighted.pop("cascade_sum_of_abs")
+        forward, reverse = divergences(gold["logits"], p)
+        close("kl_forward", forward, weighted.pop("kl_forward_per_sample"))
+        close("kl_reverse", reverse, weighted.pop("kl_reverse_per_sample"))
+        close("negative", -entropy(gold["logits_negative"].softmax(-1)), weighted.pop("negative_entropy_per_sample"))
+        cosine = torch.nn.functional.cosine_similarity(gold["logits"], gold["logits_negative"])
+        close("cosine", cosine, weighted.pop("cosine_per_sample"))
+        return {term.removeprefix("term_"): value for term, value in weighted.items()}
+    weight = 0.5
+    if method.name == "fdbpl_promptsrc":
+        w = weighted.pop("weight_w")
+        close("weight_w", informativeness(p), w)
+        weight = 0.5 * w.mean()
+    return weighted | {term: weight * weighted[term] for term in ("kl_forward", "kl_reverse")}
+
+
+def check_teacher(case: Case, method: Method, gold: dict[str, Tensor]) -> None:
+    """Our teacher's probabilities for the images, and its class features, which the reduced set cannot make."""
+    if case.teacher is None or "teacher_logits" not in gold:
+        return
+    teacher = Teacher(case.teacher, method.class_names, "a photo of a {}.", method.backbone.logit_scale)
+    close("teacher", teacher.probabilities(gold["images"]), gold["teacher_logits"].softmax(-1), 1e-6)
+    if "frozen/teacher_text_features" in gold:
+        close("teacher's text", teacher.class_features, unit(gold["frozen/teacher_text_features"]), 2e-7)
 
 
 def check_frozen(method: Method, images: Tensor, gold: dict[str, Tensor]) -> None:
@@ -117,9 +167,9 @@ def check_frozen(method: Method, images: Tensor, gold: dict[str, Tensor]) -> Non
         "text_features_normalized": single,
         "fixed_text_embeddings": many,
         "zero_shot_image_features_normalized": v0,
-        "zero_shot_logits": b.logits(v0, many if method.name == "promptsrc" else single),
+        "zero_shot_logits": b.logits(v0, many if "promptsrc" in method.name else single),
     }
-    for key in (k for k in gold if k.startswith("frozen/")):
+    for key in (k for k in gold if k.startswith("frozen/") and "teacher" not in k):
         name = key.removeprefix("frozen/")
         golden = gold[key] if name == "zero_shot_logits" else unit(gold[key])
         close(key, ours[name], golden, 1e-6 * golden.abs().max().item())
@@ -164,7 +214,7 @@ def check_training(case: Case) -> None:
     info, gold = case.info, case.tensors
     noise = info["noise_sensitivity"]
     method = make(case, info)
-    batch = make_batch(method, gold["images"], gold["labels"])
+    batch = make_batch(method, gold["images"], gold["labels"], gold.get("teacher_logits"))
     names = load_official(method, gold, "init/")
     class_names, novel = info["classnames"], info.get("novel_classnames")
 
@@ -178,9 +228,20 @@ def check_training(case: Case) -> None:
     t = method.class_features(method.class_names, v)
     close("logits", method.logits(v, t), gold["logits"], noise["logits"])
     close("image_features", v, unit(gold["image_features"]), 2e-7)
+    if method.name == "fdbpl_coop":
+        against = method.encode_classes(method.class_names, method.negative)
+        close("positive text_features", t, gold["text_features_positive_normalized"], 2e-7)
+        close("negative text_features", against, gold["text_features_negative_normalized"], 2e-7)
+        close("logits_negative", method.logits(v, against), gold["logits_negative"], noise["logits"])
     if "text_features" in gold:
-        close("text_features", t, unit(gold["text_features"]), 2e-7)
+        golden = unit(gold["text_features"])
+        if "selected_classes" in gold:  # in the order of numpy's argpartition, which is not the classes' own
+            order = (t @ golden.T).argmax(-1)
+            assert sorted(order.tolist()) == gold["selected_classes"].tolist()
+            golden = golden[order]
+        close("text_features", t, golden, 2e-7)
     check_frozen(method, batch.images, gold)
+    check_teacher(case, method, gold)
     check_tokens(case, method, gold)
 
     check_loss_terms(case, method, step(method, batch), gold, noise)

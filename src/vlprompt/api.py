@@ -33,6 +33,7 @@ from vlprompt.training.evaluate import Evaluation, EvaluationImages
 from vlprompt.training.export import export_classes
 from vlprompt.training.hub import download, upload
 from vlprompt.training.loop import EpochLog, Training
+from vlprompt.training.teacher import find_teacher
 
 Images = Sequence[ImageSource] | NDArray[np.uint8]
 Labels = Sequence[str] | Sequence[int] | NDArray[Any]
@@ -40,6 +41,7 @@ Labels = Sequence[str] | Sequence[int] | NDArray[Any]
 TRAINING = {
     **{f.name: f"optim.{f.name}" for f in fields(OptimConfig)},
     "epochs": "train.epochs",
+    "teacher": "teacher.backbone",
     **{name: f"data.{name}" for name in ("batch_size", "min_scale", "workers")},
 }
 """What ``fit`` can be told, and its key in the run configuration."""
@@ -130,10 +132,18 @@ def fit_configured(
             seen = EvaluationImages(images, indices, reader=reader)
             method.fit_features(seen.frozen(method), seen.labels)
             return method.eval()
+        teacher = find_teacher(config, method.class_names, method.template, method.backbone)
         views = TrainingViews(
-            images, indices, method.backbone.preprocess, data.batch_size, seed, min_scale=data.min_scale, reader=reader
+            images,
+            indices,
+            method.backbone.preprocess,
+            data.batch_size,
+            seed,
+            min_scale=data.min_scale,
+            reader=reader,
+            teacher=teacher.backbone.preprocess if teacher else None,
         )
-        Training(method, views, config.optim, config.train).run(after_epoch=after_epoch)
+        Training(method, views, config.optim, config.train, teacher=teacher).run(after_epoch=after_epoch)
     return method
 
 

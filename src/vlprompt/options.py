@@ -91,6 +91,12 @@ ValFraction = Annotated[
 TrainBackbone = Annotated[
     str | None, typer.Option(help="mini (default), a folder or file, a hub id.", rich_help_panel=MODEL)
 ]
+TeacherBackbone = Annotated[
+    str | None,
+    typer.Option(
+        "--teacher", help="Frozen model that kdpl and fdbpl learn from; as --backbone.", rich_help_panel=MODEL
+    ),
+]
 TrainDevice = Annotated[str | None, typer.Option(help="cpu (default), cuda, cuda:N.", rich_help_panel=MODEL)]
 TrainPrecision = Annotated[str | None, typer.Option(help="fp32 (default), bf16 or fp16.", rich_help_panel=MODEL)]
 Seed = Annotated[

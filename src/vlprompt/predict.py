@@ -10,7 +10,7 @@ from typing import Any
 
 from vlprompt.data.folders import IMAGE_EXTENSIONS
 from vlprompt.data.reading import ImageReader
-from vlprompt.data.splits import check_class_names
+from vlprompt.data.splits import check_class_names, names_in_file
 from vlprompt.errors import DataError
 from vlprompt.methods import Method
 from vlprompt.training.evaluate import EvaluationImages, predict_logits
@@ -42,19 +42,12 @@ def read_class_names(text: str | None, file: Path | None) -> tuple[str, ...] | N
     if text is not None and file is not None:
         raise DataError("--class-names and --class-names-file exclude each other")
     if file is not None:
-        try:
-            names = [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read class names from {file}: {error}") from None
-        source = f"class names file {file}"
-    elif text is not None:
-        names, source = [name.strip() for name in text.split(",")], "--class-names"
-    else:
+        return names_in_file(file)
+    if text is None:
         return None
-    if not names:
-        raise DataError(f"{source}: there are no class names")
-    check_class_names(names, source)
-    return tuple(names)
+    names = tuple(name.strip() for name in text.split(","))
+    check_class_names(names, "--class-names")
+    return names
 
 
 def predict_images(

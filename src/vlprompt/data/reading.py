@@ -12,9 +12,9 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from vlprompt.data.images import ImageSource, load_image
 from vlprompt.errors import DataError
@@ -66,11 +66,11 @@ class ImageReader:
         return image
 
     def batches(
-        self, make: Callable[[int], Tensor], batches: Iterable[np.ndarray]
-    ) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Each batch of indices with the stacked tensors that ``make`` gives for them."""
-        for batch, tensors in self._ahead(make, batches):
-            yield batch, torch.stack(tensors)
+        self, make: Callable[[int], Tensor | tuple[Tensor, ...]], batches: Iterable[np.ndarray]
+    ) -> Iterator[tuple[np.ndarray, Any]]:
+        """Each batch of indices with what ``make`` gives for them, stacked: a tensor, or a list of tensors."""
+        for batch, made in self._ahead(make, batches):
+            yield batch, default_collate(made)
 
     def unreadable(self, paths: Sequence[Path], everything: bool = True) -> dict[Path, str]:
         """The files that cannot be used, each with the reason, in order.

@@ -212,6 +212,18 @@ def _without_prefix(items: dict[str, tuple[Item, ...]], file: Path, root: Path) 
     return {part: tuple(map(shortened, rows)) for part, rows in items.items()}
 
 
+def names_in_file(file: Path) -> tuple[str, ...]:
+    """The class names of a file, one a line; raises DataError if it cannot be read, or for bad names."""
+    try:
+        names = tuple(line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read class names from {file}: {error}") from None
+    if not names:
+        raise DataError(f"class names file {file}: there are no class names")
+    check_class_names(names, f"class names file {file}")
+    return names
+
+
 def check_class_names(class_names: Iterable[str], source: str) -> None:
     """Raise DataError, naming the source, if a class has no name, or one that reads like another's.
 

@@ -31,8 +31,11 @@ class TrainingViews:
         min_scale: float = 0.08,
         workers: int = 2,
         reader: ImageReader | None = None,
+        teacher: Preprocess | None = None,
     ) -> None:
-        self.paths, self.labels, self.preprocess = paths, torch.tensor(labels), preprocess
+        self.paths, self.labels = paths, torch.tensor(labels)
+        # Where the teacher reads what the student does, it needs no view of its own.
+        self.preprocess = (preprocess,) if teacher is None or teacher == preprocess else (preprocess, teacher)
         self.batch_size, self.seed, self.min_scale = batch_size, seed, min_scale
         self.reader = reader or ImageReader(workers)
 
@@ -45,8 +48,10 @@ class TrainingViews:
         """Images in every batch: the batch size, or all there are if they are fewer."""
         return min(self.batch_size, len(self.paths))
 
-    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, ...]]:
         """Batches (images [B, 3, S, S], labels [B]) of one epoch, from batch ``start`` on.
+
+        With a ``teacher`` that reads images of another size or scale, the same regions for it come third.
 
         ``share=(k, n)`` gives the k-th of n nearly equal pieces of every batch, one for each of n processes.
         """
@@ -54,14 +59,14 @@ class TrainingViews:
         whole = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(start, len(self))]
         k, n = share
         batches = [np.array_split(batch, n)[k] for batch in whole]
-        for batch, images in self.reader.batches(lambda i: self._view(i, epoch), batches):
-            yield images, self.labels[torch.from_numpy(batch)]
+        for batch, (images, *teacher) in self.reader.batches(lambda i: self._views(i, epoch), batches):
+            yield images, self.labels[torch.from_numpy(batch)], *teacher
 
-    def _view(self, i: int, epoch: int) -> Tensor:
+    def _views(self, i: int, epoch: int) -> tuple[Tensor, ...]:
         image = self.reader.image(self.paths[i])
         rng = np.random.default_rng([self.seed, epoch, i])
         region = random_regions(rng, image.width, image.height, scale=(self.min_scale, 1.0))[0]
-        return self.preprocess.region(image, region)
+        return tuple(preprocess.region(image, region) for preprocess in self.preprocess)
 
 
 def evaluation_batches(

@@ -3,7 +3,9 @@
 from vlprompt.methods import (  # noqa: F401
     cocoop,
     coop,
+    fdbpl,
     ivlp,
+    kdpl,
     kgcoop,
     linear_probe,
     maple,

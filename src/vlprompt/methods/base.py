@@ -37,6 +37,8 @@ class Batch:
     labels: Tensor
     frozen_image_features: Tensor | None = None
     """Normalised features of the same views from the frozen image tower, [B, E]."""
+    teacher_probabilities: Tensor | None = None
+    """What a larger frozen model takes the same views for, [B, C]; each row sums to 1."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Method(nn.Module):
     parity: ClassVar[str] = "golden"
     """How the numbers are checked: golden vectors of the official code, or identity with another library."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What a batch must bring beyond images and labels: ``frozen_image_features``."""
+    """What a batch must bring beyond images and labels: ``frozen_image_features``, or ``teacher_probabilities`` in
+    place of labels."""
     settings: ClassVar[Mapping[str, Any]] = {}
     """The official training settings (base-to-novel), by key of the run configuration."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -69,7 +72,7 @@ class Method(nn.Module):
 
     image_dependent: ClassVar[bool] = False
     """Whether class features depend on the image."""
-    couples_batch: ClassVar[bool] = False
+    couples_batch: bool = False
     """Whether a loss term is more than a mean over images, so that a batch cannot be computed in parts."""
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig

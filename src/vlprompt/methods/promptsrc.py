@@ -70,13 +70,19 @@ class PromptSRC(IVLP):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy and the three distances to frozen CLIP."""
         v, t = self.image_features(batch), self.class_features(self.class_names)
+        logits = self.logits(v, t)
+        return {"ce": cross_entropy(logits, batch.labels), **self.consistency(batch, v, t, logits)}
+
+    def consistency(
+        self, batch: Batch, v: Tensor, t: Tensor, logits: Tensor, classes: Tensor | slice = slice(None)
+    ) -> dict[str, Tensor]:
+        """The three distances to frozen CLIP, where t [C, E] and logits [B, C] are those of ``classes``."""
         v0 = batch.frozen_image_features
         assert v0 is not None
-        t0 = frozen_class_features(self.backbone, self.class_names, IMAGENET_TEMPLATES, "raw")
-        logits, logits0 = self.logits(v, t), self.logits(v0, t0)
+        t0 = frozen_class_features(self.backbone, self.class_names, IMAGENET_TEMPLATES, "raw")[classes]
+        logits0 = self.logits(v0, t0)
         kl = kl_div(logits.log_softmax(-1), logits0.log_softmax(-1), reduction="sum", log_target=True)
         return {
-            "ce": cross_entropy(logits, batch.labels),
             "text_l1": self.config.text_weight * (t - t0).abs().mean(),
             "image_l1": self.config.image_weight * (v - v0).abs().mean(),
             "logits_kl": kl / logits.numel(),

@@ -17,6 +17,9 @@ from vlprompt.errors import ConfigError, DataError
 INIT_STD = 0.02
 """Standard deviation of randomly initialised tokens in every official implementation."""
 
+LISTS_KEPT = 8
+"""Lists of class names whose packed texts a context keeps; methods may use other classes in every step."""
+
 Position = Literal["end", "middle", "front"]
 
 
@@ -115,9 +118,11 @@ class TextContext(nn.Module):
         return Prompts([first, *(() if self.deep is None else self.deep)], self.mode)
 
     def packed(self, backbone: Backbone, class_names: Sequence[str]) -> PackedText:
-        """The classes' texts, tokenised and packed once for each list of names."""
+        """The classes' texts, tokenised and packed once for each of the last few lists of names."""
         key = tuple(class_names)
         if key not in self._packed:
+            if len(self._packed) == LISTS_KEPT:
+                del self._packed[next(iter(self._packed))]
             tokens = class_tokens(backbone, class_names, self.n_ctx, self.words, self.position)
             causal = backbone.text_tower.config.causal
             self._packed[key] = pack(tokens.ids, tokens.slots, causal=causal, class_specific=self.class_specific)

@@ -20,7 +20,7 @@ def model_card(method: Method, about: Mapping[str, str]) -> str:
         "classes": shown,
         "template": f"`{method.template}`",
         **about,
-        "backbone": f"`{_name(backbone.name)}`",
+        "backbone": f"`{public_name(backbone.name)}`",
         "backbone's licence": backbone.licence or "not stated by its checkpoint",
         "backbone's fingerprint": f"`{backbone.fingerprint}`",
     }
@@ -35,7 +35,7 @@ pipeline_tag: image-classification
 tags: [prompt-learning, {method.name}]{_base_model(backbone.name)}
 ---
 
-# {method.name} on {_name(backbone.name)}
+# {method.name} on {public_name(backbone.name)}
 
 {(method.__doc__ or "").splitlines()[0]}
 Tuned with vlprompt {vlprompt.__version__}. The backbone's weights are not in this folder: they are loaded from where
@@ -63,7 +63,7 @@ def _cell(value: str) -> str:
     return " ".join(value.replace("|", "\\|").split())
 
 
-def _name(backbone: str) -> str:
+def public_name(backbone: str) -> str:
     """A hub id as it is; of a path its last part, since the rest of it says something about one machine only."""
     return backbone if _is_hub_id(backbone) or backbone.startswith("open_clip:") else Path(backbone).name
 

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from vlprompt.errors import ConfigError, unknown
 from vlprompt.methods import MethodConfig, find_method
+from vlprompt.methods.base import Template
 
 Fraction = Annotated[float, Gt(0), Le(1)]
 
@@ -45,6 +46,20 @@ class DataConfig:
     """Threads that decode and crop ahead of the training steps."""
     skip_bad: bool = False
     """Whether images that cannot be read are left out instead of stopping the run."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The frozen model whose predictions replace labels, for methods that learn from a teacher."""
+
+    backbone: str | None = None
+    """What ``backbone`` takes; usually a larger one."""
+    template: Template | None = None
+    """Text of the classes; the data set's if not given, "a photo of a {}." for the classes of a file."""
+    logit_scale: Annotated[float, Gt(0)] | None = None
+    """What its cosines are multiplied by; the student's scale if not given, as in KDPL."""
+    class_names_file: str | None = None
+    """Class names, one a line, that it chooses among instead of the data set's, which then stay unknown."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +111,7 @@ class RunConfig:
     seed: Annotated[int, Ge(0), Lt(2**63)] = 1
     """Decides the few-shot images, the initial prompts, and the order and crops of training images."""
     data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -110,7 +126,7 @@ class RunConfig:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
-SECTIONS = {"data": DataConfig, "optim": OptimConfig, "train": TrainConfig}
+SECTIONS = {"data": DataConfig, "teacher": TeacherConfig, "optim": OptimConfig, "train": TrainConfig}
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -144,6 +160,8 @@ def build_config(
 ) -> RunConfig:
     """Merge and check a run's configuration; keys are flat, ``optim.lr`` or, where it is clear, ``lr``.
 
+    A method's own setting comes before one of the same name elsewhere.
+
     Raises ConfigError that lists every unknown key and every value out of range at once.
     """
     cls = find_method(method)
@@ -169,6 +187,9 @@ def build_config(
     sections = {s: _checked(c, nested[s], f"{s}.", problems) for s, c in SECTIONS.items()}
     settings = _checked(cls.Config, nested["method"], "method.", problems)
     top = _checked_top(top, problems)
+    if "teacher_probabilities" not in cls.needs:
+        given = [f"teacher.{key} = {value}" for key, value in nested["teacher"].items() if value is not None]
+        problems += [f"{setting}: method '{method}' learns without a teacher" for setting in given]
     if problems:
         keys = f" (allowed keys: {', '.join(known)})" if any("unknown key" in p for p in problems) else ""
         raise ConfigError("; ".join(problems) + keys)
@@ -193,12 +214,13 @@ def _resolve(key: str, known: list[str], problems: list[str]) -> str | None:
     if key in known:
         return key
     ending = [k for k in known if k.rpartition(".")[2] == key]
+    ending = [k for k in ending if k.startswith("method.") and key != "name"] or ending
     if len(ending) == 1:
         return ending[0]
     if ending:
         problems.append(f"key '{key}' is not clear (write one of {', '.join(ending)})")
         return None
-    name, short = key.rpartition(".")[2], {k.rpartition(".")[2]: k for k in known}
+    name, short = key.rpartition(".")[2], {k.rpartition(".")[2]: k for k in reversed(known)}
     # A name that exists in another section is nearer than any other name in the section given.
     near = [name] if name in short else get_close_matches(key, known, 1, 0.6) or get_close_matches(name, short, 1, 0.6)
     guess = f": did you mean '{short.get(near[0], near[0])}'?" if near else ""

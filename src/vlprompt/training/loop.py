@@ -16,6 +16,7 @@ from vlprompt.methods import Batch, Method
 from vlprompt.training.config import OptimConfig, TrainConfig
 from vlprompt.training.distributed import Processes
 from vlprompt.training.schedule import build_optimizer, learning_rate
+from vlprompt.training.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,10 @@ class Training:
         optim: OptimConfig,
         config: TrainConfig,
         processes: Processes | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.method, self.views, self.optim, self.config = method, views, optim, config
-        self.processes = processes or Processes()
+        self.processes, self.teacher = processes or Processes(), teacher
         self.optimizer = build_optimizer(method.parameters(), optim)
         self.scaled = method.backbone.dtype == torch.float16
         self.scale = LossScale(2.0**16 if self.scaled else 1.0)
@@ -92,8 +94,8 @@ class Training:
             lr = learning_rate(self.epoch, self.config.epochs, self.optim)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            for images, labels in self.views.epoch(self.epoch, self.step, shard):
-                stopping = self._step(images, labels, asked_to_stop)
+            for tensors in self.views.epoch(self.epoch, self.step, shard):
+                stopping = self._step(tensors, asked_to_stop)
                 self.step += 1
                 after_step()
                 if stopping:
@@ -105,7 +107,7 @@ class Training:
         self.method.eval()
         return True
 
-    def _step(self, images: Tensor, labels: Tensor, asked_to_stop: Callable[[], bool]) -> bool:
+    def _step(self, tensors: tuple[Tensor, ...], asked_to_stop: Callable[[], bool]) -> bool:
         """One optimiser step on this process's share of a batch; whether any process was asked to stop."""
         method, parts = self.method, self.config.accumulate
         device = method.backbone.device
@@ -113,11 +115,10 @@ class Training:
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
         terms: dict[str, Tensor] = {}
         gradients: dict[str, list[Tensor]] = {}
-        for x, y in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
-            x, y = x.to(device), y.to(device)
-            frozen = method.backbone.encode_images(x) if "frozen_image_features" in method.needs else None
-            weight = len(y) / self.views.images_per_batch
-            losses = {term: weight * value for term, value in method.losses(Batch(x, y, frozen)).items()}
+        for part in zip(*(tensor.tensor_split(parts) for tensor in tensors), strict=True):
+            batch = self._batch(*(tensor.to(device) for tensor in part))
+            weight = len(batch.labels) / self.views.images_per_batch
+            losses = {term: weight * value for term, value in method.losses(batch).items()}
             for term, value in losses.items():
                 terms[term] = terms.get(term, 0) + value.detach().double()
             scaled = {term: self.scale.value * value for term, value in losses.items()}
@@ -132,6 +133,15 @@ class Training:
         self._log(dict(zip(terms, values, strict=True)))
         self._apply(gradients)
         return bool(stopping)
+
+    def _batch(self, images: Tensor, labels: Tensor, teacher_images: Tensor | None = None) -> Batch:
+        """What the method needs about a batch's views."""
+        needs, frozen, taught = self.method.needs, None, None
+        if "frozen_image_features" in needs:
+            frozen = self.method.backbone.encode_images(images)
+        if "teacher_probabilities" in needs and self.teacher:
+            taught = self.teacher.probabilities(images if teacher_images is None else teacher_images)
+        return Batch(images, labels, frozen, taught)
 
     def _log(self, losses: dict[str, float]) -> None:
         for term, value in losses.items():

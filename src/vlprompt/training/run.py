@@ -27,12 +27,14 @@ from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError
 from vlprompt.files import cannot_write, write_atomically
 from vlprompt.methods import Method, find_method
 from vlprompt.training.artefact import save_artefact
+from vlprompt.training.card import public_name
 from vlprompt.training.checkpoints import History, checkpoint_file, remove_unfinished
 from vlprompt.training.config import RunConfig, build_config, read_config
 from vlprompt.training.distributed import Processes, join_processes
 from vlprompt.training.evaluate import EvaluationImages, evaluate
 from vlprompt.training.selection import choose_images
 from vlprompt.training.session import Progress, Session, Silent
+from vlprompt.training.teacher import Teacher, find_teacher
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Result:
     seconds: float
     skipped: int
     """Images left out because they cannot be read (--skip-bad)."""
+    teacher: str | None
+    """The model that it learned from, if it did not learn from labels."""
 
 
 def train(
@@ -75,19 +79,25 @@ def train(
             dataset = load_dataset(config.data.name, config.data.root, config.data.split_file)
             split, skipped = choose_images(config, dataset, reader, say)
             backbone = load_backbone(config.backbone, processes.device, config.train.precision)
+            teacher = find_teacher(config, split.class_names, dataset.template, backbone)
         torch.manual_seed(config.seed)
-        method = find_method(config.method)(backbone, split.class_names, config.settings, dataset.template)
+        class_names = teacher.class_names if teacher else split.class_names
+        method = find_method(config.method)(backbone, class_names, config.settings, dataset.template)
         method.to(backbone.device)
+        if class_names != split.class_names and not method.takes_new_classes:
+            raise ConfigError("teacher.class_names_file: with class_specific the classes are the data set's own")
         session = (
-            Session(config, out, method, split, processes, reader, progress or Silent()) if method.trains else None
+            Session(config, out, method, split, processes, reader, progress or Silent(), teacher)
+            if method.trains
+            else None
         )
         if resume:
             _check_images(out, split)
         processes.wait()  # all have seen that the folder can be used
         with _run_folder(out, resume, processes):
-            say(_opening(config, dataset, split, method, processes))
+            say(_opening(config, dataset, split, method, processes, teacher))
             if processes.first:
-                _describe(out, config, split, backbone, resume)
+                _describe(out, config, split, environment(backbone, teacher), resume)
             history, images = History(), _images(split, "train", reader)
             if session:
                 history = session.train(say)
@@ -104,7 +114,8 @@ def train(
                 val_accuracy = evaluate(method, val, split.class_names).accuracy if split.val else None
             trainable = sum(p.numel() for p in method.learned())
             seconds = time.monotonic() - began + (session.earlier if session else 0.0)
-            result = Result(str(out), len(history.rows), train_accuracy, val_accuracy, trainable, seconds, skipped)
+            epochs, taught_by = len(history.rows), config.teacher.backbone
+            result = Result(str(out), epochs, train_accuracy, val_accuracy, trainable, seconds, skipped, taught_by)
             if processes.first:
                 write_atomically(out / "metrics.json", json.dumps(vars(result), indent=2))
                 save_artefact(method, out, about(config, dataset, result, history))
@@ -122,17 +133,27 @@ def saved_config(run: Path) -> RunConfig:
     return build_config(values["method.name"], file=values)
 
 
-def _opening(config: RunConfig, dataset: LoadedDataset, split: Split, method: Method, processes: Processes) -> str:
-    """What is trained, in a few lines: the learned parameters by shape, like ones together."""
+def _opening(
+    config: RunConfig,
+    dataset: LoadedDataset,
+    split: Split,
+    method: Method,
+    processes: Processes,
+    teacher: Teacher | None,
+) -> str:
+    """What is trained, in a few lines: the teacher, and the learned parameters by shape, like ones together."""
     together = f" in {processes.size} processes" if processes.size > 1 else ""
     total = sum(p.numel() for p in method.learned())
     like = Counter((re.sub(r"\d+", "*", n), tuple(p.shape)) for n, p in method.named_parameters() if p.requires_grad)
     shapes = (f"{f'{n} × ' if n > 1 else ''}{name} {list(shape)}" for (name, shape), n in like.items())
-    return (
+    lines = [
         f"{config.method} on {method.backbone.name}{together}: {len(split.class_names)} classes of {dataset.name}, "
-        f"{len(split.train)} training images\n"
-        f"{total:,} learned parameters" + (f": {', '.join(shapes)}" if total else "")
-    )
+        f"{len(split.train)} training images",
+        f"{total:,} learned parameters" + (f": {', '.join(shapes)}" if total else ""),
+    ]
+    if teacher:
+        lines.insert(1, f"taught by {teacher.backbone.name}: {len(teacher.class_names)} classes, '{teacher.template}'")
+    return "\n".join(lines)
 
 
 def _check_images(out: Path, split: Split) -> None:
@@ -144,12 +165,12 @@ def _check_images(out: Path, split: Split) -> None:
         raise ConfigError(f"cannot resume {out}: its data set no longer gives the images of its split.json")
 
 
-def _describe(out: Path, config: RunConfig, split: Split, backbone: Backbone, resume: bool) -> None:
+def _describe(out: Path, config: RunConfig, split: Split, environment: dict[str, Any], resume: bool) -> None:
     if resume:
         remove_unfinished(out)
     else:
         write_atomically(out / "config.yaml", config.to_yaml())
-    write_atomically(out / "environment.json", json.dumps(environment(backbone), indent=2))
+    write_atomically(out / "environment.json", json.dumps(environment, indent=2))
     write_split(split, out / "split.json")
 
 
@@ -186,7 +207,7 @@ def _images(split: Split, part: str, reader: ImageReader) -> EvaluationImages:
     return EvaluationImages(split.paths(part), [item.label for item in split.items(part)], reader=reader)
 
 
-def environment(backbone: Backbone) -> dict[str, Any]:
+def environment(backbone: Backbone, teacher: Teacher | None = None) -> dict[str, Any]:
     """What a run's result may depend on besides its configuration."""
     return {
         "vlprompt": vlprompt.__version__,
@@ -196,6 +217,7 @@ def environment(backbone: Backbone) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if backbone.device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "backbone_fingerprint": backbone.fingerprint,
+        **({"teacher_fingerprint": teacher.backbone.fingerprint} if teacher else {}),
     }
 
 
@@ -212,6 +234,7 @@ def about(config: RunConfig, dataset: LoadedDataset, result: Result, history: Hi
         "training": f"{config.optim.name}, lr {config.optim.lr:g}, batches of {config.data.batch_size}"
         if result.epochs
         else "no gradient steps",
+        **({"teacher": f"`{public_name(result.teacher)}` in place of labels"} if result.teacher else {}),
         "learned parameters": f"{result.trainable_parameters:,}",
         "accuracy on the training images": f"{result.train_accuracy:.1f} %",
         "accuracy on the val images": val,

@@ -22,6 +22,7 @@ from vlprompt.training.evaluate import EvaluationImages, evaluate
 from vlprompt.training.interrupt import deferred_interrupt
 from vlprompt.training.loop import EpochLog, Training
 from vlprompt.training.report import NoReport, Report, find_report
+from vlprompt.training.teacher import Teacher
 
 
 class Progress(Protocol):
@@ -65,6 +66,7 @@ class Session:
         processes: Processes,
         reader: ImageReader,
         progress: Progress,
+        teacher: Teacher | None = None,
     ) -> None:
         if config.train.select == "val" and not split.val:
             raise ConfigError("train.select = val: there are no val images to select on")
@@ -80,8 +82,9 @@ class Session:
             config.seed,
             min_scale=data.min_scale,
             reader=reader,
+            teacher=teacher.backbone.preprocess if teacher else None,
         )
-        self.training = Training(method, views, config.optim, config.train, processes)
+        self.training = Training(method, views, config.optim, config.train, processes, teacher)
         self.val = EvaluationImages(split.paths("val"), [item.label for item in split.val], reader=reader)
         self.open_report = find_report(config.train.report_to if self.writes else None)
         self.report: Report = NoReport()
