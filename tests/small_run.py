@@ -14,9 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vlprompt.methods import find_method
 from vlprompt.training.config import RunConfig, build_config
 
 TINY = Path(__file__).parent / "golden" / "backbone"
+TEACHER = "mini"
+"""Reads larger images than the tiny backbone, and other ones of the classes' texts."""
 RUN_FILES = {
     "config.yaml", "environment.json", "split.json", "log.jsonl", "metrics.json",
     "config.json", "prompts.safetensors", "README.md",
@@ -41,7 +44,10 @@ def make_pictures(folder: Path, train: int = 4, val: int = 2, size: int = 32) ->
 def configured(pictures: Path, method: str = "coop", **more: Any) -> RunConfig:
     """A run of three epochs on the tiny backbone, in batches of 4, without warm-up."""
     given = {"data.name": str(pictures), "data.batch_size": 4, "data.workers": 0, "train.epochs": 3}
-    return build_config(method, overrides={**given, "backbone": str(TINY), "optim.warmup_epochs": 0, **more})
+    given |= {"backbone": str(TINY), "optim.warmup_epochs": 0}
+    if "teacher_probabilities" in find_method(method).needs:
+        given["teacher.backbone"] = TEACHER
+    return build_config(method, overrides={**given, **more})
 
 
 def arguments(method: str, pictures: Path, out: Path, *more: str) -> list[str]:

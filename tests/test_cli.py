@@ -202,7 +202,7 @@ def test_train_prints_one_json_object(trained: tuple[Path, Done]) -> None:
     out, done = trained
     result = done.json
     assert set(result) == {
-        "run", "epochs", "train_accuracy", "val_accuracy", "trainable_parameters", "seconds", "skipped",
+        "run", "epochs", "train_accuracy", "val_accuracy", "trainable_parameters", "seconds", "skipped", "teacher",
     }  # fmt: skip
     assert result["run"] == str(out)
     assert result["epochs"] == 1
@@ -270,7 +270,7 @@ def test_every_setting_of_a_run_can_be_given(empty: Path) -> None:
         content = yaml.safe_load(vlprompt_("train", method, "nowhere", "--dry-run").out)
         flat = [
             f"{section}.{key}={'null' if value is None else value}"
-            for section in ("data", "optim", "train", "method")
+            for section in ("data", "teacher", "optim", "train", "method")
             for key, value in content[section].items()
             if (section, key) != ("method", "name")
         ]

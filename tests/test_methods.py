@@ -30,6 +30,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in 
     "ivlp, first layer": ("ivlp", {"depth_text": 1, "depth_vision": 1}),
     "zero_shot, ensemble": ("zero_shot", {"ensemble": "select"}),
     "linear_probe, given C": ("linear_probe", {"C": 10.0}),
+    "kdpl_coop, three classes a batch": ("kdpl_coop", {"classes_per_batch": 3}),
+    "kdpl_promptsrc, three classes a batch": ("kdpl_promptsrc", {"classes_per_batch": 3}),
+    "fdbpl_coop, hinge": ("fdbpl_coop", {"pcd": "hinge"}),
 }
 STEPS, IMAGES = 3, 28
 
@@ -51,7 +54,11 @@ def make(backbone: Backbone, name: str, class_names: Sequence[str] = NAMES, seed
 
 def make_batch(method: Method, images: Tensor, labels: Tensor) -> Batch:
     frozen = method.backbone.encode_images(images) if "frozen_image_features" in method.needs else None
-    return Batch(images, labels, frozen)
+    if "teacher_probabilities" not in method.needs:
+        return Batch(images, labels, frozen)
+    n = len(method.class_names)
+    surest = torch.linspace(1, 8, len(labels))[:, None]  # from a teacher that can hardly tell to one that is sure
+    return Batch(images, labels, frozen, (surest * torch.eye(n)[labels] + torch.arange(n) / n).softmax(-1))
 
 
 @torch.no_grad()
@@ -122,12 +129,13 @@ def test_prompts_are_fp32(tuned: Tuned) -> None:
 
 def test_losses_are_named_finite_and_scalar(tuned: Tuned) -> None:
     assert bool(tuned.losses) == tuned.method.trains
+    taught = "teacher_probabilities" in tuned.method.needs
     for losses in tuned.losses:
-        assert "ce" in losses
+        assert {"kl_forward", "kl_reverse"} <= set(losses) if taught else "ce" in losses
         for term, value in losses.items():
             assert value.shape == (), term
             assert value.isfinite(), term
-            assert value >= 0, term
+            assert value >= 0 or (tuned.method.name, term) == ("fdbpl_coop", "negative"), term
         torch.testing.assert_close(total(losses), sum(losses.values()))
 
 
@@ -198,7 +206,7 @@ def test_the_listing_is_filled() -> None:
         assert cls.paper
         assert cls.learns
         assert 2020 < cls.year < 2100
-        assert cls.needs <= {"frozen_image_features"}
+        assert cls.needs <= {"frozen_image_features", "teacher_probabilities"}
         assert (cls.__doc__ or "").splitlines()[0]
 
 
@@ -466,6 +474,10 @@ DEEP = {
     "method.init": WORDS, "optim.lr": 0.0025, "data.batch_size": 4, "train.epochs": 20,
 }  # fmt: skip
 SRC = {"method.text_weight": 25, "method.image_weight": 10, "method.average_mean": 15, "method.average_std": 1}
+SHALLOWER = {
+    "method.depth_text": 3, "method.depth_vision": 3, "method.average_mean": 6, "method.average_std": 10,
+}  # fmt: skip
+TAUGHT = {"method.classes_per_batch": None}
 OFFICIAL: Mapping[str, Mapping[str, Any]] = {
     "zero_shot": {"method.template": None, "method.ensemble": "none"},
     "linear_probe": {"method.C": None, "method.max_iter": 1000},
@@ -503,13 +515,31 @@ OFFICIAL: Mapping[str, Mapping[str, Any]] = {
         "optim.lr": 0.0026, "data.batch_size": 4, "train.epochs": 2,
     },
     "promptsrc": {**DEEP, **SRC},
-    "promptsrc cross-dataset": {
-        **DEEP, **SRC, "method.depth_text": 3, "method.depth_vision": 3,
-        "method.average_mean": 6, "method.average_std": 10,
-    },
+    "promptsrc cross-dataset": {**DEEP, **SRC, **SHALLOWER},
     "promptsrc few-shot": {
         **DEEP, **SRC, "train.epochs": 50, "method.average_mean": 30, "method.average_std": 30,
     },
+    "kdpl_coop": {
+        "method.n_ctx": 4, "method.init": WORDS, "method.class_specific": False, "method.position": "end", **TAUGHT,
+        "optim.lr": 0.002, "data.batch_size": 32, "train.epochs": 50,
+    },
+    "kdpl_vpt": {
+        "method.n_ctx": 8, "method.depth": None, "method.template": "a photo of a {}.", **TAUGHT,
+        "optim.lr": 0.0025, "data.batch_size": 4, "train.epochs": 5,
+    },
+    "kdpl_maple": {
+        "method.n_ctx": 2, "method.depth": 9, "method.init": WORDS, **TAUGHT,
+        "optim.lr": 0.0035, "data.batch_size": 4, "train.epochs": 5,
+    },
+    "kdpl_promptsrc": {**DEEP, **SRC, **TAUGHT},
+    "kdpl_promptsrc cross-dataset": {**DEEP, **SRC, **TAUGHT, **SHALLOWER},
+    "fdbpl_coop": {
+        "method.n_ctx": 4, "method.init": WORDS, "method.init_negative": "a photo of no", "method.pcd": "off",
+        "method.class_specific": False, "method.position": "end", **TAUGHT,
+        "optim.lr": 0.002, "data.batch_size": 32, "train.epochs": 50,
+    },
+    "fdbpl_promptsrc": {**DEEP, **SRC, **TAUGHT},
+    "fdbpl_promptsrc cross-dataset": {**DEEP, **SRC, **TAUGHT, **SHALLOWER},
 }  # fmt: skip
 """The published settings of every method and preset: base-to-novel with ViT-B/16 unless said."""
 

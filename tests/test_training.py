@@ -362,6 +362,7 @@ def test_a_saved_configuration_builds_the_same_run(method: str, tmp_path: Path) 
         ("init=", "init", None),
         ("init=a=b", "init", "a=b"),
         ("class_specific=true", "class_specific", True),
+        ("pcd=off", "pcd", "off"),
         ("init=[a, b]", "init", "[a, b]"),
         ("init={x: 1}", "init", "{x: 1}"),
         ("template=a {}: {}", "template", "a {}: {}"),
@@ -638,7 +639,7 @@ def test_the_saved_configuration_is_the_runs(finished: tuple[Path, RunConfig, Me
     out, config, *_ = finished
     assert build_config("kgcoop", file=read_config(out / "config.yaml")) == config
     content = yaml.safe_load((out / "config.yaml").read_text("utf-8"))
-    assert set(content) == {"method", "backbone", "seed", "data", "optim", "train"}
+    assert set(content) == {"method", "backbone", "seed", "data", "teacher", "optim", "train"}
     assert content["method"] == {"name": "kgcoop", "n_ctx": 4, "init": "a photo of a", "w": 8.0}
 
 
@@ -665,7 +666,7 @@ def test_the_metrics_are_those_of_the_saved_model(
     metrics = json.loads((out / "metrics.json").read_text("utf-8"))
     assert metrics == vars(result)
     assert set(metrics) == {
-        "run", "epochs", "train_accuracy", "val_accuracy", "trainable_parameters", "seconds", "skipped",
+        "run", "epochs", "train_accuracy", "val_accuracy", "trainable_parameters", "seconds", "skipped", "teacher",
     }  # fmt: skip
     assert metrics["run"] == str(out)
     assert metrics["epochs"] == 2

@@ -9,8 +9,7 @@ GOLDEN_FOLDER holds ``backbone/`` (CLIP in Hugging Face format with the whole CL
   and the two special tokens. A merge that is never applied cannot change a text's segmentation. Ids are renumbered
   without gaps in their old order, so that the end token stays the largest id;
 - the text token embedding keeps the rows of those tokens, exactly as stored (fp16);
-- ``tokenized_prompts`` in the cases is written in the new ids;
-- the cases in ``LEFT_OUT`` are not copied; every method keeps at least one.
+- ``tokenized_prompts`` in the cases is written in the new ids.
 
 The tool stops, before it writes anything, if a text is not tokenised as before.
 ``OUT/backbone`` and ``OUT/cases`` are replaced.
@@ -34,9 +33,6 @@ from torch import Tensor
 
 from vlprompt.backbones.tokenizer import EOS, SOS
 from vlprompt.methods.templates import ENSEMBLES
-
-LEFT_OUT = {"kdpl/maple_a_ctx2_depth9"}
-"""2 MB of projections, as in ``maple/a_ctx2_depth9``; KDPL's terms are checked on its other cases."""
 
 CONTEXTS = {"a photo of a", "a photo of no"}
 """Beside those that the cases name."""
@@ -66,11 +62,8 @@ def main() -> None:
     arguments = parser.parse_args()
     golden, out = arguments.golden, arguments.out
 
-    every = read_cases(golden / "cases")
-    cases = [case for case in every if case.name not in LEFT_OUT]
-    if lost := methods(every) - methods(cases):
-        raise SystemExit(f"no case left of: {', '.join(sorted(lost))}")
-    texts = sorted(needed_texts(every))
+    cases = read_cases(golden / "cases")
+    texts = sorted(needed_texts(cases))
     settings = json.loads((golden / "backbone" / "tokenizer.json").read_text("utf-8"))
     kept = kept_ids(settings, texts)
     reduced = reduce_tokenizer(settings, kept)
@@ -86,18 +79,13 @@ def main() -> None:
         save_file(tensors[case.name], target)
         shutil.copyfile(case.file, target.with_suffix(".json"))
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    print(f"{len(cases)} of {len(every)} cases, {len(kept)} tokens for {len(texts)} texts, {size / 1e6:.2f} MB")
+    print(f"{len(cases)} cases, {len(kept)} tokens for {len(texts)} texts, {size / 1e6:.2f} MB")
 
 
 def read_cases(folder: Path) -> list[Case]:
     """Every case in ``folder``, by name."""
     files = sorted(folder.glob("*/*.json"))
     return [Case(f"{f.parent.name}/{f.stem}", f, json.loads(f.read_text("utf-8"))) for f in files]
-
-
-def methods(cases: list[Case]) -> set[str]:
-    """The folders that the cases lie in."""
-    return {case.name.partition("/")[0] for case in cases}
 
 
 def needed_texts(cases: list[Case]) -> set[str]:

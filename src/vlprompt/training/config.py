@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
@@ -129,10 +130,21 @@ class RunConfig:
 SECTIONS = {"data": DataConfig, "teacher": TeacherConfig, "optim": OptimConfig, "train": TrainConfig}
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which true and false are the only truth values; ``off`` and ``no`` are words."""
+
+
+TRUTH = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if rule[0] != TRUTH] for first, rules in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(TRUTH, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
 def read_config(file: Path) -> dict[str, Any]:
     """A YAML file's keys, flattened: ``{"optim.lr": 0.01, …}``."""
     try:
-        content = yaml.safe_load(file.read_text("utf-8"))
+        content = yaml.load(file.read_text("utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read configuration {file}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -146,7 +158,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise ConfigError(f"'{text}' is not key=value")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = yaml.load(value, _Loader)
     except yaml.YAMLError:
         parsed = value
     return key.strip(), parsed if parsed is None or isinstance(parsed, (str, int, float)) else value
