@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from small_run import CLASSES, TEACHER, TINY, configured, log, make_pictures, prompts, vlprompt
+from small_run import CLASSES, TEACHER, TINY, arguments, configured, log, make_pictures, prompts, vlprompt
+from test_distributed import processes
 from vlprompt import PromptClassifier, build_method, fit
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
@@ -474,6 +475,19 @@ def test_a_dictionary_that_cannot_be_used(pictures, dictionary, tmp_path) -> Non
     with pytest.raises(DataError, match=r"words.txt: there are no class names"):
         run(teacher__class_names_file=str(dictionary))
     assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_share_the_teachers_work(pictures, tmp_path) -> None:
+    more = ["--teacher", TEACHER, "train.epochs=1", "data.batch_size=5", "lr=0.0005"]
+    run = tmp_path / "two"
+    results = processes(["-m", "vlprompt", *arguments("kdpl_coop", pictures, run, *more)])
+    assert [code for code, *_ in results] == [0, 0], results
+    assert f"taught by {TEACHER}" in results[0][2]
+    assert "taught by" not in results[1][2]
+    settings = {"train.epochs": 1, "data.batch_size": 5, "optim.lr": 0.0005}
+    train(configured(pictures, "kdpl_coop", **settings), tmp_path / "one")
+    ours, alone = (prompts(folder)["context.vectors"] for folder in (run, tmp_path / "one"))
+    torch.testing.assert_close(ours, alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -106,9 +106,10 @@ def fit(
     """Fit a method on labelled images, as ``vlprompt train`` does: same views, same steps, same prompts.
 
     Without ``settings`` (``epochs``, ``lr``, ``batch_size``, … as in ``TRAINING``) the method's official ones apply,
-    or those of ``preset``. ``seed`` decides order and crops. ``after_epoch`` is told the mean loss terms of each
-    epoch. Returns the method. Raises ConfigError for unknown settings and loaded models, DataError for images and
-    labels that do not fit together, VlpromptError if a loss is not finite.
+    or those of ``preset``; methods that learn from a teacher need ``teacher``, a name that ``load_backbone`` takes.
+    ``seed`` decides order and crops. ``after_epoch`` is told the mean loss terms of each epoch. Returns the method.
+    Raises ConfigError for unknown settings, a missing teacher and loaded models, DataError for images and labels that
+    do not fit together, VlpromptError if a loss is not finite.
     """
     keys = full_keys(settings, TRAINING, "training setting")
     return fit_configured(method, images, labels, build_config(method.name, preset, overrides=keys), seed, after_epoch)

@@ -35,7 +35,7 @@ class TrainingViews:
     ) -> None:
         self.paths, self.labels = paths, torch.tensor(labels)
         # Where the teacher reads what the student does, it needs no view of its own.
-        self.preprocess = (preprocess,) if teacher is None or teacher == preprocess else (preprocess, teacher)
+        self.preprocesses = (preprocess,) if teacher is None or teacher == preprocess else (preprocess, teacher)
         self.batch_size, self.seed, self.min_scale = batch_size, seed, min_scale
         self.reader = reader or ImageReader(workers)
 
@@ -66,7 +66,7 @@ class TrainingViews:
         image = self.reader.image(self.paths[i])
         rng = np.random.default_rng([self.seed, epoch, i])
         region = random_regions(rng, image.width, image.height, scale=(self.min_scale, 1.0))[0]
-        return tuple(preprocess.region(image, region) for preprocess in self.preprocess)
+        return tuple(preprocess.region(image, region) for preprocess in self.preprocesses)
 
 
 def evaluation_batches(

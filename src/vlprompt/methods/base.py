@@ -38,7 +38,7 @@ class Batch:
     frozen_image_features: Tensor | None = None
     """Normalised features of the same views from the frozen image tower, [B, E]."""
     teacher_probabilities: Tensor | None = None
-    """What a larger frozen model takes the same views for, [B, C]; each row sums to 1."""
+    """What a larger frozen model takes the same views for, [B, C] in fp32 at least; each row sums to 1."""
 
 
 @dataclass(frozen=True)
