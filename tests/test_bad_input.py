@@ -245,7 +245,7 @@ def test_a_folder_that_may_not_be_read(refuses, here, monkeypatch):
         (["coop", "photos", "n_ctx=0"], ("method.n_ctx = 0 (allowed: greater than or equal to 1)",)),
         (["coop", "photos", "n_ctx=four"], ("method.n_ctx = four (allowed: integer",)),
         (["coop", "photos", "n_ctx=true"], ("method.n_ctx = true (allowed: integer",)),
-        (["coop", "photos", "seed=yes"], ("seed = true (allowed: integer",)),
+        (["coop", "photos", "seed=yes"], ("seed = yes (allowed: integer",)),
         (["coop", "photos", "lr=true"], ("optim.lr = true (allowed: number",)),
         (["coop", "photos", "lr=.nan"], ("optim.lr = nan",)),
         (["maple", "photos", "depth=99"], ("depth = 99 (allowed: 1 to",)),
