@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vlprompt.bank_cli import bank_app
 from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError
 from vlprompt.options import (
     DATA,
@@ -44,6 +45,7 @@ from vlprompt.options import (
     SplitFile,
     TeacherBackbone,
     TrainBackbone,
+    TrainBank,
     TrainClasses,
     TrainData,
     TrainDevice,
@@ -62,6 +64,8 @@ app = typer.Typer(
     help="Adapt a frozen vision-language model (CLIP and relatives) to your classes by learning a few prompt tokens.",
     epilog="Example: vlprompt train promptsrc ./photos --shots 16 --out runs/photos",
 )
+
+app.add_typer(bank_app, name="bank")
 
 INTERRUPTED = 130
 
@@ -147,6 +151,7 @@ def train(
     skip_bad: SkipBad = False,
     backbone: TrainBackbone = None,
     teacher: TeacherBackbone = None,
+    bank: TrainBank = None,
     device: TrainDevice = None,
     precision: TrainPrecision = None,
     seed: Seed = None,
@@ -180,6 +185,7 @@ def train(
         "data.classes": classes and classes.value,
         "backbone": backbone,
         "teacher.backbone": teacher,
+        "data.bank": bank and str(bank),
         "train.device": device,
         "train.precision": precision,
         "seed": seed,

@@ -97,6 +97,10 @@ TeacherBackbone = Annotated[
         "--teacher", help="Frozen model that kdpl and fdbpl learn from; as --backbone.", rich_help_panel=MODEL
     ),
 ]
+TrainBank = Annotated[
+    Path | None,
+    typer.Option("--bank", help="Region bank that views, labels and features come from.", rich_help_panel=DATA),
+]
 TrainDevice = Annotated[str | None, typer.Option(help="cpu (default), cuda, cuda:N.", rich_help_panel=MODEL)]
 TrainPrecision = Annotated[str | None, typer.Option(help="fp32 (default), bf16 or fp16.", rich_help_panel=MODEL)]
 Seed = Annotated[

@@ -40,3 +40,25 @@ class Bar:
         terms = "  ".join(f"{term} {value:.3f}" for term, value in log.losses.items())
         val = "" if val_accuracy is None else f"  val {val_accuracy:.1f} %"
         self.console.print(f"epoch {log.epoch + 1}/{self.epochs}  lr {log.lr:.2g}  {terms}{val}")
+
+
+class CountBar:
+    """Draws a count on a terminal; silent elsewhere."""
+
+    def __init__(self, what: str) -> None:
+        self.console = Console(stderr=True)
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
+        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True)
+
+    def __enter__(self) -> CountBar:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
+        self.bar.stop()
+
+    def __call__(self, done: int, of: int) -> None:
+        """So many are done, of so many."""
+        if not self.bar.tasks:
+            self.bar.start()
+            self.bar.add_task("", total=of)
+        self.bar.update(self.bar.tasks[0].id, completed=done)

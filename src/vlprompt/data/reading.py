@@ -11,7 +11,6 @@ from threading import Lock
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -66,11 +65,14 @@ class ImageReader:
         return image
 
     def batches(
-        self, make: Callable[[int], Tensor | tuple[Tensor, ...]], batches: Iterable[np.ndarray]
-    ) -> Iterator[tuple[np.ndarray, Any]]:
-        """Each batch of indices with what ``make`` gives for them, stacked: a tensor, or a list of tensors."""
+        self,
+        make: Callable[[Any], Tensor | tuple[Tensor, ...]],
+        batches: Iterable[Any],
+        collate: Callable[[list], Any] = default_collate,
+    ) -> Iterator[tuple[Any, Any]]:
+        """Each batch (of indices, say) with what ``make`` gives for its elements, stacked: a tensor or several."""
         for batch, made in self._ahead(make, batches):
-            yield batch, default_collate(made)
+            yield batch, collate(made)
 
     def unreadable(self, paths: Sequence[Path], everything: bool = True) -> dict[Path, str]:
         """The files that cannot be used, each with the reason, in order.

@@ -1,4 +1,4 @@
-"""Batches of views: random regions for training, whole images for evaluation, made ahead by a reader's threads.
+"""Batches of views: random or banked regions for training, whole images for evaluation, made ahead by threads.
 
 Without a reader, training views keep one of their own, and each pass over evaluation images starts one.
 Every view depends on (seed, epoch, image) alone, not on the number of threads or on what ran before.
@@ -8,17 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
+from itertools import groupby, repeat
+from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from vlprompt.data.bank import Bank
 from vlprompt.data.images import ImageSource, Preprocess, random_regions
 from vlprompt.data.reading import ImageReader
+from vlprompt.data.regions import restored
 
 
 class TrainingViews:
     """A new random resized crop and flip of every image in every epoch, in a new order."""
+
+    fingerprint: str | None = None
+    """Of what the views come from, if that is more than the images."""
 
     def __init__(
         self,
@@ -67,6 +76,92 @@ class TrainingViews:
         rng = np.random.default_rng([self.seed, epoch, i])
         region = random_regions(rng, image.width, image.height, scale=(self.min_scale, 1.0))[0]
         return tuple(preprocess.region(image, region) for preprocess in self.preprocesses)
+
+
+class BankViews:
+    """Regions of a bank, several of each image that is decoded, with what the bank knows about them.
+
+    A batch holds ``regions_per_image`` regions of each of its images, and an epoch as many samples as without a bank.
+    So every image comes once in ``regions_per_image`` epochs, in a new order each time, and each of its R regions once
+    before any comes again. Without ``preprocess`` no image is decoded.
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        files: Sequence[Path],
+        labels: Sequence[int],
+        preprocess: Preprocess | None,
+        batch_size: int,
+        seed: int,
+        *,
+        regions_per_image: int = 1,
+        features: bool = False,
+        probabilities: bool = False,
+        workers: int = 2,
+        reader: ImageReader | None = None,
+    ) -> None:
+        self.bank, self.files, self.labels, self.preprocess = bank, files, torch.tensor(labels), preprocess
+        self.batch_size, self.seed, self.regions_per_image = batch_size, seed, regions_per_image
+        self.features, self.probabilities = features, probabilities
+        self.reader = reader or ImageReader(workers)
+        self.rows = bank.rows(files)
+        self.fingerprint = bank.settings.fingerprint
+        # Where each image begins to walk through its regions.
+        self._first = np.random.default_rng(seed).integers(bank.settings.regions, size=len(files))
+        self._order = lru_cache(2)(lambda r: np.random.default_rng([seed, r]).permutation(len(files)))
+
+    def __len__(self) -> int:
+        """Batches in an epoch, as in :class:`TrainingViews`."""
+        return max(len(self.files) // self.batch_size, 1)
+
+    @property
+    def images_at_once(self) -> int:
+        """Decoded images in a batch."""
+        return min(self.batch_size // self.regions_per_image, len(self.files))
+
+    @property
+    def images_per_batch(self) -> int:
+        """Views in every batch."""
+        return self.images_at_once * self.regions_per_image
+
+    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor | None, ...]]:
+        """Batches of one epoch, from batch ``start`` on; ``share`` as in :class:`TrainingViews`.
+
+        (images [B, 3, S, S] or None, labels [B], None, frozen features [B, E] or None, teacher probabilities [B, C] or
+        None).
+        """
+        k, n = share
+        steps = range(epoch * len(self) + start, (epoch + 1) * len(self))
+        pieces = [np.array_split(self._samples(step), n)[k] for step in steps]
+        images: Iterator[Tensor | None] = repeat(None)
+        if self.preprocess is not None:
+            visits = (
+                [(i, [region for _, region in group]) for i, group in groupby(piece.tolist(), lambda sample: sample[0])]
+                for piece in pieces
+            )
+            images = (views for _, views in self.reader.batches(self._views, visits, torch.cat))
+        for piece, views in zip(pieces, images, strict=False):
+            records = self.bank.read(self.rows[piece[:, 0]], piece[:, 1])
+            features = self.bank.features(records) if self.features else None
+            probabilities = self.bank.probabilities(records) if self.probabilities else None
+            yield views, self.labels[torch.from_numpy(piece[:, 0])], None, features, probabilities
+
+    def _samples(self, step: int) -> NDArray[np.int64]:
+        """(image, region) of each sample of the step-th batch since training began, [B, 2]."""
+        n, m = len(self.files), self.regions_per_image
+        rounds, places = np.divmod(step * self.images_at_once + np.arange(self.images_at_once), n)
+        images = np.array([self._order(int(r))[place] for r, place in zip(rounds, places, strict=True)])
+        regions = (self._first[images] + rounds * m)[:, None] + np.arange(m)
+        return np.stack([images.repeat(m), regions.ravel() % self.bank.settings.regions], axis=1)
+
+    def _views(self, visit: tuple[int, list[int]]) -> Tensor:
+        """Several regions of an image, [m, 3, S, S]."""
+        assert self.preprocess is not None
+        i, regions = visit
+        image = self.reader.image(self.files[i])
+        stored = self.bank.read(self.rows[[i] * len(regions)], np.array(regions))["region"]
+        return torch.stack([self.preprocess.region(image, region) for region in restored(stored)])
 
 
 def evaluation_batches(

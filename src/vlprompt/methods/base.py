@@ -31,9 +31,12 @@ Template = Annotated[str, AfterValidator(_check_template)]
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's data: images [B, 3, S, S] preprocessed, labels [B], and what the method ``needs`` beyond them."""
+    """One step's data: images [B, 3, S, S] preprocessed, labels [B], and what the method ``needs`` beyond them.
 
-    images: Tensor
+    Images are left out where frozen features are all that the method reads of them.
+    """
+
+    images: Tensor | None
     labels: Tensor
     frozen_image_features: Tensor | None = None
     """Normalised features of the same views from the frozen image tower, [B, E]."""
@@ -110,6 +113,7 @@ class Method(nn.Module):
         """Normalised features of the batch's images with the method's visual prompts: [B, E]."""
         if not self.prompts_images and batch.frozen_image_features is not None:
             return batch.frozen_image_features
+        assert batch.images is not None
         return self.encode_images(batch.images)
 
     def encode_images(self, images: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ def save_checkpoint(run: Path, training: Training, history: History) -> None:
         "vlprompt_version": vlprompt.__version__,
         "backbone_fingerprint": training.method.backbone.fingerprint,
         "teacher_fingerprint": training.teacher and training.teacher.fingerprint,
+        "views_fingerprint": training.views.fingerprint,
         "epoch": training.epoch,
         "step": training.step,
         "sums": training.sums,
@@ -97,6 +98,8 @@ def load_checkpoint(run: Path, training: Training) -> History:
             raise ArtefactError(f"{run} was begun on other weights than '{method.backbone.name}' has now")
         if (teacher := training.teacher) and numbers["teacher_fingerprint"] != teacher.fingerprint:
             raise ArtefactError(f"{run} was begun with another teacher than '{teacher.backbone.name}' is now")
+        if numbers.get("views_fingerprint") != training.views.fingerprint:
+            raise ArtefactError(f"{run} was begun with another region bank than it has now")
         method.load_state_dict(_group(tensors, "method"))
         method.load_training_state({k: v.to(device) for k, v in _group(tensors, "extra").items()})
         _load_optimizer(training.optimizer, _group(tensors, "optimizer"))

@@ -47,6 +47,10 @@ class DataConfig:
     """Threads that decode and crop ahead of the training steps."""
     skip_bad: bool = False
     """Whether images that cannot be read are left out instead of stopping the run."""
+    bank: str | None = None
+    """Folder of the region bank that training views come from, in place of random ones."""
+    regions_per_image: Annotated[int, Ge(1)] | None = None
+    """Regions that a batch holds of each of its images, of a bank; 4, or fewer where that leaves less than 8 images."""
 
 
 @dataclass(frozen=True)
@@ -196,8 +200,8 @@ def build_config(
     for key, value in merged.items():
         section, _, name = key.rpartition(".")
         (nested[section] if section else top)[name] = value
-    sections = {s: _checked(c, nested[s], f"{s}.", problems) for s, c in SECTIONS.items()}
-    settings = _checked(cls.Config, nested["method"], "method.", problems)
+    sections = {s: checked(c, nested[s], f"{s}.", problems) for s, c in SECTIONS.items()}
+    settings = checked(cls.Config, nested["method"], "method.", problems)
     top = _checked_top(top, problems)
     if "teacher_probabilities" not in cls.needs:
         given = [f"teacher.{key} = {value}" for key, value in nested["teacher"].items() if value is not None]
@@ -240,7 +244,7 @@ def _resolve(key: str, known: list[str], problems: list[str]) -> str | None:
     return None
 
 
-def _checked(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+def checked(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
     """An instance of a configuration dataclass, or None with the problems noted."""
     assert is_dataclass(cls)
     hints = get_type_hints(cls)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlprompt.data.views import TrainingViews
+from vlprompt.data.views import BankViews, TrainingViews
 from vlprompt.errors import ConfigError, VlpromptError
 from vlprompt.methods import Batch, Method
 from vlprompt.training.config import OptimConfig, TrainConfig
@@ -58,7 +59,7 @@ class Training:
     def __init__(
         self,
         method: Method,
-        views: TrainingViews,
+        views: TrainingViews | BankViews,
         optim: OptimConfig,
         config: TrainConfig,
         processes: Processes | None = None,
@@ -107,7 +108,7 @@ class Training:
         self.method.eval()
         return True
 
-    def _step(self, tensors: tuple[Tensor, ...], asked_to_stop: Callable[[], bool]) -> bool:
+    def _step(self, tensors: tuple[Tensor | None, ...], asked_to_stop: Callable[[], bool]) -> bool:
         """One optimiser step on this process's share of a batch; whether any process was asked to stop."""
         method, parts = self.method, self.config.accumulate
         device = method.backbone.device
@@ -115,8 +116,9 @@ class Training:
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
         terms: dict[str, Tensor] = {}
         gradients: dict[str, list[Tensor]] = {}
-        for part in zip(*(tensor.tensor_split(parts) for tensor in tensors), strict=True):
-            batch = self._batch(*(tensor.to(device) for tensor in part))
+        split = [repeat(None, parts) if tensor is None else tensor.tensor_split(parts) for tensor in tensors]
+        for part in zip(*split, strict=True):
+            batch = self._batch(*(None if tensor is None else tensor.to(device) for tensor in part))
             weight = len(batch.labels) / self.views.images_per_batch
             losses = {term: weight * value for term, value in method.losses(batch).items()}
             for term, value in losses.items():
@@ -134,12 +136,22 @@ class Training:
         self._apply(gradients)
         return bool(stopping)
 
-    def _batch(self, images: Tensor, labels: Tensor, teacher_images: Tensor | None = None) -> Batch:
-        """What the method needs about a batch's views."""
-        needs, frozen, taught = self.method.needs, None, None
-        if "frozen_image_features" in needs:
-            frozen = self.method.backbone.encode_images(images)
-        if "teacher_probabilities" in needs and self.teacher:
+    def _batch(
+        self,
+        images: Tensor | None,
+        labels: Tensor | None,
+        teacher_images: Tensor | None = None,
+        frozen: Tensor | None = None,
+        taught: Tensor | None = None,
+    ) -> Batch:
+        """What the method needs about a batch's views: what did not come with them is computed."""
+        needs, backbone = self.method.needs, self.method.backbone
+        assert labels is not None
+        if frozen is not None:
+            frozen = frozen.to(torch.promote_types(backbone.dtype, frozen.dtype))
+        elif "frozen_image_features" in needs and images is not None:
+            frozen = backbone.encode_images(images)
+        if "teacher_probabilities" in needs and self.teacher and images is not None:
             taught = self.teacher.probabilities(images if teacher_images is None else teacher_images)
         return Batch(images, labels, frozen, taught)
 

@@ -20,6 +20,7 @@ import torch
 import vlprompt
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
+from vlprompt.data.bank import Bank
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split, read_split, write_split
@@ -27,6 +28,7 @@ from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError
 from vlprompt.files import cannot_write, write_atomically
 from vlprompt.methods import Method, find_method
 from vlprompt.training.artefact import save_artefact
+from vlprompt.training.bank import find_bank, read_by
 from vlprompt.training.card import public_name
 from vlprompt.training.checkpoints import History, checkpoint_file, remove_unfinished
 from vlprompt.training.config import RunConfig, build_config, read_config
@@ -80,24 +82,29 @@ def train(
             split, skipped = choose_images(config, dataset, reader, say)
             backbone = load_backbone(config.backbone, processes.device, config.train.precision)
             teacher = find_teacher(config, split.class_names, dataset.template, backbone)
+            bank = find_bank(config, split.class_names, backbone)
         torch.manual_seed(config.seed)
-        class_names = teacher.class_names if teacher else split.class_names
-        method = find_method(config.method)(backbone, class_names, config.settings, dataset.template)
+        cls = find_method(config.method)
+        labels = bank.settings.teacher if bank and "teacher_probabilities" in cls.needs else None
+        class_names = (teacher or labels or split).class_names
+        method = cls(backbone, class_names, config.settings, dataset.template)
         method.to(backbone.device)
         if class_names != split.class_names and not method.takes_new_classes:
             raise ConfigError("teacher.class_names_file: with class_specific the classes are the data set's own")
         session = (
-            Session(config, out, method, split, processes, reader, progress or Silent(), teacher)
+            Session(config, out, method, split, processes, reader, progress or Silent(), teacher, bank)
             if method.trains
             else None
         )
+        if bank and not session:
+            raise ConfigError(f"method '{config.method}' takes no training steps: it reads no region bank (--bank)")
         if resume:
             _check_images(out, split)
         processes.wait()  # all have seen that the folder can be used
         with _run_folder(out, resume, processes):
-            say(_opening(config, dataset, split, method, processes, teacher))
+            say(_opening(config, dataset, split, method, processes, teacher, bank))
             if processes.first:
-                _describe(out, config, split, environment(backbone, teacher), resume)
+                _describe(out, config, split, environment(backbone, teacher, bank), resume)
             history, images = History(), _images(split, "train", reader)
             if session:
                 history = session.train(say)
@@ -114,7 +121,7 @@ def train(
                 val_accuracy = evaluate(method, val, split.class_names).accuracy if split.val else None
             trainable = sum(p.numel() for p in method.learned())
             seconds = time.monotonic() - began + (session.earlier if session else 0.0)
-            epochs, taught_by = len(history.rows), config.teacher.backbone
+            epochs, taught_by = len(history.rows), config.teacher.backbone or (labels.name if labels else None)
             result = Result(str(out), epochs, train_accuracy, val_accuracy, trainable, seconds, skipped, taught_by)
             if processes.first:
                 write_atomically(out / "metrics.json", json.dumps(vars(result), indent=2))
@@ -140,8 +147,9 @@ def _opening(
     method: Method,
     processes: Processes,
     teacher: Teacher | None,
+    bank: Bank | None,
 ) -> str:
-    """What is trained, in a few lines: the teacher, and the learned parameters by shape, like ones together."""
+    """What is trained, in a few lines: teacher or bank, and the learned parameters by shape, like ones together."""
     together = f" in {processes.size} processes" if processes.size > 1 else ""
     total = sum(p.numel() for p in method.learned())
     like = Counter((re.sub(r"\d+", "*", n), tuple(p.shape)) for n, p in method.named_parameters() if p.requires_grad)
@@ -153,6 +161,12 @@ def _opening(
     ]
     if teacher:
         lines.insert(1, f"taught by {teacher.backbone.name}: {len(teacher.class_names)} classes, '{teacher.template}'")
+    if bank:
+        labels, features = read_by(method, bank)
+        by = f", labelled by {bank.settings.teacher.name}" if labels and bank.settings.teacher else ""
+        lines.insert(
+            1, f"{bank.settings.regions} regions of each image{by}{' with features' * features}, from {bank.folder}"
+        )
     return "\n".join(lines)
 
 
@@ -207,7 +221,7 @@ def _images(split: Split, part: str, reader: ImageReader) -> EvaluationImages:
     return EvaluationImages(split.paths(part), [item.label for item in split.items(part)], reader=reader)
 
 
-def environment(backbone: Backbone, teacher: Teacher | None = None) -> dict[str, Any]:
+def environment(backbone: Backbone, teacher: Teacher | None = None, bank: Bank | None = None) -> dict[str, Any]:
     """What a run's result may depend on besides its configuration."""
     return {
         "vlprompt": vlprompt.__version__,
@@ -218,6 +232,7 @@ def environment(backbone: Backbone, teacher: Teacher | None = None) -> dict[str,
         "threads": torch.get_num_threads(),
         "backbone_fingerprint": backbone.fingerprint,
         **({"teacher_fingerprint": teacher.backbone.fingerprint} if teacher else {}),
+        **({"bank_fingerprint": bank.settings.fingerprint} if bank else {}),
     }
 
 
@@ -235,6 +250,7 @@ def about(config: RunConfig, dataset: LoadedDataset, result: Result, history: Hi
         if result.epochs
         else "no gradient steps",
         **({"teacher": f"`{public_name(result.teacher)}` in place of labels"} if result.teacher else {}),
+        **({"views": f"fixed regions, of region bank `{Path(config.data.bank).name}`"} if config.data.bank else {}),
         "learned parameters": f"{result.trainable_parameters:,}",
         "accuracy on the training images": f"{result.train_accuracy:.1f} %",
         "accuracy on the val images": val,

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Protocol
 
 from vlprompt.data.datasets import LoadedDataset
 from vlprompt.data.reading import ImageReader, name_skipped, unusable
 from vlprompt.data.splits import Split, repeated
 from vlprompt.errors import DataError
-from vlprompt.training.config import RunConfig
+from vlprompt.training.config import DataConfig
 
 SHOWN = 5  # names that a message lists
 
 
-def run_split(config: RunConfig, dataset: LoadedDataset, unreadable: Collection[Path] = ()) -> Split:
+class Choice(Protocol):
+    """What decides the images: of a run's configuration, or a bank's."""
+
+    @property
+    def data(self) -> DataConfig:
+        """Which images of which classes."""
+
+    @property
+    def seed(self) -> int:
+        """Which few."""
+
+
+def run_split(config: Choice, dataset: LoadedDataset, unreadable: Collection[Path] = ()) -> Split:
     """The images that a run trains and validates on.
 
     In this order: its classes, its val images where the data set has none, the images that cannot be read taken out,
@@ -39,7 +52,7 @@ def run_split(config: RunConfig, dataset: LoadedDataset, unreadable: Collection[
 
 
 def choose_images(
-    config: RunConfig, dataset: LoadedDataset, reader: ImageReader, say: Callable[[str], object]
+    config: Choice, dataset: LoadedDataset, reader: ImageReader, say: Callable[[str], object]
 ) -> tuple[Split, int]:
     """The run's images, all looked at before training starts, and how many unreadable ones were left out.
 

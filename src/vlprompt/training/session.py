@@ -9,12 +9,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Protocol
 
+from vlprompt.data.bank import Bank
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split
-from vlprompt.data.views import TrainingViews
+from vlprompt.data.views import BankViews, TrainingViews
 from vlprompt.errors import ConfigError
 from vlprompt.files import write_atomically
 from vlprompt.methods import Method
+from vlprompt.training.bank import bank_views
 from vlprompt.training.checkpoints import History, load_checkpoint, save_checkpoint
 from vlprompt.training.config import RunConfig
 from vlprompt.training.distributed import Processes
@@ -67,6 +69,7 @@ class Session:
         reader: ImageReader,
         progress: Progress,
         teacher: Teacher | None = None,
+        bank: Bank | None = None,
     ) -> None:
         if config.train.select == "val" and not split.val:
             raise ConfigError("train.select = val: there are no val images to select on")
@@ -74,15 +77,19 @@ class Session:
         self.writes, self.progress = processes.first, progress
         labels = [item.label for item in split.train]
         data = config.data
-        views = TrainingViews(
-            split.paths("train"),
-            labels,
-            method.backbone.preprocess,
-            data.batch_size,
-            config.seed,
-            min_scale=data.min_scale,
-            reader=reader,
-            teacher=teacher.backbone.preprocess if teacher else None,
+        views: TrainingViews | BankViews = (
+            bank_views(bank, config, method, split, reader)
+            if bank
+            else TrainingViews(
+                split.paths("train"),
+                labels,
+                method.backbone.preprocess,
+                data.batch_size,
+                config.seed,
+                min_scale=data.min_scale,
+                reader=reader,
+                teacher=teacher.backbone.preprocess if teacher else None,
+            )
         )
         self.training = Training(method, views, config.optim, config.train, processes, teacher)
         self.val = EvaluationImages(split.paths("val"), [item.label for item in split.val], reader=reader)

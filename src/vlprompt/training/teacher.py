@@ -16,24 +16,31 @@ from vlprompt.data.splits import names_in_file
 from vlprompt.errors import ConfigError
 from vlprompt.methods import find_method
 from vlprompt.methods.zero_shot import frozen_class_features
-from vlprompt.training.config import RunConfig
+from vlprompt.training.config import RunConfig, TeacherConfig
 
 
 def find_teacher(config: RunConfig, class_names: Sequence[str], template: str, student: Backbone) -> Teacher | None:
-    """The configured teacher on the student's device and in its dtype; None if the method learns without one.
+    """The configured teacher on the student's device and in its dtype; None if the run needs none, or has its labels.
 
     It chooses among ``class_names`` with ``template``, those of the data set, unless it has its own. Raises
     ConfigError naming the key if there should be a teacher, and is none.
     """
     given = config.teacher
-    if "teacher_probabilities" not in find_method(config.method).needs:
+    if config.data.bank or "teacher_probabilities" not in find_method(config.method).needs:
         return None
     if given.backbone is None:
         raise ConfigError(f"teacher.backbone is not given: method '{config.method}' learns from a teacher (--teacher)")
+    backbone = load_backbone(given.backbone).to(student.device, student.dtype)
+    return configured_teacher(given, backbone, class_names, template, student.logit_scale)
+
+
+def configured_teacher(
+    given: TeacherConfig, backbone: Backbone, class_names: Sequence[str], template: str, logit_scale: float
+) -> Teacher:
+    """A loaded teacher with the configured classes, template and scale, or else those that are given here."""
     if given.class_names_file:
         class_names, template = names_in_file(Path(given.class_names_file)), DEFAULT_TEMPLATE
-    backbone = load_backbone(given.backbone).to(student.device, student.dtype)
-    return Teacher(backbone, class_names, given.template or template, given.logit_scale or student.logit_scale)
+    return Teacher(backbone, class_names, given.template or template, given.logit_scale or logit_scale)
 
 
 class Teacher:

@@ -1,0 +1,177 @@
+"""``vlprompt bank``: commands only, no logic."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlprompt.options import (
+    DATA,
+    MODEL,
+    OUTPUT,
+    AllowFewer,
+    Classes,
+    Data,
+    Device,
+    Json,
+    Precision,
+    Root,
+    Shots,
+    SkipBad,
+    ValFraction,
+)
+
+REGIONS = "Regions"
+
+BankFolder = Annotated[Path, typer.Argument(help="A region bank's folder.")]
+SplitFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--split-file",
+        "--split",
+        help="Which of DATA's images are what: a run's split.json, CoOp's file, a few-shot list.",
+        rich_help_panel=DATA,
+    ),
+]
+
+bank_app = typer.Typer(
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    help="Region banks: fixed regions of training images with a teacher's labels and frozen features, computed once.",
+    epilog="Example: vlprompt bank build ./photos --teacher openai/clip-vit-large-patch14 --out banks/photos",
+)
+
+
+@bank_app.command(
+    epilog="Example: vlprompt bank build caltech101 --root data --teacher openai/clip-vit-large-patch14 "
+    "--backbone openai/clip-vit-base-patch32 --shots 16 --classes base --out banks/caltech"
+)
+def build(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The bank's folder.", rich_help_panel=OUTPUT)],
+    root: Root = None,
+    shots: Shots = None,
+    allow_fewer: AllowFewer = False,
+    classes: Annotated[
+        Classes, typer.Option(help="Half of the data set's classes, or all.", rich_help_panel=DATA)
+    ] = Classes.all,
+    split_file: SplitFile = None,
+    val_fraction: ValFraction = None,
+    skip_bad: SkipBad = False,
+    seed: Annotated[int, typer.Option(help="Decides the images, where there are few shots.", rich_help_panel=DATA)] = 1,
+    class_names_file: Annotated[
+        Path | None, typer.Option(help="Classes for the teacher, one a line, not the data set's.", rich_help_panel=DATA)
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Frozen model that labels the regions; as --backbone.", rich_help_panel=MODEL)
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(help="Student whose frozen features are kept; as in train.", rich_help_panel=MODEL),
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Text of the teacher's classes; default: the data set's.", rich_help_panel=MODEL)
+    ] = None,
+    logit_scale: Annotated[
+        float | None,
+        typer.Option(help="Of the teacher's labels; default: the student's, or its own.", rich_help_panel=MODEL),
+    ] = None,
+    device: Device = "cpu",
+    precision: Precision = "fp32",
+    batch_size: Annotated[int, typer.Option(help="Regions read at once.", rich_help_panel=MODEL)] = 50,
+    regions: Annotated[int, typer.Option(help="R, regions of each image.", rich_help_panel=REGIONS)] = 500,
+    min_scale: Annotated[float, typer.Option(help="Smallest share of the image.", rich_help_panel=REGIONS)] = 0.08,
+    max_scale: Annotated[float, typer.Option(help="Largest share of the image.", rich_help_panel=REGIONS)] = 0.936,
+    region_seed: Annotated[
+        int, typer.Option(help="Decides the regions, with an image's content.", rich_help_panel=REGIONS)
+    ] = 1,
+    top_k: Annotated[
+        int, typer.Option(help="Classes of a region whose probabilities are kept.", rich_help_panel=REGIONS)
+    ] = 10,
+    features: Annotated[str, typer.Option(help="How features are kept: fp32, fp16.", rich_help_panel=REGIONS)] = "fp32",
+    part: Annotated[
+        str, typer.Option(metavar="I/N", help="Do the I-th of N shares of the work.", rich_help_panel=OUTPUT)
+    ] = "1/1",
+    json_output: Json = False,
+) -> None:
+    """Compute the regions of a data set's training images, the teacher's labels of them, and the student's features.
+
+    A build that was stopped, even killed, goes on where it was when the same command is given again. Builds with
+    --part 1/N … N/N, on as many processes or machines as there are, fill one folder; the one that ends last completes
+    it. Images that an existing bank does not have are added to it.
+    """
+    from vlprompt.progress import CountBar
+    from vlprompt.training.bank import bank_config, build_bank, parse_part
+
+    given = {
+        "data.name": data,
+        "data.root": root and str(root),
+        "data.split_file": split_file and str(split_file),
+        "data.val_fraction": val_fraction,
+        "data.allow_fewer": allow_fewer,
+        "data.skip_bad": skip_bad,
+        "data.shots": shots,
+        "data.classes": classes.value,
+        "seed": seed,
+        "teacher.class_names_file": class_names_file and str(class_names_file),
+        "teacher.backbone": teacher,
+        "teacher.template": template,
+        "teacher.logit_scale": logit_scale,
+        "backbone": backbone,
+        "device": device,
+        "precision": precision,
+        "batch_size": batch_size,
+        "regions": regions,
+        "crops.min_scale": min_scale,
+        "crops.max_scale": max_scale,
+        "crops.seed": region_seed,
+        "top_k": top_k,
+        "features": features,
+        "part": parse_part(part),
+    }
+    config = bank_config({k: v for k, v in given.items() if v is not None})
+    with CountBar("images") as bar:
+        built = build_bank(config, out, say, bar)
+    if json_output:
+        print(json.dumps(vars(built)))
+        return
+    state = "complete" if built.finished else "not complete yet: other parts are missing"
+    say(f"{built.built} images done; {out} has {built.images} and is {state}")
+
+
+@bank_app.command(epilog="Example: vlprompt bank info banks/caltech --json")
+def info(bank: BankFolder, json_output: Json = False) -> None:
+    """Show what a region bank holds and how it was made."""
+    from vlprompt.data.bank import describe, read_manifest, summary
+
+    manifest = read_manifest(bank)
+    print(json.dumps(describe(manifest)) if json_output else summary(manifest))
+
+
+@bank_app.command(epilog="Example: vlprompt bank verify banks/caltech caltech101 --root data")
+def verify(
+    bank: BankFolder,
+    data: Annotated[str | None, typer.Argument(help="Also compare this data set's images with the bank's.")] = None,
+    root: Root = None,
+    json_output: Json = False,
+) -> None:
+    """Compare a region bank's files with their checksums and, given DATA, its images with what they were."""
+    from vlprompt.data.bank import verify as verify_bank
+    from vlprompt.data.datasets import load_dataset
+
+    manifest = verify_bank(bank, load_dataset(data, root).split.root if data else None)
+    compared = len(manifest.images) if data else 0
+    if json_output:
+        print(json.dumps({"bank": str(bank), "files": len(manifest.shards), "images_compared": compared}))
+        return
+    images = f", {compared} images as they were" if data else ""
+    print(f"{bank}: {len(manifest.shards)} files as they were written{images}")
+
+
+def say(text: str) -> None:
+    """A message for people."""
+    print(text, file=sys.stderr)

@@ -1,0 +1,338 @@
+"""The region bank: fixed regions of images with a teacher's labels and frozen features, read from disk as needed.
+
+A folder of ``.npy`` files, each with the regions of a few images as [images, regions] records, and ``manifest.json``,
+which says how they were made and which image is where. Images are known by their content, not by their names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from annotated_types import Ge
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from vlprompt.data.regions import Crops, content_hash
+from vlprompt.data.splits import missing
+from vlprompt.errors import DataError
+from vlprompt.files import write_atomically
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SHARD_IMAGES = 8  # images in a file: what a killed build loses at most
+SHARDS_OPEN = 256  # files mapped at once, well below what systems allow
+FLOOR = 2.0**-25  # what a stored probability of 0 is less than: half the smallest number of fp16
+MOST_CLASSES = 65536
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Who labelled the regions, and with what: what the probabilities depend on."""
+
+    name: str
+    fingerprint: str
+    template: str
+    logit_scale: float
+    class_names: tuple[str, ...]
+    top_k: Annotated[int, Ge(1)]
+    """Classes of each region whose probabilities are kept; the others share what is left."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Whose frozen image features are kept, and how."""
+
+    name: str
+    fingerprint: str
+    embed_dim: Annotated[int, Ge(1)]
+    dtype: Literal["fp32", "fp16"] = "fp32"
+
+
+@dataclass(frozen=True)
+class BankSettings:
+    """All that decides a bank's numbers, besides its images."""
+
+    regions: Annotated[int, Ge(1)] = 500
+    """R, of each image."""
+    crops: Crops = field(default_factory=Crops)
+    teacher: Labels | None = None
+    features: Features | None = None
+    batch_size: Annotated[int, Ge(1)] = 50
+    """Regions of one image that the towers read at once: the last bits of their numbers depend on it."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the towers."""
+
+    @property
+    def record(self) -> np.dtype:
+        """One region with all that is known about it."""
+        parts: list[Any] = [("region", "<u2", (5,))]
+        if (t := self.teacher) is not None:
+            parts.append(("classes", "|u1" if len(t.class_names) <= 256 else "<u2", (t.top_k,)))
+            parts += [("probabilities", "<f2", (t.top_k,)), ("rest", "<f2")]
+        if (f := self.features) is not None:
+            parts.append(("features", "<f4" if f.dtype == "fp32" else "<f2", (f.embed_dim,)))
+        return np.dtype(parts)
+
+    @property
+    def bytes_per_image(self) -> int:
+        """Size of one image's regions on disk."""
+        return self.regions * self.record.itemsize
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the settings: with an image's content they decide its numbers."""
+        return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a bank."""
+
+    images: Annotated[int, Ge(1)]
+    """The next so many of the bank's images."""
+    sha256: str | None = None
+    """None while it is not known to be there."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bank holds."""
+
+    settings: BankSettings
+    images: tuple[tuple[str, str], ...] = ()
+    """(SHA-256 of the file, path relative to the data set when it was added) of each image, in order."""
+    shards: tuple[Shard, ...] = ()
+
+    @property
+    def finished(self) -> bool:
+        """Whether every file is there."""
+        return all(shard.sha256 for shard in self.shards)
+
+    def extended(self, images: Mapping[str, str]) -> Manifest:
+        """With those of the images (path by content) that it does not have yet, in files of their own."""
+        known = {content for content, _ in self.images}
+        new = [(content, path) for content, path in images.items() if content not in known]
+        sizes = [len(new[i : i + SHARD_IMAGES]) for i in range(0, len(new), SHARD_IMAGES)]
+        return Manifest(self.settings, (*self.images, *new), (*self.shards, *map(Shard, sizes)))
+
+    def starts(self) -> NDArray[np.int64]:
+        """The first image of each file, and behind the last one the number of images."""
+        return np.cumsum([0, *(shard.images for shard in self.shards)])
+
+    def write(self, folder: Path) -> None:
+        """Put it into place as a whole."""
+        images, shards = (
+            ",".join(f"\n  {json.dumps(row, ensure_ascii=False)}" for row in rows)
+            for rows in (self.images, map(asdict, self.shards))
+        )
+        settings = json.dumps(asdict(self.settings), indent=2, ensure_ascii=False)
+        head = f'"format_version": {FORMAT_VERSION},\n"settings": {settings}'
+        write_atomically(folder / MANIFEST, f'{{\n{head},\n"images": [{images}\n],\n"shards": [{shards}\n]\n}}\n')
+
+
+def shard_file(folder: Path, i: int) -> Path:
+    """Where the i-th file of a bank lies."""
+    return folder / f"regions-{i:05}.npy"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What a folder's manifest says; raises DataError if it is no bank, of a newer version, or damaged."""
+    file = folder / MANIFEST
+    if not folder.is_dir():
+        raise missing("region bank", folder)
+    if not file.is_file():
+        raise DataError(f"{folder} is no region bank: it has no {MANIFEST}")
+    try:
+        content = json.loads(file.read_text("utf-8"))
+        version = content.pop("format_version")
+        if version > FORMAT_VERSION:
+            raise DataError(
+                f"{folder} has format_version {version}; this vlprompt reads up to {FORMAT_VERSION}: update it"
+            )
+        manifest = TypeAdapter(Manifest).validate_python(content)
+        if manifest.starts()[-1] != len(manifest.images):
+            raise ValueError(f"{len(manifest.images)} images, {manifest.starts()[-1]} in its files")
+        return manifest
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(f"cannot read {file}: {where}: {first['msg'].lower()}") from None
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise DataError(f"cannot read {file}: {' '.join(str(error).split())[:200]}") from None
+
+
+class Bank:
+    """A finished region bank, opened for reading; raises DataError if it is not finished or files do not fit."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.manifest = folder, read_manifest(folder)
+        self.settings, self.record = self.manifest.settings, self.manifest.settings.record
+        unfinished = sum(not shard.sha256 for shard in self.manifest.shards)
+        if unfinished:
+            raise DataError(
+                f"region bank {folder} is not finished ({unfinished} of {len(self.manifest.shards)} files): give the "
+                "`vlprompt bank build` command that began it again"
+            )
+        self._starts = self.manifest.starts()
+        self._row = {content: row for row, (content, _) in enumerate(self.manifest.images)}
+        self._shard = lru_cache(SHARDS_OPEN)(self._open)
+        for i in range(len(self.manifest.shards)):
+            self._shard(i)
+
+    def __len__(self) -> int:
+        """Images."""
+        return len(self.manifest.images)
+
+    def rows(self, files: Sequence[Path]) -> NDArray[np.int64]:
+        """Which of the bank's images these files are; raises DataError naming the first that it does not have."""
+        contents = [content_hash(file) for file in files]
+        absent = [file for file, content in zip(files, contents, strict=True) if content not in self._row]
+        if absent:
+            path = absent[0].as_posix()
+            known = any(path == old or path.endswith(f"/{old}") for _, old in self.manifest.images)
+            why = "its content was another when the bank was built" if known else "it is not among the bank's images"
+            raise DataError(
+                f"region bank {self.folder} lacks {len(absent)} of the run's {len(files)} training images: "
+                f"{absent[0]}: {why}"
+            )
+        return np.array([self._row[content] for content in contents])
+
+    def read(self, rows: NDArray[np.int64], regions: NDArray[np.int64]) -> NDArray[np.void]:
+        """The records of regions [n] of images [n], by their numbers: [n]."""
+        records = np.empty(len(rows), self.record)
+        shards = np.searchsorted(self._starts, rows, "right") - 1
+        for i in np.unique(shards):
+            of_this = shards == i
+            records[of_this] = self._shard(int(i))[rows[of_this] - self._starts[i], regions[of_this]]
+        return records
+
+    def features(self, records: NDArray[np.void]) -> Tensor:
+        """Normalised frozen features, [n, E] in fp32."""
+        return torch.from_numpy(records["features"].astype(np.float32))
+
+    def probabilities(self, records: NDArray[np.void]) -> Tensor:
+        """The teacher's distribution over all its classes, [n, C] in fp32: the classes not kept share the rest."""
+        assert self.settings.teacher is not None
+        n_classes = len(self.settings.teacher.class_names)
+        kept = torch.from_numpy(records["probabilities"].astype(np.float32))
+        classes = torch.from_numpy(records["classes"].astype(np.int64))
+        rest = torch.from_numpy(records["rest"].astype(np.float32)) / max(n_classes - kept.shape[1], 1)
+        full = rest[:, None].repeat(1, n_classes).scatter(1, classes, kept).clamp_min(FLOOR)
+        return full / full.sum(-1, keepdim=True)
+
+    def _open(self, i: int) -> NDArray[np.void]:
+        file, shape = shard_file(self.folder, i), (self.manifest.shards[i].images, self.settings.regions)
+        try:
+            records = np.load(file, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            raise missing("file of the region bank", file) from None
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"cannot read {file}: {' '.join(str(error).split())[:200]}") from None
+        if records.dtype != self.record or records.shape != shape:
+            raise DataError(f"{file} does not hold what {MANIFEST} says: found {list(records.shape)} {records.dtype}")
+        return records
+
+
+def top_k(p: Tensor, k: int) -> tuple[NDArray[np.int64], NDArray[np.float16], NDArray[np.float16]]:
+    """The k most probable classes of p [n, C], in falling order, their probabilities, and the sum of the others."""
+    ordered, classes = p.float().cpu().sort(descending=True, stable=True)
+    rest = ordered[:, k:].sum(-1)
+    return classes[:, :k].numpy(), ordered[:, :k].half().numpy(), rest.half().numpy()
+
+
+def describe(manifest: Manifest) -> dict[str, Any]:
+    """What ``vlprompt bank info`` shows."""
+    s = manifest.settings
+    bytes_per_image = s.bytes_per_image
+    return {
+        "format_version": FORMAT_VERSION,
+        "finished": manifest.finished,
+        "images": len(manifest.images),
+        "files": len(manifest.shards),
+        "bytes_per_image": bytes_per_image,
+        "bytes": bytes_per_image * len(manifest.images),
+        "fingerprint": s.fingerprint,
+        **asdict(s),
+    }
+
+
+def summary(manifest: Manifest) -> str:
+    """The same for people, a line each."""
+    s, n = manifest.settings, len(manifest.images)
+    missing_files = sum(not shard.sha256 for shard in manifest.shards)
+    c, t, f = s.crops, s.teacher, s.features
+    lines = {
+        "state": f"not finished: {missing_files} of {len(manifest.shards)} files" if missing_files else "finished",
+        "images": f"{n}, {s.bytes_per_image:,} bytes each, {s.bytes_per_image * n:,} in all",
+        "regions": f"{s.regions} of each image, {c.min_scale:g} to {c.max_scale:g} of its area, width / height "
+        f"{c.min_ratio:.2f} to {c.max_ratio:.2f}, flip {c.flip:g}, seed {c.seed}",
+        "teacher": f"{t.name} ({t.fingerprint[:12]}…), '{t.template}', logit scale {t.logit_scale:g}" if t else "none",
+        "labels": f"the {t.top_k} most probable of {len(t.class_names)} classes" if t else "none",
+        "features": f"{f.name} ({f.fingerprint[:12]}…), {f.embed_dim} in {f.dtype}" if f else "none",
+        "towers": f"{s.precision}, {s.batch_size} regions at once",
+    }
+    return "\n".join(f"{key:9} {value}" for key, value in lines.items())
+
+
+def verify(folder: Path, root: Path | None = None) -> Manifest:
+    """Compare a bank's files with their checksums and, below ``root``, its images with their contents.
+
+    Raises DataError naming the first file that is missing or has changed.
+    """
+    manifest = Bank(folder).manifest
+    for i, shard in enumerate(manifest.shards):
+        if content_hash(shard_file(folder, i)) != shard.sha256:
+            raise DataError(f"{shard_file(folder, i)} is damaged: its sha256 is not the one in {MANIFEST}")
+    for content, path in manifest.images if root else ():
+        assert root is not None
+        if content_hash(root / path) != content:
+            raise DataError(f"image {root / path} has changed since the region bank {folder} was built")
+    return manifest
+
+
+def differences(built: Mapping[str, Any], wanted: Mapping[str, Any], section: str = "") -> list[str]:
+    """In what a bank was built otherwise than is ``wanted``, in words; both as ``asdict`` gives settings, or parts.
+
+    Names of models are not compared, their fingerprints are.
+    """
+    found: list[str] = []
+    for key, new in wanted.items():
+        old = built[key]
+        if new == old or key == "name":
+            continue
+        if isinstance(new, Mapping) and isinstance(old, Mapping):
+            found += differences(old, new, key)
+        elif key == "class_names":
+            found.append(f"its classes ({_class_difference(old, new)})")
+        elif key == "fingerprint":
+            found.append(f"{section} '{built['name']}' ({old[:12]}…), not '{wanted['name']}' ({new[:12]}…)")
+        else:
+            found.append(f"{section and f'{section}.'}{key} = {_shown(old)}, not {_shown(new)}")
+    return found
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Mapping):
+        return f"'{value['name']}'"
+    return "none" if value is None else f"'{value}'" if isinstance(value, str) else str(value)
+
+
+def _class_difference(old: Sequence[str], new: Sequence[str]) -> str:
+    absent = [name for name in new if name not in old]
+    if absent:
+        near = get_close_matches(absent[0], old, n=1, cutoff=0.5)
+        return f"'{absent[0]}' is not among its {len(old)}" + (f", the nearest is '{near[0]}'" if near else "")
+    more = [name for name in old if name not in new]
+    if more:
+        return f"it has {len(old)}, not {len(new)}: '{more[0]}' is one more"
+    return "the same in another order"

@@ -1,0 +1,68 @@
+"""The fixed regions of a bank: drawn from an image's content, stored in 16 bits, cropped as they are stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import file_digest
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from annotated_types import Ge, Gt, Le
+from numpy.typing import NDArray
+
+from vlprompt.data.images import random_regions
+from vlprompt.data.splits import missing
+from vlprompt.errors import DataError
+
+_ONE = 65535  # stands for 1 in stored regions
+
+Share = Annotated[float, Gt(0), Le(1)]
+
+
+@dataclass(frozen=True)
+class Crops:
+    """How the regions of an image are drawn: a random resized crop and a flip (FDBPL's numbers)."""
+
+    min_scale: Share = 0.08
+    """Smallest share of the image's area."""
+    max_scale: Share = 0.936
+    """Largest share of the image's area."""
+    min_ratio: Annotated[float, Gt(0)] = 3 / 4
+    """Smallest width / height."""
+    max_ratio: Annotated[float, Gt(0)] = 4 / 3
+    """Largest width / height."""
+    flip: Annotated[float, Ge(0), Le(1)] = 0.5
+    """Probability of a horizontal flip."""
+    seed: Annotated[int, Ge(0)] = 1
+    """Which regions, together with the image's content."""
+
+    def draw(self, content: str, width: int, height: int, n: int) -> NDArray[np.uint16]:
+        """The n regions of an image of this content (a hash in hexadecimal) and size in pixels: stored form, [n, 5].
+
+        They depend on nothing else; the first of many are the few.
+        """
+        rng = np.random.default_rng([self.seed, int(content, 16)])
+        scale, ratio = (self.min_scale, self.max_scale), (self.min_ratio, self.max_ratio)
+        return stored(random_regions(rng, width, height, n, scale, ratio, self.flip))
+
+
+def stored(regions: NDArray[np.float64]) -> NDArray[np.uint16]:
+    """Regions [n, 5] in 16 bits a number; the whole pixels of a box stay the same in images of less than 65,535."""
+    return np.rint(regions * _ONE).astype(np.uint16)
+
+
+def restored(regions: NDArray[np.uint16]) -> NDArray[np.float64]:
+    """Stored regions as :data:`vlprompt.data.images.Region`."""
+    return regions / _ONE
+
+
+def content_hash(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal; raises DataError if it cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            return file_digest(stream, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise missing("file", file) from None
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}") from None
