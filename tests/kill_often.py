@@ -1,4 +1,5 @@
-"""Run as a program: train in child processes that are killed with SIGKILL and resumed, until one is left to finish.
+"""Run as a program: train (or do what argv says) in child processes that are killed with SIGKILL and resumed, until one
+is left to finish.
 
 A child is forked with everything imported, so that a death costs no start-up. Argument, as JSON: a list of runs,
 each with ``argv``, ``out`` and ``deaths``: the time after which a child is killed, as a share of what the first run
@@ -73,7 +74,8 @@ if __name__ == "__main__":
         killed.append(0)
         began = time.monotonic()
         for death in [*run["deaths"], None]:
-            if out.exists() and not (out / "config.yaml").exists():  # it died before it had begun
+            begun = run["argv"][0] != "train" or (out / "config.yaml").exists()
+            if out.exists() and not begun:  # it died before it had begun
                 for file in out.iterdir():
                     file.unlink()
             killed[-1] += child(run["argv"], out, death * length if isinstance(death, float) else death)

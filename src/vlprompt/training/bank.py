@@ -161,7 +161,7 @@ def build_bank(
             content = io.BytesIO()
             np.save(content, np.stack(block), allow_pickle=False)
             write_atomically(shard_file(out, s), content.getvalue())
-    finished = _finish(out, manifest, todo)
+    finished = _finish(out, manifest, todo, alone=n == 1)
     return Built(str(out), finished, len(manifest.images), done, manifest.settings.bytes_per_image, skipped)
 
 
@@ -269,8 +269,11 @@ def _file(files: Mapping[str, Path], content: str, manifest: Manifest) -> Path:
     return files[content]
 
 
-def _finish(out: Path, manifest: Manifest, new: Sequence[int]) -> bool:
-    """Once every file is there, write their checksums into the manifest; whether it is so."""
+def _finish(out: Path, manifest: Manifest, new: Sequence[int], alone: bool) -> bool:
+    """Once every file is there, write their checksums into the manifest; whether it is so.
+
+    Files that killed builds left are removed then, except a manifest that another part may be writing right now.
+    """
     files = [shard_file(out, s) for s in range(len(manifest.shards))]
     if not all(file.exists() for file in files):
         return False
@@ -280,7 +283,7 @@ def _finish(out: Path, manifest: Manifest, new: Sequence[int]) -> bool:
     )
     replace(manifest, shards=shards).write(out)
     try:
-        for file in filter(unfinished, out.glob(".regions-*")):
+        for file in filter(unfinished, out.glob(".*" if alone else ".regions-*")):
             file.unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(out, error) from error

@@ -163,10 +163,10 @@ def _opening(
         lines.insert(1, f"taught by {teacher.backbone.name}: {len(teacher.class_names)} classes, '{teacher.template}'")
     if bank:
         labels, features = read_by(method, bank)
-        by = f", labelled by {bank.settings.teacher.name}" if labels and bank.settings.teacher else ""
-        lines.insert(
-            1, f"{bank.settings.regions} regions of each image{by}{' with features' * features}, from {bank.folder}"
-        )
+        what = [f"{bank.settings.regions} regions of each image"]
+        what += [f"labelled by {bank.settings.teacher.name}"] if labels and bank.settings.teacher else []
+        what += ["with frozen features"] if features else []
+        lines.insert(1, f"{', '.join(what)}, from {bank.folder}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,722 @@
+"""The region bank: what is drawn and stored, builds that are killed or shared, what is refused, training from it."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from small_run import CLASSES, TEACHER, TINY, arguments, configured, environment, log, make_pictures, prompts
+from test_distributed import processes
+from vlprompt import cli
+from vlprompt.backbones.load import load_backbone
+from vlprompt.data.bank import FLOOR, Bank, BankSettings, Features, Labels, describe, read_manifest, top_k, verify
+from vlprompt.data.datasets import load_dataset
+from vlprompt.data.images import load_image, pixel_box, random_regions
+from vlprompt.data.reading import ImageReader
+from vlprompt.data.regions import Crops, content_hash, restored, stored
+from vlprompt.data.views import BankViews
+from vlprompt.errors import ArtefactError, ConfigError, DataError, Interrupted
+from vlprompt.methods import METHODS
+from vlprompt.methods.coop import CoOp
+from vlprompt.training.bank import bank_config, build_bank
+from vlprompt.training.config import OptimConfig, TrainConfig
+from vlprompt.training.loop import Training
+from vlprompt.training.run import saved_config, train
+from vlprompt.training.session import Session, Silent
+from vlprompt.training.teacher import Teacher
+
+REGIONS, TOP_K, BATCH = 10, 2, 4
+GIVEN = ["--teacher", TEACHER, "--backbone", str(TINY), "--regions", "10", "--top-k", "2", "--batch-size", "4"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("pictures"), train=6, size=40)
+
+
+def build(pictures: Path, out: Path, **more: Any):
+    """A bank of ten regions, with labels and features unless told otherwise."""
+    given = {"data.name": str(pictures), "data.workers": 0, "teacher.backbone": TEACHER, "backbone": str(TINY)}
+    given |= {"regions": REGIONS, "top_k": TOP_K, "batch_size": BATCH}
+    return build_bank(bank_config({k: v for k, v in (given | more).items() if v is not None}), out)
+
+
+@pytest.fixture(scope="module")
+def bank(pictures, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("banks") / "bank"
+    build(pictures, folder)
+    return folder
+
+
+@pytest.fixture
+def vlprompt(monkeypatch, capsys):
+    """The command line in this process: exit code, standard output, standard error."""
+
+    def run(*given: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vlprompt", *given])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return (end.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def from_bank(pictures: Path, bank: Path, method: str = "coop", **more: Any):
+    settings = {"data.bank": str(bank), "teacher.backbone": None, "train.epochs": 2}
+    settings |= {"method.average_mean": 2} if "promptsrc" in method else {}
+    return configured(pictures, method, **{**settings, **more})
+
+
+# --- regions --------------------------------------------------------------------------------------
+
+
+def test_storing_a_region_moves_no_pixel() -> None:
+    rng = np.random.default_rng(0)
+    for width, height in [(1, 1), (7, 3), (224, 224), (500, 375), (6000, 4000), (60000, 50000)]:
+        drawn = random_regions(rng, width, height, 300, scale=(0.0001, 1.0))
+        kept = restored(stored(drawn))
+        for a, b in zip(drawn, kept, strict=True):
+            assert pixel_box(a, width, height) == pixel_box(b, width, height)
+        assert set(kept[:, 4]) <= {0.0, 1.0}
+        assert np.array_equal(stored(kept), stored(drawn))
+
+
+def test_regions_depend_on_content_and_seed_alone() -> None:
+    a, b = (format(i, "064x") for i in (1, 2))
+    crops = Crops()
+    whole = crops.draw(a, 300, 200, 40)
+    assert np.array_equal(whole[:7], crops.draw(a, 300, 200, 7))  # the first of many are the few
+    assert not np.array_equal(whole, crops.draw(b, 300, 200, 40))
+    assert not np.array_equal(whole, Crops(seed=2).draw(a, 300, 200, 40))
+    areas = restored(crops.draw(a, 3000, 3000, 2000))[:, 2:4].prod(1)
+    assert 0.079 < areas.min() < 0.1
+    assert 0.9 < areas.max() < 0.937
+    assert 0.45 < restored(crops.draw(a, 300, 200, 2000))[:, 4].mean() < 0.55
+
+
+# --- labels ---------------------------------------------------------------------------------------
+
+
+def labelled(p: torch.Tensor, k: int) -> torch.Tensor:
+    """Distributions p [n, C], stored as a bank does it and read again."""
+    n_classes = p.shape[1]
+    settings = BankSettings(1, teacher=Labels("t", "f", "{}", 1.0, tuple(map(str, range(n_classes))), k))
+    records = np.zeros(len(p), settings.record)
+    records["classes"], records["probabilities"], records["rest"] = top_k(p, k)
+    reader = Bank.__new__(Bank)
+    reader.settings = settings
+    return reader.probabilities(records)
+
+
+def test_all_classes_give_the_distribution_back() -> None:
+    p = (4 * torch.randn(50, 300, generator=torch.Generator().manual_seed(0))).softmax(-1)
+    torch.testing.assert_close(labelled(p, 300), p, rtol=2**-10, atol=2 * FLOOR)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_the_classes_that_are_not_kept_share_what_is_left(k) -> None:
+    p = (2 * torch.randn(50, 9, generator=torch.Generator().manual_seed(k))).softmax(-1)
+    read = labelled(p, k)
+    torch.testing.assert_close(read.sum(-1), torch.ones(50))
+    best = p.topk(k)
+    torch.testing.assert_close(read.gather(1, best.indices), best.values, rtol=1e-3, atol=0)
+    others = read.scatter(1, best.indices, torch.nan)
+    rest = others.nanmean(1)
+    torch.testing.assert_close(rest, (1 - best.values.sum(-1)) / (9 - k), rtol=2e-3, atol=1e-6)
+    assert (others - rest[:, None]).nan_to_num().abs().max() < 1e-7
+
+
+def test_a_teacher_that_is_nearly_sure_leaves_the_others_possible() -> None:
+    read = labelled(torch.tensor([[1 - 3e-5, 1e-5, 1e-5, 1e-5], [1.0, 0, 0, 0]]), 1)
+    assert read[0, 1:].tolist() == pytest.approx([1e-5] * 3, rel=1e-2)  # 1 − 0.99997 would be 0 in fp16
+    assert (read[1, 1:] > 0).all()
+    assert read[1, 1:].sum() < 1e-6
+
+
+def test_bytes_per_image() -> None:
+    def size(n_classes: int, features: str | None = None) -> int:
+        labels = Labels("t", "f", "{}", 100.0, tuple(map(str, range(n_classes))), 10)
+        kept = Features("s", "f", 512, features) if features else None
+        return BankSettings(teacher=labels, features=kept).bytes_per_image
+
+    assert (size(256), size(257)) == (21_000, 26_000)
+    assert (size(100, "fp32"), size(100, "fp16")) == (1_045_000, 533_000)
+    page = (Path(__file__).parents[1] / "docs" / "bank.md").read_text("utf-8")
+    for number in ("21,000", "26,000", "1,045,000", "533,000"):
+        assert number in page
+
+
+# --- what a build stores --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", ["fp32", "fp16"])
+def test_a_bank_holds_what_teacher_and_student_say_about_its_regions(features, pictures, tiny, tmp_path) -> None:
+    build(pictures, tmp_path / "bank", top_k=9, features=features)
+    opened = Bank(tmp_path / "bank")
+    mini = load_backbone(TEACHER)
+    teacher = Teacher(mini, CLASSES, "a photo of a {}.", tiny.logit_scale)
+    assert opened.settings.teacher.top_k == len(CLASSES)  # no more than there are
+    assert [c for c, _ in opened.manifest.images] == sorted(c for c, _ in opened.manifest.images)
+    for row, (digest, path) in enumerate(opened.manifest.images):
+        assert content_hash(pictures / path) == digest
+        image = load_image(pictures / path)
+        records = opened.read(np.full(REGIONS, row), np.arange(REGIONS))
+        assert np.array_equal(records["region"], Crops().draw(digest, 40, 40, REGIONS))
+        for i in range(0, REGIONS, BATCH):
+            part = records[i : i + BATCH]
+            views = [
+                torch.stack([p.region(image, r) for r in restored(part["region"])])
+                for p in (tiny.preprocess, mini.preprocess)
+            ]
+            own = tiny.encode_images(views[0])
+            assert torch.equal(opened.features(part), own if features == "fp32" else own.half().float())
+            torch.testing.assert_close(
+                opened.probabilities(part), teacher.probabilities(views[1]), rtol=2**-10, atol=2 * FLOOR
+            )
+
+
+def test_numbers_of_equal_images_are_stored_once(pictures, tmp_path) -> None:
+    shutil.copytree(pictures, tmp_path / "p")
+    shutil.copy(tmp_path / "p/train/cat/0.png", tmp_path / "p/train/cat/9.png")
+    shutil.copy(tmp_path / "p/train/cat/0.png", tmp_path / "p/train/dog/9.png")
+    assert build(tmp_path / "p", tmp_path / "bank").images == 18
+    rows = Bank(tmp_path / "bank").rows([tmp_path / f"p/train/{name}.png" for name in ("cat/0", "cat/9", "dog/9")])
+    assert len(set(rows.tolist())) == 1
+
+
+def test_images_that_are_new_are_added(pictures, bank, tmp_path) -> None:
+    few, grown = {"data.shots": 2}, tmp_path / "grown"
+    assert build(pictures, grown, **few).images == 6
+    before = content(grown)
+    assert build(pictures, grown, **few, seed=2).built > 0
+    built = build(pictures, grown)
+    assert built.finished
+    assert (built.images, built.images - built.built) == (18, len(read_manifest(grown).images) - built.built)
+    after = content(grown)
+    assert all(after[name] == before[name] for name in before if name != "manifest.json")
+    assert {c for c, _ in read_manifest(grown).images} == {c for c, _ in read_manifest(bank).images}
+    verify(grown, pictures)
+    one, other = Bank(grown), Bank(bank)
+    files = load_dataset(pictures).split.paths("train")
+    for r in range(REGIONS):  # the same numbers, wherever they lie
+        a, b = (x.read(x.rows(files), np.full(18, r)) for x in (one, other))
+        assert np.array_equal(a, b)
+    untouched = content(bank)
+    assert build(pictures, bank).built == 0
+    assert content(bank) == untouched
+
+
+# --- killed and shared builds ---------------------------------------------------------------------
+
+
+def test_a_killed_build_resumes_to_the_same_bytes(pictures, tmp_path) -> None:
+    rng = random.Random(0)
+    deaths = {
+        "whole": [],
+        "times": [rng.uniform(0.1, 0.6) for _ in range(6)],
+        # Before its 1st file, the manifest; after manifest and a file of regions; behind the next; before the last.
+        "files": [1, 3, -1, 2],
+    }
+    runs = [
+        {
+            "out": str(tmp_path / name),
+            "deaths": d,
+            "argv": ["bank", "build", str(pictures), "--out", str(tmp_path / name), *GIVEN],
+        }
+        for name, d in deaths.items()
+    ]
+    helper = [sys.executable, str(Path(__file__).parent / "kill_often.py"), json.dumps(runs)]
+    done = subprocess.run(helper, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    none, times, files = json.loads(done.stdout)
+    assert (none, files) == (0, len(deaths["files"]))
+    assert times >= 2
+    for name in ("times", "files"):
+        assert content(tmp_path / name) == content(tmp_path / "whole")
+
+
+def test_parts_in_several_processes_give_the_same_bytes(pictures, bank, tmp_path) -> None:
+    out = tmp_path / "shared"
+    command = [sys.executable, "-m", "vlprompt", "bank", "build", str(pictures), "--out", str(out), *GIVEN]
+    started = [
+        subprocess.Popen([*command, "--part", f"{i}/3"], env=environment(), stderr=subprocess.PIPE, text=True)
+        for i in (1, 2, 3)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], said
+    assert all(f"(part {i}/3)" in text for i, text in enumerate(said, 1))
+    assert any("is complete" in text for text in said)
+    assert content(out) == content(bank)
+
+
+def test_a_bank_without_all_its_parts_is_not_read(pictures, bank, tmp_path) -> None:
+    out = tmp_path / "bank"
+    assert not build(pictures, out, part=(1, 2)).finished
+    with pytest.raises(
+        DataError, match=r"bank is not finished \(3 of 3 files\): give the `vlprompt bank build` command"
+    ):
+        train(from_bank(pictures, out), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert not describe(read_manifest(out))["finished"]
+    assert build(pictures, out, part=(2, 2)).finished
+    assert content(out) == content(bank)
+
+
+def test_a_part_with_nothing_to_do(pictures, tmp_path) -> None:
+    built = build(pictures, tmp_path / "bank", part=(7, 7))
+    assert (built.built, built.finished) == (0, False)
+
+
+def test_an_image_that_changes_while_a_bank_is_unfinished_is_named(pictures, tmp_path) -> None:
+    shutil.copytree(pictures, tmp_path / "p")
+    build(tmp_path / "p", tmp_path / "bank", part=(1, 3))
+    _, path = read_manifest(tmp_path / "bank").images[-1]  # of the third part
+    Image.new("RGB", (40, 40)).save(tmp_path / "p" / path)
+    with pytest.raises(DataError, match=rf"cannot go on: image {path}, which the bank lacks still, is not among the"):
+        build(tmp_path / "p", tmp_path / "bank")
+
+
+# --- refused --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"regions": 12}, "regions = 10, not 12"),
+        ({"crops.min_scale": 0.1}, "crops.min_scale = 0.08, not 0.1"),
+        ({"crops.seed": 5}, "crops.seed = 1, not 5"),
+        ({"top_k": 1}, "teacher.top_k = 2, not 1"),
+        ({"teacher.template": "one {}."}, "teacher.template = 'a photo of a {}.', not 'one {}.'"),
+        ({"teacher.backbone": None}, "teacher = 'mini', not none"),
+        ({"backbone": None, "teacher.logit_scale": 100.02986145019531}, "features = 'backbone', not none"),
+        ({"features": "fp16"}, "features.dtype = 'fp32', not 'fp16'"),
+        ({"batch_size": 5}, "batch_size = 4, not 5"),
+    ],
+)
+def test_a_bank_is_not_gone_on_with_otherwise(more, says, pictures, bank) -> None:
+    before = content(bank)
+    with pytest.raises(ConfigError) as error:
+        build(pictures, bank, **more)
+    assert str(error.value) == f"{bank} cannot go on: it was begun with {says}"
+    assert content(bank) == before
+
+
+def test_another_teacher_and_other_classes_are_named(pictures, bank, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"it was begun with teacher 'mini' \(\w{12}…\), not 'backbone' \(\w{12}…\)$"):
+        build(pictures, bank, **{"teacher.backbone": str(TINY)})
+    words = tmp_path / "words.txt"
+    for names, says in [
+        ("cat\ndog\nsea hors\n", "'sea hors' is not among its 3, the nearest is 'sea horse'"),
+        ("cat\ndog\n", "it has 3, not 2: 'sea horse' is one more"),
+        ("dog\ncat\nsea horse\n", "the same in another order"),
+    ]:
+        words.write_text(names)
+        with pytest.raises(ConfigError, match=rf"begun with its classes \({says}\)$"):
+            build(pictures, bank, **{"teacher.class_names_file": str(words)})
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "says"),
+    [
+        ("kdpl_coop", {"teacher.backbone": str(TINY)}, r"built with teacher 'mini' \(\w{12}…\), not 'backbone' \("),
+        ("kdpl_coop", {"teacher.template": "a {}."}, r"with teacher.template = 'a photo of a \{\}.', not 'a \{\}.'"),
+        ("kdpl_coop", {"teacher.logit_scale": 1.0}, r"built with teacher.logit_scale = [\d.]+, not 1.0"),
+        ("coop", {"data.classes": "base"}, r"built with its classes \(it has 3, not 2: 'sea horse' is one more\)"),
+        ("coop", {"data.min_scale": 0.5}, r"built with crops.min_scale = 0.08, not 0.5"),
+        ("coop", {"backbone": TEACHER}, r"built with features 'backbone' \(\w{12}…\), not 'mini' \(\w{12}…\)"),
+        ("coop", {"data.regions_per_image": 3}, r"data.regions_per_image = 3 \(allowed with batches of 4: 1, 2, 4\)"),
+        ("coop", {"data.bank": None, "data.regions_per_image": 3}, r"= 3: there is no region bank \(--bank\)"),
+        ("coop", {"data.bank": "nowhere"}, r"region bank nowhere does not exist"),
+        ("zero_shot", {}, r"method 'zero_shot' takes no training steps: it reads no region bank"),
+    ],
+)  # fmt: skip
+def test_a_run_that_does_not_fit_is_refused(method, more, says, pictures, bank, tmp_path) -> None:
+    with pytest.raises((ConfigError, DataError), match=says):
+        train(from_bank(pictures, bank, method, **more), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_that_the_bank_does_not_have_are_named(pictures, bank, tmp_path) -> None:
+    shutil.copytree(pictures, tmp_path / "p")
+    changed, new = tmp_path / "p/train/dog/3.png", tmp_path / "p/train/dog/99.png"
+    Image.new("RGB", (40, 40)).save(new)
+    with pytest.raises(DataError, match=rf"lacks 1 of the run's 19 training images: {new}: it is not among the bank's"):
+        train(from_bank(tmp_path / "p", bank), tmp_path / "run")
+    new.rename(changed)
+    with pytest.raises(
+        DataError, match=rf"lacks 1 of the run's 18 .*: {changed}: its content was another when the bank"
+    ):
+        train(from_bank(tmp_path / "p", bank), tmp_path / "run")
+
+
+def test_a_bank_without_labels_serves_any_classes_but_no_student_of_a_teacher(pictures, tmp_path) -> None:
+    build(pictures, tmp_path / "bank", **{"teacher.backbone": None})
+    train(from_bank(pictures, tmp_path / "bank", **{"data.classes": "base", "train.epochs": 1}), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"bank has no teacher's labels, which method 'kdpl_coop' learns from: build"):
+        train(from_bank(pictures, tmp_path / "bank", "kdpl_coop"), tmp_path / "other")
+
+
+def test_two_views_of_an_image_are_refused_by_name(pictures, bank, tmp_path, monkeypatch) -> None:
+    class Twice(CoOp):
+        """Compares two views."""
+
+        name, needs = "twice", frozenset({"second_view"})
+
+    monkeypatch.setitem(METHODS, "twice", Twice)
+    with pytest.raises(ConfigError, match=r"^method 'twice' compares two views of an image: it cannot train from a"):
+        train(from_bank(pictures, bank, "twice"), tmp_path / "run")
+
+
+def test_bad_settings_of_a_build_are_all_named(vlprompt, pictures, tmp_path) -> None:
+    out = str(tmp_path / "bank")
+    code, _, err = vlprompt("bank", "build", str(pictures), "--out", out)
+    assert code == 2
+    assert (
+        err == "error: a bank keeps a teacher's labels, a student's features, or both: give --teacher or --backbone\n"
+    )
+    bad = ["--regions", "0", "--min-scale", "2", "--top-k", "0", "--features", "fp23", "--part", "3/2"]
+    code, _, err = vlprompt("bank", "build", str(pictures), "--backbone", "mini", "--out", out, *bad)
+    assert code == 2
+    assert err.count("\n") == 1
+    for says in ("regions = 0 (allowed", "min_scale = 2.0 (allowed", "top_k = 0", "features = fp23", "mean 'fp32'"):
+        assert says in err or says == "mean 'fp32'"
+    for part in ("3/2", "0/2", "x"):
+        code, _, err = vlprompt("bank", "build", str(pictures), "--backbone", "mini", "--out", out, "--part", part)
+        assert (code, err) == (2, f"error: part = {part} (allowed: I/N with I from 1 to N)\n")
+    crossed = ["--min-scale", "0.5", "--max-scale", "0.4"]
+    code, _, err = vlprompt("bank", "build", str(pictures), "--backbone", "mini", "--out", out, *crossed)
+    assert (code, err) == (2, "error: crops.min_scale = 0.5 (allowed: at most max_scale = 0.4)\n")
+    assert not Path(out).exists()
+    code, _, err = vlprompt("bank", "build", str(pictures), "--backbone", "mini", "--out", str(pictures))
+    assert (code, err) == (2, f"error: output folder {pictures} is already in use: choose another with --out\n")
+
+
+# --- info, verify, damage -------------------------------------------------------------------------
+
+
+def test_info_says_what_a_bank_holds(vlprompt, bank, tiny) -> None:
+    code, out, _ = vlprompt("bank", "info", str(bank), "--json")
+    said = json.loads(out)
+    assert code == 0
+    assert (said["images"], said["regions"], said["finished"], said["files"]) == (18, REGIONS, True, 3)
+    assert said["bytes_per_image"] == REGIONS * (10 + 2 + 2 * 2 + 2 + 4 * tiny.embed_dim)
+    assert said["bytes"] == 18 * said["bytes_per_image"]
+    assert said["features"]["fingerprint"] == tiny.fingerprint
+    assert said["teacher"]["class_names"] == list(CLASSES)
+    held = sum(np.load(file, mmap_mode="r").nbytes for file in bank.glob("*.npy"))
+    assert held == said["bytes"]
+    code, out, _ = vlprompt("bank", "info", str(bank))
+    assert code == 0
+    assert f"18, {said['bytes_per_image']:,} bytes each" in out
+    assert "teacher   mini (" in out
+
+
+def damaged(bank: Path, out: Path) -> Path:
+    shutil.copytree(bank, out)
+    return out
+
+
+def test_verify_names_the_first_bad_file(vlprompt, pictures, bank, tmp_path) -> None:
+    code, out, _ = vlprompt("bank", "verify", str(bank), str(pictures), "--json")
+    assert (code, json.loads(out)) == (0, {"bank": str(bank), "files": 3, "images_compared": 18})
+    copy = damaged(bank, tmp_path / "bank")
+    file = copy / "regions-00001.npy"
+    whole = bytearray(file.read_bytes())
+    whole[-5] ^= 1
+    file.write_bytes(whole)
+    code, _, err = vlprompt("bank", "verify", str(copy))
+    assert (code, err) == (2, f"error: {file} is damaged: its sha256 is not the one in manifest.json\n")
+    shutil.copytree(pictures, tmp_path / "p")
+    _, path = read_manifest(bank).images[4]
+    Image.new("RGB", (40, 40)).save(tmp_path / "p" / path)
+    code, _, err = vlprompt("bank", "verify", str(bank), str(tmp_path / "p"))
+    assert (code, err) == (
+        2,
+        f"error: image {tmp_path / 'p' / path} has changed since the region bank {bank} was built\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda f: f.write_bytes(f.read_bytes()[:-7]), r"cannot read .*regions-00001.npy: "),
+        (lambda f: f.write_bytes(b""), r"cannot read .*regions-00001.npy: "),
+        (lambda f: f.unlink(), r"file of the region bank .*regions-00001.npy does not exist"),
+        (
+            lambda f: np.save(f, np.zeros((8, REGIONS))),
+            r"regions-00001.npy does not hold what manifest.json says: found",
+        ),
+        (lambda f: np.save(f, np.array([{}]), allow_pickle=True), r"cannot read .*regions-00001.npy: "),
+    ],
+)
+def test_a_damaged_file_is_found_before_training(change, says, pictures, bank, tmp_path) -> None:
+    copy = damaged(bank, tmp_path / "bank")
+    change(copy / "regions-00001.npy")
+    with pytest.raises(DataError, match=says):
+        train(from_bank(pictures, copy), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('"format_version": 1', '"format_version": 9', r"has format_version 9; this vlprompt reads up to 1: update it"),
+        ('"regions": 10', '"regions": "ten"', r"cannot read .*manifest.json: settings.regions: "),
+        ('"regions": 10', '"region": 10', r"does not hold what manifest.json says"),
+        ('"images": 8', '"images": 9', r"cannot read .*manifest.json: 18 images, 19 in its files"),
+        ("{", "[", r"cannot read .*manifest.json: "),
+    ],
+)
+def test_a_damaged_manifest_is_one_line(old, new, says, bank, tmp_path) -> None:
+    copy = damaged(bank, tmp_path / "bank")
+    text = (copy / "manifest.json").read_text()
+    assert old in text
+    (copy / "manifest.json").write_text(text.replace(old, new, 1))
+    with pytest.raises(DataError, match=says) as error:
+        Bank(copy)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_is_no_bank(pictures) -> None:
+    with pytest.raises(DataError, match=r"is no region bank: it has no manifest.json"):
+        Bank(pictures)
+
+
+# --- views ----------------------------------------------------------------------------------------
+
+
+def views(pictures: Path, bank: Path, preprocess=None, batch_size=8, m=4, seed=3, **more: Any) -> BankViews:
+    split = load_dataset(pictures).split
+    given = {"features": True, "probabilities": True, "workers": 0, **more}
+    return BankViews(
+        Bank(bank), split.paths("train"), split.labels("train"), preprocess, batch_size, seed,
+        regions_per_image=m, **given,
+    )  # fmt: skip
+
+
+def same(one, other) -> bool:
+    pairs = list(zip(one, other, strict=True))
+    return all((a is None and b is None) or torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_holds_several_regions_of_each_image_that_is_decoded(workers, pictures, bank, tiny) -> None:
+    made = views(pictures, bank, tiny.preprocess, workers=workers)
+    decoded = []
+    original = made.reader.image
+    made.reader.image = lambda path: decoded.append(path) or original(path)
+    batches = list(made.epoch(0))
+    assert len(made) == len(batches) == 18 // 8
+    assert len(decoded) == 2 * len(batches)
+    opened, files = made.bank, made.files
+    for images, labels, nothing, features, p in batches:
+        assert (images.shape, nothing) == ((8, 3, tiny.image_size, tiny.image_size), None)
+        torch.testing.assert_close(tiny.encode_images(images), features, rtol=0, atol=1e-5)
+        torch.testing.assert_close(p.sum(-1), torch.ones(8))
+        assert labels.tolist() == [labels[0]] * 4 + [labels[4]] * 4
+        for v, y in zip(features, labels, strict=True):  # features, labels and images belong together
+            found = [
+                row
+                for row in range(len(opened))
+                if (opened.features(opened.read(np.full(REGIONS, row), np.arange(REGIONS))) == v).all(1).any()
+            ]
+            assert [row for row in found if made.labels[list(made.rows).index(row)] == y]
+    assert len(files) == 18
+
+
+def test_every_image_and_every_region_comes_equally_often(pictures, bank) -> None:
+    made = views(pictures, bank, m=2, batch_size=6)  # 3 steps an epoch, 3 images each: 18 visits in 2 epochs
+    samples = np.concatenate([made._samples(step) for step in range(3 * 2 * 10)])  # 10 rounds of 2 regions
+    pairs, count = np.unique(samples, axis=0, return_counts=True)
+    assert len(pairs) == 18 * REGIONS
+    assert set(count) == {2}
+    one_round = samples[: 18 * 2]
+    assert np.unique(one_round[:, 0], return_counts=True)[1].tolist() == [2] * 18
+    assert len(np.unique(one_round, axis=0)) == 36
+    again, other = views(pictures, bank, m=2, batch_size=6), views(pictures, bank, m=2, batch_size=6, seed=4)
+    assert np.array_equal(again._samples(5), made._samples(5))
+    assert not np.array_equal(other._samples(5), made._samples(5))
+
+
+def test_an_epoch_can_begin_anywhere_and_be_shared(pictures, bank, tiny) -> None:
+    made = views(pictures, bank, tiny.preprocess, batch_size=6, m=2)
+    whole = list(made.epoch(3))
+    assert len(whole) == 3
+    later = list(views(pictures, bank, tiny.preprocess, batch_size=6, m=2).epoch(3, 1))
+    assert all(same(a, b) for a, b in zip(whole[1:], later, strict=True))
+    pieces = [list(made.epoch(3, 0, (k, 4))) for k in range(4)]
+    for i, batch in enumerate(whole):
+        joined = [None if batch[j] is None else torch.cat([piece[i][j] for piece in pieces]) for j in range(5)]
+        assert same(batch, joined)
+
+
+def test_few_images_make_one_batch(pictures, bank) -> None:
+    made = views(pictures, bank, batch_size=64, m=2)
+    assert (len(made), made.images_per_batch) == (1, 36)
+    (batch,) = made.epoch(0)
+    assert len(batch[1]) == 36
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def trained(method: str, made: BankViews, tiny, teacher: Teacher | None = None) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    cls = METHODS[method]
+    own = cls(tiny, CLASSES, cls.Config())
+    job = Training(own, made, OptimConfig(lr=0.01, warmup_epochs=0), TrainConfig(epochs=3), teacher=teacher)
+    assert job.run()
+    return own.state_dict()
+
+
+@pytest.mark.parametrize("method", ["coop", "cocoop", "kdpl_coop", "promptsrc"])
+def test_features_from_a_bank_train_as_the_image_tower_on_the_same_regions(method, pictures, bank, tiny) -> None:
+    banked = trained(method, views(pictures, bank, tiny.preprocess if METHODS[method].prompts_images else None), tiny)
+    online = trained(method, views(pictures, bank, tiny.preprocess, features=False), tiny)
+    start = METHODS[method](tiny, CLASSES, METHODS[method].Config()).state_dict()
+    for key in online:
+        atol = 1e-4 if METHODS[method].prompts_images else 1e-5  # gradients of absolute values are signs
+        torch.testing.assert_close(banked[key], online[key], rtol=1e-4, atol=atol)
+    assert any(not torch.allclose(start[key], online[key]) for key in online)
+
+
+def test_labels_from_a_bank_train_as_the_teacher_on_the_same_regions(pictures, tiny, tmp_path) -> None:
+    build(pictures, tmp_path / "bank", **{"teacher.backbone": str(TINY), "top_k": 3, "teacher.logit_scale": 5.0})
+    teacher = Teacher(tiny, CLASSES, "a photo of a {}.", 5.0)
+    banked = trained("kdpl_coop", views(pictures, tmp_path / "bank", tiny.preprocess), tiny)
+    online = trained(
+        "kdpl_coop", views(pictures, tmp_path / "bank", tiny.preprocess, probabilities=False), tiny, teacher
+    )
+    for key in online:
+        torch.testing.assert_close(banked[key], online[key], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", sorted(name for name in METHODS if name not in ("zero_shot", "linear_probe")))
+def test_any_method_trains_from_a_bank(method, pictures, bank, tmp_path) -> None:
+    said: list[str] = []
+    _, result = train(from_bank(pictures, bank, method), tmp_path / "run", say=said.append)
+    assert result.epochs == 2
+    taught = "teacher_probabilities" in METHODS[method].needs
+    assert result.teacher == (TEACHER if taught else None)
+    assert (f", labelled by {TEACHER}, " in said[0]) == taught
+    assert f"10 regions of each image, {'labelled' if taught else ''}"[:26] in said[0]
+    assert "| views | fixed regions, of region bank `bank` |" in (tmp_path / "run" / "README.md").read_text("utf-8")
+    assert "bank_fingerprint" in (tmp_path / "run" / "environment.json").read_text()
+
+
+@pytest.mark.parametrize("method", ["coop", "fdbpl_coop"])
+def test_text_methods_train_without_images_image_tower_and_teacher(method, pictures, bank, tiny, monkeypatch) -> None:
+    config = from_bank(pictures, bank, method)
+    split = load_dataset(pictures).split
+    own = METHODS[method](tiny, CLASSES, METHODS[method].Config())
+    reader = ImageReader(0)
+    from vlprompt.training.bank import find_bank
+    from vlprompt.training.distributed import Processes
+    from vlprompt.training.teacher import find_teacher
+
+    assert find_teacher(config, CLASSES, "{}", tiny) is None
+    split = replace(split, val=())
+    opened = find_bank(config, CLASSES, tiny)
+    session = Session(config, Path("unused"), own, split, Processes(), reader, Silent(), None, opened)
+    monkeypatch.setattr(reader, "image", None)
+    monkeypatch.setattr(tiny, "image_tower", None)
+    assert session.training.run()
+
+
+def test_a_method_that_prompts_images_decodes_them(pictures, bank, tiny) -> None:
+    with pytest.raises(AssertionError):
+        trained("vpt", views(pictures, bank, None, features=False), tiny)
+
+
+def test_the_rule_for_regions_of_an_image(pictures, bank, tiny) -> None:
+    from vlprompt.training.bank import _regions_per_image
+
+    data = from_bank(pictures, bank).data
+    found = {size: _regions_per_image(replace(data, batch_size=size), 500) for size in (1, 4, 16, 20, 28, 32, 128)}
+    assert found == {1: 1, 4: 1, 16: 2, 20: 2, 28: 2, 32: 4, 128: 4}
+    assert _regions_per_image(replace(data, batch_size=32), 3) == 2
+
+
+class StopsAfter(Silent):
+    """Progress that interrupts as Ctrl-C does, in the n-th step."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def step(self) -> None:
+        import signal
+
+        self.n -= 1
+        if not self.n:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("method", ["coop", "kdpl_promptsrc"])
+def test_a_stopped_run_goes_on_with_its_bank_and_no_other(method, pictures, bank, tmp_path) -> None:
+    own = damaged(bank, tmp_path / "bank")
+    config = from_bank(pictures, own, method, **{"data.regions_per_image": 2})
+    train(config, tmp_path / "whole")
+    run = tmp_path / "stopped"
+    with pytest.raises(Interrupted):
+        train(config, run, StopsAfter(6))
+    shutil.rmtree(own)
+    build(pictures, own, **{"crops.seed": 2})
+    with pytest.raises(ArtefactError, match="was begun with another region bank than it has now"):
+        train(saved_config(run), run, resume=True)
+    shutil.rmtree(own)
+    damaged(bank, own)
+    train(saved_config(run), run, resume=True)
+    ours, theirs = prompts(run), prompts(tmp_path / "whole")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert log(run) == log(tmp_path / "whole")
+
+
+def test_processes_share_a_batch_of_regions(pictures, bank, tmp_path) -> None:
+    more = ["--bank", str(bank), "train.epochs=1", "lr=0.0005", "regions_per_image=2"]
+    results = processes(["-m", "vlprompt", *arguments("kdpl_coop", pictures, tmp_path / "two", *more)])
+    assert [code for code, *_ in results] == [0, 0], results
+    settings = {"train.epochs": 1, "optim.lr": 0.0005, "data.regions_per_image": 2}
+    train(from_bank(pictures, bank, "kdpl_coop", **settings), tmp_path / "one")
+    ours, alone = (prompts(tmp_path / name)["context.vectors"] for name in ("two", "one"))
+    torch.testing.assert_close(ours, alone, atol=1e-5, rtol=0)
+
+
+def test_the_whole_way_on_the_command_line(vlprompt, pictures, tmp_path) -> None:
+    folder, run = str(tmp_path / "bank"), str(tmp_path / "run")
+    code, out, err = vlprompt("bank", "build", str(pictures), "--out", folder, *GIVEN, "--shots", "2", "--json")
+    assert code == 0, err
+    assert json.loads(out)["images"] == 6
+    code, out, err = vlprompt(
+        "train", "kdpl_coop", str(pictures), "--bank", folder, "--backbone", str(TINY), "--shots", "2", "--epochs", "1",
+        "--out", run, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out)["teacher"] == TEACHER
+    split = ["--split", str(Path(run) / "split.json")]
+    code, out, err = vlprompt("bank", "build", str(pictures), "--out", folder, *GIVEN, *split, "--json")
+    assert (code, json.loads(out)["built"]) == (0, 0), err
+
+
+def test_fingerprints_cover_every_setting() -> None:
+    base = BankSettings(teacher=Labels("t", "f", "{}", 1.0, ("a", "b"), 1), features=Features("s", "f", 4))
+    assert asdict(base)  # a copy of one other value in each field gives another fingerprint
+    others = [
+        replace(base, regions=1), replace(base, crops=Crops(flip=0)), replace(base, teacher=None),
+        replace(base, features=None), replace(base, batch_size=1), replace(base, precision="fp16"),
+    ]  # fmt: skip
+    assert len({s.fingerprint for s in (base, *others)}) == 7
