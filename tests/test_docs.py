@@ -89,10 +89,10 @@ def test_there_are_commands_on_every_page_that_should_have_some() -> None:
 
 @pytest.mark.parametrize(("page", "words"), [pytest.param(p, w, id=f"{name(p)}: {' '.join(w)}") for p, w in commands()])
 def test_commands_are_valid(page: Path, words: list[str]) -> None:
-    group = typer.main.get_command(app)
-    context = group.make_context("vlprompt", words[:1])
-    _, command, _ = group.resolve_command(context, words[:1])
-    given = command.make_context(words[0], words[1:]).params  # raises for unknown options, bad values, what is missing
+    command, rest = typer.main.get_command(app), words
+    while hasattr(command, "resolve_command"):  # a group of commands
+        _, command, rest = command.resolve_command(command.make_context("vlprompt", rest[:1]), rest)
+    given = command.make_context(words[0], rest).params  # raises for unknown options, bad values, what is missing
     if words[0] == "train" and given["resume"] is None:
         settings = dict(parse_override(text) for text in given["settings"] or [])
         build_config(given["method"], given["preset"], overrides=settings)

@@ -89,7 +89,7 @@ class Built:
     built: int
     """Images whose regions this build computed."""
     bytes_per_image: int
-    skipped: int
+    skipped: int = 0
     """Images left out because they cannot be read (--skip-bad)."""
 
 
@@ -134,35 +134,50 @@ def build_bank(
     threads), in however many parts. Images that the bank does not have are added to it. ``progress`` is told how many
     of this build's images are done. Raises ConfigError saying what differs if the bank was begun with other settings.
     """
-    began = _begun(out)
+    _begun(out)  # what cannot go on is refused before anything is loaded
     with ImageReader(config.data.workers, room=0) as reader:
         dataset = load_dataset(config.data.name, config.data.root, config.data.split_file)
         split, skipped = choose_images(config, dataset, reader, say)
-        files = {content_hash(file): file for file in reversed(split.paths("train"))}  # the first of equal ones
         towers = _load_towers(config, split, dataset.template)
-        if began and (different := differences(asdict(began.settings), asdict(towers.settings))):
-            raise ConfigError(f"{out} cannot go on: it was begun with {'; '.join(different)}")
-        paths = {content: file.relative_to(split.root).as_posix() for content, file in sorted(files.items())}
-        manifest = (began or Manifest(towers.settings)).extended(paths)
-        if manifest != began:
-            manifest.write(out)
-        starts, (i, n) = manifest.starts(), config.part
-        todo = [s for s in range(i - 1, len(manifest.shards), n) if not shard_file(out, s).exists()]
-        images = [content for s in todo for content, _ in manifest.images[starts[s] : starts[s + 1]]]
-        say(_opening(manifest, len(images), config.part))
-        records = towers.records([(content, _file(files, content, manifest)) for content in images], reader)
-        done = 0
-        for s in todo:
-            block = []
-            for record in islice(records, manifest.shards[s].images):
-                block.append(record)
-                done += 1
-                progress(done, len(images))
-            content = io.BytesIO()
-            np.save(content, np.stack(block), allow_pickle=False)
-            write_atomically(shard_file(out, s), content.getvalue())
+        built = fill(out, towers, split, reader, config.part, say, progress)
+    return replace(built, skipped=skipped)
+
+
+def fill(
+    out: Path,
+    towers: Towers,
+    split: Split,
+    reader: ImageReader,
+    part: tuple[int, int] = (1, 1),
+    say: Callable[[str], object] = lambda text: None,
+    progress: Callable[[int, int], object] = lambda done, of: None,
+) -> Built:
+    """Compute what the bank in ``out`` does not have of a split's training images; see :func:`build_bank`."""
+    began, (i, n) = _begun(out), part
+    if began and (different := differences(asdict(began.settings), asdict(towers.settings))):
+        raise ConfigError(f"{out} cannot go on: it was begun with {'; '.join(different)}")
+    files = {content_hash(file): file for file in reversed(split.paths("train"))}  # the first of equal ones
+    paths = {content: file.relative_to(split.root).as_posix() for content, file in sorted(files.items())}
+    manifest = (began or Manifest(towers.settings)).extended(paths)
+    if manifest != began:
+        manifest.write(out)
+    starts = manifest.starts()
+    todo = [s for s in range(i - 1, len(manifest.shards), n) if not shard_file(out, s).exists()]
+    images = [content for s in todo for content, _ in manifest.images[starts[s] : starts[s + 1]]]
+    say(_opening(manifest, len(images), part))
+    records = towers.records([(content, _file(files, content, manifest)) for content in images], reader)
+    done = 0
+    for s in todo:
+        block = []
+        for record in islice(records, manifest.shards[s].images):
+            block.append(record)
+            done += 1
+            progress(done, len(images))
+        content = io.BytesIO()
+        np.save(content, np.stack(block), allow_pickle=False)
+        write_atomically(shard_file(out, s), content.getvalue())
     finished = _finish(out, manifest, todo, alone=n == 1)
-    return Built(str(out), finished, len(manifest.images), done, manifest.settings.bytes_per_image, skipped)
+    return Built(str(out), finished, len(manifest.images), done, manifest.settings.bytes_per_image)
 
 
 class Towers:
@@ -227,25 +242,25 @@ def _load_towers(config: BankConfig, split: Split, template: str) -> Towers:
     def load(name: str) -> Backbone:
         return load_backbone(name, config.device, config.precision)
 
-    student = load(config.backbone) if config.backbone else None
-    teacher = features = labels = None
-    if student:
-        features = Features(public_name(student.name), student.fingerprint, student.embed_dim, config.features)
+    student, teacher = load(config.backbone) if config.backbone else None, None
     if config.teacher.backbone:
         backbone = load(config.teacher.backbone)
         scale = (student or backbone).logit_scale
         teacher = configured_teacher(config.teacher, backbone, split.class_names, template, scale)
-        n = len(teacher.class_names)
-        if n > MOST_CLASSES:
-            raise DataError(f"a region bank can tell {MOST_CLASSES} classes apart, not {n}")
-        labels = Labels(
-            public_name(backbone.name),
-            backbone.fingerprint,
-            teacher.template,
-            teacher.logit_scale,
-            teacher.class_names,
-            min(config.top_k, n),
-        )
+    return towers_of(config, teacher, student)
+
+
+def towers_of(config: BankConfig, teacher: Teacher | None, student: Backbone | None) -> Towers:
+    """Loaded towers, and the settings of the bank that they fill."""
+    labels = features = None
+    if student:
+        features = Features(public_name(student.name), student.fingerprint, student.embed_dim, config.features)
+    if teacher:
+        names, backbone = teacher.class_names, teacher.backbone
+        if len(names) > MOST_CLASSES:
+            raise DataError(f"a region bank can tell {MOST_CLASSES} classes apart, not {len(names)}")
+        name, k = public_name(backbone.name), min(config.top_k, len(names))
+        labels = Labels(name, backbone.fingerprint, teacher.template, teacher.logit_scale, names, k)
     settings = BankSettings(config.regions, config.crops, labels, features, config.batch_size, config.precision)
     return Towers(settings, teacher, student)
 
