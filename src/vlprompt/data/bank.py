@@ -313,7 +313,7 @@ def differences(built: Mapping[str, Any], wanted: Mapping[str, Any], section: st
         if isinstance(new, Mapping) and isinstance(old, Mapping):
             found += differences(old, new, key)
         elif key == "class_names":
-            found.append(f"its classes ({_class_difference(old, new)})")
+            found.append(f"other classes ({_class_difference(old, new)})")
         elif key == "fingerprint":
             found.append(f"{section} '{built['name']}' ({old[:12]}…), not '{wanted['name']}' ({new[:12]}…)")
         else:

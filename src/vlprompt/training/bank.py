@@ -105,8 +105,6 @@ def bank_config(values: Mapping[str, Any]) -> BankConfig:
     config = checked(BankConfig, nested[""] | {k: v for k, v in whole.items() if v is not None}, "", problems)
     if (crops := whole["crops"]) and crops.min_scale > crops.max_scale:
         problems.append(f"crops.min_scale = {crops.min_scale} (allowed: at most max_scale = {crops.max_scale})")
-    if config and not 1 <= config.part[0] <= config.part[1]:
-        problems.append(f"part = {config.part[0]}/{config.part[1]} (allowed: I/N with I from 1 to N)")
     if not (nested["teacher"].get("backbone") or nested[""].get("backbone")):
         problems.append("a bank keeps a teacher's labels, a student's features, or both: give --teacher or --backbone")
     if problems:
@@ -116,10 +114,10 @@ def bank_config(values: Mapping[str, Any]) -> BankConfig:
 
 def parse_part(text: str) -> tuple[int, int]:
     """(I, N) of "I/N"; raises ConfigError for anything else."""
-    if not re.fullmatch(r"[0-9]+/[0-9]+", text):
+    i, n = (int(x) for x in text.split("/")) if re.fullmatch(r"[0-9]+/[0-9]+", text) else (0, 0)
+    if not 1 <= i <= n:
         raise ConfigError(f"part = {text} (allowed: I/N with I from 1 to N)")
-    i, _, n = text.partition("/")
-    return int(i), int(n)
+    return i, n
 
 
 def build_bank(
