@@ -45,6 +45,12 @@ def pictures(tmp_path_factory) -> Path:
     return make_pictures(tmp_path_factory.mktemp("pictures"), train=6, size=40)
 
 
+@pytest.fixture(scope="module")
+def tiny():
+    """A tiny backbone of these tests alone: a shared one remembers texts, and which batch they were encoded in."""
+    return load_backbone(str(TINY))
+
+
 def build(pictures: Path, out: Path, **more: Any):
     """A bank of ten regions, with labels and features unless told otherwise."""
     given = {"data.name": str(pictures), "data.workers": 0, "teacher.backbone": TEACHER, "backbone": str(TINY)}
