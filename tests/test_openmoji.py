@@ -138,6 +138,16 @@ def test_table_names_its_source_and_has_no_skin_tones_or_flags():
     assert {row[2] for row in rows[1:]} == {name for names in SUBGROUPS.values() for name in names}
 
 
+def test_the_page_has_the_table_of_classes():
+    page = (Path(__file__).parents[1] / "docs" / "openmoji.md").read_text("utf-8")
+    for name, subgroups in SUBGROUPS.items():
+        members = [p for p in pictures() if p.class_name == name]
+        n = Counter(p.split for p in members)
+        counts = f"{len(members)} | {len({p.family for p in members})} | {n['train']} / {n['val']} / {n['test']}"
+        assert f"\n| {name} | {', '.join(subgroups)} | {counts} |\n" in page
+    assert all(f"\n| `openmoji-{domain}` | " in page for domain in DOMAINS)
+
+
 # The pictures.
 
 
