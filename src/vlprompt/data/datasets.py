@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from vlprompt.data.domains import DOMAINS
 from vlprompt.data.folders import from_csv, from_folder
 from vlprompt.data.splits import PARTS, Split, missing, read_split
 from vlprompt.errors import DataError, unknown
@@ -31,10 +33,14 @@ class Dataset:
     """For a data set that is made on this machine: writes the folder if it has to, and gives its split."""
 
 
-def _openmoji(folder: Path) -> Split:
+def _openmoji(folder: Path, domain: str | None = None) -> Split:
     from vlprompt.data.openmoji import make_openmoji
 
-    return from_folder(make_openmoji(folder))
+    return from_folder(make_openmoji(folder, domain))
+
+
+def _made(name: str, domain: str | None = None) -> Dataset:
+    return Dataset(name, name, template="a picture of a {}.", make=partial(_openmoji, domain=domain))
 
 
 DATASETS: dict[str, Dataset] = {
@@ -56,7 +62,8 @@ DATASETS: dict[str, Dataset] = {
             "ucf101", "ucf101", "UCF-101-midframes", "split_zhou_UCF101.json",
             "a photo of a person doing {}.",
         ),
-        Dataset("openmoji", "openmoji", template="a picture of a {}.", make=_openmoji),
+        _made("openmoji"),
+        *(_made(f"openmoji-{domain}", domain) for domain in DOMAINS),
     )
 }  # fmt: skip
 

@@ -2,6 +2,11 @@
 
 The names and classes come from ``openmoji.tsv`` beside this file (``tools/openmoji_table.py`` writes it). The
 pictures are by the OpenMoji project, licence CC BY-SA 4.0; the made folder carries the attribution.
+
+Pictures that are drawn alike are one *family*, and a family is never in two parts: men and women of one emoji, mirror
+images and other directions (pointing hands, arrows), colours of one shape (hearts, books), phases of the moon, faces
+that differ by their eyebrows only. Skin tones are left out, and so are sub-groups that show one thing again and again
+(24 clock faces, 258 country flags, circles and squares in every colour) or mere text.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import defaultdict
 from functools import lru_cache
 from hashlib import sha256
 from importlib.resources import files
@@ -18,56 +24,86 @@ from typing import NamedTuple
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont, features
 
-from vlprompt.errors import DataError
+from vlprompt.data.domains import DOMAINS
+from vlprompt.errors import DataError, unknown
 
-SUBGROUPS = {
-    "air transport": "transport-air",
-    "bird": "animal-bird",
-    "body part": "body-parts",
-    "book or paper": "book-paper",
-    "bug": "animal-bug",
-    "building": "place-building",
-    "clock": "time",
-    "clothing": "clothing",
-    "computer device": "computer",
-    "drink": "drink",
-    "flower": "plant-flower",
-    "fruit": "food-fruit",
-    "ground transport": "transport-ground",
-    "heart": "heart",
-    "household object": "household",
-    "mail": "mail",
-    "mammal": "animal-mammal",
-    "marine animal": "animal-marine",
-    "musical instrument": "musical-instrument",
-    "office supply": "office",
-    "plant": "plant-other",
-    "prepared food": "food-prepared",
-    "sky or weather": "sky-weather",
-    "smiling face": "face-smiling",
-    "sports equipment": "sport",
-    "sweet food": "food-sweet",
-    "tool": "tool",
-    "toy or game": "game",
-    "vegetable": "food-vegetable",
-    "worried face": "face-concerned",
-}
-"""Class name → Unicode sub-group. Alphabetical, so that a listing of the made folder gives the same order."""
+SUBGROUPS: dict[str, tuple[str, ...]] = {
+    "aircraft or boat": ("transport-air", "transport-water"),
+    "angry or scary face": ("face-negative", "face-costume"),
+    "arrow": ("arrow",),
+    "asian food": ("food-asian",),
+    "athlete": ("person-sport",),
+    "bird": ("animal-bird",),
+    "body part": ("body-parts",),
+    "book or paper": ("book-paper",),
+    "bug": ("animal-bug",),
+    "building": ("place-building", "place-religious"),
+    "camera or lamp": ("light-video",),
+    "celebration": ("event",),
+    "clothing": ("clothing",),
+    "comic symbol": ("emotion",),
+    "drink": ("drink",),
+    "electronic device": ("computer", "phone"),
+    "family or couple": ("family",),
+    "fantasy figure": ("person-fantasy",),
+    "fruit": ("food-fruit",),
+    "gesturing person": ("person-gesture",),
+    "ground transport": ("transport-ground",),
+    "hand gesture": (
+        "hand-fingers-open", "hand-fingers-partial", "hand-single-finger", "hand-fingers-closed", "hands", "hand-prop",
+    ),
+    "happy face": ("face-smiling", "face-affection", "face-tongue"),
+    "heart": ("heart",),
+    "household object": ("household", "dishware"),
+    "mail": ("mail",),
+    "mammal": ("animal-mammal",),
+    "marine animal": ("animal-marine",),
+    "media button": ("av-symbol",),
+    "medical or scientific equipment": ("medical", "science"),
+    "money": ("money", "currency"),
+    "musical instrument": ("musical-instrument",),
+    "neutral face": ("face-neutral-skeptical",),
+    "office supply": ("office",),
+    "person at work": ("person-role",),
+    "person in daily life": ("person-activity", "person-resting"),
+    "plant": ("plant-flower", "plant-other"),
+    "prepared food": ("food-prepared",),
+    "public sign": ("transport-sign", "warning"),
+    "religious symbol": ("religion",),
+    "scenery": ("place-geographic", "place-other"),
+    "sick or tired face": ("face-unwell", "face-sleepy"),
+    "sky or weather": ("sky-weather",),
+    "sound or music": ("sound", "music"),
+    "sports equipment": ("sport",),
+    "sweet food": ("food-sweet",),
+    "tool": ("tool",),
+    "toy or game": ("game",),
+    "vegetable": ("food-vegetable",),
+    "worried face": ("face-concerned",),
+    "writing or craft supply": ("writing", "arts-crafts"),
+    "zodiac sign": ("zodiac",),
+}  # fmt: skip
+"""Class name → Unicode sub-groups; those that mean much the same, or have few pictures, are together.
+
+Alphabetical, so that a listing of the made folder gives the same order.
+"""
 
 CLASSES = tuple(SUBGROUPS)
 SIZE = 96
 MANIFEST = "openmoji.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _PROBE = "\N{GRINNING FACE}"  # every picture of the font is as wide as this one, and nothing else is
 
 
 class Picture(NamedTuple):
-    """One picture of the data set: ``Picture("1F427", "penguin", "bird", "test")``."""
+    """One picture of the data set: ``Picture("1F427", "penguin", "bird", "1F427", "test")``."""
 
     codepoints: str
     name: str
     class_name: str
+    family: str
+    """Code points of the first of all pictures of this class that are drawn alike."""
     split: str
 
     @property
@@ -77,20 +113,35 @@ class Picture(NamedTuple):
 
 @lru_cache(maxsize=1)
 def pictures() -> tuple[Picture, ...]:
-    """All pictures, by class. In the order of sha256(code points), the first half of a class is ``train``."""
-    members: dict[str, list[tuple[str, str]]] = {subgroup: [] for subgroup in SUBGROUPS.values()}
+    """All pictures, by class, in Unicode's order."""
+    members: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
     lines = [line for line in _table().splitlines() if not line.startswith("#")]
     for line in lines[1:]:
-        codepoints, name, _, subgroup = line.split("\t")
-        if subgroup in members:
-            members[subgroup].append((codepoints, name))
+        codepoints, name, subgroup, family = line.split("\t")
+        members[subgroup].append((codepoints, name, family))
     result = []
-    for class_name, subgroup in SUBGROUPS.items():
-        ranked = sorted(members[subgroup], key=lambda member: sha256(member[0].encode()).digest())
-        n_train = (len(ranked) + 1) // 2
-        for rank, (codepoints, name) in enumerate(ranked):
-            result.append(Picture(codepoints, name, class_name, "train" if rank < n_train else "test"))
+    for class_name, subgroups in SUBGROUPS.items():
+        found = [member for subgroup in subgroups for member in members[subgroup]]
+        part = _parts([family for _, _, family in found])
+        result += [Picture(points, name, class_name, family, part[family]) for points, name, family in found]
     return tuple(result)
+
+
+def _parts(families: list[str]) -> dict[str, str]:
+    """The part of each family of a class; ``families`` has one entry a picture.
+
+    Of n pictures 4/7 (rounded up) should train, 1/8 validate (two at least) and the rest test, so that 8 shots are
+    possible from 13 pictures on, 16 from 27 on. Families, largest first and then in the order of their sha256, go to
+    the part that lacks most.
+    """
+    n = len(families)
+    lacks = {"train": -(-4 * n // 7), "val": max(n // 8, 2)}
+    lacks["test"] = n - sum(lacks.values())
+    result = {}
+    for family in sorted(set(families), key=lambda f: (-families.count(f), sha256(f.encode()).digest())):
+        result[family] = max(("train", "test", "val"), key=lacks.__getitem__)
+        lacks[result[family]] -= families.count(family)
+    return result
 
 
 def render(codepoints: str, size: int = SIZE) -> Image.Image:
@@ -113,13 +164,16 @@ def render(codepoints: str, size: int = SIZE) -> Image.Image:
     return canvas.crop((left, top, left + size, top + size))
 
 
-def make_openmoji(folder: Path) -> Path:
-    """Write all pictures once as ``folder/{train,test}/<class_name>/<codepoints>.png``; returns ``folder``.
+def make_openmoji(folder: Path, domain: str | None = None) -> Path:
+    """Write all pictures once as ``folder/{train,val,test}/<class_name>/<codepoints>.png``; returns ``folder``.
 
-    A complete folder is kept as it is. Anything else there is left alone and raises ``DataError``.
+    ``domain`` is one of ``DOMAINS``, or None for the pictures as they are. A complete folder is kept as it is.
+    Anything else there is left alone and raises ``DataError``.
     """
+    if domain is not None and domain not in DOMAINS:
+        raise DataError(unknown("domain", domain, DOMAINS))
     folder = Path(folder)
-    manifest = _manifest()
+    manifest = _manifest(domain)
     if _complete(folder, manifest):
         return folder
     try:
@@ -128,7 +182,7 @@ def make_openmoji(folder: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            _write(temporary, manifest)
+            _write(temporary, manifest, domain)
             temporary.chmod(0o755)  # mkdtemp's is private
             try:
                 os.replace(temporary, folder)
@@ -142,11 +196,14 @@ def make_openmoji(folder: Path) -> Path:
     return folder
 
 
-def _write(folder: Path, manifest: dict[str, object]) -> None:
+def _write(folder: Path, manifest: dict[str, object], domain: str | None) -> None:
     for picture in pictures():
         path = folder / picture.path
         path.parent.mkdir(parents=True, exist_ok=True)
-        render(picture.codepoints).save(path)
+        image = render(picture.codepoints)
+        if domain is not None:
+            image = DOMAINS[domain](image, picture.codepoints)
+        image.save(path, compress_level=1)  # noise does not compress, and takes long to try
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
@@ -158,11 +215,12 @@ def _complete(folder: Path, manifest: dict[str, object]) -> bool:
     return found == manifest and all((folder / picture.path).is_file() for picture in pictures())
 
 
-def _manifest() -> dict[str, object]:
+def _manifest(domain: str | None) -> dict[str, object]:
     """What the pictures depend on: two folders with the same manifest hold the same data set."""
     listing = "\n".join(picture.path for picture in pictures())
     return {
         "format_version": FORMAT_VERSION,
+        "domain": domain,
         "size": SIZE,
         "pictures": len(pictures()),
         "listing_sha256": sha256(listing.encode()).hexdigest(),

