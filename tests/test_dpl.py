@@ -48,6 +48,7 @@ from vlprompt.training.config import build_config
 
 NAMES = ("dog", "cat", "grey wolf", "forget-me-not", "car")
 WORDS = "a photo of a"
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SMALL: dict[str, Any] = {"n_ctx_text": 3, "n_ctx_vision": 2, "depth_text": 2, "depth_vision": 2, "init": None}
 EXACT: dict[str, Any] = {"instance_to_prompt": "exact", "prompt_to_prompt": "keep", "prompt_to_instance": "exact"}
 
@@ -529,17 +530,18 @@ def test_a_backbone_without_class_token_takes_text_prompts_alone() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("weight", ["scaled", "constant", "learned"])
-def test_half_precision_towers(precision: str, weight: str, tiny: Backbone) -> None:
-    low = load_backbone(tiny.name, precision=precision)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_half_precision_towers(device: str, precision: str, weight: str, tiny: Backbone) -> None:
+    low = load_backbone(tiny.name, device, precision)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     values = []
     for backbone in (tiny, low):
         torch.manual_seed(0)
         cls = find_method("dpl")
-        method = cls(backbone, ("house", "tree"), cls.Config(instance_to_prompt=weight))
-        losses = method.losses(Batch(images, torch.tensor([0, 1])))
+        method = cls(backbone, ("house", "tree"), cls.Config(instance_to_prompt=weight)).to(backbone.device)
+        losses = method.losses(Batch(images, torch.tensor([0, 1], device=backbone.device)))
         assert all(g.isfinite().all() for g in method.gradients(losses)["total"])
-        values.append(method.encode_images(images) @ method.class_features(("house", "tree")).T)
+        values.append((method.encode_images(images) @ method.class_features(("house", "tree")).T).cpu())
     torch.testing.assert_close(values[1], values[0], atol=0.03, rtol=0)
 
 

@@ -44,6 +44,11 @@ class SubProcesses:
     weight: float = 0.0
     scale_prompts: float = 1.0
 
+    @property
+    def constant(self) -> float | None:
+        """λ_X where it is a constant."""
+        return self.weight if self.instance_to_prompt == "constant" else None
+
 
 def attention_bias(visible: Tensor, is_prompt: Tensor, s: SubProcesses) -> Tensor:
     """What is added to attention logits [N, N], in float64: −∞ for what a row does not see, ln c where odds grow by c.
@@ -85,7 +90,7 @@ def decoupled_attention(
     seen = reads & bias.isfinite()
     some = seen.any(-1, keepdim=True)  # [K, 1]
     instance = scaled_dot_product_attention(q, k, v, attn_mask=bias.masked_fill(reads, -math.inf))
-    prompt = scaled_dot_product_attention(q, k, v, attn_mask=seen | ~some)  # a row without prompts reads anything, × 0
+    prompt = scaled_dot_product_attention(q, k, v, attn_mask=seen | ~some)  # no row may see nothing
     return torch.where(some, (1 - weight) * instance + weight * prompt, instance)
 
 
@@ -97,12 +102,12 @@ def image_attention(
     is_prompt = torch.arange(n + n_ctx, device=tower.positions.device) >= n
     bias = attention_bias(torch.ones_like(is_prompt).expand(n + n_ctx, -1), is_prompt, s).to(tower.positions.dtype)
     reads = ~is_prompt[:, None] & is_prompt
-    heads, weight = tower.config.heads, _constant(s)
+    heads = tower.config.heads
 
     def attention(q: Tensor, k: Tensor, v: Tensor, log_odds: Tensor | None = None) -> Tensor:
         rows = slice(q.shape[1])  # in the last block the class token alone, which stands first
         qh, kh, vh = (split_heads(t[:, None], heads) for t in (q, k, v))
-        return merge_heads(decoupled_attention(qh, kh, vh, bias[rows], reads[rows], weight, log_odds), len(q))
+        return merge_heads(decoupled_attention(qh, kh, vh, bias[rows], reads[rows], s.constant, log_odds), len(q))
 
     return _per_block(attention, log_odds)
 
@@ -116,7 +121,7 @@ def text_attention(
     """
     assert not text.prefix
     is_prompt = torch.zeros_like(text.tokens, dtype=torch.bool).index_fill(0, text.slots, True)
-    heads, weight = tower.config.heads, _constant(s)
+    heads = tower.config.heads
     groups: list[tuple[Group, Tensor, Tensor, Tensor]] = []
     done = 0
     for group in text.groups:
@@ -130,14 +135,14 @@ def text_attention(
         outputs, done = [], 0
         for group, bias, reads, pooled in groups:
             shape, rows = (group.count, group.length), slice(group.start, group.start + group.count * group.length)
-            queries, keys, values = q, *(t[:, rows].unflatten(1, shape) for t in (k, v))
-            if q.shape[1] != k.shape[1]:  # the pooled token of each text
+            keys, values = (t[:, rows].unflatten(1, shape) for t in (k, v))
+            if q.shape[1] != k.shape[1]:  # the pooled token of each text asks
                 queries, bias, reads = q[:, done : done + group.count, None], bias[pooled], reads[pooled]
                 done += group.count
             else:
                 queries = q[:, rows].unflatten(1, shape)
             qh, kh, vh = (split_heads(t, heads) for t in (queries, keys, values))
-            outputs.append(merge_heads(decoupled_attention(qh, kh, vh, bias, reads, weight, log_odds), len(q)))
+            outputs.append(merge_heads(decoupled_attention(qh, kh, vh, bias, reads, s.constant, log_odds), len(q)))
         return torch.cat(outputs, 1)
 
     return _per_block(attention, log_odds)
@@ -192,10 +197,6 @@ class SentencePrompts(TextContext):
         if self.read_only:
             visible[: n - 1, n:] = False
         return visible
-
-
-def _constant(s: SubProcesses) -> float | None:
-    return s.weight if s.instance_to_prompt == "constant" else None
 
 
 def _per_block(attention: Callable[..., Tensor], log_odds: Tensor | None) -> Attention | list[Attention]:
