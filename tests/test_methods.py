@@ -28,6 +28,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in 
     "vpt, shallow": ("vpt", {"depth": 1}),
     "maple, more tokens than words": ("maple", {"n_ctx": 5, "depth": 2}),
     "ivlp, first layer": ("ivlp", {"depth_text": 1, "depth_vision": 1}),
+    "dpl, learned weights": ("dpl", {"instance_to_prompt": "learned", "prompt_to_prompt": "drop"}),
+    "dpl, constant weight": ("dpl", {"instance_to_prompt": "constant", "text": "read-only"}),
+    "dpl, visual": ("dpl", {"branches": "visual", "carry": "replace"}),
+    "dpl, textual": ("dpl", {"branches": "textual", "text": "context", "prompt_to_instance": "scaled"}),
     "zero_shot, ensemble": ("zero_shot", {"ensemble": "select"}),
     "linear_probe, given C": ("linear_probe", {"C": 10.0}),
     "kdpl_coop, three classes a batch": ("kdpl_coop", {"classes_per_batch": 3}),
@@ -478,6 +482,11 @@ SHALLOWER = {
     "method.depth_text": 3, "method.depth_vision": 3, "method.average_mean": 6, "method.average_std": 10,
 }  # fmt: skip
 TAUGHT = {"method.classes_per_batch": None}
+DECOUPLED = {  # reconstructed: ours, not published
+    "method.branches": "both", "method.text": "sentence", "method.template": None, "method.carry": "add",
+    "method.instance_to_prompt": "scaled", "method.prompt_to_prompt": "keep", "method.prompt_to_instance": "exact",
+    "method.scale_vision": 5, "method.scale_text": 1, "method.weight": 0.1, "method.scale_prompts": 2,
+}  # fmt: skip
 OFFICIAL: Mapping[str, Mapping[str, Any]] = {
     "zero_shot": {"method.template": None, "method.ensemble": "none"},
     "linear_probe": {"method.C": None, "method.max_iter": 1000},
@@ -506,6 +515,8 @@ OFFICIAL: Mapping[str, Mapping[str, Any]] = {
     "ivlp": DEEP,
     "ivlp cross-dataset": {**DEEP, "method.depth_text": 3, "method.depth_vision": 3},
     "ivlp few-shot": {**DEEP, "train.epochs": 50},
+    "dpl": {**DEEP, **DECOUPLED},
+    "dpl textual": {**DEEP, **DECOUPLED, "method.branches": "textual", "optim.lr": 0.002},
     "maple": {
         "method.n_ctx": 2, "method.depth": 9, "method.init": WORDS,
         "optim.lr": 0.0035, "data.batch_size": 4, "train.epochs": 5,

@@ -124,8 +124,8 @@ def packed_attention(text: PackedText, heads: int) -> Attention:
         outputs = []
         if text.prefix and not pooled:
             p = slice(0, text.prefix)
-            qp, kp, vp = (_split_heads(t[:, None, p], heads) for t in (q, k, v))
-            outputs.append(_merge_heads(scaled_dot_product_attention(qp, kp, vp, is_causal=True), batch))
+            qp, kp, vp = (split_heads(t[:, None, p], heads) for t in (q, k, v))
+            outputs.append(merge_heads(scaled_dot_product_attention(qp, kp, vp, is_causal=True), batch))
         done = 0
         for group in text.groups:
             own = slice(group.start, group.start + group.count * group.length)
@@ -135,8 +135,8 @@ def packed_attention(text: PackedText, heads: int) -> Attention:
                 done += group.count
             else:
                 queries, mask = q[:, own].unflatten(1, (group.count, group.length)), group.mask
-            qh, kh, vh = (_split_heads(t, heads) for t in (queries, keys, values))
-            outputs.append(_merge_heads(scaled_dot_product_attention(qh, kh, vh, attn_mask=mask), batch))
+            qh, kh, vh = (split_heads(t, heads) for t in (queries, keys, values))
+            outputs.append(merge_heads(scaled_dot_product_attention(qh, kh, vh, attn_mask=mask), batch))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
     return attention
@@ -151,11 +151,11 @@ def _with_prefix(x: Tensor, prefix: int, own: slice, group: Group) -> Tensor:
     return torch.cat([shared, texts], 2)
 
 
-def _split_heads(x: Tensor, heads: int) -> Tensor:
+def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, C, N, D] → [B·C, H, N, D/H]"""
     return x.unflatten(-1, (heads, -1)).transpose(2, 3).flatten(0, 1)
 
 
-def _merge_heads(x: Tensor, batch: int) -> Tensor:
+def merge_heads(x: Tensor, batch: int) -> Tensor:
     """[B·C, H, N, D/H] → [B, C·N, D]"""
     return x.transpose(1, 2).flatten(2).reshape(batch, -1, x.shape[1] * x.shape[3])

@@ -62,7 +62,8 @@ class Method(nn.Module):
     learns: ClassVar[str]
     """What is learned, in a few words."""
     parity: ClassVar[str] = "golden"
-    """How the numbers are checked: golden vectors of the official code, or identity with another library."""
+    """How the numbers are checked: ``golden`` vectors of the official code, or an ``identity`` that pins them down;
+    ``reconstructed`` from a description, where neither code nor numbers are public."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """What a batch must bring beyond images and labels: ``frozen_image_features``, or ``teacher_probabilities`` in
     place of labels."""
@@ -70,7 +71,7 @@ class Method(nn.Module):
     """The official training settings (base-to-novel), by key of the run configuration."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Other settings by name: ``cross-dataset``, ``few-shot``, …"""
-    prompts_images: ClassVar[bool] = False
+    prompts_images: bool = False
     """Whether the image tower reads learned tokens; if not, image features are frozen."""
 
     image_dependent: ClassVar[bool] = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -15,15 +16,15 @@ from vlprompt.prompting.text import TextContext
 from vlprompt.prompting.visual import VisualPrompts
 
 
-def deep_context(backbone: Backbone, n_ctx: int, init: str | None, depth: int) -> TextContext:
-    """Deep text prompts as MaPLe, IVLP and PromptSRC build them.
+def deep_context(backbone: Backbone, n_ctx: int, init: str | None, depth: int, **options: Any) -> TextContext:
+    """Deep text prompts as MaPLe, IVLP and PromptSRC build them; ``options`` are those of TextContext.
 
     With fewer learned tokens than initial words the other words stay frozen in the text; with more, the official
     code drops the words and starts at random, and so do we.
     """
     if init and n_ctx > len(backbone.tokenizer.words(init)):
         init = None
-    return TextContext(backbone, n_ctx, init, depth=depth)
+    return TextContext(backbone, n_ctx, init, depth=depth, **options)
 
 
 @register("ivlp")

@@ -11,12 +11,7 @@ from torch import Tensor
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.methods.base import Method, MethodConfig, Template, register
 from vlprompt.methods.templates import ENSEMBLES
-from vlprompt.prompting.text import check_known
-
-
-def fill(template: str, class_names: Sequence[str]) -> list[str]:
-    """A template's text for each class; underscores in class names are read as spaces."""
-    return [template.replace("{}", name.replace("_", " ")) for name in class_names]
+from vlprompt.prompting.text import check_known, fill
 
 
 def frozen_class_features(

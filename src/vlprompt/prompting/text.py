@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlprompt.backbones.backbone import Backbone, unit
-from vlprompt.backbones.packing import PackedText, pack
+from vlprompt.backbones.packing import Attention, PackedText, pack
 from vlprompt.backbones.towers import Prompts, TextTower
 from vlprompt.errors import ConfigError, DataError
 
@@ -71,6 +71,11 @@ def class_tokens(
     return ClassTokens(all_ids, slots)
 
 
+def fill(template: str, class_names: Sequence[str]) -> list[str]:
+    """A template's text for each class; underscores in class names are read as spaces."""
+    return [template.replace("{}", name.replace("_", " ")) for name in class_names]
+
+
 def check_known(backbone: Backbone, class_names: Sequence[str]) -> None:
     """Raise DataError for a class name of which the backbone's vocabulary knows nothing."""
     for name in class_names:
@@ -83,6 +88,7 @@ class TextContext(nn.Module):
 
     ``vectors``: [M, D], or [C, M, D] class-specific. ``deep``: [depth − 1, M, D], at the inputs of the blocks
     after the first. Deeper tokens stand where the first ones do and replace (or are added to) their outputs.
+    ``share`` is false for attention functions that do not know of a prefix shared by all texts.
     """
 
     def __init__(
@@ -95,13 +101,14 @@ class TextContext(nn.Module):
         depth: int = 1,
         mode: Literal["replace", "add"] = "replace",
         n_classes: int | None = None,
+        share: bool = True,
     ) -> None:
         super().__init__()
         width, layers = backbone.text_tower.config.width, backbone.text_tower.config.layers
         if not 1 <= depth <= layers:
             raise ConfigError(f"text prompt depth = {depth} (allowed: 1 to {layers}, the text tower's layers)")
         self.n_ctx, self.words, self.position, self.mode = n_ctx, words, position, mode
-        self.class_specific = n_classes is not None
+        self.class_specific, self.share = n_classes is not None, share
         shape = (n_ctx, width) if n_classes is None else (n_classes, n_ctx, width)
         vectors = INIT_STD * torch.randn(shape)
         if words:
@@ -123,10 +130,14 @@ class TextContext(nn.Module):
         if key not in self._packed:
             if len(self._packed) == LISTS_KEPT:
                 del self._packed[next(iter(self._packed))]
-            tokens = class_tokens(backbone, class_names, self.n_ctx, self.words, self.position)
-            causal = backbone.text_tower.config.causal
-            self._packed[key] = pack(tokens.ids, tokens.slots, causal=causal, class_specific=self.class_specific)
+            self._packed[key] = self.pack(backbone, key)
         return self._packed[key].to(backbone.device)
+
+    def pack(self, backbone: Backbone, class_names: Sequence[str]) -> PackedText:
+        """The classes' texts, packed anew."""
+        tokens = class_tokens(backbone, class_names, self.n_ctx, self.words, self.position)
+        causal = backbone.text_tower.config.causal
+        return pack(tokens.ids, tokens.slots, causal=causal, class_specific=self.class_specific, share=self.share)
 
 
 def word_vectors(backbone: Backbone, words: str) -> Tensor:
@@ -138,14 +149,18 @@ def word_vectors(backbone: Backbone, words: str) -> Tensor:
 
 
 def encode_classes(
-    text_tower: TextTower, prompts: Prompts | None, class_tokens: PackedText, normalise: bool = True
+    text_tower: TextTower,
+    prompts: Prompts | None,
+    class_tokens: PackedText,
+    normalise: bool = True,
+    attention: Attention | Sequence[Attention] | None = None,
 ) -> Tensor:
     """Class features of packed texts: [C, E], or [B, C, E] where the prompts depend on the image.
 
     No padding is computed, the prefix shared by all classes is computed once, and the last block runs for the
     pooled tokens only: exact, forwards and backwards, for every causal tower (see ``backbones/packing.py``).
     """
-    features = text_tower(class_tokens, prompts)
+    features = text_tower(class_tokens, prompts, attention)
     features = features if len(features) > 1 or _per_image(prompts) else features[0]
     return unit(features) if normalise else features
 
