@@ -131,7 +131,14 @@ def fit_configured(
             method.fit_features(seen.frozen(method), seen.labels)
             return method.eval()
         views = TrainingViews(
-            images, indices, method.backbone.preprocess, data.batch_size, seed, min_scale=data.min_scale, reader=reader
+            images,
+            indices,
+            method.backbone.preprocess,
+            data.batch_size,
+            seed,
+            min_scale=data.min_scale,
+            reader=reader,
+            patch_size=method.patch_size,
         )
         Training(method, views, config.optim, config.train).run(after_epoch=after_epoch)
     return method

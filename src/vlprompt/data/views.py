@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlprompt.data.augment import augment_patches
 from vlprompt.data.images import ImageSource, Preprocess, random_regions
 from vlprompt.data.reading import ImageReader
 
@@ -31,10 +32,11 @@ class TrainingViews:
         min_scale: float = 0.08,
         workers: int = 2,
         reader: ImageReader | None = None,
+        patch_size: int | None = None,
     ) -> None:
         self.paths, self.labels, self.preprocess = paths, torch.tensor(labels), preprocess
         self.batch_size, self.seed, self.min_scale = batch_size, seed, min_scale
-        self.reader = reader or ImageReader(workers)
+        self.reader, self.patch_size = reader or ImageReader(workers), patch_size
 
     def __len__(self) -> int:
         """Batches in an epoch: the last incomplete one is dropped, unless it is the only one."""
@@ -45,8 +47,10 @@ class TrainingViews:
         """Images in every batch: the batch size, or all there are if they are fewer."""
         return min(self.batch_size, len(self.paths))
 
-    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, ...]]:
         """Batches (images [B, 3, S, S], labels [B]) of one epoch, from batch ``start`` on.
+
+        With a ``patch_size`` in pixels, second views of the same crops come third: patch-wise RandAugment.
 
         ``share=(k, n)`` gives the k-th of n nearly equal pieces of every batch, one for each of n processes.
         """
@@ -54,14 +58,19 @@ class TrainingViews:
         whole = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(start, len(self))]
         k, n = share
         batches = [np.array_split(batch, n)[k] for batch in whole]
-        for batch, images in self.reader.batches(lambda i: self._view(i, epoch), batches):
-            yield images, self.labels[torch.from_numpy(batch)]
+        for batch, views in self.reader.batches(lambda i: self._views(i, epoch), batches):
+            images, *second = views.unbind(1)
+            yield images, self.labels[torch.from_numpy(batch)], *second
 
-    def _view(self, i: int, epoch: int) -> Tensor:
+    def _views(self, i: int, epoch: int) -> Tensor:
+        """The view of one image, and the second one if there is any: [1 or 2, 3, S, S]."""
         image = self.reader.image(self.paths[i])
         rng = np.random.default_rng([self.seed, epoch, i])
         region = random_regions(rng, image.width, image.height, scale=(self.min_scale, 1.0))[0]
-        return self.preprocess.region(image, region)
+        views = [self.preprocess.cropped(image, region)]
+        if self.patch_size is not None:
+            views.append(augment_patches(views[0], self.patch_size, rng))
+        return torch.stack([self.preprocess.tensor(view) for view in views])
 
 
 def evaluation_batches(

@@ -37,6 +37,8 @@ class Batch:
     labels: Tensor
     frozen_image_features: Tensor | None = None
     """Normalised features of the same views from the frozen image tower, [B, E]."""
+    second_view: Tensor | None = None
+    """The same views, each of their patches changed by a RandAugment of its own, [B, 3, S, S]."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,13 @@ class Method(nn.Module):
     parity: ClassVar[str] = "golden"
     """How the numbers are checked: golden vectors of the official code, or identity with another library."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What a batch must bring beyond images and labels: ``frozen_image_features``."""
+    """What a batch must bring beyond images and labels: ``frozen_image_features``, ``second_view``."""
     settings: ClassVar[Mapping[str, Any]] = {}
     """The official training settings (base-to-novel), by key of the run configuration."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Other settings by name: ``cross-dataset``, ``few-shot``, …"""
+    rates: ClassVar[Mapping[str, float]] = {}
+    """Parameters, by how their names begin, that learn at this share of the learning rate."""
     prompts_images: ClassVar[bool] = False
     """Whether the image tower reads learned tokens; if not, image features are frozen."""
 
@@ -155,6 +159,11 @@ class Method(nn.Module):
         """Add the gradient of one whole batch to the parameters' ``grad``."""
         for p, g in zip(self.learned(), self.combine(self.gradients(losses)), strict=True):
             p.grad = g if p.grad is None else p.grad + g
+
+    @property
+    def patch_size(self) -> int | None:
+        """Side of the patches, in pixels, that a second view changes; None if the method needs no second view."""
+        return self.backbone.image_tower.config.patch_size if "second_view" in self.needs else None
 
     def learned(self) -> list[nn.Parameter]:
         """The parameters that gradient steps change."""

@@ -20,7 +20,7 @@ from vlprompt.training.schedule import build_optimizer, learning_rate
 
 @dataclass(frozen=True)
 class EpochLog:
-    """What one epoch gave: the mean of each loss term, and the learning rate it ran at."""
+    """What one epoch gave: the mean of each loss term, and the learning rate it ran at (in the end)."""
 
     epoch: int
     lr: float
@@ -64,7 +64,7 @@ class Training:
     ) -> None:
         self.method, self.views, self.optim, self.config = method, views, optim, config
         self.processes = processes or Processes()
-        self.optimizer = build_optimizer(method.parameters(), optim)
+        self.optimizer = build_optimizer(method, optim)
         self.scaled = method.backbone.dtype == torch.float16
         self.scale = LossScale(2.0**16 if self.scaled else 1.0)
         self.epoch = 0
@@ -89,23 +89,27 @@ class Training:
         self.method.train()
         shard = self.processes.rank, self.processes.size
         while self.epoch < self.config.epochs:
-            lr = learning_rate(self.epoch, self.config.epochs, self.optim)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            for images, labels in self.views.epoch(self.epoch, self.step, shard):
-                stopping = self._step(images, labels, asked_to_stop)
+            for tensors in self.views.epoch(self.epoch, self.step, shard):
+                self._set_rate()
+                stopping = self._step(tensors, asked_to_stop)
                 self.step += 1
                 after_step()
                 if stopping:
                     return False
             self.method.after_epoch(self.epoch, self.config.epochs)
+            lr = learning_rate(self.epoch + 1 - 1 / len(self.views), self.config.epochs, self.optim)
             log = EpochLog(self.epoch, lr, {term: value / len(self.views) for term, value in self.sums.items()})
             self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
             after_epoch(log)
         self.method.eval()
         return True
 
-    def _step(self, images: Tensor, labels: Tensor, asked_to_stop: Callable[[], bool]) -> bool:
+    def _set_rate(self) -> None:
+        lr = learning_rate(self.epoch + self.step / len(self.views), self.config.epochs, self.optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["share"]
+
+    def _step(self, tensors: tuple[Tensor, ...], asked_to_stop: Callable[[], bool]) -> bool:
         """One optimiser step on this process's share of a batch; whether any process was asked to stop."""
         method, parts = self.method, self.config.accumulate
         device = method.backbone.device
@@ -113,11 +117,10 @@ class Training:
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
         terms: dict[str, Tensor] = {}
         gradients: dict[str, list[Tensor]] = {}
-        for x, y in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
-            x, y = x.to(device), y.to(device)
-            frozen = method.backbone.encode_images(x) if "frozen_image_features" in method.needs else None
-            weight = len(y) / self.views.images_per_batch
-            losses = {term: weight * value for term, value in method.losses(Batch(x, y, frozen)).items()}
+        for part in zip(*(tensor.tensor_split(parts) for tensor in tensors), strict=True):
+            batch = self._batch(*(tensor.to(device) for tensor in part))
+            weight = len(batch.labels) / self.views.images_per_batch
+            losses = {term: weight * value for term, value in method.losses(batch).items()}
             for term, value in losses.items():
                 terms[term] = terms.get(term, 0) + value.detach().double()
             scaled = {term: self.scale.value * value for term, value in losses.items()}
@@ -132,6 +135,12 @@ class Training:
         self._log(dict(zip(terms, values, strict=True)))
         self._apply(gradients)
         return bool(stopping)
+
+    def _batch(self, images: Tensor, labels: Tensor, second_view: Tensor | None = None) -> Batch:
+        """What the method needs about a batch's views: what did not come with them is computed."""
+        needs, backbone = self.method.needs, self.method.backbone
+        frozen = backbone.encode_images(images) if "frozen_image_features" in needs else None
+        return Batch(images, labels, frozen, second_view)
 
     def _log(self, losses: dict[str, float]) -> None:
         for term, value in losses.items():

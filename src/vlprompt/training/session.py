@@ -80,6 +80,7 @@ class Session:
             config.seed,
             min_scale=data.min_scale,
             reader=reader,
+            patch_size=method.patch_size,
         )
         self.training = Training(method, views, config.optim, config.train, processes)
         self.val = EvaluationImages(split.paths("val"), [item.label for item in split.val], reader=reader)
