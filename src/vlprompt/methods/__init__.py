@@ -3,6 +3,7 @@
 from vlprompt.methods import (  # noqa: F401
     cocoop,
     coop,
+    drople,
     ivlp,
     kgcoop,
     linear_probe,

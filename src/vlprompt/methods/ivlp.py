@@ -15,7 +15,7 @@ from vlprompt.prompting.text import TextContext
 from vlprompt.prompting.visual import VisualPrompts
 
 
-def deep_context(backbone: Backbone, n_ctx: int, init: str | None, depth: int) -> TextContext:
+def deep_context(backbone: Backbone, n_ctx: int, init: str | None, depth: int, end: str = ".") -> TextContext:
     """Deep text prompts as MaPLe, IVLP and PromptSRC build them.
 
     With fewer learned tokens than initial words the other words stay frozen in the text; with more, the official
@@ -23,7 +23,7 @@ def deep_context(backbone: Backbone, n_ctx: int, init: str | None, depth: int) -
     """
     if init and n_ctx > len(backbone.tokenizer.words(init)):
         init = None
-    return TextContext(backbone, n_ctx, init, depth=depth)
+    return TextContext(backbone, n_ctx, init, depth=depth, end=end)
 
 
 @register("ivlp")

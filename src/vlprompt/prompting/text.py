@@ -37,10 +37,11 @@ def class_tokens(
     n_ctx: int,
     words: str | None = None,
     position: Position = "end",
+    end: str = ".",
 ) -> ClassTokens:
     """Texts "{context} {class}." with M learned tokens; underscores in class names are read as spaces.
 
-    The first M tokens of the context's ``words`` are learned and the rest of them stays frozen (MaPLe: 2 of
+    ``end`` takes the place of the full stop. The first M tokens of the context's ``words`` are learned and the rest of them stays frozen (MaPLe: 2 of
     "a photo of a"). More learned tokens than words stand in front of the words (ProGrad), and without words
     all M are free. ``position`` puts the class name at the end, behind the first ⌊M/2⌋ tokens, or in front.
     Raises DataError naming the class whose text is longer than the backbone reads.
@@ -54,7 +55,7 @@ def class_tokens(
     all_ids, slots = [], []
     for class_name in class_names:
         name = class_name.replace("_", " ")
-        sentence = tokenizer.words(f"{lead} {name}.")
+        sentence = tokenizer.words(f"{lead} {name}{end}")
         context, rest = sentence[:n_lead], sentence[n_lead:]
         n_name = len(tokenizer.words(name))
         label, tail = rest[:n_name], rest[n_name:]
@@ -92,13 +93,14 @@ class TextContext(nn.Module):
         depth: int = 1,
         mode: Literal["replace", "add"] = "replace",
         n_classes: int | None = None,
+        end: str = ".",
     ) -> None:
         super().__init__()
         width, layers = backbone.text_tower.config.width, backbone.text_tower.config.layers
         if not 1 <= depth <= layers:
             raise ConfigError(f"text prompt depth = {depth} (allowed: 1 to {layers}, the text tower's layers)")
         self.n_ctx, self.words, self.position, self.mode = n_ctx, words, position, mode
-        self.class_specific = n_classes is not None
+        self.class_specific, self.end = n_classes is not None, end
         shape = (n_ctx, width) if n_classes is None else (n_classes, n_ctx, width)
         vectors = INIT_STD * torch.randn(shape)
         if words:
@@ -107,20 +109,23 @@ class TextContext(nn.Module):
         self.vectors = nn.Parameter(vectors)
         deep = INIT_STD * torch.randn(depth - 1, n_ctx, width)
         self.deep = nn.Parameter(deep) if depth > 1 else None
-        self._packed: dict[tuple[str, ...], PackedText] = {}
+        self._packed: dict[tuple[tuple[str, ...], bool], PackedText] = {}
 
     def prompts(self, bias: Tensor | None = None) -> Prompts:
         """The learned tokens per layer; ``bias`` [B, D] moves those of the first layer per image (CoCoOp)."""
         first = self.vectors if bias is None else self.vectors + bias[:, None, None]
         return Prompts([first, *(() if self.deep is None else self.deep)], self.mode)
 
-    def packed(self, backbone: Backbone, class_names: Sequence[str]) -> PackedText:
-        """The classes' texts, tokenised and packed once for each list of names."""
-        key = tuple(class_names)
+    def packed(self, backbone: Backbone, class_names: Sequence[str], share: bool = True) -> PackedText:
+        """The classes' texts, tokenised and packed once for each list of names.
+
+        Without ``share`` every text has tokens of its own from the first on: for states that differ between texts.
+        """
+        key = tuple(class_names), share
         if key not in self._packed:
-            tokens = class_tokens(backbone, class_names, self.n_ctx, self.words, self.position)
-            causal = backbone.text_tower.config.causal
-            self._packed[key] = pack(tokens.ids, tokens.slots, causal=causal, class_specific=self.class_specific)
+            tokens = class_tokens(backbone, class_names, self.n_ctx, self.words, self.position, self.end)
+            causal, specific = backbone.text_tower.config.causal, self.class_specific
+            self._packed[key] = pack(tokens.ids, tokens.slots, causal=causal, class_specific=specific, share=share)
         return self._packed[key].to(backbone.device)
 
 
