@@ -41,9 +41,10 @@ def class_tokens(
 ) -> ClassTokens:
     """Texts "{context} {class}." with M learned tokens; underscores in class names are read as spaces.
 
-    ``end`` takes the place of the full stop. The first M tokens of the context's ``words`` are learned and the rest of them stays frozen (MaPLe: 2 of
+    The first M tokens of the context's ``words`` are learned and the rest of them stays frozen (MaPLe: 2 of
     "a photo of a"). More learned tokens than words stand in front of the words (ProGrad), and without words
-    all M are free. ``position`` puts the class name at the end, behind the first ⌊M/2⌋ tokens, or in front.
+    all M are free. ``position`` puts the class name at the end, behind the first ⌊M/2⌋ tokens, or in front;
+    ``end`` takes the place of the full stop.
     Raises DataError naming the class whose text is longer than the backbone reads.
     """
     tokenizer = backbone.tokenizer
