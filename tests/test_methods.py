@@ -54,7 +54,7 @@ def make(backbone: Backbone, name: str, class_names: Sequence[str] = NAMES, seed
 def make_batch(method: Method, images: Tensor, labels: Tensor) -> Batch:
     frozen = method.backbone.encode_images(images) if "frozen_image_features" in method.needs else None
     second = images + 0.1 if "second_view" in method.needs else None
-    return Batch(images, labels, frozen, second)
+    return Batch(images, labels, frozen, second_view=second)
 
 
 @torch.no_grad()

@@ -128,7 +128,7 @@ class StopsAfter:
         pass
 
 
-@pytest.mark.parametrize("method", ["coop", "promptsrc"])
+@pytest.mark.parametrize("method", ["coop", "promptsrc", "drople"])
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 def test_an_interrupt_within_an_epoch_loses_nothing(method, n, pictures, tmp_path):
     config = configured(pictures, method, **{"train.epochs": 2, "optim.name": "adamw"})

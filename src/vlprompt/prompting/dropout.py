@@ -51,7 +51,7 @@ def drop(x: Tensor, rows: Tensor, p: Tensor, mode: Literal["gaussian", "zero"], 
     """
     tokens = x[:, rows]
     hit = (torch.rand_like(p) < p)[..., None]
-    factor = ~hit if mode == "zero" else 1 + sigma * hit * torch.randn_like(tokens)
+    factor = ~hit if mode == "zero" else 1 + hit * (sigma * torch.randn_like(tokens))
     return x.index_copy(1, rows, tokens * factor)
 
 

@@ -140,7 +140,7 @@ class Training:
         """What the method needs about a batch's views: what did not come with them is computed."""
         needs, backbone = self.method.needs, self.method.backbone
         frozen = backbone.encode_images(images) if "frozen_image_features" in needs else None
-        return Batch(images, labels, frozen, second_view)
+        return Batch(images, labels, frozen, second_view=second_view)
 
     def _log(self, losses: dict[str, float]) -> None:
         for term, value in losses.items():
