@@ -25,3 +25,10 @@ def tiny():
     from vlprompt.backbones.load import load_backbone
 
     return load_backbone(str(ROOT / "golden" / "backbone"))
+
+
+@pytest.fixture(autouse=True)
+def forget_texts(request):
+    """The shared backbone remembers texts, whose last bits depend on what they were first encoded with."""
+    if "tiny" in request.fixturenames:
+        request.getfixturevalue("tiny").to()

@@ -119,3 +119,12 @@ def load_official(method: Method, tensors: dict[str, Tensor], prefix: str) -> se
         for name in names:
             view(method, name).copy_(tensors[prefix + name])
     return names
+
+
+def close(name: str, ours: Tensor, golden: Tensor, noise: float = 0.0, scale: float | None = None) -> None:
+    """Within max(1e-5 · max|x|, 5 × noise); ``noise`` is absolute, or relative to ``scale``."""
+    reach = golden.abs().max().item()
+    tolerance = max(1e-5 * reach, 5 * noise * (1 if scale is None else scale))
+    assert ours.shape == golden.shape, f"{name}: shape {tuple(ours.shape)}, official {tuple(golden.shape)}"
+    error = (ours.detach().double() - golden.double()).abs().max().item()
+    assert error <= tolerance, f"{name}: off by {error:.3g}, allowed {tolerance:.3g}"

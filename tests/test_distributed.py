@@ -131,8 +131,8 @@ def to_double(preprocess: Preprocess) -> Preprocess:
     """The same views in float64."""
 
     class Double(Preprocess):
-        def region(self, *given):
-            return super().region(*given).double()
+        def tensor(self, *given):
+            return super().tensor(*given).double()
 
     return Double(**vars(preprocess))
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from golden_cases import FOLDERS, Case, find_cases, load_official, view
+import golden_drople
+from golden_cases import FOLDERS, Case, close, find_cases, load_official, view
 from vlprompt.backbones.backbone import unit
 from vlprompt.methods import METHODS, Batch, Method, find_method
 from vlprompt.methods.base import total
@@ -56,15 +57,6 @@ CONFIGS: dict[str, Callable[[dict], dict]] = {
     "fdbpl_coop": lambda h: {"init": h["ctx_init"], "init_negative": h["ctx_init_negative"]},
     "fdbpl_promptsrc": lambda h: CONFIGS["kdpl_promptsrc"](h),
 }
-
-
-def close(name: str, ours: Tensor, golden: Tensor, noise: float = 0.0, scale: float | None = None) -> None:
-    """Within max(1e-5 · max|x|, 5 × noise); ``noise`` is absolute, or relative to ``scale``."""
-    reach = golden.abs().max().item()
-    tolerance = max(1e-5 * reach, 5 * noise * (1 if scale is None else scale))
-    assert ours.shape == golden.shape, f"{name}: shape {tuple(ours.shape)}, official {tuple(golden.shape)}"
-    error = (ours.detach().double() - golden.double()).abs().max().item()
-    assert error <= tolerance, f"{name}: off by {error:.3g}, allowed {tolerance:.3g}"
 
 
 def make(case: Case, info: dict) -> Method:
@@ -323,6 +315,8 @@ def test_official_numbers(case: Case) -> None:
         check_gaussian_weights(case)
     elif "gpa_run" in case.file.stem:
         check_gaussian_average(case)
+    elif case.method == "drople":
+        golden_drople.CHECKS[case.file.stem](case)
     else:
         assert case.method in CONFIGS, f"{case.method} is registered, but nothing here checks its golden cases"
         check_training(case)

@@ -143,6 +143,7 @@ def fit_configured(
             min_scale=data.min_scale,
             reader=reader,
             teacher=teacher.backbone.preprocess if teacher else None,
+            patch_size=method.patch_size,
         )
         Training(method, views, config.optim, config.train, teacher=teacher).run(after_epoch=after_epoch)
     return method

@@ -306,6 +306,28 @@ def export(
     _say(f"{len(names)} classes of {method.name} on {method.backbone.name} written to {out}")
 
 
+@app.command(epilog="Example: vlprompt explain runs/x photo.jpg --out photo.png")
+def explain(
+    run: RunFolder,
+    image: Annotated[Path, typer.Argument(help="An image file.")],
+    out: Annotated[Path, typer.Option(help="The .png file to write.", rich_help_panel=OUTPUT)],
+    seed: Annotated[int, typer.Option(help="Decides the draw that is shown.", min=0, rich_help_panel=OUTPUT)] = 0,
+    backbone: OtherBackbone = None,
+    device: Device = "cpu",
+    precision: Precision = "fp32",
+    json_output: Json = False,
+) -> None:
+    """Draw which parts of an image matter to a model of drople, and what its token dropout would hit."""
+    from vlprompt.explain import explain as explain_image
+    from vlprompt.explain import write_explanation
+
+    explanation = explain_image(_load(run, backbone, device, precision), image, seed)
+    write_explanation(explanation, out, image.name, seed)
+    if json_output:
+        print(json.dumps(explanation.to_dict()))
+    _say(f"{len(explanation.blocks)} blocks of {image} drawn in {out}")
+
+
 @app.command(epilog="Example: vlprompt convert pytorch_model.bin clip/model.safetensors")
 def convert(
     file: Annotated[Path, typer.Argument(help="A .bin or .pt state dict.")],

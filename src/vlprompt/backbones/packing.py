@@ -54,6 +54,20 @@ class PackedText:
         )
         return PackedText(**(vars(self) | moved | {"groups": groups}))
 
+    def texts(self, x: Tensor) -> list[Tensor]:
+        """Packed tokens [1, T, D] as the texts of each group, [count, length, D]; without a shared prefix."""
+        return [x[0, g.start : g.start + g.count * g.length].unflatten(0, (g.count, g.length)) for g in self.groups]
+
+    def rows(self, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows that each of some texts [B] takes, [B, N of the longest], and which of them are its own.
+
+        Without a shared prefix. Behind a text's end its last row is repeated.
+        """
+        lengths = torch.cat([torch.full_like(self.order[: g.count], g.length) for g in self.groups])[self.order]
+        last, length = self.pooled[self.order][texts, None], lengths[texts, None]
+        offsets = torch.arange(max(g.length for g in self.groups), device=last.device)
+        return torch.minimum(last - length + 1 + offsets, last), offsets < length
+
 
 def pack(
     tokens: Sequence[Sequence[int]],

@@ -149,7 +149,7 @@ class Preprocess:
         """Evaluation view of the whole image, [3, S, S]."""
         image, size = to_rgb(image), self.image_size
         if self.resize == "squash":
-            return self._tensor(self._resized(image, size, size))
+            return self.tensor(self._resized(image, size, size))
         image = _without_extreme_ends(image)
         width, height = image.size
         if width <= height:
@@ -157,22 +157,27 @@ class Preprocess:
         else:
             image = self._resized(image, int(size * width / height), size)
         left, top = (image.width - size) // 2, (image.height - size) // 2
-        return self._tensor(image.crop((left, top, left + size, top + size)))
+        return self.tensor(image.crop((left, top, left + size, top + size)))
 
     def region(self, image: Image.Image, region: Region) -> Tensor:
         """Training view of one region, [3, S, S]: cropped, resized to a square, perhaps flipped."""
+        return self.tensor(self.cropped(image, region))
+
+    def cropped(self, image: Image.Image, region: Region) -> Image.Image:
+        """The pixels of ``region``, S × S."""
         # Crop first: resize(box=…) would let the filter read pixels outside the box.
         crop = to_rgb(image).crop(pixel_box(region, image.width, image.height))
         view = self._resized(crop, self.image_size, self.image_size)
-        return self._tensor(ImageOps.mirror(view) if region[4] > 0.5 else view)
+        return ImageOps.mirror(view) if region[4] > 0.5 else view
+
+    def tensor(self, image: Image.Image) -> Tensor:
+        """Pixels of an RGB image, normalised: [3, H, W]."""
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        return ((pixels - mean[:, None, None]) / std[:, None, None]).contiguous()
 
     def _resized(self, image: Image.Image, width: int, height: int) -> Image.Image:
         return image.resize((width, height), _FILTERS[self.interpolation])
-
-    def _tensor(self, image: Image.Image) -> Tensor:
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # [3, S, S]
-        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
-        return ((pixels - mean[:, None, None]) / std[:, None, None]).contiguous()
 
 
 def _without_extreme_ends(image: Image.Image) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import unicodedata
 from collections import Counter, defaultdict
@@ -77,9 +78,10 @@ class Split:
             train += ranked[n:]
         return replace(self, train=in_order(train), val=in_order(val))
 
-    def few_shot(self, shots: int, seed: int, allow_fewer: bool = False) -> Split:
+    def few_shot(self, shots: int, seed: int, allow_fewer: bool = False, imbalance: float = 1.0) -> Split:
         """Cut train to ``shots`` images per class, and val to at most min(shots, 4), as CoOp does.
 
+        ``imbalance`` > 1 leaves the later of C classes fewer (:func:`long_tail`): the last one shots / imbalance.
         The draw depends on the seed and the images' relative paths only: not on their order here, nor on any
         random state. For one seed, fewer shots are a subset of more. Items come sorted by label and path.
         Raises DataError if a class has too few training images, unless ``allow_fewer`` keeps what there is (but
@@ -87,17 +89,18 @@ class Split:
         """
         if shots < 1:
             raise DataError(f"shots must be at least 1, not {shots}")
+        wanted = long_tail(shots, len(self.class_names), imbalance)
         train, val = ranked_by_class(self.train, seed), ranked_by_class(self.val, seed)
         counts = [len(train.get(label, ())) for label in range(len(self.class_names))]
-        if short := [label for label, n in enumerate(counts) if n < (1 if allow_fewer else shots)]:
+        if short := [label for label, n in enumerate(counts) if n < (1 if allow_fewer else wanted[label])]:
             name, more = self.class_names[short[0]], len(short) - 1
             others = f" (and {more} more class{'es' if more > 1 else ''})" if more else ""
             hint = "" if allow_fewer else "; --allow-fewer uses what there is"
-            n = counts[short[0]]
-            raise DataError(f"class '{name}' has {n} training images, too few for {shots} shots{others}{hint}")
+            n, needed = counts[short[0]], wanted[short[0]]
+            raise DataError(f"class '{name}' has {n} training images, too few for {needed} shots{others}{hint}")
         return replace(
             self,
-            train=in_order(item for group in train.values() for item in group[:shots]),
+            train=in_order(item for label, group in train.items() for item in group[: wanted[label]]),
             val=in_order(item for group in val.values() for item in group[: min(shots, _VAL_SHOTS)]),
         )
 
@@ -116,6 +119,18 @@ class Split:
 
         names = self.class_names[kept.start : kept.stop]
         return Split(self.root, names, *(relabelled(self.items(part)) for part in PARTS))
+
+
+def long_tail(n_max: int, classes: int, ratio: float) -> list[int]:
+    """Images of each class, the most frequent first: n_c = ⌈n_max · ratio^(−c / (C − 1))⌉ (exponential profile).
+
+    Raises DataError for a ratio below 1.
+    """
+    if not ratio >= 1:
+        raise DataError(f"imbalance = {ratio:g} (allowed: at least 1, images of the first class to those of the last)")
+    steps = max(classes - 1, 1)
+    # The power is a hair above whole numbers that it should equal (100 · 10⁻¹ is 10.000000000000002).
+    return [math.ceil(n_max * ratio ** (-c / steps) - 1e-9) for c in range(classes)]
 
 
 def ranked_by_class(items: Iterable[Item], key: str | int) -> dict[int, list[Item]]:

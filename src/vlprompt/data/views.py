@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vlprompt.data.augment import augment_patches
 from vlprompt.data.bank import Bank
 from vlprompt.data.images import ImageSource, Preprocess, random_regions
 from vlprompt.data.reading import ImageReader
@@ -41,12 +42,13 @@ class TrainingViews:
         workers: int = 2,
         reader: ImageReader | None = None,
         teacher: Preprocess | None = None,
+        patch_size: int | None = None,
     ) -> None:
         self.paths, self.labels = paths, torch.tensor(labels)
         # Where the teacher reads what the student does, it needs no view of its own.
         self.preprocesses = (preprocess,) if teacher is None or teacher == preprocess else (preprocess, teacher)
         self.batch_size, self.seed, self.min_scale = batch_size, seed, min_scale
-        self.reader = reader or ImageReader(workers)
+        self.reader, self.patch_size = reader or ImageReader(workers), patch_size
 
     def __len__(self) -> int:
         """Batches in an epoch: the last incomplete one is dropped, unless it is the only one."""
@@ -57,10 +59,11 @@ class TrainingViews:
         """Images in every batch: the batch size, or all there are if they are fewer."""
         return min(self.batch_size, len(self.paths))
 
-    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor, ...]]:
+    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor | None, ...]]:
         """Batches (images [B, 3, S, S], labels [B]) of one epoch, from batch ``start`` on.
 
-        With a ``teacher`` that reads images of another size or scale, the same regions for it come third.
+        With a ``teacher`` that reads images of another size or scale, the same regions for it come third. With a
+        ``patch_size`` in pixels, second views of the same crops come sixth: patch-wise RandAugment.
 
         ``share=(k, n)`` gives the k-th of n nearly equal pieces of every batch, one for each of n processes.
         """
@@ -68,14 +71,24 @@ class TrainingViews:
         whole = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(start, len(self))]
         k, n = share
         batches = [np.array_split(batch, n)[k] for batch in whole]
-        for batch, (images, *teacher) in self.reader.batches(lambda i: self._views(i, epoch), batches):
-            yield images, self.labels[torch.from_numpy(batch)], *teacher
+        for batch, (images, *more) in self.reader.batches(lambda i: self._views(i, epoch), batches):
+            if self.patch_size is not None:
+                *teacher, second_view = more
+                yield images, self.labels[torch.from_numpy(batch)], *(teacher or [None]), None, None, second_view
+            else:
+                yield images, self.labels[torch.from_numpy(batch)], *more
 
     def _views(self, i: int, epoch: int) -> tuple[Tensor, ...]:
+        """One image's view, the teacher's and the second one where there are any: [3, S, S] each."""
         image = self.reader.image(self.paths[i])
         rng = np.random.default_rng([self.seed, epoch, i])
         region = random_regions(rng, image.width, image.height, scale=(self.min_scale, 1.0))[0]
-        return tuple(preprocess.region(image, region) for preprocess in self.preprocesses)
+        views = [preprocess.region(image, region) for preprocess in self.preprocesses]
+        if self.patch_size is not None:
+            preprocess = self.preprocesses[0]
+            second = augment_patches(preprocess.cropped(image, region), self.patch_size, rng)
+            views.append(preprocess.tensor(second))
+        return tuple(views)
 
 
 class BankViews:

@@ -4,6 +4,7 @@ from vlprompt.methods import (  # noqa: F401
     cocoop,
     coop,
     dpl,
+    drople,
     fdbpl,
     ivlp,
     kdpl,

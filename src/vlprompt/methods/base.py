@@ -42,6 +42,8 @@ class Batch:
     """Normalised features of the same views from the frozen image tower, [B, E]."""
     teacher_probabilities: Tensor | None = None
     """What a larger frozen model takes the same views for, [B, C] in fp32 at least; each row sums to 1."""
+    second_view: Tensor | None = None
+    """The same views, each of their patches changed by a RandAugment of its own, [B, 3, S, S]."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,14 @@ class Method(nn.Module):
     """How the numbers are checked: ``golden`` vectors of the official code, or an ``identity`` that pins them down;
     ``reconstructed`` from a description, where neither code nor numbers are public."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What a batch must bring beyond images and labels: ``frozen_image_features``, or ``teacher_probabilities`` in
-    place of labels."""
+    """What a batch must bring beyond images and labels: ``frozen_image_features``, ``second_view``, or
+    ``teacher_probabilities`` in place of labels."""
     settings: ClassVar[Mapping[str, Any]] = {}
     """The official training settings (base-to-novel), by key of the run configuration."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Other settings by name: ``cross-dataset``, ``few-shot``, …"""
+    rates: ClassVar[Mapping[str, float]] = {}
+    """Parameters, by how their names begin, that learn at this share of the learning rate."""
     prompts_images: bool = False
     """Whether the image tower reads learned tokens; if not, image features are frozen."""
 
@@ -163,6 +167,11 @@ class Method(nn.Module):
         """Add the gradient of one whole batch to the parameters' ``grad``."""
         for p, g in zip(self.learned(), self.combine(self.gradients(losses)), strict=True):
             p.grad = g if p.grad is None else p.grad + g
+
+    @property
+    def patch_size(self) -> int | None:
+        """Side of the patches, in pixels, that a second view changes; None if the method needs no second view."""
+        return self.backbone.image_tower.config.patch_size if "second_view" in self.needs else None
 
     def learned(self) -> list[nn.Parameter]:
         """The parameters that gradient steps change."""

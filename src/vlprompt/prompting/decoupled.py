@@ -174,7 +174,7 @@ class SentencePrompts(TextContext):
         super().__init__(backbone, n_ctx, words, depth=depth, mode=mode)
         self.template, self.read_only = template, read_only
 
-    def pack(self, backbone: Backbone, class_names: Sequence[str]) -> PackedText:
+    def pack(self, backbone: Backbone, class_names: Sequence[str], share: bool = False) -> PackedText:
         """Each class's sentence, and behind it its learned tokens."""
         check_known(backbone, class_names)
         sentences = backbone.tokenize(fill(self.template, class_names))

@@ -40,12 +40,14 @@ def class_tokens(
     n_ctx: int,
     words: str | None = None,
     position: Position = "end",
+    end: str = ".",
 ) -> ClassTokens:
     """Texts "{context} {class}." with M learned tokens; underscores in class names are read as spaces.
 
     The first M tokens of the context's ``words`` are learned and the rest of them stays frozen (MaPLe: 2 of
     "a photo of a"). More learned tokens than words stand in front of the words (ProGrad), and without words
-    all M are free. ``position`` puts the class name at the end, behind the first ⌊M/2⌋ tokens, or in front.
+    all M are free. ``position`` puts the class name at the end, behind the first ⌊M/2⌋ tokens, or in front;
+    ``end`` takes the place of the full stop.
     Raises DataError naming the class whose text is longer than the backbone reads.
     """
     tokenizer = backbone.tokenizer
@@ -57,7 +59,7 @@ def class_tokens(
     all_ids, slots = [], []
     for class_name in class_names:
         name = class_name.replace("_", " ")
-        sentence = tokenizer.words(f"{lead} {name}.")
+        sentence = tokenizer.words(f"{lead} {name}{end}")
         context, rest = sentence[:n_lead], sentence[n_lead:]
         n_name = len(tokenizer.words(name))
         label, tail = rest[:n_name], rest[n_name:]
@@ -102,13 +104,14 @@ class TextContext(nn.Module):
         mode: Literal["replace", "add"] = "replace",
         n_classes: int | None = None,
         share: bool = True,
+        end: str = ".",
     ) -> None:
         super().__init__()
         width, layers = backbone.text_tower.config.width, backbone.text_tower.config.layers
         if not 1 <= depth <= layers:
             raise ConfigError(f"text prompt depth = {depth} (allowed: 1 to {layers}, the text tower's layers)")
         self.n_ctx, self.words, self.position, self.mode = n_ctx, words, position, mode
-        self.class_specific, self.share = n_classes is not None, share
+        self.class_specific, self.share, self.end = n_classes is not None, share, end
         shape = (n_ctx, width) if n_classes is None else (n_classes, n_ctx, width)
         vectors = INIT_STD * torch.randn(shape)
         if words:
@@ -117,27 +120,31 @@ class TextContext(nn.Module):
         self.vectors = nn.Parameter(vectors)
         deep = INIT_STD * torch.randn(depth - 1, n_ctx, width)
         self.deep = nn.Parameter(deep) if depth > 1 else None
-        self._packed: dict[tuple[str, ...], PackedText] = {}
+        self._packed: dict[tuple[tuple[str, ...], bool], PackedText] = {}
 
     def prompts(self, bias: Tensor | None = None) -> Prompts:
         """The learned tokens per layer; ``bias`` [B, D] moves those of the first layer per image (CoCoOp)."""
         first = self.vectors if bias is None else self.vectors + bias[:, None, None]
         return Prompts([first, *(() if self.deep is None else self.deep)], self.mode)
 
-    def packed(self, backbone: Backbone, class_names: Sequence[str]) -> PackedText:
-        """The classes' texts, tokenised and packed once for each of the last few lists of names."""
-        key = tuple(class_names)
+    def packed(self, backbone: Backbone, class_names: Sequence[str], share: bool | None = None) -> PackedText:
+        """The classes' texts, tokenised and packed once for each of the last few lists of names.
+
+        Without ``share`` every text has tokens of its own from the first on: for states that differ between texts.
+        """
+        share = self.share if share is None else share
+        key = tuple(class_names), share
         if key not in self._packed:
             if len(self._packed) == LISTS_KEPT:
                 del self._packed[next(iter(self._packed))]
-            self._packed[key] = self.pack(backbone, key)
+            self._packed[key] = self.pack(backbone, class_names, share)
         return self._packed[key].to(backbone.device)
 
-    def pack(self, backbone: Backbone, class_names: Sequence[str]) -> PackedText:
+    def pack(self, backbone: Backbone, class_names: Sequence[str], share: bool) -> PackedText:
         """The classes' texts, packed anew."""
-        tokens = class_tokens(backbone, class_names, self.n_ctx, self.words, self.position)
-        causal = backbone.text_tower.config.causal
-        return pack(tokens.ids, tokens.slots, causal=causal, class_specific=self.class_specific, share=self.share)
+        tokens = class_tokens(backbone, class_names, self.n_ctx, self.words, self.position, self.end)
+        causal, specific = backbone.text_tower.config.causal, self.class_specific
+        return pack(tokens.ids, tokens.slots, causal=causal, class_specific=specific, share=share)
 
 
 def word_vectors(backbone: Backbone, words: str) -> Tensor:

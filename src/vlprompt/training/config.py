@@ -35,6 +35,8 @@ class DataConfig:
     """Training images per class; all if not given."""
     allow_fewer: bool = False
     """Whether classes with fewer images than shots use what they have."""
+    imbalance: Annotated[float, Ge(1)] = 1.0
+    """Shots of the first class to those of the last, fewer and fewer in between: a long tail."""
     val_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Share of each class's training images that becomes val before shots are drawn, where there is no val split."""
     classes: Literal["base", "novel", "all"] = "all"
@@ -79,10 +81,14 @@ class OptimConfig:
     """Momentum of SGD."""
     weight_decay: Annotated[float, Ge(0)] = 5e-4
     """Weight decay; acts on prompts too, as in the official code."""
-    warmup_epochs: Annotated[int, Ge(0)] = 1
-    """Epochs at the warm-up rate before the cosine starts."""
+    warmup_epochs: Annotated[float, Ge(0)] = 1
+    """Epochs at the warm-up rate before the cosine starts; 0.1 is the first tenth of the first epoch's steps."""
     warmup_lr: Annotated[float, Gt(0)] = 1e-5
     """Learning rate of the warm-up."""
+    min_lr: Annotated[float, Ge(0)] = 0.0
+    """Learning rate that the cosine falls to."""
+    cosine_epochs: Annotated[int, Ge(1)] = 1
+    """Epochs that the cosine spans, if more than those trained."""
 
 
 @dataclass(frozen=True)

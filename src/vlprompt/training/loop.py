@@ -22,7 +22,7 @@ from vlprompt.training.teacher import Teacher
 
 @dataclass(frozen=True)
 class EpochLog:
-    """What one epoch gave: the mean of each loss term, and the learning rate it ran at."""
+    """What one epoch gave: the mean of each loss term, and the learning rate it ran at (in the end)."""
 
     epoch: int
     lr: float
@@ -67,7 +67,7 @@ class Training:
     ) -> None:
         self.method, self.views, self.optim, self.config = method, views, optim, config
         self.processes, self.teacher = processes or Processes(), teacher
-        self.optimizer = build_optimizer(method.parameters(), optim)
+        self.optimizer = build_optimizer(method, optim)
         self.scaled = method.backbone.dtype == torch.float16
         self.scale = LossScale(2.0**16 if self.scaled else 1.0)
         self.epoch = 0
@@ -92,21 +92,25 @@ class Training:
         self.method.train()
         shard = self.processes.rank, self.processes.size
         while self.epoch < self.config.epochs:
-            lr = learning_rate(self.epoch, self.config.epochs, self.optim)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
             for tensors in self.views.epoch(self.epoch, self.step, shard):
+                self._set_rate()
                 stopping = self._step(tensors, asked_to_stop)
                 self.step += 1
                 after_step()
                 if stopping:
                     return False
             self.method.after_epoch(self.epoch, self.config.epochs)
+            lr = learning_rate(self.epoch + 1 - 1 / len(self.views), self.config.epochs, self.optim)
             log = EpochLog(self.epoch, lr, {term: value / len(self.views) for term, value in self.sums.items()})
             self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
             after_epoch(log)
         self.method.eval()
         return True
+
+    def _set_rate(self) -> None:
+        lr = learning_rate(self.epoch + self.step / len(self.views), self.config.epochs, self.optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["share"]
 
     def _step(self, tensors: tuple[Tensor | None, ...], asked_to_stop: Callable[[], bool]) -> bool:
         """One optimiser step on this process's share of a batch; whether any process was asked to stop."""
@@ -143,6 +147,7 @@ class Training:
         teacher_images: Tensor | None = None,
         frozen: Tensor | None = None,
         taught: Tensor | None = None,
+        second_view: Tensor | None = None,
     ) -> Batch:
         """What the method needs about a batch's views: what did not come with them is computed."""
         needs, backbone = self.method.needs, self.method.backbone
@@ -153,7 +158,7 @@ class Training:
             frozen = backbone.encode_images(images)
         if "teacher_probabilities" in needs and self.teacher and images is not None:
             taught = self.teacher.probabilities(images if teacher_images is None else teacher_images)
-        return Batch(images, labels, frozen, taught)
+        return Batch(images, labels, frozen, taught, second_view)
 
     def _log(self, losses: dict[str, float]) -> None:
         for term, value in losses.items():

@@ -9,7 +9,7 @@ from typing import Protocol
 from vlprompt.data.datasets import LoadedDataset
 from vlprompt.data.reading import ImageReader, name_skipped, unusable
 from vlprompt.data.splits import Split, repeated
-from vlprompt.errors import DataError
+from vlprompt.errors import ConfigError, DataError
 from vlprompt.training.config import DataConfig
 
 SHOWN = 5  # names that a message lists
@@ -32,7 +32,8 @@ def run_split(config: Choice, dataset: LoadedDataset, unreadable: Collection[Pat
 
     In this order: its classes, its val images where the data set has none, the images that cannot be read taken out,
     its shots. So a val image is one for every seed and number of shots, and an unreadable image makes room for the next
-    that the seed would have drawn. Raises DataError if a class has no training images, or too few.
+    that the seed would have drawn. Raises DataError if a class has no training images, or too few, and
+    ConfigError for an imbalance without shots.
     """
     data = config.data
     split = dataset.split.subset(data.classes)
@@ -42,7 +43,9 @@ def run_split(config: Choice, dataset: LoadedDataset, unreadable: Collection[Pat
         split = split.with_val(data.val_fraction)
     split = split.without(unreadable)
     if data.shots is not None:
-        return split.few_shot(data.shots, config.seed, data.allow_fewer)
+        return split.few_shot(data.shots, config.seed, data.allow_fewer, data.imbalance)
+    if data.imbalance > 1:
+        raise ConfigError(f"data.imbalance = {data.imbalance:g}: it needs data.shots, those of the first class")
     labels = {item.label for item in split.train}
     empty = [f"'{name}'" for label, name in enumerate(split.class_names) if label not in labels]
     if empty:

@@ -89,6 +89,7 @@ class Session:
                 min_scale=data.min_scale,
                 reader=reader,
                 teacher=teacher.backbone.preprocess if teacher else None,
+                patch_size=method.patch_size,
             )
         )
         self.training = Training(method, views, config.optim, config.train, processes, teacher)
