@@ -211,7 +211,7 @@ def test_a_long_tailed_draw_is_a_part_of_the_balanced_one() -> None:
     assert split.few_shot(16, 1, imbalance=1) == even
     few = Split(Path("root"), names, tuple(i for i in items if i.label < 3 or i.path[2:4] in ("0.", "1.", "2.")))
     assert [few.few_shot(16, 1, imbalance=10).labels("train").count(c) for c in range(5)] == [16, 9, 6, 3, 2]
-    with pytest.raises(DataError, match=r"class 'd' has 3 training images, too few for 11 shots \(and 1 more class\)"):
+    with pytest.raises(DataError, match=r"class 'd' has 3 training images, too few for 12 shots \(and 1 more class\)"):
         few.few_shot(16, 1, imbalance=1.6)
     assert few.few_shot(16, 1, True, imbalance=1.6).labels("train").count(3) == 3
 
