@@ -211,17 +211,17 @@ def _marked(picture: Image.Image, hit: NDArray[np.bool_], grid: int) -> Image.Im
     return marked
 
 
-def _prompts(pen: _Pen, x: int, y: int, values: NDArray, reach: float | None, alive: bool) -> None:
+def _prompts(pen: _Pen, x: int, y: int, values: NDArray, largest: float | None, alive: bool) -> None:
     """The visual prompts as small boxes; hollow where the next block replaces them."""
     shown = min(len(values), CELL // (PROMPT + 3))
     for m, value in enumerate(values[:shown]):
         left = x + m * (PROMPT + 3)
-        if reach is not None:
-            red, green, blue = _colours(np.asarray(value / reach)).tolist()
+        if largest is not None:
+            red, green, blue = _colours(np.asarray(value / largest)).tolist()
             pen.box(left, y, PROMPT, PROMPT, (red, green, blue), FAINT)
         elif alive:
             pen.box(left, y, PROMPT, PROMPT, HIT if value else None, FAINT)
-    if reach is None and not alive:
+    if largest is None and not alive:
         pen.text(x, y + PROMPT - 2, "prompts are replaced", FAINT, 11)
 
 
