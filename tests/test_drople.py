@@ -32,7 +32,8 @@ from vlprompt.training.config import build_config
 from vlprompt.training.run import train
 
 GOLDEN = Path(__file__).parent / "golden" / "backbone"
-NAMES = ("cat", "red square", "a very old oak tree", "house", "sea_horse", "blue circle")
+NAMES = ("tin can", "wild boar", "a very old elm tree", "barn", "sea_lion", "grey cube")
+"""No other test's: the shared backbone remembers texts as they were first packed."""
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +252,7 @@ def test_tokens_are_hit_as_often_as_their_probability_says(mode: str) -> None:
     else:
         assert changed.std().item() == pytest.approx(0.03, rel=0.02)
         assert changed.mean().item() == pytest.approx(0, abs=1e-3)
-        assert changed[:, 0].corrcoef() if changed.ndim == 1 else torch.corrcoef(changed.T)[0, 1].abs() < 0.05
+        assert torch.corrcoef(changed.T)[0, 1].abs() < 0.05, "each channel has noise of its own"
     apart = torch.corrcoef(hit[:, 1:4].float().T)
     assert (apart - torch.eye(3)).abs().max() < 0.05, "tokens are hit independently of each other"
 
@@ -409,7 +410,7 @@ def test_importance_of_an_image_from_the_papers_formulas(double: Backbone) -> No
             expected = (score - score.min()) / (score.max() - score.min())
             close(blocks[i].importance[0], expected)
             close(blocks[i].p[0], 0.5 - 0.4 * expected)
-    assert [b.counts for b in blocks] == [16] * 5 + [20]
+    assert [b.reach for b in blocks] == [16] * 5 + [20]
 
 
 # --- evaluation -----------------------------------------------------------------------------------
@@ -435,13 +436,13 @@ def test_evaluation_knows_no_dropout(tiny: Backbone) -> None:
 
 def test_texts_have_no_full_stop(tiny: Backbone) -> None:
     method = make(tiny)
-    packed = method.context.packed(tiny, ("cat",))
-    assert packed.tokens.tolist() == tiny.tokenize(["a photo of a cat"])[0]
+    packed = method.context.packed(tiny, ("barn",))
+    assert packed.tokens.tolist() == tiny.tokenize(["a photo of a barn"])[0]
     with torch.no_grad():
         method.context.deep = None  # the first layer's words alone
         close(
             encode_classes(tiny.text_tower, method.context.prompts(), packed),
-            tiny.encode_texts(["a photo of a cat"]),
+            tiny.encode_texts(["a photo of a barn"]),
             1e-6,
         )
 

@@ -69,12 +69,12 @@ def explain(method: Method, file: Path, seed: int = 0) -> Explanation:
     images = pixels[None].to(method.backbone.device)
     logits = method.logits(method.encode_images(images), method.class_features(method.class_names))
     probability, best = logits[0].double().softmax(-1).max(-1)
-    blocks = [BlockDropout(b.scores.cpu(), b.importance.cpu(), b.p.cpu(), b.counts) for b in method.explain(images)]
+    blocks = [BlockDropout(b.scores.cpu(), b.importance.cpu(), b.p.cpu(), b.reach) for b in method.explain(images)]
     generator = torch.Generator().manual_seed(seed)
     hit = []
     for block in blocks:
         p = block.p[0].clone()
-        p[block.counts :] = 0
+        p[block.reach :] = 0
         hit.append(torch.rand(len(p), generator=generator) < p)
     mean, std = (torch.tensor(x)[:, None, None] for x in (preprocess.mean, preprocess.std))
     shown = (255 * (pixels * std + mean)).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
@@ -129,10 +129,10 @@ def draw_explanation(explanation: Explanation, title: str, seed: int) -> Image.I
     pen.text(MARGIN + 74, MARGIN + 38, f"prediction: {said}", FAINT)
     pen.text(MARGIN + 74, MARGIN + 57, f"token dropout while training: {explanation.settings}", FAINT)
     top = HEAD + 24
-    reach = max(float(b.p.max()) for b in explanation.blocks) or 1.0
+    largest = max(float(b.p.max()) for b in explanation.blocks) or 1.0
     rows = (
         ("importance", "of the patches and,", "below, the prompts", (0.0, 1.0)),
-        ("probability", "that dropout hits", "the token", (0.0, reach)),
+        ("probability", "that dropout hits", "the token", (0.0, largest)),
         ("one draw", f"(seed {seed}): hit", "tokens are marked", None),
     )
     for r, (name, first, second, span) in enumerate(rows):
@@ -146,7 +146,7 @@ def draw_explanation(explanation: Explanation, title: str, seed: int) -> Image.I
             x = MARGIN + LABEL + i * (CELL + GAP)
             if r == 0:
                 pen.text(x, y - 8, f"behind block {i + 1}", FAINT, 12)
-            below = f"{int(hit.sum())} of {block.counts} hit"
+            below = f"{int(hit.sum())} of {block.reach} hit"
             values = hit.numpy()
             if span:
                 values = (block.importance if r == 0 else block.p)[0].numpy()
@@ -156,7 +156,7 @@ def draw_explanation(explanation: Explanation, title: str, seed: int) -> Image.I
                 over = _marked(picture, values[: grid * grid], grid)
             sheet.paste(over, (SCALE * x, SCALE * y))
             pen.box(x, y, CELL, CELL, None, EDGE)
-            alive = block.counts > grid * grid
+            alive = block.reach > grid * grid
             _prompts(pen, x, y + CELL + 4, values[grid * grid :], span[1] if span else None, alive)
             pen.text(x, y + CELL + PROMPT + 19, below, FAINT, 11)
     return sheet.reduce(SCALE)
@@ -211,17 +211,17 @@ def _marked(picture: Image.Image, hit: NDArray[np.bool_], grid: int) -> Image.Im
     return marked
 
 
-def _prompts(pen: _Pen, x: int, y: int, values: NDArray, reach: float | None, alive: bool) -> None:
+def _prompts(pen: _Pen, x: int, y: int, values: NDArray, largest: float | None, alive: bool) -> None:
     """The visual prompts as small boxes; hollow where the next block replaces them."""
     shown = min(len(values), CELL // (PROMPT + 3))
     for m, value in enumerate(values[:shown]):
         left = x + m * (PROMPT + 3)
-        if reach is not None:
-            red, green, blue = _colours(np.asarray(value / reach)).tolist()
+        if largest is not None:
+            red, green, blue = _colours(np.asarray(value / largest)).tolist()
             pen.box(left, y, PROMPT, PROMPT, (red, green, blue), FAINT)
         elif alive:
             pen.box(left, y, PROMPT, PROMPT, HIT if value else None, FAINT)
-    if reach is None and not alive:
+    if largest is None and not alive:
         pen.text(x, y + PROMPT - 2, "prompts are replaced", FAINT, 11)
 
 

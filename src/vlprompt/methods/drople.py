@@ -40,8 +40,8 @@ class BlockDropout(NamedTuple):
     """[B, N − 1], 0 to 1."""
     p: Tensor
     """Probability that a token is hit, [B, N − 1]."""
-    counts: int
-    """How many of the tokens reach the next block; the prompts behind them are replaced there."""
+    reach: int
+    """How many of the tokens are read by the next block; the prompts behind them are replaced there."""
 
 
 @register("drople")
