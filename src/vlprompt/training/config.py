@@ -140,21 +140,26 @@ class RunConfig:
 SECTIONS = {"data": DataConfig, "teacher": TeacherConfig, "optim": OptimConfig, "train": TrainConfig}
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which true and false are the only truth values; ``off`` and ``no`` are words."""
+class _SafeLoader(yaml.SafeLoader):
+    """Safe YAML in which true and false are the only truth values; ``off`` and ``no`` are words."""
 
 
 TRUTH = "tag:yaml.org,2002:bool"
-_Loader.yaml_implicit_resolvers = {
-    first: [rule for rule in rules if rule[0] != TRUTH] for first, rules in _Loader.yaml_implicit_resolvers.items()
+_SafeLoader.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if rule[0] != TRUTH] for first, rules in _SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(TRUTH, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_SafeLoader.add_implicit_resolver(TRUTH, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
+def _parse(text: str) -> Any:
+    """Plain values; like ``yaml.safe_load``, it builds no other objects."""
+    return yaml.load(text, _SafeLoader)
 
 
 def read_config(file: Path) -> dict[str, Any]:
     """A YAML file's keys, flattened: ``{"optim.lr": 0.01, …}``."""
     try:
-        content = yaml.load(file.read_text("utf-8"), _Loader)
+        content = _parse(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read configuration {file}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -168,7 +173,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise ConfigError(f"'{text}' is not key=value")
     try:
-        parsed = yaml.load(value, _Loader)
+        parsed = _parse(value)
     except yaml.YAMLError:
         parsed = value
     return key.strip(), parsed if parsed is None or isinstance(parsed, (str, int, float)) else value
