@@ -81,7 +81,7 @@ class DPL(Method):
     def _context(self) -> TextContext:
         c, b = self.config, self.backbone
         if c.text == "context":
-            return deep_context(b, c.n_ctx_text, c.init, c.depth_text, mode=c.carry, share=False)
+            return deep_context(b, c.n_ctx_text, c.init, c.depth_text, mode=c.carry)
         template, read_only = c.template or self.template, c.text == "read-only"
         return SentencePrompts(b, c.n_ctx_text, template, c.init, depth=c.depth_text, mode=c.carry, read_only=read_only)
 
@@ -114,7 +114,7 @@ class DPL(Method):
         c, tower = self.config, self.backbone.text_tower
         if c.branches == "visual":
             return frozen_class_features(self.backbone, class_names, [c.template or self.template])
-        packed = self.context.packed(self.backbone, class_names)
+        packed = self.context.packed(self.backbone, class_names, share=False)
         attention = text_attention(tower, packed, self._sub_processes(c.scale_text), self.log_odds_text)
         return encode_classes(tower, self.context.prompts(), packed, attention=attention)
 

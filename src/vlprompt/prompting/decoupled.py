@@ -175,7 +175,7 @@ class SentencePrompts(TextContext):
         self.template, self.read_only = template, read_only
 
     def pack(self, backbone: Backbone, class_names: Sequence[str], share: bool = False) -> PackedText:
-        """Each class's sentence, and behind it its learned tokens."""
+        """Each class's sentence, and behind it its learned tokens; never shared, as these read the whole sentence."""
         check_known(backbone, class_names)
         sentences = backbone.tokenize(fill(self.template, class_names))
         ids = [[*sentence, *[0] * self.n_ctx] for sentence in sentences]

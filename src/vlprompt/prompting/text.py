@@ -90,7 +90,6 @@ class TextContext(nn.Module):
 
     ``vectors``: [M, D], or [C, M, D] class-specific. ``deep``: [depth − 1, M, D], at the inputs of the blocks
     after the first. Deeper tokens stand where the first ones do and replace (or are added to) their outputs.
-    ``share`` is false for attention functions that do not know of a prefix shared by all texts.
     """
 
     def __init__(
@@ -103,7 +102,6 @@ class TextContext(nn.Module):
         depth: int = 1,
         mode: Literal["replace", "add"] = "replace",
         n_classes: int | None = None,
-        share: bool = True,
         end: str = ".",
     ) -> None:
         super().__init__()
@@ -111,7 +109,7 @@ class TextContext(nn.Module):
         if not 1 <= depth <= layers:
             raise ConfigError(f"text prompt depth = {depth} (allowed: 1 to {layers}, the text tower's layers)")
         self.n_ctx, self.words, self.position, self.mode = n_ctx, words, position, mode
-        self.class_specific, self.share, self.end = n_classes is not None, share, end
+        self.class_specific, self.end = n_classes is not None, end
         shape = (n_ctx, width) if n_classes is None else (n_classes, n_ctx, width)
         vectors = INIT_STD * torch.randn(shape)
         if words:
@@ -127,12 +125,12 @@ class TextContext(nn.Module):
         first = self.vectors if bias is None else self.vectors + bias[:, None, None]
         return Prompts([first, *(() if self.deep is None else self.deep)], self.mode)
 
-    def packed(self, backbone: Backbone, class_names: Sequence[str], share: bool | None = None) -> PackedText:
+    def packed(self, backbone: Backbone, class_names: Sequence[str], share: bool = True) -> PackedText:
         """The classes' texts, tokenised and packed once for each of the last few lists of names.
 
-        Without ``share`` every text has tokens of its own from the first on: for states that differ between texts.
+        Without ``share`` every text has tokens of its own from the first on: for states that differ between texts, and
+        attention functions that know of no shared prefix.
         """
-        share = self.share if share is None else share
         key = tuple(class_names), share
         if key not in self._packed:
             if len(self._packed) == LISTS_KEPT:
