@@ -1,4 +1,4 @@
-"""The demo's pictures, drawn with Pillow: predictions before and after, learning curves."""
+"""Pictures drawn with Pillow: sheets of text, lines and images, and on them the demo's predictions and curves."""
 
 from __future__ import annotations
 
@@ -41,9 +41,23 @@ class Sheet:
         self.image = Image.new("RGB", (SCALE * width, SCALE * height), "white")
         self.draw = ImageDraw.Draw(self.image)
 
-    def text(self, x: float, y: float, text: str, colour: str = INK, size: int = 13, anchor: str = "ls") -> None:
-        """``anchor`` as in Pillow; by default (x, y) is the left end of the baseline."""
+    def text(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        colour: str = INK,
+        size: int = 13,
+        anchor: str = "ls",
+        margin: float | None = None,
+    ) -> None:
+        """``anchor`` as in Pillow; by default (x, y) is the left end of the baseline.
+
+        What reaches into the right ``margin``, if one is given, is cut off.
+        """
         font = ImageFont.load_default(SCALE * size)
+        while margin is not None and self.draw.textlength(text, font) > self.image.width - SCALE * (x + margin):
+            text = text.removesuffix("…")[:-1] + "…"
         self.draw.text((SCALE * x, SCALE * y), text, colour, font, anchor=anchor)
 
     def line(self, points: Iterable[tuple[float, float]], colour: str, width: float = 2) -> None:
@@ -56,14 +70,23 @@ class Sheet:
         box = [SCALE * (x - radius), SCALE * (y - radius), SCALE * (x + radius), SCALE * (y + radius)]
         self.draw.ellipse(box, colour)
 
+    def box(self, x: float, y: float, width: float, height: float, fill: tuple[int, ...] | None, edge: str) -> None:
+        """A rectangle with an edge of one pixel."""
+        corners = [SCALE * x, SCALE * y, SCALE * (x + width) - 1, SCALE * (y + height) - 1]
+        self.draw.rectangle(corners, fill, edge, SCALE)
+
     def paste(self, image: Image.Image, x: int, y: int, size: int) -> None:
         """A picture in a square."""
         resized = image.resize((SCALE * size, SCALE * size), Image.Resampling.LANCZOS)
         self.image.paste(resized, (SCALE * x, SCALE * y))
 
+    def finished(self) -> Image.Image:
+        """The sheet in its own size."""
+        return self.image.reduce(SCALE)
+
     def save(self, file: Path) -> None:
         """Write a PNG of the sheet's size."""
-        self.image.reduce(SCALE).save(file)
+        self.finished().save(file)
 
 
 def draw_predictions(file: Path, names: Mapping[str, str], groups: Mapping[str, Sequence[Shown]]) -> None:

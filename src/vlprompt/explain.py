@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from vlprompt.data.images import load_image
+from vlprompt.drawing import FAINT, GRID, SCALE, Sheet
 from vlprompt.errors import ArtefactError, OutputError
 from vlprompt.files import write_atomically
 from vlprompt.methods import Method
@@ -107,9 +108,8 @@ def write_explanation(explanation: Explanation, out: Path, title: str, seed: int
 
 # --- the picture ----------------------------------------------------------------------------------
 
-SCALE = 2  # all is drawn this many times larger, then reduced: smooth text
 CELL, GAP, MARGIN, LABEL, HEAD, PROMPT = 148, 12, 24, 128, 92, 12  # pixels
-INK, FAINT, EDGE, HIT = "#1f2328", "#656d76", "#d8dee4", (178, 24, 43)
+HIT = (178, 24, 43)
 SCALE_COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=float)
 """Dark to bright, told apart in grey too (viridis at five points)."""
 
@@ -119,15 +119,14 @@ def draw_explanation(explanation: Explanation, title: str, seed: int) -> Image.I
     n, grid = len(explanation.blocks), explanation.patches
     row = CELL + PROMPT + 26 + GAP
     width = MARGIN + LABEL + max(n, 4) * (CELL + GAP) + MARGIN
-    sheet = Image.new("RGB", (SCALE * width, SCALE * (HEAD + 24 + 3 * row + MARGIN)), "white")
-    pen = _Pen(sheet)
+    sheet = Sheet(width, HEAD + 24 + 3 * row + MARGIN)
     picture = explanation.image.resize((SCALE * CELL, SCALE * CELL), Image.Resampling.BICUBIC)
     thumbnail = explanation.image.resize((SCALE * 60, SCALE * 60), Image.Resampling.BICUBIC)
-    sheet.paste(thumbnail, (SCALE * MARGIN, SCALE * MARGIN))
-    pen.text(MARGIN + 74, MARGIN + 18, title, size=17)
+    sheet.image.paste(thumbnail, (SCALE * MARGIN, SCALE * MARGIN))
+    sheet.text(MARGIN + 74, MARGIN + 18, title, size=17, margin=MARGIN)
     said = f"{100 * explanation.probability:.1f} % {explanation.class_name}"
-    pen.text(MARGIN + 74, MARGIN + 38, f"prediction: {said}", FAINT)
-    pen.text(MARGIN + 74, MARGIN + 57, f"token dropout while training: {explanation.settings}", FAINT)
+    sheet.text(MARGIN + 74, MARGIN + 38, f"prediction: {said}", FAINT, margin=MARGIN)
+    sheet.text(MARGIN + 74, MARGIN + 57, f"token dropout while training: {explanation.settings}", FAINT, margin=MARGIN)
     top = HEAD + 24
     largest = max(float(b.p.max()) for b in explanation.blocks) or 1.0
     rows = (
@@ -137,15 +136,15 @@ def draw_explanation(explanation: Explanation, title: str, seed: int) -> Image.I
     )
     for r, (name, first, second, span) in enumerate(rows):
         y = top + r * row
-        pen.text(MARGIN, y + 16, name, size=15)
-        pen.text(MARGIN, y + 36, first, FAINT, 12)
-        pen.text(MARGIN, y + 52, second, FAINT, 12)
+        sheet.text(MARGIN, y + 16, name, size=15)
+        sheet.text(MARGIN, y + 36, first, FAINT, 12)
+        sheet.text(MARGIN, y + 52, second, FAINT, 12)
         if span:
-            _colour_bar(sheet, pen, MARGIN, y + 66, span)
+            _colour_bar(sheet, MARGIN, y + 66, span)
         for i, (block, hit) in enumerate(zip(explanation.blocks, explanation.hit, strict=True)):
             x = MARGIN + LABEL + i * (CELL + GAP)
             if r == 0:
-                pen.text(x, y - 8, f"behind block {i + 1}", FAINT, 12)
+                sheet.text(x, y - 8, f"behind block {i + 1}", FAINT, 12)
             below = f"{int(hit.sum())} of {block.reach} hit"
             values = hit.numpy()
             if span:
@@ -154,30 +153,12 @@ def draw_explanation(explanation: Explanation, title: str, seed: int) -> Image.I
                 over = Image.blend(_grey(picture), _heat(values[: grid * grid] / span[1], grid), 0.68)
             else:
                 over = _marked(picture, values[: grid * grid], grid)
-            sheet.paste(over, (SCALE * x, SCALE * y))
-            pen.box(x, y, CELL, CELL, None, EDGE)
+            sheet.image.paste(over, (SCALE * x, SCALE * y))
+            sheet.box(x, y, CELL, CELL, None, GRID)
             alive = block.reach > grid * grid
-            _prompts(pen, x, y + CELL + 4, values[grid * grid :], span[1] if span else None, alive)
-            pen.text(x, y + CELL + PROMPT + 19, below, FAINT, 11)
-    return sheet.reduce(SCALE)
-
-
-class _Pen:
-    """Text and boxes in pixels of the finished picture."""
-
-    def __init__(self, sheet: Image.Image) -> None:
-        self.draw = ImageDraw.Draw(sheet)
-
-    def text(self, x: float, y: float, text: str, colour: str = INK, size: int = 13) -> None:
-        """(x, y) is the left end of the baseline; what reaches into the right margin is cut off."""
-        font, room = ImageFont.load_default(SCALE * size), self.draw.im.size[0] - SCALE * (x + MARGIN)
-        while self.draw.textlength(text, font) > room:
-            text = text.removesuffix("…")[:-1] + "…"
-        self.draw.text((SCALE * x, SCALE * y), text, colour, font, anchor="ls")
-
-    def box(self, x: float, y: float, width: float, height: float, fill: tuple[int, ...] | None, edge: str) -> None:
-        corners = [SCALE * x, SCALE * y, SCALE * (x + width) - 1, SCALE * (y + height) - 1]
-        self.draw.rectangle(corners, fill, edge, SCALE)
+            _prompts(sheet, x, y + CELL + 4, values[grid * grid :], span[1] if span else None, alive)
+            sheet.text(x, y + CELL + PROMPT + 19, below, FAINT, 11)
+    return sheet.finished()
 
 
 def _colours(values: NDArray[np.floating]) -> NDArray[np.uint8]:
@@ -211,24 +192,24 @@ def _marked(picture: Image.Image, hit: NDArray[np.bool_], grid: int) -> Image.Im
     return marked
 
 
-def _prompts(pen: _Pen, x: int, y: int, values: NDArray, largest: float | None, alive: bool) -> None:
+def _prompts(sheet: Sheet, x: int, y: int, values: NDArray, largest: float | None, alive: bool) -> None:
     """The visual prompts as small boxes; hollow where the next block replaces them."""
     shown = min(len(values), CELL // (PROMPT + 3))
     for m, value in enumerate(values[:shown]):
         left = x + m * (PROMPT + 3)
         if largest is not None:
             red, green, blue = _colours(np.asarray(value / largest)).tolist()
-            pen.box(left, y, PROMPT, PROMPT, (red, green, blue), FAINT)
+            sheet.box(left, y, PROMPT, PROMPT, (red, green, blue), FAINT)
         elif alive:
-            pen.box(left, y, PROMPT, PROMPT, HIT if value else None, FAINT)
+            sheet.box(left, y, PROMPT, PROMPT, HIT if value else None, FAINT)
     if largest is None and not alive:
-        pen.text(x, y + PROMPT - 2, "prompts are replaced", FAINT, 11)
+        sheet.text(x, y + PROMPT - 2, "prompts are replaced", FAINT, 11)
 
 
-def _colour_bar(sheet: Image.Image, pen: _Pen, x: int, y: int, span: tuple[float, float]) -> None:
+def _colour_bar(sheet: Sheet, x: int, y: int, span: tuple[float, float]) -> None:
     width, height = 96, 10
     bar = Image.fromarray(_colours(np.linspace(0, 1, SCALE * width))[None])
-    sheet.paste(bar.resize((SCALE * width, SCALE * height)), (SCALE * x, SCALE * y))
-    pen.text(x, y + height + 14, f"{span[0]:g}", FAINT, 11)
+    sheet.image.paste(bar.resize((SCALE * width, SCALE * height)), (SCALE * x, SCALE * y))
+    sheet.text(x, y + height + 14, f"{span[0]:g}", FAINT, 11)
     right = f"{span[1]:.2g}"
-    pen.text(x + width - 6 * len(right), y + height + 14, right, FAINT, 11)
+    sheet.text(x + width - 6 * len(right), y + height + 14, right, FAINT, 11)
