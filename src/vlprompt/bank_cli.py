@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +22,7 @@ from vlprompt.options import (
     Shots,
     SkipBad,
     ValFraction,
+    say,
 )
 
 REGIONS = "Regions"
@@ -170,8 +170,3 @@ def verify(
         return
     images = f", {compared} images as they were" if data else ""
     print(f"{bank}: {len(manifest.shards)} files as they were written{images}")
-
-
-def say(text: str) -> None:
-    """A message for people."""
-    print(text, file=sys.stderr)

@@ -51,6 +51,7 @@ from vlprompt.options import (
     TrainDevice,
     TrainPrecision,
     ValFraction,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def demo(
     """The whole job on the embedded backbone, offline, in under two minutes."""
     from vlprompt.demo import run_demo
 
-    result = run_demo(out, _say)
+    result = run_demo(out, say)
     if json_output:
         print(json.dumps(result))
 
@@ -242,7 +243,7 @@ def evaluate(
         raise DataError(f"data set '{dataset.name}' has no {split.value} images")
     method = _load(run, backbone, device, precision)
     with ImageReader(room=CACHE_BYTES if skip_bad else 0) as reader:
-        kept = readable(paths, reader, skip_bad, _say)
+        kept = readable(paths, reader, skip_bad, say)
         images = EvaluationImages([paths[i] for i in kept], [items[i].label for i in kept], reader=reader)
         result = evaluate_method(method, images, chosen.class_names)
     if json_output:
@@ -282,7 +283,7 @@ def predict(
     method = _load(run, backbone, device, precision)
     names = read_class_names(class_names, class_names_file) or method.class_names
     with ImageReader(room=CACHE_BYTES if skip_bad else 0) as reader:
-        kept = [paths[i] for i in readable(paths, reader, skip_bad, _say)]
+        kept = [paths[i] for i in readable(paths, reader, skip_bad, say)]
         predictions = predict_images(method, kept, names, top, reader)
     result = {"predictions": predictions, "skipped": len(paths) - len(kept)}
     print(json.dumps(result) if json_output else show(predictions, csv))
@@ -303,7 +304,7 @@ def export(
     method = _load(run, backbone, "cpu", "fp32")
     names = read_class_names(class_names, class_names_file) or method.class_names
     export_classes(method, names, out)
-    _say(f"{len(names)} classes of {method.name} on {method.backbone.name} written to {out}")
+    say(f"{len(names)} classes of {method.name} on {method.backbone.name} written to {out}")
 
 
 @app.command(epilog="Example: vlprompt explain runs/x photo.jpg --out photo.png")
@@ -325,7 +326,7 @@ def explain(
     write_explanation(explanation, out, image.name, seed)
     if json_output:
         print(json.dumps(explanation.to_dict()))
-    _say(f"{len(explanation.blocks)} blocks of {image} drawn in {out}")
+    say(f"{len(explanation.blocks)} blocks of {image} drawn in {out}")
 
 
 @app.command(epilog="Example: vlprompt convert pytorch_model.bin clip/model.safetensors")
@@ -336,7 +337,7 @@ def convert(
     """Turn an old checkpoint into safetensors, without running code that it may hold."""
     from vlprompt.backbones.convert import convert as convert_file
 
-    _say(f"{convert_file(file, out)} tensors written to {out}")
+    say(f"{convert_file(file, out)} tensors written to {out}")
 
 
 def _train(config: RunConfig, out: Path, json_output: bool, resume: bool = False) -> None:
@@ -344,14 +345,14 @@ def _train(config: RunConfig, out: Path, json_output: bool, resume: bool = False
     from vlprompt.training.run import train as train_run
 
     with Bar() as bar:
-        _, result = train_run(config, out, bar, _say, resume=resume)
+        _, result = train_run(config, out, bar, say, resume=resume)
     if not _first():
         return
     if json_output:
         print(json.dumps(vars(result)))
         return
     val = "" if result.val_accuracy is None else f", val {result.val_accuracy:.1f} %"
-    _say(f"train {result.train_accuracy:.1f} %{val} in {result.seconds:.0f} s; saved in {result.run}")
+    say(f"train {result.train_accuracy:.1f} %{val} in {result.seconds:.0f} s; saved in {result.run}")
 
 
 def _first() -> bool:
@@ -363,7 +364,3 @@ def _load(run: Path, backbone: str | None, device: str, precision: str) -> Metho
     from vlprompt.training.artefact import load_artefact
 
     return load_artefact(run, backbone, device, precision)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)

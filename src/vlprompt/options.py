@@ -1,5 +1,6 @@
-"""Options of the command line, each written once: a type, a help text, the panel of `--help` it stands in."""
+"""What commands share: options, each a type, a help text and the panel of `--help` it stands in; and messages."""
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -122,3 +123,8 @@ Out = Annotated[Path | None, typer.Option(help="Run folder; default: runs/DATA-M
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the merged configuration and stop.", rich_help_panel=OUTPUT)
 ]
+
+
+def say(text: str) -> None:
+    """A message for people, on standard error."""
+    print(text, file=sys.stderr)
