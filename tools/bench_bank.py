@@ -33,11 +33,10 @@ from vlprompt.backbones.towers import ImageConfig, ImageTower, TextConfig, TextT
 from vlprompt.data.bank import Bank
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Item, Split
-from vlprompt.data.views import TrainingViews
 from vlprompt.methods import find_method
 from vlprompt.training.bank import bank_config, bank_views, fill, towers_of
 from vlprompt.training.config import build_config
-from vlprompt.training.loop import Training
+from vlprompt.training.loop import Training, random_views
 from vlprompt.training.teacher import Teacher
 
 METHOD, TEMPLATE = "kdpl_coop", "a photo of a {}."
@@ -106,9 +105,8 @@ def measure(pair: tuple[str, str], split: Split, folder: Path, args: argparse.Na
                 views = bank_views(Bank(out), run, method, split, reader)
                 jobs[way] = Training(method, views, run.optim, run.train)
                 continue
-            own, other = student.preprocess, teacher_backbone.preprocess
-            online = TrainingViews(
-                split.paths("train"), split.labels("train"), own, args.batch_size, 1, reader=reader, teacher=other
+            online = random_views(
+                method, split.paths("train"), split.labels("train"), run.data, run.seed, reader, teacher
             )
             jobs[way] = Training(method, online, run.optim, run.train, teacher=teacher)
         seconds: dict[str, list[float]] = {way: [] for way in jobs}

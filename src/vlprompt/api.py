@@ -23,7 +23,6 @@ from vlprompt.data.datasets import DEFAULT_TEMPLATE
 from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import check_class_names
-from vlprompt.data.views import TrainingViews
 from vlprompt.errors import ConfigError, DataError, unknown
 from vlprompt.methods import Method, find_method
 from vlprompt.training import evaluate as evaluation
@@ -32,7 +31,7 @@ from vlprompt.training.config import OptimConfig, RunConfig, build_config
 from vlprompt.training.evaluate import Evaluation, EvaluationImages
 from vlprompt.training.export import export_classes
 from vlprompt.training.hub import download, upload
-from vlprompt.training.loop import EpochLog, Training
+from vlprompt.training.loop import EpochLog, Training, random_views
 from vlprompt.training.teacher import find_teacher
 
 Images = Sequence[ImageSource] | NDArray[np.uint8]
@@ -127,24 +126,13 @@ def fit_configured(
     images, indices = _labelled(images, labels, method.class_names)
     if not method.trains and any(True for _ in method.parameters()):
         raise ConfigError(f"{method.name} is frozen, as loaded models are: build a new one to fit it")
-    data = config.data
-    with ImageReader(data.workers) as reader, torch.random.fork_rng(devices=[]):
+    with ImageReader(config.data.workers) as reader, torch.random.fork_rng(devices=[]):
         if not method.trains:
             seen = EvaluationImages(images, indices, reader=reader)
             method.fit_features(seen.frozen(method), seen.labels)
             return method.eval()
         teacher = find_teacher(config, method.class_names, method.template, method.backbone)
-        views = TrainingViews(
-            images,
-            indices,
-            method.backbone.preprocess,
-            data.batch_size,
-            seed,
-            min_scale=data.min_scale,
-            reader=reader,
-            teacher=teacher.backbone.preprocess if teacher else None,
-            patch_size=method.patch_size,
-        )
+        views = random_views(method, images, indices, config.data, seed, reader, teacher)
         Training(method, views, config.optim, config.train, teacher=teacher).run(after_epoch=after_epoch)
     return method
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlprompt.data.images import ImageSource
+from vlprompt.data.reading import ImageReader
 from vlprompt.data.views import BankViews, TrainingViews
 from vlprompt.errors import ConfigError, VlpromptError
 from vlprompt.methods import Batch, Method
-from vlprompt.training.config import OptimConfig, TrainConfig
+from vlprompt.training.config import DataConfig, OptimConfig, TrainConfig
 from vlprompt.training.distributed import Processes
 from vlprompt.training.schedule import build_optimizer, learning_rate
 from vlprompt.training.teacher import Teacher
@@ -27,6 +29,29 @@ class EpochLog:
     epoch: int
     lr: float
     losses: dict[str, float]
+
+
+def random_views(
+    method: Method,
+    images: Sequence[ImageSource],
+    labels: Sequence[int],
+    data: DataConfig,
+    seed: int,
+    reader: ImageReader,
+    teacher: Teacher | None = None,
+) -> TrainingViews:
+    """The views that a method, and its teacher if it has one, are trained on where there is no region bank."""
+    return TrainingViews(
+        images,
+        labels,
+        method.backbone.preprocess,
+        data.batch_size,
+        seed,
+        min_scale=data.min_scale,
+        reader=reader,
+        teacher=teacher.backbone.preprocess if teacher else None,
+        patch_size=method.patch_size,
+    )
 
 
 @dataclass

@@ -12,7 +12,6 @@ from typing import Protocol
 from vlprompt.data.bank import Bank
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split
-from vlprompt.data.views import BankViews, TrainingViews
 from vlprompt.errors import ConfigError
 from vlprompt.files import write_atomically
 from vlprompt.methods import Method
@@ -22,7 +21,7 @@ from vlprompt.training.config import RunConfig
 from vlprompt.training.distributed import Processes
 from vlprompt.training.evaluate import EvaluationImages, evaluate
 from vlprompt.training.interrupt import deferred_interrupt
-from vlprompt.training.loop import EpochLog, Training
+from vlprompt.training.loop import EpochLog, Training, random_views
 from vlprompt.training.report import NoReport, Report, find_report
 from vlprompt.training.teacher import Teacher
 
@@ -75,22 +74,11 @@ class Session:
             raise ConfigError("train.select = val: there are no val images to select on")
         self.config, self.run, self.method, self.split = config, run, method, split
         self.writes, self.progress = processes.first, progress
-        labels = [item.label for item in split.train]
-        data = config.data
-        views: TrainingViews | BankViews = (
+        paths, labels = split.paths("train"), split.labels("train")
+        views = (
             bank_views(bank, config, method, split, reader)
             if bank
-            else TrainingViews(
-                split.paths("train"),
-                labels,
-                method.backbone.preprocess,
-                data.batch_size,
-                config.seed,
-                min_scale=data.min_scale,
-                reader=reader,
-                teacher=teacher.backbone.preprocess if teacher else None,
-                patch_size=method.patch_size,
-            )
+            else random_views(method, paths, labels, config.data, config.seed, reader, teacher)
         )
         self.training = Training(method, views, config.optim, config.train, processes, teacher)
         self.val = EvaluationImages(split.paths("val"), [item.label for item in split.val], reader=reader)
