@@ -1,6 +1,7 @@
 """Shared fixtures. Small models run several times faster with one thread."""
 
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -32,3 +33,18 @@ def forget_texts(request):
     """The shared backbone remembers texts, whose last bits depend on what they were first encoded with."""
     if "tiny" in request.fixturenames:
         request.getfixturevalue("tiny").to()
+
+
+@pytest.fixture
+def vlprompt(monkeypatch, capsys):
+    """The command line in this process: exit code, standard output, standard error."""
+
+    from vlprompt import cli
+
+    def run(*given: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vlprompt", *map(str, given)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return (end.value.code or 0, *capsys.readouterr())
+
+    return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +77,21 @@ def prompts(run: Path) -> dict[str, Tensor]:
 def log(run: Path) -> list[dict]:
     """The rows of a run's log."""
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+class StopsAfter:
+    """Progress that interrupts as Ctrl-C does, in the n-th step."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def start(self, steps, epochs, done=0):
+        self.started = steps, epochs, done
+
+    def step(self):
+        self.n -= 1
+        if not self.n:
+            signal.raise_signal(signal.SIGINT)
+
+    def epoch(self, log, val_accuracy):
+        pass

@@ -16,9 +16,19 @@ import pytest
 import torch
 from PIL import Image
 
-from small_run import CLASSES, TEACHER, TINY, arguments, configured, environment, log, make_pictures, prompts
+from small_run import (
+    CLASSES,
+    TEACHER,
+    TINY,
+    StopsAfter,
+    arguments,
+    configured,
+    environment,
+    log,
+    make_pictures,
+    prompts,
+)
 from test_distributed import processes
-from vlprompt import cli
 from vlprompt.backbones.load import load_backbone
 from vlprompt.data.bank import FLOOR, Bank, BankSettings, Features, Labels, describe, read_manifest, top_k, verify
 from vlprompt.data.datasets import load_dataset
@@ -63,19 +73,6 @@ def bank(pictures, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("banks") / "bank"
     build(pictures, folder)
     return folder
-
-
-@pytest.fixture
-def vlprompt(monkeypatch, capsys):
-    """The command line in this process: exit code, standard output, standard error."""
-
-    def run(*given: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vlprompt", *given])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -234,7 +231,7 @@ def test_a_killed_build_resumes_to_the_same_bytes(pictures, tmp_path) -> None:
     rng = random.Random(0)
     deaths = {
         "whole": [],
-        "times": [rng.uniform(0.1, 0.6) for _ in range(6)],
+        "times": [rng.uniform(0.05, 0.2) for _ in range(6)],
         # Before its 1st file, the manifest; after manifest and a file of regions; behind the next; before the last.
         "files": [1, 3, -1, 2],
     }
@@ -249,8 +246,9 @@ def test_a_killed_build_resumes_to_the_same_bytes(pictures, tmp_path) -> None:
     helper = [sys.executable, str(Path(__file__).parent / "kill_often.py"), json.dumps(runs)]
     done = subprocess.run(helper, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    none, _, files = json.loads(done.stdout)  # how many deaths by time come before the end depends on the machine
+    none, times, files = json.loads(done.stdout)
     assert (none, files) == (0, len(deaths["files"]))
+    assert times >= 2
     for name in ("times", "files"):
         assert content(tmp_path / name) == content(tmp_path / "whole")
 
@@ -655,20 +653,6 @@ def test_the_rule_for_regions_of_an_image(pictures, bank, tiny) -> None:
     found = {size: _regions_per_image(replace(data, batch_size=size), 500) for size in (1, 4, 16, 20, 28, 32, 128)}
     assert found == {1: 1, 4: 1, 16: 2, 20: 2, 28: 2, 32: 4, 128: 4}
     assert _regions_per_image(replace(data, batch_size=32), 3) == 2
-
-
-class StopsAfter(Silent):
-    """Progress that interrupts as Ctrl-C does, in the n-th step."""
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-
-    def step(self) -> None:
-        import signal
-
-        self.n -= 1
-        if not self.n:
-            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("method", ["coop", "kdpl_promptsrc"])

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from small_run import CLASSES, TEACHER, TINY, arguments, configured, log, make_pictures, prompts, vlprompt
+from small_run import CLASSES, TEACHER, TINY, StopsAfter, arguments, configured, log, make_pictures, prompts, vlprompt
 from test_distributed import processes
 from vlprompt import PromptClassifier, build_method, fit
 from vlprompt.backbones.backbone import Backbone
@@ -28,7 +28,6 @@ from vlprompt.methods.fdbpl import hinge, informativeness
 from vlprompt.methods.kdpl import divergences
 from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.prompting import text
-from vlprompt.training import session
 from vlprompt.training.artefact import load_artefact, save_artefact
 from vlprompt.training.config import OptimConfig, TrainConfig, build_config
 from vlprompt.training.loop import Training
@@ -412,20 +411,6 @@ def test_off_is_a_word_in_a_file_too(tmp_path) -> None:
 
     settings = build_config("fdbpl_coop", file=read_config(tmp_path / "c.yaml")).settings
     assert (settings.pcd, settings.class_specific) == ("off", True)
-
-
-class StopsAfter(session.Silent):
-    """Progress that interrupts as Ctrl-C does, in the n-th step."""
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-
-    def step(self) -> None:
-        import signal
-
-        self.n -= 1
-        if not self.n:
-            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("name", ["kdpl_promptsrc", "fdbpl_coop"])

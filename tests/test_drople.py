@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from small_run import configured, log, make_pictures, prompts
-from test_resume import StopsAfter
+from small_run import StopsAfter, configured, log, make_pictures, prompts
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.packing import pack, packed_attention

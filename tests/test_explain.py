@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 from PIL import Image
 
 from small_run import make_pictures
-from vlprompt import cli
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.explain import draw_explanation, explain
 from vlprompt.methods import find_method
@@ -24,17 +22,6 @@ NAMES = ("cat", "dog", "sea horse")
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_pictures(tmp_path_factory.mktemp("pictures"), train=1, val=0, size=50) / "train" / "cat" / "0.png"
-
-
-@pytest.fixture
-def vlprompt(monkeypatch, capsys):
-    def run(*given: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vlprompt", *map(str, given)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 def saved(backbone: Backbone, folder: Path, name: str = "drople", **settings: object) -> Path:

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from small_run import arguments, configured, environment, log, make_pictures, prompts
-from vlprompt import cli
+from small_run import StopsAfter, arguments, configured, environment, log, make_pictures, prompts
 from vlprompt.errors import ArtefactError, ConfigError, DataError, Interrupted, VlpromptError
 from vlprompt.methods import METHODS
 from vlprompt.methods.coop import CoOp
@@ -29,19 +28,6 @@ METHOD_SETTINGS = {"coop": [], "promptsrc": ["average_mean=3"]}
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     return make_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture
-def vlprompt(monkeypatch, capsys):
-    """The command line in this process: exit code, standard output, standard error."""
-
-    def run(*given: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vlprompt", *given])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 def same(run: Path, other: Path) -> None:
@@ -60,7 +46,7 @@ def test_a_killed_run_resumes_to_the_same_bits(method, pictures, tmp_path):
     rng = random.Random(method)
     deaths = {
         "whole": [],
-        "times": [rng.uniform(0.1, 0.7) for _ in range(4)],
+        "times": [rng.uniform(0.05, 0.25), rng.uniform(0.05, 0.25), rng.uniform(0.1, 0.7), rng.uniform(0.1, 0.7)],
         # The n-th file of a life. Of the first: 1-4 configuration, environment, split, log; then log and checkpoint
         # of each epoch, and at last metrics and the three of the tuned model. Later lives have no configuration.
         "files": [2, 5, -4, 5, -8, -4],
@@ -73,8 +59,9 @@ def test_a_killed_run_resumes_to_the_same_bits(method, pictures, tmp_path):
     helper = [sys.executable, str(Path(__file__).parent / "kill_often.py"), json.dumps(runs)]
     done = subprocess.run(helper, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    none, _, files = json.loads(done.stdout)  # how many deaths by time come before the end depends on the machine
+    none, times, files = json.loads(done.stdout)
     assert none == 0
+    assert times >= 2  # the first two come early, on a machine that has grown faster too
     assert files == len(deaths["files"])
     for name in ("times", "files"):
         same(tmp_path / name, tmp_path / "whole")
@@ -107,24 +94,6 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_resume(vlprompt, pictures, tmp
     assert "resumed after epoch" in err
     assert json.loads(out)["epochs"] == 2
     same(run, tmp_path / "whole")
-
-
-class StopsAfter:
-    """Progress that interrupts as Ctrl-C does, in the n-th step."""
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-
-    def start(self, steps, epochs, done=0):
-        self.started = steps, epochs, done
-
-    def step(self):
-        self.n -= 1
-        if not self.n:
-            signal.raise_signal(signal.SIGINT)
-
-    def epoch(self, log, val_accuracy):
-        pass
 
 
 @pytest.mark.parametrize("method", ["coop", "promptsrc", "drople"])
