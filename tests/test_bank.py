@@ -39,7 +39,7 @@ from vlprompt.data.views import BankViews
 from vlprompt.errors import ArtefactError, ConfigError, DataError, Interrupted
 from vlprompt.methods import METHODS
 from vlprompt.methods.coop import CoOp
-from vlprompt.training.bank import bank_config, build_bank
+from vlprompt.training.bank_build import bank_config, build_bank
 from vlprompt.training.config import OptimConfig, TrainConfig
 from vlprompt.training.loop import Training
 from vlprompt.training.run import saved_config, train

@@ -34,7 +34,8 @@ from vlprompt.data.bank import Bank
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Item, Split
 from vlprompt.methods import find_method
-from vlprompt.training.bank import bank_config, bank_views, fill, towers_of
+from vlprompt.training.bank import bank_views
+from vlprompt.training.bank_build import bank_config, fill, towers_of
 from vlprompt.training.config import build_config
 from vlprompt.training.loop import Training, random_views
 from vlprompt.training.teacher import Teacher

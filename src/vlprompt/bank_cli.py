@@ -105,7 +105,7 @@ def build(
     it. Images that an existing bank does not have are added to it.
     """
     from vlprompt.progress import CountBar
-    from vlprompt.training.bank import bank_config, build_bank, parse_part
+    from vlprompt.training.bank_build import bank_config, build_bank, parse_part
 
     given = {
         "data.name": data,

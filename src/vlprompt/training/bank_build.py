@@ -1,0 +1,295 @@
+"""Building region banks: the towers, and what they say about the regions of each image."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from annotated_types import Ge
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from vlprompt.backbones.backbone import Backbone
+from vlprompt.backbones.load import load_backbone
+from vlprompt.data.bank import (
+    MANIFEST,
+    MOST_CLASSES,
+    BankSettings,
+    Features,
+    Labels,
+    Manifest,
+    differences,
+    read_manifest,
+    shard_file,
+    top_k,
+)
+from vlprompt.data.datasets import load_dataset
+from vlprompt.data.images import load_image
+from vlprompt.data.reading import ImageReader
+from vlprompt.data.regions import Crops, content_hash, restored, stored
+from vlprompt.data.splits import Split
+from vlprompt.errors import ConfigError, DataError, VlpromptError
+from vlprompt.files import cannot_write, write_atomically
+from vlprompt.training.card import public_name
+from vlprompt.training.config import DataConfig, TeacherConfig, checked
+from vlprompt.training.selection import choose_images
+from vlprompt.training.teacher import Teacher, configured_teacher
+
+
+@dataclass(frozen=True)
+class BankConfig:
+    """What ``vlprompt bank build`` is told."""
+
+    data: DataConfig
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    crops: Crops = field(default_factory=Crops)
+    backbone: str | None = None
+    """The student whose frozen features are kept; none are if not given."""
+    seed: Annotated[int, Ge(0)] = 1
+    """Which images, where there are few shots."""
+    regions: Annotated[int, Ge(1)] = 500
+    """R, of each image."""
+    top_k: Annotated[int, Ge(1)] = 10
+    """Classes of each region whose probabilities are kept."""
+    features: Literal["fp32", "fp16"] = "fp32"
+    """How the student's features are kept."""
+    batch_size: Annotated[int, Ge(1)] = 50
+    """Regions that the towers read at once."""
+    device: str = "cpu"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the towers."""
+    part: tuple[int, int] = (1, 1)
+    """(i, n): the i-th of n builds that share the work."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build has done."""
+
+    bank: str
+    finished: bool
+    """Whether all parts are there."""
+    images: int
+    """In the bank."""
+    built: int
+    """Images whose regions this build computed."""
+    bytes_per_image: int
+    skipped: int = 0
+    """Images left out because they cannot be read (--skip-bad)."""
+
+
+def bank_config(values: Mapping[str, Any]) -> BankConfig:
+    """Check a build's settings, given by flat keys; raises ConfigError that lists every value out of range."""
+    problems: list[str] = []
+    sections: dict[str, type] = {"data": DataConfig, "teacher": TeacherConfig, "crops": Crops}
+    nested: dict[str, dict[str, Any]] = {section: {} for section in ("", *sections)}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        nested[section][name] = value
+    whole = {section: checked(cls, nested[section], f"{section}.", problems) for section, cls in sections.items()}
+    config = checked(BankConfig, nested[""] | {k: v for k, v in whole.items() if v is not None}, "", problems)
+    if (crops := whole["crops"]) and crops.min_scale > crops.max_scale:
+        problems.append(f"crops.min_scale = {crops.min_scale} (allowed: at most max_scale = {crops.max_scale})")
+    if not (nested["teacher"].get("backbone") or nested[""].get("backbone")):
+        problems.append("a bank keeps a teacher's labels, a student's features, or both: give --teacher or --backbone")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return config
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """(I, N) of "I/N"; raises ConfigError for anything else."""
+    i, n = (int(x) for x in text.split("/")) if re.fullmatch(r"[0-9]+/[0-9]+", text) else (0, 0)
+    if not 1 <= i <= n:
+        raise ConfigError(f"part = {text} (allowed: I/N with I from 1 to N)")
+    return i, n
+
+
+def build_bank(
+    config: BankConfig,
+    out: Path,
+    say: Callable[[str], object] = lambda text: None,
+    progress: Callable[[int, int], object] = lambda done, of: None,
+) -> Built:
+    """Compute the regions of a data set's training images, or those that ``out`` does not have yet.
+
+    A build that was killed at any point and is begun again ends with the same bytes (on a CPU, with one number of
+    threads), in however many parts. Images that the bank does not have are added to it. ``progress`` is told how many
+    of this build's images are done. Raises ConfigError saying what differs if the bank was begun with other settings.
+    """
+    _begun(out)  # what cannot go on is refused before anything is loaded
+    with ImageReader(config.data.workers, room=0) as reader:
+        dataset = load_dataset(config.data.name, config.data.root, config.data.split_file)
+        split, skipped = choose_images(config, dataset, reader, say)
+        towers = _load_towers(config, split, dataset.template)
+        built = fill(out, towers, split, reader, config.part, say, progress)
+    return replace(built, skipped=skipped)
+
+
+def fill(
+    out: Path,
+    towers: Towers,
+    split: Split,
+    reader: ImageReader,
+    part: tuple[int, int] = (1, 1),
+    say: Callable[[str], object] = lambda text: None,
+    progress: Callable[[int, int], object] = lambda done, of: None,
+) -> Built:
+    """Compute what the bank in ``out`` does not have of a split's training images; see :func:`build_bank`."""
+    began, (i, n) = _begun(out), part
+    if began and (different := differences(asdict(began.settings), asdict(towers.settings))):
+        raise ConfigError(f"{out} cannot go on: it was begun with {'; '.join(different)}")
+    files = {content_hash(file): file for file in reversed(split.paths("train"))}  # the first of equal ones
+    paths = {content: file.relative_to(split.root).as_posix() for content, file in sorted(files.items())}
+    manifest = (began or Manifest(towers.settings)).extended(paths)
+    if manifest != began:
+        manifest.write(out)
+    starts = manifest.starts()
+    todo = [s for s in range(i - 1, len(manifest.shards), n) if not shard_file(out, s).exists()]
+    images = [content for s in todo for content, _ in manifest.images[starts[s] : starts[s + 1]]]
+    say(_opening(manifest, len(images), part))
+    records = towers.records([(content, _file(files, content, manifest)) for content in images], reader)
+    done = 0
+    for s in todo:
+        block = []
+        for record in islice(records, manifest.shards[s].images):
+            block.append(record)
+            done += 1
+            progress(done, len(images))
+        content = io.BytesIO()
+        np.save(content, np.stack(block), allow_pickle=False)
+        write_atomically(shard_file(out, s), content.getvalue())
+    finished = _finish(out, manifest, todo, alone=n == 1)
+    return Built(str(out), finished, len(manifest.images), done, manifest.settings.bytes_per_image)
+
+
+class Towers:
+    """A teacher, a student, or both, and what they say about regions."""
+
+    def __init__(self, settings: BankSettings, teacher: Teacher | None, student: Backbone | None) -> None:
+        self.settings, self.teacher, self.student = settings, teacher, student
+        read = [*([student] if student else []), *([teacher.backbone] if teacher else [])]
+        # Where both read the same, the views are made once.
+        self.preprocesses = list(dict.fromkeys(backbone.preprocess for backbone in read))
+
+    def records(self, files: Sequence[tuple[str, Path]], reader: ImageReader) -> Iterator[NDArray[np.void]]:
+        """The regions of each image, given as (content, file): [R] records."""
+        s = self.settings
+
+        def batches() -> Iterator[list[tuple[Image.Image, NDArray[np.float64]]]]:
+            for content, file in files:
+                image = load_image(file)
+                regions = restored(s.crops.draw(content, image.width, image.height, s.regions))
+                for i in range(0, s.regions, s.batch_size):  # no batch has two images
+                    yield [(image, region) for region in regions[i : i + s.batch_size]]
+
+        done = reader.batches(self._views, batches())
+        for _ in files:
+            yield np.concatenate([self._seen(*one) for one in islice(done, -(-s.regions // s.batch_size))])
+
+    def _views(self, one: tuple[Image.Image, NDArray[np.float64]]) -> tuple[Tensor, ...]:
+        return tuple(preprocess.region(*one) for preprocess in self.preprocesses)
+
+    def _seen(
+        self, batch: Sequence[tuple[Image.Image, NDArray[np.float64]]], views: Sequence[Tensor]
+    ) -> NDArray[np.void]:
+        """What the towers say about regions, as records."""
+        records = np.empty(len(batch), self.settings.record)
+        records["region"] = stored(np.stack([region for _, region in batch]))
+        if self.student:
+            records["features"] = self.student.encode_images(views[0]).float().cpu().numpy()
+        if self.teacher and self.settings.teacher:
+            p = self.teacher.probabilities(views[-1].to(self.teacher.backbone.device))
+            if not p.isfinite().all():
+                raise VlpromptError(f"the teacher's probabilities are not finite in {self.settings.precision}")
+            best = top_k(p, self.settings.teacher.top_k)
+            records["classes"], records["probabilities"], records["rest"] = best
+        return records
+
+
+def _begun(out: Path) -> Manifest | None:
+    """What an earlier build has begun in the folder; raises ConfigError if something else is in it."""
+    if not out.exists():
+        return None
+    if not out.is_dir() or (any(not unfinished(file) for file in out.iterdir()) and not (out / MANIFEST).exists()):
+        raise ConfigError(f"output folder {out} is already in use: choose another with --out")
+    return read_manifest(out) if (out / MANIFEST).exists() else None
+
+
+def unfinished(file: Path) -> bool:
+    """Whether a killed process was writing this file."""
+    return re.fullmatch(r"\..+\.\d+", file.name) is not None
+
+
+def _load_towers(config: BankConfig, split: Split, template: str) -> Towers:
+    def load(name: str) -> Backbone:
+        return load_backbone(name, config.device, config.precision)
+
+    student, teacher = load(config.backbone) if config.backbone else None, None
+    if config.teacher.backbone:
+        backbone = load(config.teacher.backbone)
+        scale = (student or backbone).logit_scale
+        teacher = configured_teacher(config.teacher, backbone, split.class_names, template, scale)
+    return towers_of(config, teacher, student)
+
+
+def towers_of(config: BankConfig, teacher: Teacher | None, student: Backbone | None) -> Towers:
+    """Loaded towers, and the settings of the bank that they fill."""
+    labels = features = None
+    if student:
+        features = Features(public_name(student.name), student.fingerprint, student.embed_dim, config.features)
+    if teacher:
+        names, backbone = teacher.class_names, teacher.backbone
+        if len(names) > MOST_CLASSES:
+            raise DataError(f"a region bank can tell {MOST_CLASSES} classes apart, not {len(names)}")
+        name, k = public_name(backbone.name), min(config.top_k, len(names))
+        labels = Labels(name, backbone.fingerprint, teacher.template, teacher.logit_scale, names, k)
+    settings = BankSettings(config.regions, config.crops, labels, features, config.batch_size, config.precision)
+    return Towers(settings, teacher, student)
+
+
+def _opening(manifest: Manifest, images: int, part: tuple[int, int]) -> str:
+    s, all_images = manifest.settings, len(manifest.images)
+    t, kept = s.teacher, [f"features of {s.features.name}"] if s.features else []
+    if t:
+        kept.insert(0, f"the {t.top_k} most probable of {len(t.class_names)} classes to {t.name}")
+    share = f" (part {part[0]}/{part[1]})" if part[1] > 1 else ""
+    return (
+        f"{s.regions} regions of each image: {' and '.join(kept)}; {s.bytes_per_image:,} bytes an image\n"
+        f"{images} of {all_images} images to do{share}"
+    )
+
+
+def _file(files: Mapping[str, Path], content: str, manifest: Manifest) -> Path:
+    if content not in files:
+        path = dict(manifest.images)[content]
+        raise DataError(f"cannot go on: image {path}, which the bank lacks still, is not among the data or has changed")
+    return files[content]
+
+
+def _finish(out: Path, manifest: Manifest, new: Sequence[int], alone: bool) -> bool:
+    """Once every file is there, write their checksums into the manifest; whether it is so.
+
+    Files that killed builds left are removed then, except a manifest that another part may be writing right now.
+    """
+    files = [shard_file(out, s) for s in range(len(manifest.shards))]
+    if not all(file.exists() for file in files):
+        return False
+    shards = tuple(
+        replace(shard, sha256=content_hash(file)) if s in new or not shard.sha256 else shard
+        for s, (shard, file) in enumerate(zip(manifest.shards, files, strict=True))
+    )
+    replace(manifest, shards=shards).write(out)
+    try:
+        for file in filter(unfinished, out.glob(".*" if alone else ".regions-*")):
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    return True
