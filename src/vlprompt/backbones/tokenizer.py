@@ -69,7 +69,7 @@ def load_clip_tokenizer(folder: Path, context_length: int) -> TextTokenizer:
     elif (folder / "bpe_simple_vocab_16e6.txt.gz").is_file():
         with gzip.open(folder / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
             lines = file.read().splitlines()[1:]
-        tokenizer = _openai_bpe(lines)
+        tokenizer = bpe_from_merges(lines[: 49152 - 256 - 2])  # as many as OpenAI uses of them
     else:
         raise BackboneError(f"no tokenizer in {folder}: needs tokenizer.json, vocab.json + merges.txt or {FILES[-1]}")
     start, end = (tokenizer.token_to_id(t) for t in (SOS, EOS))
@@ -111,9 +111,8 @@ def _read_tokenizer_json(file: Path) -> Tokenizer:
         raise BackboneError(f"cannot read {file}: {error}") from None
 
 
-def _openai_bpe(merges: list[str]) -> Tokenizer:
-    """OpenAI's file lists merges only: ids are 256 bytes, the same at a word's end, merges, two special tokens."""
-    merges = merges[: 49152 - 256 - 2]
+def bpe_from_merges(merges: list[str]) -> Tokenizer:
+    """CLIP's tokenizer, given by its merges: ids are 256 bytes, the same at a word's end, merges, two special tokens."""
     # pre_tokenizers.ByteLevel.alphabet() has no order; OpenAI's is printable bytes first, then the others from U+0100.
     printable = [
         *range(ord("!"), ord("~") + 1),

@@ -1,0 +1,386 @@
+"""The recipe of the embedded backbone, from drawings to a loaded model, on a handful of pictures."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.nn.functional import normalize
+
+from vlprompt import load_backbone
+from vlprompt.backbones.packing import pack
+from vlprompt.backbones.towers import ImageConfig, TextConfig
+
+RECIPE = Path(__file__).parents[1] / "tools" / "mini"
+CIRCLE = '<circle cx="8" cy="8" r="6" fill="{}"/>'
+SQUARE = '<rect x="2" y="2" width="12" height="12" fill="{}"/>'
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules():
+    """The recipe's files import each other by name, as when they are run."""
+    sys.path.insert(0, str(RECIPE))
+    yield
+    sys.path.remove(str(RECIPE))
+
+
+def of(module: str):
+    return importlib.import_module(module)
+
+
+def write(file: Path, content: object) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+
+def write_font(package: Path) -> None:
+    """Two glyphs, a cat and a letter that is no emoji."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+
+    pen = TTGlyphPen(None)
+    for point in ((100, 0), (100, 800), (900, 800), (900, 0)):
+        (pen.moveTo if point == (100, 0) else pen.lineTo)(point)
+    pen.closePath()
+    glyph = pen.glyph()
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", "cat", "A"])
+    builder.setupCharacterMap({0x1F408: "cat", 0x41: "A"})
+    builder.setupGlyf({".notdef": glyph, "cat": glyph, "A": glyph})
+    builder.setupHorizontalMetrics(dict.fromkeys((".notdef", "cat", "A"), (1000, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupPost()
+    builder.font.flavor = "woff2"
+    for part in (0, 1):  # the same glyph in two parts of the font
+        (package / "files").mkdir(parents=True, exist_ok=True)
+        builder.save(package / "files" / f"noto-emoji-{part}-300-normal.woff2")
+
+
+@pytest.fixture(scope="module")
+def packages(modules, tmp_path_factory) -> Path:
+    """What npm brings, with a few icons."""
+    data = of("data")
+    folder = tmp_path_factory.mktemp("pretraining")
+    icons, names, font, words = (data.package_folder(p, folder / "packages") for p in data.PACKAGES.values())
+
+    def collection(licence: str, category: str, icons_: dict[str, str], **more: object) -> tuple[dict, dict]:
+        about = {
+            "name": "Some icons",
+            "author": {"name": "A. Drawer"},
+            "license": {"spdx": licence},
+            "category": category,
+        }
+        return about, {"width": 16, "height": 16, "icons": {k: {"body": v} for k, v in icons_.items()}, **more}
+
+    fills = ("red", "blue", "green", "orange", "purple", "brown")
+    sets = {
+        "twemoji": collection(
+            "CC-BY-4.0",
+            "Emoji",
+            {"cat": CIRCLE.format("red"), "cat-dark-skin-tone": CIRCLE.format("black"), "flag-for-france": SQUARE},
+            chars={"1f354": "burger"},
+            aliases={"kitty": {"parent": "cat"}, "turned": {"parent": "cat", "hFlip": True}},
+        ),
+        "noto": collection("Apache-2.0", "Emoji", {"hamburger": SQUARE.format("red"), "cat-2": CIRCLE.format("tan")}),
+        "fxemoji": collection(
+            "Apache-2.0", "Emoji", {"cat": SQUARE.format("pink"), "hamburger": CIRCLE.format("teal")}
+        ),
+        "openmoji": collection("CC-BY-SA-4.0", "Emoji", {"cat": CIRCLE.format("gold")}),
+        "tabler": collection(
+            "MIT",
+            "UI 24px",
+            {"anchor": SQUARE.format("currentColor"), "cat-filled": CIRCLE.format("currentColor"), "web": CIRCLE},
+        ),
+        "lucide": collection("ISC", "UI 24px", {"anchor-bold-24": CIRCLE.format("navy"), "xyzzy": SQUARE}),
+        "copyleft": collection("GPL-3.0", "UI 24px", {"anchor": CIRCLE.format("olive")}),
+        "brands": collection("MIT", "Logos", {"anchor": CIRCLE.format("lime")}),
+        "game-icons": collection(
+            "CC-BY-3.0", "Thematic", {f"thing-{i}": CIRCLE.format(f) for i, f in enumerate(fills)}
+        ),
+    }
+    sets["twemoji"][1]["icons"]["burger"] = {"body": SQUARE.format("brown")}
+    write(icons / "collections.json", {name: about for name, (about, _) in sets.items()})
+    for name, (_, content) in sets.items():
+        write(icons / "json" / f"{name}.json", content)
+    emoji = [
+        {"label": "cat", "hexcode": "1F408", "tags": ["pet", "feline"], "group": 3, "subgroup": 34},
+        {"label": "hamburger", "hexcode": "1F354", "tags": ["food"], "group": 4, "subgroup": 44},
+        {"label": "flag: France", "hexcode": "1F1EB-1F1F7", "group": 9, "subgroup": 98},
+    ]
+    write(names / "en" / "data.json", emoji)
+    write(names / "meta" / "groups.json", {"subgroups": {"34": "animal-mammal", "44": "food-prepared"}})
+    for source in ("cldr", "emojibase", "iamcal", "github"):
+        write(names / "en" / "shortcodes" / f"{source}.json", {"1F408": ["cat2"]} if source == "github" else {})
+    index = "  1 licence\nanchor n 1\nthing n 1\nweb n 1\n"
+    write(words / "dict" / "index.noun", index)
+    write(words / "dict" / "index.verb", "swim v 1\n")
+    write(words / "dict" / "index.adj", "small a 1\nold a 1\n")
+    write(words / "dict" / "index.sense", "anchor%1:06:00:: 1 1 3\nsmall%3:00:00:: 1 1 90\n")
+    write_font(font)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pretraining(packages) -> Path:
+    """The folder after data preparation; sentence embeddings are random, one direction a word."""
+    data, embed = of("data"), of("embed")
+    run(data, "--out", packages, "--size", 72)
+    texts = embed.all_texts(packages)[:400]
+    words = sorted({word for text in texts for word in text.split()})
+    rows = torch.randn(len(words), 384, generator=torch.Generator().manual_seed(0))
+    vectors = torch.stack([sum(rows[words.index(word)] for word in text.split()) for text in texts])
+    np.save(packages / "texts.npy", normalize(vectors, dim=-1).half().numpy())
+    write(packages / "texts.json", texts)
+    return packages
+
+
+def run(module, *given: object) -> None:
+    before = sys.argv
+    sys.argv = [module.__name__, *map(str, given)]
+    try:
+        module.main()
+    finally:
+        sys.argv = before
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> Path:
+    """A tiny model, trained for ten steps in three stages."""
+    file = tmp_path_factory.mktemp("settings") / "tiny.yaml"
+    rates = {"learning_rate": 0.002, "weight_decay": 0.1, "warmup": 2, "cooldown": 0.5}
+    image = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 4, "heads": 2, "mlp_width": 64, "embed_dim": 16}
+    content = {
+        "image": {**image, "activation": "gelu"},
+        "render": 72,
+        "seed": 0,
+        "batch": 8,
+        **rates,
+        "stages": [
+            {"steps": 4, "layers": 2, "keep": 8},
+            {"steps": 4, "layers": 4, "keep": 10},
+            {"steps": 2, "layers": 4, "keep": 16},
+        ],
+        "text": {"context_length": 16, "width": 16, "layers": 2, "heads": 2, "mlp_width": 32, "activation": "gelu"},
+        "text_training": {"steps": 10, "batch": 8, **rates},
+    }
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def trained(pretraining, settings, tmp_path_factory) -> Path:
+    """Tokenizer, image tower and text tower after their short runs."""
+    out = tmp_path_factory.mktemp("trained")
+    run(of("tokenizer"), "--data", pretraining, "--out", out, "--size", 560)
+    run(of("image"), settings, "--data", pretraining, "--out", out)
+    text = of("text")
+    text.embed = lambda texts: normalize(torch.randn(len(texts), 384), dim=-1)
+    run(text, settings, "--data", pretraining, "--out", out)
+    return out
+
+
+def test_pictures_are_chosen_by_licence_and_by_what_they_show(pretraining):
+    captions = json.loads((pretraining / "captions.json").read_text())
+    shown = [
+        (captions[p["caption"]]["text"], p["set"], p["name"])
+        for p in json.loads((pretraining / "pictures.json").read_text())
+    ]
+    assert sorted(shown) == sorted(
+        [
+            ("cat", "twemoji", "kitty"),
+            ("hamburger", "twemoji", "burger"),  # by its code point alone
+            ("hamburger", "noto", "hamburger"),
+            ("cat", "noto", "cat-2"),
+            ("cat", "fxemoji", "cat"),
+            ("hamburger", "fxemoji", "hamburger"),
+            ("cat", "tabler", "cat-filled"),
+            ("anchor", "tabler", "anchor"),  # drawn by two
+            ("anchor", "lucide", "anchor-bold-24"),
+            *[("thing", "game-icons", f"thing-{i}") for i in range(1, 6)],  # the first is drawn like a cat above
+            ("cat", "noto-emoji-font", "1f408-300"),  # once, though the font's parts overlap
+        ]
+    )
+    assert captions[0] == {"text": "cat", "tags": ["pet", "feline"], "subgroup": "animal-mammal"}
+    licences = json.loads((pretraining / "licences.json").read_text())
+    assert licences["tabler"] == {"title": "Some icons", "author": "A. Drawer", "licence": "MIT", "pictures": 2}
+    assert not licences.keys() & {"openmoji", "copyleft", "brands"}
+
+
+def test_rendered_pixels_are_multiplied_by_alpha(pretraining):
+    pixels = np.load(pretraining / "pictures-72.npy")
+    assert pixels.shape == (15, 72, 72, 4)
+    assert pixels.dtype == np.uint8
+    assert (pixels[..., :3] <= pixels[..., 3:]).all()
+    red = pixels[0]  # a red circle on nothing
+    assert red[36, 36].tolist() == [255, 0, 0, 255]
+    assert red[0, 0].tolist() == [0, 0, 0, 0]
+
+
+def test_a_second_call_renders_nothing_again(pretraining, monkeypatch):
+    data = of("data")
+    before = (pretraining / "pictures.json").read_bytes()
+    monkeypatch.setattr(data, "render_all", None)
+    run(data, "--out", pretraining)
+    assert (pretraining / "pictures.json").read_bytes() == before
+
+
+def test_views_are_random_finite_and_repeatable(pretraining):
+    images = of("images")
+    pictures = images.Pictures(pretraining, 72)
+    validation = images.Pictures(pretraining, 72, validation=True)
+    assert (len(pictures.rows), len(validation.rows)) == (13, 2)
+    assert not set(pictures.rows.tolist()) & set(validation.rows.tolist())
+    index = pictures.draw(64, torch.Generator().manual_seed(0))
+    rgba, mono, mirror = pictures.read(index), pictures.mono[index], torch.ones(64)
+
+    def views(seed: int) -> torch.Tensor:
+        return images.view(rgba, mono, mirror, 32, torch.Generator().manual_seed(seed))
+
+    assert views(1).shape == (64, 3, 32, 32)
+    assert views(1).isfinite().all()
+    assert torch.equal(views(1), views(1))
+    assert (views(1) != views(2)).flatten(1).any(1).all()
+    assert (views(1).flatten(1).std(1) > 0.05).all(), "something is seen in every view"
+
+
+def test_tokens_of_every_byte_are_in_the_vocabulary(trained):
+    from vlprompt.backbones.tokenizer import load_clip_tokenizer
+
+    tokenizer = load_clip_tokenizer(trained, 64)
+    text = "".join(chr(c) for c in range(33, 127)) + " é № 日本 ñ ß €"
+    pieces = tokenizer.tokenizer.encode(text, add_special_tokens=False).tokens
+    assert "".join(pieces).count("</w>") >= 6
+    shown = tokenizer.tokenizer.decode(tokenizer.tokenizer.encode(text, add_special_tokens=False).ids)
+    assert shown.replace("</w>", "").replace(" ", "") == text.lower().replace(" ", "")
+
+
+def test_training_and_using_a_tower_are_one_computation(monkeypatch):
+    image, text = of("image"), of("text")
+    torch.manual_seed(0)
+    tower = image.new_tower(ImageConfig(32, 8, 32, 3, 2, 64, 16, "gelu"), 0)
+    pictures = torch.randn(5, 3, 32, 32)
+    torch.testing.assert_close(image.encode(tower, pictures, [0, 1, 2], None), tower(pictures), rtol=1e-4, atol=1e-5)
+
+    monkeypatch.setattr(text, "embed", lambda texts: torch.randn(len(texts), 384))
+    tokenizer = of("tokenizer").bpe_from_merges(["c a", "ca t</w>", "d o", "do g</w>"])
+    words = text.new_tower(TextConfig(tokenizer.get_vocab_size(), 12, 32, 3, 2, 64, 16, "gelu"), tokenizer, 0)
+    tokens = [[512, 5, 9, 513], [512, 7, 513], [512, 1, 2, 3, 4, 513]]
+    ids, ends = text.padded(tokens)
+    plain = words(pack(tokens, causal=True))[0]
+    torch.testing.assert_close(text.encode(words, ids, ends), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_that_join_change_nothing_at_first():
+    image = of("image")
+    tower = image.new_tower(ImageConfig(32, 8, 32, 4, 2, 64, 16, "gelu"), 0)
+    pictures = torch.randn(5, 3, 32, 32)
+    before = image.encode(tower, pictures, [1, 3], None)
+    image.grow(tower, [1, 3], [0, 1, 2, 3])
+    torch.testing.assert_close(image.encode(tower, pictures, [0, 1, 2, 3], None), before, rtol=1e-4, atol=1e-5)
+    assert any(p.abs().max() > 0 for p in tower.blocks[2].fc_1.parameters())
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tower, pretraining, settings, trained, tmp_path, monkeypatch):
+    module, steps = of(tower), of("steps")
+    whole = (trained / f"{tower}.safetensors").read_bytes()
+    for name in ("tokenizer.json", "image.safetensors"):
+        if (tower, name) != ("image", "image.safetensors"):
+            (tmp_path / name).write_bytes((trained / name).read_bytes())
+
+    class Stopped(Exception):
+        pass
+
+    go_on = steps.Training.train_step
+
+    def stop(training, loss_of):
+        if training.step == 5:
+            raise Stopped
+        return go_on(training, loss_of)
+
+    given = (settings, "--data", pretraining, "--out", tmp_path, "--save-every", 5)
+    monkeypatch.setattr(steps.Training, "train_step", stop)
+    with pytest.raises(Stopped):
+        run(module, *given)
+    assert int(load_file(tmp_path / f"{tower}.safetensors")["step"]) == 5
+    monkeypatch.setattr(steps.Training, "train_step", go_on)
+    run(module, *given)
+    assert (tmp_path / f"{tower}.safetensors").read_bytes() == whole
+
+
+def test_training_brings_pictures_to_their_names(pretraining, settings, tmp_path, monkeypatch, capsys):
+    longer = yaml.safe_load(settings.read_text())
+    longer |= {"stages": [{"steps": 60, "layers": 2, "keep": 12}], "batch": 16}
+    file = tmp_path / "longer.yaml"
+    file.write_text(yaml.safe_dump(longer))
+    run(of("image"), file, "--data", pretraining, "--out", tmp_path)
+    losses = [float(line.split()[3]) for line in capsys.readouterr().out.splitlines() if " loss " in line]
+    assert losses[-1] < losses[0]
+
+
+def test_two_processes_train_as_one_model(pretraining, settings, tmp_path):
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", RECIPE / "image.py"),
+        *(settings, "--data", pretraining, "--out", tmp_path),
+    ]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(load_file(tmp_path / "image.safetensors")["step"]) == 10
+
+
+def test_the_exported_backbone_is_what_was_trained(trained, settings, tmp_path):
+    from transformers import CLIPModel
+
+    folder = tmp_path / "backbone"
+    run(of("export"), settings, "--out", trained, "--to", folder)
+    backbone = load_backbone(str(folder))
+    image, text, steps = of("image"), of("text"), of("steps")
+    state = load_file(trained / "image.safetensors")
+    tower = image.ImageTower(backbone.image_tower.config)
+    tower.load_state_dict(steps.part(state, "tower"))
+    pictures = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(backbone.image_tower(pictures), tower(pictures), rtol=2e-2, atol=2e-2)  # fp16
+    assert backbone.logit_scale == pytest.approx(steps.part(state, "rest")["log_scale"].exp().item(), rel=1e-2)
+
+    theirs = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        features = theirs.get_image_features(pixel_values=pictures).pooler_output
+        torch.testing.assert_close(features, backbone.image_tower(pictures), rtol=1e-4, atol=1e-4)
+        ids, _ = text.padded(backbone.tokenize(["a photo of a cat."]))
+        features = theirs.get_text_features(input_ids=ids).pooler_output
+    torch.testing.assert_close(
+        normalize(features, dim=-1), backbone.encode_texts(["a photo of a cat."]), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_positions_are_interpolated_to_a_larger_image(pretraining, settings, trained, tmp_path):
+    larger = yaml.safe_load(settings.read_text())
+    larger["image"]["image_size"] = 48
+    larger["stages"] = [{"steps": 2, "layers": 4, "keep": 20}]
+    file = tmp_path / "larger.yaml"
+    file.write_text(yaml.safe_dump(larger))
+    run(of("image"), file, "--data", pretraining, "--out", tmp_path, "--start", trained / "image.safetensors")
+    assert load_file(tmp_path / "image.safetensors")["tower.positions"].shape == (37, 32)
+
+
+def test_figures_go_into_the_card(tmp_path):
+    evaluate = of("evaluate")
+    card = tmp_path / "README.md"
+    card.write_text(
+        f"---\nlicense: apache-2.0\n---\n\n# mini\n\nAbove.\n{evaluate.BEGIN}\nold\n{evaluate.END}\nBelow.\n",
+        encoding="utf-8",
+    )
+    figures = {"openmoji_classes": 61.25, "openmoji_pictures": 1260, "openmoji_different_names": 1259}
+    evaluate.into_card(card, figures)
+    evaluate.into_card(card, figures)
+    written = card.read_text(encoding="utf-8")
+    assert yaml.safe_load(written.split("---\n")[1]) == {"license": "apache-2.0", "figures": figures}
+    assert "| OpenMoji, zero-shot over 52 classes | 61.2 % | 1.9 % |" in written
+    assert "old" not in written
+    assert written.index("Above.") < written.index("| 61.2 %") < written.index("Below.")

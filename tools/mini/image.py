@@ -1,0 +1,317 @@
+"""Train the image tower of ``mini`` to point at the names of pictures.
+
+    python tools/mini/image.py tools/mini/mini.yaml --data pretraining --out pretraining/mini
+    python -m torch.distributed.run --nproc-per-node=2 tools/mini/image.py …     # one process a core or a GPU
+
+Texts are not run: each caption, tag and sub-group stands for itself in a table of directions, which starts from
+sentence embeddings and is learned with the images. The text tower learns the table afterwards (``text.py``).
+Every ``--save-every`` steps, and when interrupted, the state goes to ``OUT/image.safetensors``; the same command
+goes on from there, with the same views it would have had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from images import Pictures, plain, view
+from safetensors.torch import load_file
+from steps import Training, part, processes
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlprompt.backbones.packing import Attention
+from vlprompt.backbones.towers import Block, ImageConfig, ImageTower
+from vlprompt.data.openmoji import SUBGROUPS
+
+STATE = "image.safetensors"
+
+
+class Names(nn.Module):
+    """Directions of captions, sub-groups, classes and tags in the space that images share with texts.
+
+    A text's direction is a linear map of its sentence embedding; texts that pictures show may leave it a little
+    (``shift``), for sentences that mean nearly the same (``grinning face``, ``beaming face``) look different.
+    """
+
+    def __init__(self, data: Path, dim: int) -> None:
+        super().__init__()
+        captions = json.loads((data / "captions.json").read_text(encoding="utf-8"))
+        texts: list[str] = json.loads((data / "texts.json").read_text(encoding="utf-8"))
+        row = {text: i for i, text in reversed(list(enumerate(texts)))}
+        unicode_groups = sorted({c["subgroup"] for c in captions if c["subgroup"]})
+        class_of = {group: name for name, groups in SUBGROUPS.items() for group in groups}
+        tags = sorted({tag for c in captions for tag in c["tags"]})
+        self.parts = {
+            "captions": list(range(len(captions))),
+            "groups": [row[group.replace("-", " ")] for group in unicode_groups],
+            "classes": [row[name] for name in SUBGROUPS],
+            "tags": [row[tag] for tag in tags],
+        }
+        embeddings = torch.from_numpy(np.load(data / "texts.npy")).float()
+        self.embeddings: Tensor
+        rows = [i for part in self.parts.values() for i in part]
+        shown = embeddings[rows]
+        self.register_buffer("embeddings", shown.to(torch.bfloat16), persistent=False)
+        self.map = nn.Linear(embeddings.shape[1], dim)
+        centre = shown.mean(0)
+        directions = torch.linalg.svd(shown - centre, full_matrices=False)[2][:dim]
+        spread = ((shown - centre) @ directions.T).std(0).clamp(min=1e-3)
+        with torch.no_grad():  # principal directions, evened out half-way
+            self.map.weight.copy_(directions / spread[:, None].sqrt())
+            self.map.bias.copy_(-self.map.weight @ centre)
+        self.shift = nn.Parameter(torch.zeros(len(rows), dim))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(16.0)))
+
+        group_index = {group: i for i, group in enumerate(unicode_groups)}
+        class_index = {name: i for i, name in enumerate(SUBGROUPS)}
+        group_of = [group_index.get(c["subgroup"], -1) for c in captions]
+        class_of_caption = [class_index[class_of[c["subgroup"]]] if c["subgroup"] in class_of else -1 for c in captions]
+        tag_index = {tag: i for i, tag in enumerate(tags)}
+        has_tag = torch.zeros(len(captions), len(tags))
+        for i, caption in enumerate(captions):
+            for tag in caption["tags"]:
+                has_tag[i, tag_index[tag]] = 1 / len(caption["tags"])
+        self.has_tag: Tensor
+        self.group: Tensor
+        self.class_: Tensor
+        self.register_buffer("has_tag", has_tag, persistent=False)
+        self.register_buffer("group", torch.tensor(group_of), persistent=False)
+        self.register_buffer("class_", torch.tensor(class_of_caption), persistent=False)
+
+    def forward(self) -> dict[str, Tensor]:
+        """Unit directions of each part, [texts, D]."""
+        mapped = (
+            F.linear(self.embeddings.to(torch.bfloat16), self.map.weight.to(torch.bfloat16)).float() + self.map.bias
+        )
+        directions = F.normalize(mapped + self.shift, dim=-1)
+        return dict(zip(self.parts, directions.split([len(part) for part in self.parts.values()]), strict=True))
+
+    def loss(self, features: Tensor, captions: Tensor) -> Tensor:
+        """Cross entropy over captions, sub-groups, classes and tags of unit features [B, D]."""
+        logits = {kind: self.log_scale.exp() * features @ names.T for kind, names in self().items()}
+        total = F.cross_entropy(logits["captions"], captions, label_smoothing=0.05)
+        for kind, labels, weight in (("groups", self.group, 0.25), ("classes", self.class_, 0.25)):
+            label = labels[captions]
+            known = label >= 0
+            each = F.cross_entropy(logits[kind], label.clamp(min=0), reduction="none")
+            total = total + weight * (each * known).sum() / len(known)
+        tags = self.has_tag[captions]
+        return total - 0.25 * (tags * logits["tags"].log_softmax(-1)).sum(-1).mean()
+
+
+def attention_of(heads: int, mask: Tensor | None = None) -> Attention:
+    """Attention as two products: in bfloat16 on CPUs several times faster than PyTorch's fused kernel."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
+        return ((scores if mask is None else scores + mask).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    return attention
+
+
+def encode(
+    tower: ImageTower, images: Tensor, blocks: list[int], keep: int | None, generator: torch.Generator | None = None
+) -> Tensor:
+    """Features [B, E] through the ``blocks`` only, from the ``keep`` patches that show most."""
+    dtype = tower.positions.dtype
+    c = tower.config
+    patches = F.unfold(images, c.patch_size, stride=c.patch_size).transpose(1, 2)  # [B, N, 3·P·P]
+    x = F.linear(patches.to(dtype), tower.patches.weight.flatten(1)) + tower.positions[1:]
+    if keep is not None and keep < x.shape[1]:
+        shown = patches.std(-1)
+        shown = shown + 0.3 * torch.rand(shown.shape, generator=generator, device=shown.device)
+        rows = shown.topk(keep, dim=1).indices
+        x = x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
+    assert tower.class_token is not None
+    first = (tower.class_token + tower.positions[0]).expand(len(x), 1, -1)
+    x = tower.ln_pre(torch.cat([first, x], 1))
+
+    attention = attention_of(c.heads)
+    pooled = torch.zeros(1, dtype=torch.long, device=x.device)
+    for i in blocks:
+        x = tower.blocks[i](x, attention, pooled if i == blocks[-1] else None)
+    return tower.projection(tower.ln_post(x)[:, 0])
+
+
+def new_tower(config: ImageConfig, seed: int) -> ImageTower:
+    """A tower with random weights: attention begins as near-identity (Trockman and Kolter, 2023)."""
+    torch.manual_seed(seed)
+    tower = ImageTower(config)
+    width, side = config.width, config.image_size // config.patch_size
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape) * shape[-1] ** -0.5
+
+    with torch.no_grad():
+        for block in tower.blocks:
+            assert isinstance(block, Block)
+            q = 0.7 * torch.eye(width) + 0.3 * noise(width, width)
+            k = q + 0.1 * noise(width, width)
+            v = 0.3 * torch.eye(width) + 0.5 * noise(width, width)
+            block.qkv.weight.copy_(torch.cat([q, k, v]))
+            block.out.weight.copy_(-0.3 * torch.eye(width) + 0.5 * noise(width, width))
+            block.fc_1.weight.copy_(0.5 * noise(config.mlp_width, width))
+            block.fc_2.weight.copy_(0.5 * noise(width, config.mlp_width))
+            for layer in (block.qkv, block.out, block.fc_1, block.fc_2):
+                layer.bias.zero_()
+        assert tower.class_token is not None
+        assert isinstance(tower.projection, nn.Linear)
+        tower.positions[1:] = 0.5 * waves(side, width)
+        tower.positions[0].zero_()
+        tower.class_token.copy_(0.5 * torch.randn(width))
+        nn.init.normal_(tower.patches.weight, std=(3 * config.patch_size**2) ** -0.5)
+        tower.projection.weight.copy_(noise(config.embed_dim, width))
+    return tower
+
+
+def waves(side: int, width: int) -> Tensor:
+    """Sines and cosines of the places on a grid: [side², width]."""
+    frequency = 1 / 100 ** (torch.arange(width // 4) / (width // 4))
+    place = torch.arange(side)[:, None] * 8 / side * frequency
+    wave = torch.cat([place.sin(), place.cos()], -1)  # [side, width/2]
+    return torch.cat([wave[:, None].expand(-1, side, -1), wave[None].expand(side, -1, -1)], -1).reshape(side**2, width)
+
+
+def grow(tower: ImageTower, before: list[int], after: list[int]) -> None:
+    """Start the blocks that join: weights of the one before, and nothing added yet."""
+    for i in after:
+        if i not in before:
+            nearest = max((b for b in before if b < i), default=before[0])
+            block = tower.blocks[i]
+            assert isinstance(block, Block)
+            block.load_state_dict(tower.blocks[nearest].state_dict())
+            for layer in (block.out, block.fc_2):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+
+def with_positions(state: dict[str, Tensor], config: ImageConfig) -> dict[str, Tensor]:
+    """Weights for another image size: positions are interpolated."""
+    positions = state["positions"]
+    side, old = config.image_size // config.patch_size, math.isqrt(len(positions) - 1)
+    grid = positions[1:].T.unflatten(1, (old, old))[None]
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)[0].flatten(1).T
+    return state | {"positions": torch.cat([positions[:1], grid])}
+
+
+class Stages:
+    """Which blocks run at a step, and how many patches."""
+
+    def __init__(self, stages: list[dict[str, int]], layers: int) -> None:
+        self.stages, self.layers = stages, layers
+        self.total = sum(stage["steps"] for stage in stages)
+
+    def _at(self, step: int) -> dict[str, int]:
+        for stage in self.stages:
+            if step < stage["steps"]:
+                return stage
+            step -= stage["steps"]
+        return self.stages[-1]
+
+    def blocks(self, step: int) -> list[int]:
+        """Evenly spread, the last among them."""
+        n = self._at(step)["layers"]
+        return [(i + 1) * self.layers // n - 1 for i in range(n)]
+
+    def keep(self, step: int) -> int:
+        """Patches."""
+        return self._at(step)["keep"]
+
+
+@torch.no_grad()
+def validate(training: Training, blocks: list[int], pictures: Pictures, device: torch.device) -> dict[str, float]:
+    """Accuracy on the pictures of the validation sets, in per cent: among all emoji captions, groups, classes."""
+    tower, names = training.low, training.rest
+    assert isinstance(tower, ImageTower)
+    assert isinstance(names, Names)
+    tower.load_state_dict(training.tower.state_dict())
+    directions = names()
+    found = {"captions": 0, "groups": 0, "classes": 0}
+    n = dict.fromkeys(found, 0)
+    emoji = int((names.group >= 0).sum())  # emoji come first
+    for rows in torch.arange(len(pictures.rows)).split(256):
+        images = plain(pictures.read(rows).to(device), tower.config.image_size)
+        features = encode(tower, images, blocks, None).float()
+        captions = pictures.captions[rows].to(device)
+        labels = {"captions": captions, "groups": names.group[captions], "classes": names.class_[captions]}
+        for kind, label in labels.items():
+            answer = (features @ directions[kind][: emoji if kind == "captions" else None].T).argmax(1)
+            found[kind] += int(((answer == label) & (label >= 0)).sum())
+            n[kind] += int((label >= 0).sum())
+    return {kind: round(100 * found[kind] / max(1, n[kind]), 1) for kind in found}
+
+
+def main() -> None:
+    """Train, validate, save."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser.add_argument("settings", type=Path, help="a file such as tools/mini/mini.yaml")
+    parser.add_argument("--data", type=Path, required=True, help="folder that data.py and embed.py wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the state")
+    parser.add_argument("--start", type=Path, help="image.safetensors to begin with, of any image size")
+    parser.add_argument("--save-every", type=int, default=250, help="steps")
+    options = parser.parse_args()
+    settings = yaml.safe_load(options.settings.read_text(encoding="utf-8"))
+    rank, world, device = processes()
+
+    config = ImageConfig(**settings["image"])
+    tower = new_tower(config, settings["seed"]).to(device)
+    names = Names(options.data, config.embed_dim).to(device)
+    if options.start:
+        start = load_file(options.start)
+        tower.load_state_dict(with_positions(part(start, "tower"), config))
+        names.load_state_dict(part(start, "rest"))
+        names.requires_grad_(not settings.get("fixed_names", False))
+    stages = Stages(settings["stages"], config.layers)
+    training = Training(tower, names, settings, stages.total, decayed="shift")
+    if (options.out / STATE).exists():
+        training.load(options.out / STATE)
+
+    pictures = Pictures(options.data, settings["render"])
+    held_out = Pictures(options.data, settings["render"], validation=True)
+    captions = json.loads((options.data / "captions.json").read_text(encoding="utf-8"))
+    sided = {"left", "right", "leftwards", "rightwards"}
+    mirror = torch.tensor([not sided & set(re.split(r"\W", caption["text"].lower())) for caption in captions])
+    losses: list[float] = []
+    began, first = time.time(), training.step
+    while training.step < training.total:
+        step = training.step
+        blocks, keep = stages.blocks(step), stages.keep(step)
+        if step and stages.blocks(step - 1) != blocks:
+            grow(tower, stages.blocks(step - 1), blocks)
+        generator = torch.Generator().manual_seed((settings["seed"] * 1_000_003 + step) * 64 + rank)
+        index = pictures.draw(settings["batch"] // world, generator)
+        shown = pictures.captions[index]
+        noise = torch.Generator(device).manual_seed(generator.initial_seed())
+        rgba, mono = pictures.read(index).to(device), pictures.mono[index].to(device)
+        images = view(rgba, mono, mirror[shown].to(device), config.image_size, noise)
+        labels = shown.to(device)
+
+        def loss_of(low: ImageTower) -> Tensor:
+            features = encode(low, images, blocks, keep, noise).float()  # noqa: B023 - called at once
+            return names.loss(F.normalize(features, dim=-1), labels)  # noqa: B023
+
+        losses.append(training.train_step(loss_of))
+        done = training.step == training.total
+        if rank == 0 and (training.step % 50 == 0 or done):
+            speed = settings["batch"] * (training.step - first) / (time.time() - began)
+            print(
+                f"step {training.step}/{training.total} loss {sum(losses[-50:]) / len(losses[-50:]):.3f} "
+                f"scale {names.log_scale.exp().item():.1f} {speed:.0f} pictures/s",
+                flush=True,
+            )
+        if rank == 0 and (training.step % options.save_every == 0 or done):
+            training.save(options.out / STATE)
+            print(f"step {training.step} {validate(training, blocks, held_out, device)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Train the text tower of ``mini`` to point where the image tower was taught to look.
+
+    python tools/mini/text.py tools/mini/mini.yaml --data pretraining --out pretraining/mini
+
+Texts that pictures show go to their own directions (``Names`` in ``image.py``); every other word and combination of
+words goes where the same map sends its sentence embedding. Half of the texts stand in a template, which must not move
+them. Reads ``OUT/image.safetensors`` and ``OUT/tokenizer.json``; writes ``OUT/text.safetensors``, and goes on from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from data import PACKAGES, package_folder
+from embed import embed
+from image import STATE as IMAGE_STATE
+from image import Names, attention_of
+from safetensors.torch import load_file
+from steps import Training, part, processes
+from tokenizer import TEMPLATES, counts
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlprompt.backbones.towers import Block, TextConfig, TextTower
+
+STATE = "text.safetensors"
+VALIDATION = 2_000
+"""Words that are not trained on, the cosine of which with their directions is printed."""
+CHUNKS = 8
+"""Batches drawn at once and sorted by length, so that one batch has texts of nearly one length."""
+
+
+def encode(tower: TextTower, tokens: Tensor, ends: Tensor) -> Tensor:
+    """Features [B, E] of tokens [B, L], which end at ``ends`` [B]; what follows is seen by nobody."""
+    n = tokens.shape[1]
+    mask = torch.full((n, n), -math.inf, dtype=tower.positions.dtype, device=tokens.device).triu(1)
+    attention = attention_of(tower.config.heads, mask)
+    x = tower.token_embedding(tokens) + tower.positions[:n]
+    for block in tower.blocks:
+        x = block(x, attention)
+    return tower.projection(tower.ln_final(x[torch.arange(len(x), device=x.device), ends]))
+
+
+def new_tower(config: TextConfig, tokenizer: Tokenizer, seed: int) -> TextTower:
+    """A tower whose whole-word tokens start from the sentence embeddings of their words."""
+    torch.manual_seed(seed)
+    tower = TextTower(config)
+    width = config.width
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape) * shape[-1] ** -0.5
+
+    whole = {token: i for token, i in sorted(tokenizer.get_vocab().items()) if re.fullmatch("[a-z]{2,}</w>", token)}
+    vectors = embed([token.removesuffix("</w>") for token in whole])
+    vectors = vectors - vectors.mean(0)
+    if len(vectors) >= width:
+        vectors = vectors @ torch.linalg.svd(vectors, full_matrices=False)[2][:width].T
+    else:  # a vocabulary for a trial
+        vectors = vectors[:, :width]
+    with torch.no_grad():
+        tower.token_embedding.weight.normal_(std=0.3)
+        tower.token_embedding.weight[list(whole.values())] = 0.5 * vectors / vectors.std()
+        tower.positions.normal_(std=0.1)
+        for block in tower.blocks:
+            assert isinstance(block, Block)
+            q = noise(width, width)
+            block.qkv.weight.copy_(torch.cat([0.5 * q, 0.5 * q, 0.5 * noise(width, width) + 0.3 * torch.eye(width)]))
+            block.out.weight.copy_(0.3 * noise(width, width))
+            block.fc_1.weight.copy_(0.5 * noise(config.mlp_width, width))
+            block.fc_2.weight.copy_(0.3 * noise(width, config.mlp_width))
+            for layer in (block.qkv, block.out, block.fc_1, block.fc_2):
+                layer.bias.zero_()
+        assert isinstance(tower.projection, nn.Linear)
+        tower.projection.weight.copy_(noise(config.embed_dim, width))
+    return tower
+
+
+class Texts:
+    """All texts with their directions, and how often each is drawn."""
+
+    def __init__(self, data: Path, names: Names) -> None:
+        self.texts: list[str] = json.loads((data / "texts.json").read_text(encoding="utf-8"))
+        embeddings = torch.from_numpy(np.load(data / "texts.npy")).float()
+        with torch.no_grad():
+            directions = F.normalize(F.linear(embeddings, names.map.weight, names.map.bias), dim=-1)
+            shown = names()
+        for kind, rows in names.parts.items():
+            directions[rows] = shown[kind]
+        self.directions = directions
+        words = counts(data, package_folder(PACKAGES["words"], data / "packages") / "dict" / "index.sense")
+        common = torch.tensor(
+            [
+                math.log1p(min((words[word] for word in re.findall(r"[a-z]+", text.lower())), default=0))
+                for text in self.texts
+            ]
+        )
+        kind_of = torch.zeros(len(self.texts), dtype=torch.long)
+        kind_of[sorted({i for rows in names.parts.values() for i in rows})] = 1
+        kind_of[names.parts["groups"] + names.parts["classes"]] = 2
+        share = torch.tensor([0.5, 0.46, 0.04])  # other texts; captions and tags; sub-groups and classes
+        weights = torch.where(kind_of == 0, 0.2 + common, 1.0)
+        weights = weights * (share / torch.zeros(3).index_add(0, kind_of, weights))[kind_of]
+        others = (kind_of == 0).nonzero()[:, 0]
+        self.validation = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(0))[:VALIDATION]]
+        weights[self.validation] = 0
+        self.ends = weights.double().cumsum(0)
+
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        """n texts at random, by weight: indices."""
+        at = torch.rand(n, generator=generator, dtype=torch.float64) * self.ends[-1]
+        return torch.searchsorted(self.ends, at, right=True).clamp(max=len(self.texts) - 1)
+
+
+def tokenized(tokenizer: Tokenizer, texts: list[str], context: int) -> list[tuple[Tensor, Tensor]]:
+    """Each text's tokens, cut to the context with the end kept."""
+    out = []
+    for encoding in tokenizer.encode_batch(texts):
+        ids = encoding.ids if len(encoding.ids) <= context else encoding.ids[: context - 1] + encoding.ids[-1:]
+        out.append(ids)
+    return out
+
+
+def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Tokens [B, L], filled up with zeros, and the position of each end [B]."""
+    longest = max(map(len, rows))
+    return torch.tensor([r + [0] * (longest - len(r)) for r in rows]), torch.tensor([len(r) - 1 for r in rows])
+
+
+def main() -> None:
+    """Train and save."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser.add_argument("settings", type=Path, help="a file such as tools/mini/mini.yaml")
+    parser.add_argument("--data", type=Path, required=True, help="folder that data.py and embed.py wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the image tower's state and the tokenizer")
+    parser.add_argument("--save-every", type=int, default=500, help="steps")
+    options = parser.parse_args()
+    settings = yaml.safe_load(options.settings.read_text(encoding="utf-8"))
+    rank, world, device = processes()
+    recipe = settings["text_training"]
+    tokenizer = Tokenizer.from_file(str(options.out / "tokenizer.json"))
+    config = TextConfig(
+        vocab_size=tokenizer.get_vocab_size(), embed_dim=settings["image"]["embed_dim"], **settings["text"]
+    )
+    names = Names(options.data, config.embed_dim)
+    names.load_state_dict(part(load_file(options.out / IMAGE_STATE), "rest"))
+    texts = Texts(options.data, names)
+    directions = texts.directions.to(device)
+    training = Training(new_tower(config, tokenizer, settings["seed"]).to(device), None, recipe, recipe["steps"])
+    if (options.out / STATE).exists():
+        training.load(options.out / STATE)
+
+    batch = recipe["batch"] // world
+    queue: list[Tensor] = []
+    losses: list[float] = []
+    began, first = time.time(), training.step
+    while training.step < training.total:
+        step = training.step
+        if not queue or step % CHUNKS == 0:
+            seed = (settings["seed"] * 1_000_003 + step // CHUNKS) * 64 + rank
+            generator, draw = torch.Generator().manual_seed(seed), random.Random(seed)
+            rows = texts.draw(batch * CHUNKS, generator)
+            written = [
+                draw.choice(TEMPLATES).format(texts.texts[i]) if draw.random() < 0.5 else texts.texts[i]
+                for i in rows.tolist()
+            ]
+            tokens = tokenized(tokenizer, written, config.context_length)
+            order = sorted(range(len(rows)), key=lambda i: len(tokens[i]))
+            queue = [torch.tensor(order[i * batch : (i + 1) * batch]) for i in range(CHUNKS)]
+            draw.shuffle(queue)
+        chosen = queue[step % CHUNKS]
+        ids, ends = padded([tokens[i] for i in chosen.tolist()])
+        labels = rows[chosen].to(device)
+
+        def loss_of(low: TextTower) -> Tensor:
+            features = F.normalize(encode(low, ids.to(device), ends.to(device)).float(), dim=-1)  # noqa: B023
+            aims = directions[labels]  # noqa: B023
+            scores = 20 * features @ aims.T
+            same = labels[:, None] == labels  # noqa: B023
+            scores = scores.masked_fill(same & ~torch.eye(len(same), dtype=torch.bool, device=device), -math.inf)
+            far = (1 - (features * aims).sum(-1)).mean()
+            return 4 * far + F.cross_entropy(scores, torch.arange(len(scores), device=device))
+
+        losses.append(training.train_step(loss_of))
+        done = training.step == training.total
+        if rank == 0 and (training.step % 100 == 0 or done):
+            speed = recipe["batch"] * (training.step - first) / (time.time() - began)
+            print(
+                f"step {training.step}/{training.total} loss {sum(losses[-100:]) / len(losses[-100:]):.3f} "
+                f"{speed:.0f} texts/s",
+                flush=True,
+            )
+        if rank == 0 and (training.step % options.save_every == 0 or done):
+            training.save(options.out / STATE)
+            print(f"step {training.step} {validate(training.tower, tokenizer, texts, names)}", flush=True)
+
+
+@torch.no_grad()
+def validate(tower: nn.Module, tokenizer: Tokenizer, texts: Texts, names: Names) -> dict[str, float]:
+    """Mean cosine with the direction: of words never trained on, and of captions and classes."""
+    assert isinstance(tower, TextTower)
+    device = tower.positions.device
+    out = {}
+    for kind, rows in {
+        "other words": texts.validation.tolist(),
+        "captions": names.parts["captions"][:VALIDATION],
+        "classes": names.parts["classes"],
+    }.items():
+        tokens = tokenized(tokenizer, [texts.texts[i] for i in rows], tower.config.context_length)
+        ids, ends = padded(tokens)
+        features = F.normalize(encode(tower, ids.to(device), ends.to(device)), dim=-1).cpu()
+        out[kind] = round((features * texts.directions[rows]).sum(-1).mean().item(), 3)
+    return out
+
+
+if __name__ == "__main__":
+    main()
