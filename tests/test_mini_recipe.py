@@ -207,9 +207,9 @@ def test_pictures_are_chosen_by_licence_and_by_what_they_show(pretraining):
         ]
     )
     assert captions[0] == {"text": "cat", "tags": ["pet", "feline"], "subgroup": "animal-mammal"}
-    licences = json.loads((pretraining / "licences.json").read_text())
-    assert licences["tabler"] == {"title": "Some icons", "author": "A. Drawer", "licence": "MIT", "pictures": 2}
-    assert not licences.keys() & {"openmoji", "copyleft", "brands"}
+    sources = (pretraining / "sources.tsv").read_text().splitlines()
+    assert "tabler\tSome icons\tA. Drawer\tMIT\t2" in sources
+    assert not {line.split("\t")[0] for line in sources} & {"openmoji", "copyleft", "brands"}
 
 
 def test_rendered_pixels_are_multiplied_by_alpha(pretraining):
@@ -334,11 +334,12 @@ def test_two_processes_train_as_one_model(pretraining, settings, tmp_path):
     assert int(load_file(tmp_path / "image.safetensors")["step"]) == 10
 
 
-def test_the_exported_backbone_is_what_was_trained(trained, settings, tmp_path):
+def test_the_exported_backbone_is_what_was_trained(trained, pretraining, settings, tmp_path):
     from transformers import CLIPModel
 
     folder = tmp_path / "backbone"
-    run(of("export"), settings, "--out", trained, "--to", folder)
+    run(of("export"), settings, "--out", trained, "--to", folder, "--data", pretraining)
+    assert (folder / "sources.tsv").read_bytes() == (pretraining / "sources.tsv").read_bytes()
     backbone = load_backbone(str(folder))
     image, text, steps = of("image"), of("text"), of("steps")
     state = load_file(trained / "image.safetensors")

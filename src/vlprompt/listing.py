@@ -29,11 +29,11 @@ def listing(what: str) -> list[dict[str, Any]]:
             {"name": d.name, "folder": d.folder, "template": d.template, "made_here": d.make is not None}
             for d in DATASETS.values()
         ]
-    from vlprompt.backbones.load import EMBEDDED
+    from vlprompt.backbones.load import BESIDE, EMBEDDED
 
-    embedded = [{"name": name, "source": "embedded", "formats": "Hugging Face CLIP"} for name in EMBEDDED]
+    named = [*((name, "embedded") for name in EMBEDDED), *((name, "repository") for name in BESIDE)]
     return [
-        *embedded,
+        *({"name": name, "source": source, "formats": "Hugging Face CLIP"} for name, source in named),
         {"name": "FOLDER", "source": "local", "formats": "Hugging Face CLIP or SigLIP; open_clip"},
         {"name": "FILE.safetensors", "source": "local", "formats": "OpenAI CLIP state dict"},
         {"name": "OWNER/MODEL", "source": "hub", "formats": "Hugging Face CLIP or SigLIP; open_clip"},

@@ -11,7 +11,7 @@ Writes into the folder
 * ``captions.json``: a list of ``{"text", "tags", "subgroup"}``; emoji first, then nouns that icons show;
 * ``pictures.json``: ``{"caption", "set", "name"}`` of each picture, ``caption`` an index;
 * ``pictures-SIZE.npy``: [pictures, SIZE, SIZE, 4], uint8, red, green, blue multiplied by alpha;
-* ``licences.json``: the sets used, with title, author, licence and number of pictures;
+* ``sources.tsv``: the sets used, with title, author, licence and number of pictures;
 * ``words.txt``: nouns, verbs and adjectives of WordNet, for the text tower.
 """
 
@@ -60,6 +60,7 @@ EMOJI_SETS = (
     "streamline-emojis",
 )
 FONT_SET = "noto-emoji-font"
+NOTO_FONT = {"name": "Noto Emoji", "author": {"name": "Google"}, "license": {"spdx": "OFL-1.1"}}
 # Logos and file types name brands; "flags" would teach countries by their colours.
 LEFT_OUT_CATEGORIES = {"Logos", "Programming"}
 LEFT_OUT_SETS = {"flag", "circle-flags", "flagpack", "cif", "cryptocurrency", "cryptocurrency-color", "openmoji"}
@@ -192,8 +193,8 @@ def plain_words(name: str) -> str:
 
 def collect(
     icons: Path, names: Path, font: Path, nouns: list[str], only: set[str] | None = None
-) -> tuple[list[Caption], list[Picture], dict[str, Any]]:
-    """Every picture to render with its caption, and the licences of the sets. ``only`` names the sets to take."""
+) -> tuple[list[Caption], list[Picture], list[str]]:
+    """Every picture to render with its caption, and a table of the sets. ``only`` names the sets to take."""
     captions, known = emoji_captions(names)
     joined = {key.replace("-", ""): index for key, index in known.items() if not key.startswith("U+")}
     known = joined | known
@@ -246,18 +247,12 @@ def collect(
     counts: dict[str, int] = {}
     for picture in pictures:
         counts[picture.set] = counts.get(picture.set, 0) + 1
-    licences = {
-        name: {
-            "title": information[name]["name"],
-            "author": information[name]["author"]["name"],
-            "licence": information[name]["license"]["spdx"],
-            "pictures": count,
-        }
-        if name in information
-        else {"title": "Noto Emoji", "author": "Google", "licence": "OFL-1.1", "pictures": count}
-        for name, count in sorted(counts.items())
-    }
-    return captions, pictures, licences
+    sources = ["set\ttitle\tauthor\tlicence\tpictures"]
+    for name, count in sorted(counts.items()):
+        about = information.get(name, NOTO_FONT)
+        author, licence = about["author"]["name"], about["license"]["spdx"]
+        sources.append(f"{name}\t{about['name']}\t{author}\t{licence}\t{count}")
+    return captions, pictures, sources
 
 
 def font_pictures(package: Path, known: dict[str, int]) -> Iterator[Picture]:
@@ -329,8 +324,8 @@ def main() -> None:
     icons, names, font, words = (fetch(package, packages) for package in PACKAGES.values())
 
     nouns = lemmas(words, "noun")
-    captions, pictures, licences = collect(icons, names, font, nouns, set(options.sets) if options.sets else None)
-    print(f"{len(pictures)} pictures of {len(licences)} sets, {len(captions)} captions")
+    captions, pictures, sources = collect(icons, names, font, nouns, set(options.sets) if options.sets else None)
+    print(f"{len(pictures)} pictures of {len(sources) - 1} sets, {len(captions)} captions")
     listed: list[dict[str, Any]] = [{"caption": p.caption, "set": p.set, "name": p.name} for p in pictures]
     before = options.out / "pictures.json"
     if before.exists():
@@ -348,9 +343,9 @@ def main() -> None:
     for name, content in (
         ("captions.json", [asdict(caption) for caption in captions]),
         ("pictures.json", listed),
-        ("licences.json", licences),
     ):
         write_atomically(options.out / name, json.dumps(content, indent=0, ensure_ascii=False))
+    write_atomically(options.out / "sources.tsv", "\n".join(sources) + "\n")
     vocabulary = dict.fromkeys([*nouns, *lemmas(words, "verb"), *lemmas(words, "adj")])
     write_atomically(options.out / "words.txt", "\n".join(vocabulary))
 

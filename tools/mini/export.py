@@ -2,8 +2,8 @@
 
     python tools/mini/export.py tools/mini/mini.yaml --out pretraining/mini --to src/vlprompt/backbones/mini
 
-Reads ``OUT/image.safetensors``, ``OUT/text.safetensors`` and ``OUT/tokenizer.json``. The card (``README.md``) that is
-in the folder stays; ``evaluate.py`` writes its figures.
+Reads ``OUT/image.safetensors``, ``OUT/text.safetensors`` and ``OUT/tokenizer.json``, and with ``--data`` the table of the
+pictures' sources. The card (``README.md``) that is in the folder stays; ``evaluate.py`` writes its figures.
 """
 
 from __future__ import annotations
@@ -154,9 +154,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("settings", type=Path, help="a file such as tools/mini/mini.yaml")
     parser.add_argument("--out", type=Path, required=True, help="folder of the towers' states and the tokenizer")
+    parser.add_argument("--data", type=Path, help="folder that data.py wrote, for the table of sources")
     parser.add_argument("--to", type=Path, required=True, help="folder of the backbone")
     options = parser.parse_args()
     size = export(yaml.safe_load(options.settings.read_text(encoding="utf-8")), options.out, options.to)
+    if options.data:
+        write_atomically(options.to / "sources.tsv", (options.data / "sources.tsv").read_bytes())
     print(f"{options.to}: {size / 1e6:.1f} MB")
 
 

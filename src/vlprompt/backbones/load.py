@@ -24,6 +24,9 @@ from vlprompt.errors import BackboneError, unknown
 EMBEDDED = {"mini": Path(__file__).parent / "mini"}
 """Backbones that come with the package."""
 
+BESIDE = {"mini-teacher": Path(__file__).parents[3] / "assets" / "mini-teacher"}
+"""Backbones that lie in the repository, and are not installed with the package."""
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -38,7 +41,7 @@ def load_backbone(
 ) -> Backbone:
     """Load a frozen vision-language model.
 
-    ``name`` is ``mini`` (embedded), a folder or a ``.safetensors`` file, a hub id such as
+    ``name`` is ``mini`` (embedded), ``mini-teacher`` (in the repository), a folder or a ``.safetensors`` file, a hub id such as
     ``openai/clip-vit-base-patch16``, or ``open_clip:MODEL/TAG``. Folders are Hugging Face CLIP or SigLIP, or
     open_clip's (``open_clip_config.json``); a file is an OpenAI state dict.
 
@@ -47,7 +50,7 @@ def load_backbone(
     """
     if precision not in DTYPES:
         raise BackboneError(f"unknown precision '{precision}' (allowed: {', '.join(DTYPES)})")
-    path = EMBEDDED.get(name, Path(name).expanduser())
+    path = (EMBEDDED | BESIDE).get(name, Path(name).expanduser())
     if name.startswith("open_clip:"):
         backbone = _from_open_clip_library(name)
     elif path.is_dir():
@@ -56,11 +59,16 @@ def load_backbone(
         backbone = _from_file(name, path)
     elif name.count("/") == 1 and not name.startswith((".", "~", "/")):
         backbone = _from_folder(name, _download(name, HUB_FILES))
+    elif name in BESIDE:
+        raise BackboneError(
+            f"backbone '{name}' is not installed with the package: take the folder assets/{name} of the repository, "
+            "and give its path"
+        )
     else:
-        near = get_close_matches(name, EMBEDDED, n=1, cutoff=0.5)
+        near = get_close_matches(name, [*EMBEDDED, *BESIDE], n=1, cutoff=0.5)
         guess = f": did you mean '{near[0]}'?" if near else ""
         raise BackboneError(
-            f"no backbone '{name}'{guess} (allowed: {', '.join(EMBEDDED)}, a folder or .safetensors file, "
+            f"no backbone '{name}'{guess} (allowed: {', '.join([*EMBEDDED, *BESIDE])}, a folder or .safetensors file, "
             "a hub id like openai/clip-vit-base-patch16, or open_clip:MODEL/TAG)"
         )
     try:
