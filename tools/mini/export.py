@@ -2,8 +2,8 @@
 
     python tools/mini/export.py tools/mini/mini.yaml --out pretraining/mini --to src/vlprompt/backbones/mini
 
-Reads ``OUT/image.safetensors``, ``OUT/text.safetensors`` and ``OUT/tokenizer.json``, and with ``--data`` the table of the
-pictures' sources. The card (``README.md``) that is in the folder stays; ``evaluate.py`` writes its figures.
+Reads ``OUT/image.safetensors``, ``OUT/text.safetensors`` and ``OUT/tokenizer.json``, and with ``--data`` the table of
+the pictures' sources. The card (``README.md``) that is in the folder stays; ``evaluate.py`` writes its figures.
 """
 
 from __future__ import annotations

@@ -1,0 +1,51 @@
+"""The search for settings: every method is given the same points, and the best on validation images is taken."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from vlprompt.training.config import build_config
+
+FILE = Path(__file__).parents[1] / "tools" / "search.py"
+
+
+@pytest.fixture(scope="module")
+def search():
+    spec = importlib.util.spec_from_file_location("search", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_trials_are_the_same_points_for_every_method(search):
+    methods = ["coop", "maple", "promptsrc"]
+    rows = search.rows(methods, 8, 0)["rows"]
+    assert len(rows) == 24
+    assert search.rows(methods, 8, 0) == search.rows(methods, 8, 0) != search.rows(methods, 8, 1)
+    official = {method: build_config(method).optim.lr for method in methods}
+    for k in range(1, 9):
+        coop, maple, promptsrc = (rows[f"{method}-{k}"] for method in methods)
+        assert coop["n_ctx"] == maple["n_ctx"] == promptsrc["n_ctx_text"] == promptsrc["n_ctx_vision"]
+        assert "depth" not in coop
+        assert maple["depth"] == promptsrc["depth_text"] == promptsrc["depth_vision"]
+        assert len({row["epochs"] for row in (coop, maple, promptsrc)}) == 1
+        rates = [rows[f"{m}-{k}"]["lr"] / official[m] for m in methods]
+        assert rates == pytest.approx([rates[0]] * 3, rel=1e-2)
+    assert len({str(rows[f"promptsrc-{k}"]) for k in range(1, 9)}) == 8
+
+
+def test_rows_are_settings_that_training_takes(search):
+    for name, row in search.rows(["coop", "dpl", "drople", "fdbpl_coop", "kdpl_maple"], 3, 0)["rows"].items():
+        settings = {key: value for key, value in row.items() if key != "method"}
+        config = build_config(name.rsplit("-", 1)[0], overrides=settings)
+        assert config.train.epochs == settings["epochs"]
+
+
+def test_the_best_has_the_highest_harmonic_mean(search):
+    lines = [
+        {"name": f"{m}-{k}", "method": m, "settings": {"lr": k}, "base": 1.0, "novel": 1.0, "hm": hm}
+        for m, hms in (("coop", (3.0, 5.0, 4.0)), ("maple", (0.0, None)))
+        for k, hm in enumerate(hms, 1)
+    ]
+    assert {m: line["name"] for m, line in search.best(lines).items()} == {"coop": "coop-2", "maple": "maple-1"}

@@ -1,0 +1,83 @@
+"""Random search for a method's settings on a small backbone: the same space and number of trials for every method.
+
+    python tools/search.py rows --methods coop maple --trials 8 > rows.yaml
+    python tools/base_to_novel.py openmoji --rows rows.yaml --seeds 1 --split val --out runs/search --set …
+    python tools/search.py best runs/search/val.json
+
+Trials differ in learning rate (a factor on the official one), epochs, and, where the method has them, number of
+prompt tokens and depth. The best has the highest harmonic mean on validation images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from dataclasses import fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlprompt.methods import METHODS
+from vlprompt.training.config import build_config
+
+RATES = (0.3, 1, 3, 10)
+EPOCHS = (5, 10, 20)
+TOKENS = (2, 4, 8)
+DEPTHS = (3, 6, 9, 12)
+
+
+def trial(method: str, rate: float, epochs: int, tokens: int, depth: int) -> dict[str, Any]:
+    """One point of the space, in the keys that the method has."""
+    own = {
+        **dict.fromkeys(("n_ctx", "n_ctx_text", "n_ctx_vision"), tokens),
+        **dict.fromkeys(("depth", "depth_text", "depth_vision"), depth),
+    }
+    known = {field.name for field in fields(METHODS[method].Config)}
+    official = build_config(method).optim.lr
+    settings: dict[str, Any] = {"lr": float(f"{official * rate:.3g}"), "epochs": epochs, "warmup_epochs": 0}
+    return settings | {key: value for key, value in own.items() if key in known}
+
+
+def rows(methods: list[str], trials: int, seed: int) -> dict[str, Any]:
+    """The content of a file for ``base_to_novel.py --rows``: the same different points for every method."""
+    points = random.Random(seed).sample(list(product(RATES, EPOCHS, TOKENS, DEPTHS)), trials)
+    return {
+        "rows": {
+            f"{method}-{k}": {"method": method} | trial(method, *point)
+            for method in methods
+            for k, point in enumerate(points, 1)
+        }
+    }
+
+
+def best(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of the lines that ``base_to_novel.py`` wrote, each method's best settings, with its figures."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        if line["hm"] is not None and line["hm"] > found.get(line["method"], {"hm": -1})["hm"]:
+            found[line["method"]] = line
+    return {m: {key: line[key] for key in ("settings", "base", "novel", "hm", "name")} for m, line in found.items()}
+
+
+def main() -> None:
+    """Read the arguments and do what they say."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    write = commands.add_parser("rows", help="write the trials")
+    write.add_argument("--methods", nargs="+", required=True, choices=sorted(METHODS), metavar="METHOD")
+    write.add_argument("--trials", type=int, default=8)
+    write.add_argument("--seed", type=int, default=0)
+    choose = commands.add_parser("best", help="print the best trial of each method")
+    choose.add_argument("table", type=Path, help="val.json")
+    args = parser.parse_args()
+    if args.command == "rows":
+        print(yaml.safe_dump(rows(args.methods, args.trials, args.seed), sort_keys=False), end="")
+    else:
+        print(yaml.safe_dump(best(json.loads(args.table.read_text("utf-8"))), sort_keys=False), end="")
+
+
+if __name__ == "__main__":
+    main()
