@@ -331,7 +331,7 @@ def test_the_commands_shown_put_the_layout_right(vlprompt, tmp_path: Path, sized
     assert code == 2
     assert err.startswith(f"error: data set '{name}': ")
     fixes = json.loads(out)["fixes"]
-    assert fixes
+    assert len(set(fixes)) == len(fixes) > 0
     for command in fixes:
         subprocess.run(["sh", "-c", command], check=True)
     code, out, err = vlprompt("data", "check", name, "--root", root)
@@ -349,7 +349,9 @@ def test_val_images_in_one_folder_without_a_table(tmp_path: Path) -> None:
 
 
 def test_what_is_nowhere_is_to_be_fetched(tmp_path: Path) -> None:
-    assert check("dtd", tmp_path).fixes == [f"vlprompt data get dtd --root {tmp_path}"]
+    report = check("dtd", tmp_path)
+    assert report.fixes == [f"vlprompt data get dtd --root {tmp_path}"]
+    assert report.fault == f"folder {tmp_path / 'dtd'} does not exist"
     build(tmp_path, "dtd")
     build(tmp_path, "imagenet_a")  # its class folders are not those of another benchmark
     assert check("imagenet_r", tmp_path).fixes == [f"vlprompt data get imagenet_r --root {tmp_path}"]

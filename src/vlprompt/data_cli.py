@@ -30,7 +30,7 @@ def list_(json_output: Json = False) -> None:
 
 @data_app.command(epilog="Example: vlprompt data get dtd eurosat --root data")
 def get(
-    names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Of `vlprompt data list`.")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Of `vlprompt data list`.")],
     root: Annotated[Path, typer.Option(help="Folder that holds the benchmarks.", rich_help_panel=DATA)],
     json_output: Json = False,
 ) -> None:

@@ -115,7 +115,7 @@ def _files(folder: str) -> set[str]:
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries if entry.is_file()}
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return set()
 
 

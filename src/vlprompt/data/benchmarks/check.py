@@ -97,7 +97,7 @@ def check(
         try:
             split, _ = read_benchmark(dataset, folder, split_file)
         except DataError as error:
-            report.problems.append(str(error))
+            report.problems.append(str(error).removeprefix(f"data set '{dataset.name}': "))
             return report
     _count(report, split)
     if dataset and not split_file:
@@ -166,7 +166,8 @@ def layout_fixes(dataset: Dataset, root: Path) -> list[str]:
             fixes += commands
         else:
             put(place, (d for d in _folders(dataset, root) if d != place and holds(d)))
-    return fixes + ([f"vlprompt data get {dataset.name} --root {quote(str(root))}"] if lacks else [])
+    fixes += [f"vlprompt data get {dataset.name} --root {quote(str(root))}"] if lacks else []
+    return list(dict.fromkeys(fixes))  # each folder is made once
 
 
 def _holds(dataset: Dataset, folder: Path, sub: str, samples: list[str]) -> Callable[[Path], bool]:
