@@ -227,7 +227,7 @@ def test_a_folder_that_may_not_be_read(refuses, here, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("vlprompt.data.folders._subfolders", refused)
+        patch.setattr("vlprompt.data.folders.subfolders", refused)
         refuses("error: photos: Permission denied", "train", "coop", "photos")
 
 

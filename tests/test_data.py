@@ -7,6 +7,7 @@ import math
 import os
 import random
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vlprompt.data.datasets import DATASETS, Dataset, load_dataset
+from vlprompt.data.benchmarks.table import DATASETS, Dataset
+from vlprompt.data.datasets import load_dataset, read_benchmark
 from vlprompt.data.folders import from_csv, from_folder
 from vlprompt.data.images import Preprocess, load_image, pixel_box, random_regions, to_rgb
 from vlprompt.data.splits import Item, Split, read_split, write_split
@@ -607,28 +609,29 @@ def test_bad_data_sets(tmp_path):
 
 @needs_shared
 @pytest.mark.parametrize(
-    ("name", "classes", "images", "first"),
+    ("name", "first"),
     [
-        ("caltech101", 100, 8242, "face"),
-        ("dtd", 47, 5640, "banded"),
-        ("eurosat", 10, 27000, "Annual Crop Land"),
-        ("oxford_flowers", 102, 8189, "pink primrose"),
-        ("oxford_pets", 37, 7349, "abyssinian"),
-        ("stanford_cars", 196, 16185, "2000 AM General Hummer SUV"),
-        ("ucf101", 101, 13320, "Apply Eye Makeup"),
+        ("caltech101", "face"),
+        ("dtd", "banded"),
+        ("eurosat", "Annual Crop Land"),
+        ("oxford_flowers", "pink primrose"),
+        ("oxford_pets", "abyssinian"),
+        ("stanford_cars", "2000 AM General Hummer SUV"),
+        ("ucf101", "Apply Eye Makeup"),
     ],
 )
-def test_published_splits(tmp_path, name, classes, images, first):
+def test_published_splits(tmp_path, name, first):
     dataset = DATASETS[name]
-    (tmp_path / dataset.folder / dataset.images).mkdir(parents=True)
+    for sub in dataset.subfolders:
+        (tmp_path / dataset.folder / dataset.images / sub).mkdir(parents=True)
     (tmp_path / dataset.folder / dataset.split_file).symlink_to(SHARED / "splits" / dataset.split_file)
-    loaded = load_dataset(name.replace("_", "-").upper(), tmp_path)
-    split = loaded.split
-    assert (len(split.class_names), split.class_names[0]) == (classes, first)
-    assert len(split.train) + len(split.val) + len(split.test) == images
-    assert loaded.template.format("x") != loaded.template
+    split, _ = read_benchmark(dataset, tmp_path / dataset.folder)
+    assert (len(split.class_names), split.class_names[0]) == (dataset.classes, first)
+    assert tuple(len(split.items(part)) for part in ("train", "val", "test")) == dataset.sizes
     write_split(split, tmp_path / "again.json")
     assert read_split(tmp_path / "again.json", split.root) == split
+    file = (SHARED / "splits" / dataset.split_file).read_bytes()
+    assert dataset.sources[-1].checksum == f"sha256:{sha256(file).hexdigest()}"
 
 
 @needs_shared

@@ -15,7 +15,7 @@ from PIL import Image
 
 from hub import Hub
 from vlprompt.cli import app
-from vlprompt.data.datasets import DATASETS
+from vlprompt.data.benchmarks.table import DATASETS
 from vlprompt.methods import METHODS
 from vlprompt.training.config import build_config, parse_override
 

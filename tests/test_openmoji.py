@@ -13,7 +13,8 @@ import pytest
 from PIL import Image, ImageFilter, features
 
 from vlprompt.data import openmoji
-from vlprompt.data.datasets import DATASETS, load_dataset
+from vlprompt.data.benchmarks.table import DATASETS
+from vlprompt.data.datasets import load_dataset
 from vlprompt.data.domains import DOMAINS
 from vlprompt.data.openmoji import CLASSES, SUBGROUPS, Picture, make_openmoji, pictures, render
 from vlprompt.data.splits import PARTS

@@ -15,7 +15,8 @@ from PIL import Image
 
 from conftest import SHARED
 from vlprompt.data import images, reading
-from vlprompt.data.datasets import DATASETS, LoadedDataset, load_dataset
+from vlprompt.data.benchmarks.table import DATASETS
+from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.folders import from_folder
 from vlprompt.data.images import Preprocess
 from vlprompt.data.reading import ImageReader, readable
@@ -98,9 +99,14 @@ def test_split_files_that_do_not_fit(photos, tmp_path):
         load_dataset(photos, split_file=tmp_path / "splt.json")
     with fails(r"CSV file .*nothing\.csv does not exist"):
         load_dataset(photos / "nothing.csv", split_file=file)
-    for item in split.test[:2]:
+    images = sum(len(split.items(part)) for part in ("train", "val", "test"))
+    (photos / split.test[0].path).unlink()
+    with fails(rf"split\.json: image .*{split.test[0].path} does not exist: did you mean"):
+        load_dataset(photos, split_file=file)
+    for item in split.test[1:7]:
         (photos / item.path).unlink()
-    with fails(rf"split\.json: image .*{split.test[0].path} does not exist.* \(2 of 9 test images\)"):
+    named = ", ".join(item.path for item in split.test[:5])
+    with fails(rf"split\.json: 7 of {images} images do not exist in .*photos: {named} and 2 more"):
         load_dataset(photos, split_file=file)
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlprompt.backbones.backbone import Backbone
-from vlprompt.data.datasets import DEFAULT_TEMPLATE
+from vlprompt.data.benchmarks.table import DEFAULT_TEMPLATE
 from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import check_class_names

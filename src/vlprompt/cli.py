@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlprompt.bank_cli import bank_app
+from vlprompt.data_cli import data_app
 from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError
 from vlprompt.options import (
     DATA,
@@ -67,6 +68,7 @@ app = typer.Typer(
 )
 
 app.add_typer(bank_app, name="bank")
+app.add_typer(data_app, name="data")
 
 INTERRUPTED = 130
 

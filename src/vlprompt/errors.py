@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+
+SHOWN = 5  # names that a message lists
 
 
 class VlpromptError(Exception):
@@ -40,3 +42,9 @@ def unknown(what: str, value: str, allowed: Iterable[str]) -> str:
     near = get_close_matches(value, names, n=1, cutoff=0.5)
     guess = f": did you mean '{near[0]}'?" if near else ""
     return f"unknown {what} '{value}'{guess} (allowed: {', '.join(names)})"
+
+
+def first_few(names: Sequence[str], separator: str = ", ") -> str:
+    """The first five, and how many more there are: ``a, b, c, d, e and 7 more``."""
+    more = len(names) - SHOWN
+    return separator.join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -23,10 +23,20 @@ def listing(what: str) -> list[dict[str, Any]]:
             for name, m in sorted(METHODS.items())
         ]
     if what == "datasets":
-        from vlprompt.data.datasets import DATASETS
+        from vlprompt.data.benchmarks.table import DATASETS
 
         return [
-            {"name": d.name, "folder": d.folder, "template": d.template, "made_here": d.make is not None}
+            {
+                "name": d.name,
+                "title": d.title,
+                "folder": d.folder,
+                "classes": d.classes,
+                "images": sum(d.sizes),
+                "domain_of": d.domain_of,
+                "template": d.template,
+                "get": "drawn here" if d.make else "by hand" if d.by_hand else "vlprompt data get",
+                "licence": d.licence,
+            }
             for d in DATASETS.values()
         ]
     from vlprompt.backbones.load import BESIDE, EMBEDDED
@@ -52,4 +62,4 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _cell(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(value) or "-"
-    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value) or "-"

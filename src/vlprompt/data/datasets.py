@@ -1,71 +1,15 @@
-"""The benchmarks as one table, and ``load_dataset`` for their names, folders and CSV files."""
+"""``load_dataset``: a benchmark's name, a folder or a CSV file in, its split and template out."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from vlprompt.data.domains import DOMAINS
+from vlprompt.data.benchmarks.table import DATASETS, DEFAULT_TEMPLATE, Dataset, find_dataset
 from vlprompt.data.folders import from_csv, from_folder
 from vlprompt.data.splits import PARTS, Split, missing, read_split
-from vlprompt.errors import DataError, unknown
-
-DEFAULT_TEMPLATE = "a photo of a {}."
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Where a benchmark lies below the root (CoOp's layout), or how it is made."""
-
-    name: str
-    folder: str
-    """Below the root."""
-    images: str = ""
-    """Below the folder; the split file's paths start here."""
-    split_file: str = ""
-    """Below the folder."""
-    template: str = DEFAULT_TEMPLATE
-    """A class name in words; a method may bring its own."""
-    make: Callable[[Path], Split] | None = None
-    """For a data set that is made on this machine: writes the folder if it has to, and gives its split."""
-
-
-def _openmoji(folder: Path, domain: str | None = None) -> Split:
-    from vlprompt.data.openmoji import make_openmoji
-
-    return from_folder(make_openmoji(folder, domain))
-
-
-def _made(name: str, domain: str | None = None) -> Dataset:
-    return Dataset(name, name, template="a picture of a {}.", make=partial(_openmoji, domain=domain))
-
-
-DATASETS: dict[str, Dataset] = {
-    dataset.name: dataset
-    for dataset in (
-        Dataset("caltech101", "caltech-101", "101_ObjectCategories", "split_zhou_Caltech101.json"),
-        Dataset("dtd", "dtd", "images", "split_zhou_DescribableTextures.json", "{} texture."),
-        Dataset("eurosat", "eurosat", "2750", "split_zhou_EuroSAT.json", "a centered satellite photo of {}."),
-        Dataset(
-            "oxford_flowers", "oxford_flowers", "jpg", "split_zhou_OxfordFlowers.json",
-            "a photo of a {}, a type of flower.",
-        ),
-        Dataset(
-            "oxford_pets", "oxford_pets", "images", "split_zhou_OxfordPets.json",
-            "a photo of a {}, a type of pet.",
-        ),
-        Dataset("stanford_cars", "stanford_cars", "", "split_zhou_StanfordCars.json"),
-        Dataset(
-            "ucf101", "ucf101", "UCF-101-midframes", "split_zhou_UCF101.json",
-            "a photo of a person doing {}.",
-        ),
-        _made("openmoji"),
-        *(_made(f"openmoji-{domain}", domain) for domain in DOMAINS),
-    )
-}  # fmt: skip
+from vlprompt.errors import DataError, first_few, unknown
 
 
 @dataclass(frozen=True)
@@ -83,21 +27,30 @@ def load_dataset(
     root: str | os.PathLike[str] | None = None,
     split_file: str | os.PathLike[str] | None = None,
 ) -> LoadedDataset:
-    """Load a benchmark of ``DATASETS`` (case, "-" and "_" do not matter), a folder, or a CSV file.
+    """Load a benchmark of ``DATASETS`` (by name or title; case, "-" and "_" do not matter), a folder, or a CSV file.
 
     A benchmark lies in its folder below ``root``; without ``root``, one made on this machine goes to the
     user's cache. A benchmark's name wins over a folder of that name: write ``./dtd`` for the folder.
 
     With ``split_file``, ``data`` says where the images lie (for a CSV, beside it) and the file says which of them are
     what: the ``split.json`` of a run, a split file in CoOp's format or a published few-shot list. It replaces the data
-    set's own classes and parts, and its images must exist. A run's file holds the classes of that run only.
+    set's own classes and parts. A run's file holds the classes of that run only.
 
-    Raises DataError for what does not exist, naming the path looked for or the nearest name.
+    Raises DataError for what does not exist, naming the path looked for or the nearest name: all images of a split must
+    be there. A benchmark's training and test images must be of the same classes.
     """
     data, file = os.fspath(data), None if split_file is None else Path(split_file).expanduser()
-    for dataset in DATASETS.values():
-        if _plain(dataset.name) == _plain(data):
-            return LoadedDataset(dataset.name, _load_benchmark(dataset, root, file), dataset.template)
+    if dataset := find_dataset(data):
+        folder = benchmark_folder(dataset, root)
+        try:
+            split, source = read_benchmark(dataset, folder, file)
+            if file or not dataset.from_folders:
+                _complete(split, source)
+        except DataError as error:
+            if file or dataset.make:
+                raise
+            raise DataError(f"{error}; see `vlprompt data check {dataset.name} --root {root}`") from None
+        return LoadedDataset(dataset.name, split, dataset.template)
     path = Path(data).expanduser()
     if path.suffix.lower() == ".csv":
         if file and not path.is_file():
@@ -116,35 +69,90 @@ def load_dataset(
     raise DataError(f"{reason}; a folder of class folders or a .csv file of path,label is accepted too")
 
 
-def _looks_like_path(data: str) -> bool:
-    return "/" in data or os.sep in data
+def benchmark_folder(dataset: Dataset, root: str | os.PathLike[str] | None) -> Path:
+    """Where a benchmark lies, or will; raises DataError if it needs a root."""
+    if root is None and dataset.make is None:
+        raise DataError(f"data set '{dataset.name}' needs --root, the folder that holds '{dataset.folder}'")
+    return (_cache() if root is None else Path(root).expanduser()) / dataset.folder
 
 
-def _plain(name: str) -> str:
-    return name.lower().replace("-", "").replace("_", "")
+def read_benchmark(dataset: Dataset, folder: Path, file: Path | None = None) -> tuple[Split, str]:
+    """A benchmark's split, or that of ``file`` with the benchmark's images, and what it was read from.
+
+    It is not looked whether the images exist. Raises DataError for folders and lists that do not, and for training and
+    test images of different classes.
+    """
+    if dataset.make is not None:
+        made = dataset.make(folder)
+        return (made, f"data set '{dataset.name}'") if file is None else (read_split(file, made.root), _named(file))
+    images = folder / dataset.images
+    for place in (folder, *(images / sub for sub in dataset.subfolders)):
+        if not place.is_dir():
+            raise missing(f"data set '{dataset.name}': folder", place)
+    if file is not None:
+        return read_split(file, images), _named(file)
+    source = f"data set '{dataset.name}'" if dataset.read else _named(folder / dataset.split_file)
+    split = dataset.read(folder, images) if dataset.read else read_split(folder / dataset.split_file, images)
+    _same_classes(split, source)
+    return split, source
 
 
-def _listed(file: Path, images: Path) -> Split:
-    split = read_split(file, images)
+def absent(split: Split) -> list[Path]:
+    """Which of a split's images do not exist; each folder is listed once, which is fast on network drives too."""
+    root, names = os.fspath(split.root), dict[str, set[str]]()
+    gone: dict[str, None] = {}
     for part in PARTS:
-        if absent := [path for path in split.paths(part) if not path.is_file()]:
-            more = f" ({len(absent)} of {len(split.paths(part))} {part} images)" if len(absent) > 1 else ""
-            raise DataError(f"split file {file}: {missing('image', absent[0])}{more}")
+        for item in split.items(part):
+            folder, name = os.path.split(os.path.join(root, item.path))
+            if folder not in names:
+                names[folder] = _files(folder)
+            if name not in names[folder]:
+                gone[item.path] = None
+    return [split.root / path for path in gone]
+
+
+def _files(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+
+
+def _same_classes(split: Split, source: str) -> None:
+    """Raise DataError if some classes are only trained on, or only tested."""
+    train, test = set(split.labels("train")), set(split.labels("test"))
+    if not (train and test) or train == test:
+        return
+    only = [
+        f"{len(labels)} only in {part} ({first_few([split.class_names[label] for label in sorted(labels)])})"
+        for part, labels in (("train", train - test), ("test", test - train))
+        if labels
+    ]
+    raise DataError(f"{source}: train and test have different classes: {'; '.join(only)}")
+
+
+def _complete(split: Split, source: str) -> Split:
+    """The split, if all its images exist."""
+    if gone := absent(split):
+        if len(gone) == 1:
+            raise missing(f"{source}: image", gone[0])
+        n = sum(len(split.items(part)) for part in PARTS)
+        shown = first_few([path.relative_to(split.root).as_posix() for path in gone])
+        raise DataError(f"{source}: {len(gone)} of {n} images do not exist in {split.root}: {shown}")
     return split
 
 
-def _load_benchmark(dataset: Dataset, root: str | os.PathLike[str] | None, file: Path | None) -> Split:
-    if root is None and dataset.make is None:
-        raise DataError(f"data set '{dataset.name}' needs --root, the folder that holds '{dataset.folder}'")
-    folder = (_cache() if root is None else Path(root).expanduser()) / dataset.folder
-    if dataset.make is not None:
-        made = dataset.make(folder)
-        return _listed(file, made.root) if file else made
-    images, split_file = folder / dataset.images, folder / dataset.split_file
-    for place in (folder, images):
-        if not place.is_dir():
-            raise missing(f"data set '{dataset.name}': folder", place)
-    return _listed(file, images) if file else read_split(split_file, images)
+def _listed(file: Path, images: Path) -> Split:
+    return _complete(read_split(file, images), _named(file))
+
+
+def _named(file: Path) -> str:
+    return f"split file {file}"
+
+
+def _looks_like_path(data: str) -> bool:
+    return "/" in data or os.sep in data
 
 
 def _cache() -> Path:

@@ -37,7 +37,7 @@ def from_folder(root: str | os.PathLike[str]) -> Split:
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root} is not a folder") if root.exists() else missing("folder", root)
-    folders = _subfolders(root)
+    folders = subfolders(root)
     parts = _parts(root, folders)
     every = [folder for classes in parts.values() for folder in classes] if parts else folders
     labels = _labels((folder.name for folder in parts.get("train", every)), f"folder {root}")
@@ -122,19 +122,21 @@ def _parts(root: Path, folders: list[Path]) -> dict[str, list[Path]]:
     for folder in folders:
         part = _PART_NAMES.get(folder.name.lower())
         # A class may be called "train" too: its folder holds images, a part's holds class folders.
-        if part and (classes := _subfolders(folder)):
+        if part and (classes := subfolders(folder)):
             if part in parts:
                 raise DataError(f"{root} has two folders for '{part}'")
             parts[part] = classes
     return parts if "train" in parts or len(parts) == len(folders) else {}
 
 
-def _hidden(name: str) -> bool:
+def hidden(name: str) -> bool:
+    """Whether a file or folder of this name is no part of a data set."""
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not _hidden(path.name))
+def subfolders(folder: Path) -> list[Path]:
+    """The visible folders directly inside, in alphabetical order."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not hidden(path.name))
 
 
 def _images(folder: Path) -> list[Path]:
@@ -142,7 +144,7 @@ def _images(folder: Path) -> list[Path]:
         path
         for path in folder.rglob("*")
         if path.suffix.lower() in IMAGE_EXTENSIONS
-        and not any(map(_hidden, path.relative_to(folder).parts))
+        and not any(map(hidden, path.relative_to(folder).parts))
         and path.is_file()
     ]
     if not images:

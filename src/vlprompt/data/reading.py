@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from vlprompt.data.images import ImageSource, load_image
-from vlprompt.errors import DataError
+from vlprompt.errors import DataError, first_few
 
 CACHE_BYTES = 2 << 30  # decoded images kept in memory; the rest is decoded again when it is needed again
 AHEAD = 4  # batches being made while one is used
-NAMED = 3  # images that an error names
 
 
 class ImageReader:
@@ -143,5 +142,4 @@ def unusable(bad: Mapping[Path, str], n: int, hint: str = "") -> DataError:
     reasons = list(bad.values())
     if len(reasons) == 1:
         return DataError(reasons[0] + hint)
-    more = f"; and {len(reasons) - NAMED} more" if len(reasons) > NAMED else ""
-    return DataError(f"{len(reasons)} of {n} images: {'; '.join(reasons[:NAMED])}{more}{hint}")
+    return DataError(f"{len(reasons)} of {n} images: {first_few(reasons, '; ')}{hint}")

@@ -9,10 +9,8 @@ from typing import Protocol
 from vlprompt.data.datasets import LoadedDataset
 from vlprompt.data.reading import ImageReader, name_skipped, unusable
 from vlprompt.data.splits import Split, repeated
-from vlprompt.errors import ConfigError, DataError
+from vlprompt.errors import ConfigError, DataError, first_few
 from vlprompt.training.config import DataConfig
-
-SHOWN = 5  # names that a message lists
 
 
 class Choice(Protocol):
@@ -49,8 +47,7 @@ def run_split(config: Choice, dataset: LoadedDataset, unreadable: Collection[Pat
     labels = {item.label for item in split.train}
     empty = [f"'{name}'" for label, name in enumerate(split.class_names) if label not in labels]
     if empty:
-        more = f" and {len(empty) - SHOWN} more" if len(empty) > SHOWN else ""
-        raise DataError(f"classes without training images: {', '.join(empty[:SHOWN])}{more}")
+        raise DataError(f"classes without training images: {first_few(empty)}")
     return split
 
 

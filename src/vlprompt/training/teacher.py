@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
-from vlprompt.data.datasets import DEFAULT_TEMPLATE
+from vlprompt.data.benchmarks.table import DEFAULT_TEMPLATE
 from vlprompt.data.splits import names_in_file
 from vlprompt.errors import ConfigError
 from vlprompt.methods import find_method
