@@ -94,9 +94,13 @@ class Texts:
         with torch.no_grad():
             directions = F.normalize(F.linear(embeddings, names.map.weight, names.map.bias), dim=-1)
             shown = names()
-        for kind, rows in names.parts.items():
-            directions[rows] = shown[kind]
-        self.directions = directions
+        # A text may be a tag, a caption and a class at once ("bird"): a tag gives way, a class takes half.
+        for kind in ("tags", "groups", "captions"):
+            directions[names.parts[kind]] = shown[kind]
+        both = names.parts["classes"]
+        captioned = torch.tensor([row < len(names.parts["captions"]) for row in both])[:, None]
+        directions[both] = F.normalize(shown["classes"] + captioned * directions[both], dim=-1)
+        self.directions, self.captions = directions, len(names.parts["captions"])
         words = counts(data, package_folder(PACKAGES["words"], data / "packages") / "dict" / "index.sense")
         common = torch.tensor(
             [
@@ -107,7 +111,7 @@ class Texts:
         kind_of = torch.zeros(len(self.texts), dtype=torch.long)
         kind_of[sorted({i for rows in names.parts.values() for i in rows})] = 1
         kind_of[names.parts["groups"] + names.parts["classes"]] = 2
-        share = torch.tensor([0.5, 0.46, 0.04])  # other texts; captions and tags; sub-groups and classes
+        share = torch.tensor([0.3, 0.64, 0.06])  # other texts; captions and tags; sub-groups and classes
         weights = torch.where(kind_of == 0, 0.2 + common, 1.0)
         weights = weights * (share / torch.zeros(3).index_add(0, kind_of, weights))[kind_of]
         others = (kind_of == 0).nonzero()[:, 0]
@@ -188,7 +192,11 @@ def main() -> None:
             same = labels[:, None] == labels  # noqa: B023
             scores = scores.masked_fill(same & ~torch.eye(len(same), dtype=torch.bool, device=device), -math.inf)
             far = (1 - (features * aims).sum(-1)).mean()
-            return 4 * far + F.cross_entropy(scores, torch.arange(len(scores), device=device))
+            loss = 4 * far + F.cross_entropy(scores, torch.arange(len(scores), device=device))
+            captions = labels < texts.captions  # noqa: B023 - they are told apart from all others, not from a batch
+            of_all = 50 * features[captions] @ directions[: texts.captions].T
+            told = F.cross_entropy(of_all, labels[captions], reduction="sum")  # noqa: B023
+            return loss + told / len(labels)  # noqa: B023
 
         losses.append(training.train_step(loss_of))
         done = training.step == training.total
