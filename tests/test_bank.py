@@ -527,7 +527,7 @@ def test_a_batch_holds_several_regions_of_each_image_that_is_decoded(workers, pi
     assert len(made) == len(batches) == 18 // 8
     assert len(decoded) == 2 * len(batches)
     opened, files = made.bank, made.files
-    for images, labels, nothing, features, p in batches:
+    for images, labels, nothing, features, p, _ in batches:
         assert (images.shape, nothing) == ((8, 3, tiny.image_size, tiny.image_size), None)
         torch.testing.assert_close(tiny.encode_images(images), features, rtol=0, atol=1e-5)
         torch.testing.assert_close(p.sum(-1), torch.ones(8))
@@ -564,7 +564,7 @@ def test_an_epoch_can_begin_anywhere_and_be_shared(pictures, bank, tiny) -> None
     assert all(same(a, b) for a, b in zip(whole[1:], later, strict=True))
     pieces = [list(made.epoch(3, 0, (k, 4))) for k in range(4)]
     for i, batch in enumerate(whole):
-        joined = [None if batch[j] is None else torch.cat([piece[i][j] for piece in pieces]) for j in range(5)]
+        joined = [None if batch[j] is None else torch.cat([piece[i][j] for piece in pieces]) for j in range(6)]
         assert same(batch, joined)
 
 
@@ -572,7 +572,7 @@ def test_few_images_make_one_batch(pictures, bank) -> None:
     made = views(pictures, bank, batch_size=64, m=2)
     assert (len(made), made.images_per_batch) == (1, 36)
     (batch,) = made.epoch(0)
-    assert len(batch[1]) == 36
+    assert len(batch.labels) == 36
 
 
 # --- training -------------------------------------------------------------------------------------

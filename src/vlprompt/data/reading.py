@@ -66,11 +66,11 @@ class ImageReader:
 
     def batches(
         self,
-        make: Callable[[Any], Tensor | tuple[Tensor, ...]],
+        make: Callable[[Any], Tensor | tuple[Tensor, ...] | dict[str, Tensor]],
         batches: Iterable[Any],
         collate: Callable[[list], Any] = default_collate,
     ) -> Iterator[tuple[Any, Any]]:
-        """Each batch (of indices, say) with what ``make`` gives for its elements, stacked: a tensor or several."""
+        """Each batch (of indices, say) with what ``make`` gives for its elements, stacked: one tensor or several."""
         for batch, made in self._ahead(make, batches):
             yield batch, collate(made)
 

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from functools import lru_cache
 from itertools import groupby, repeat
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,23 @@ from vlprompt.data.bank import Bank
 from vlprompt.data.images import ImageSource, Preprocess, random_regions
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.regions import restored
+
+
+class Views(NamedTuple):
+    """One batch of training views and what comes with them; what does not is None."""
+
+    images: Tensor | None
+    """[B, 3, S, S], as the student reads them."""
+    labels: Tensor
+    """[B]"""
+    teacher_images: Tensor | None = None
+    """The same regions as the teacher reads them, if it reads others."""
+    frozen_image_features: Tensor | None = None
+    """Of the same regions, normalised, [B, E]."""
+    teacher_probabilities: Tensor | None = None
+    """Of the same regions, [B, C]."""
+    second_view: Tensor | None = None
+    """The same regions under patch-wise RandAugment, [B, 3, S, S]."""
 
 
 class TrainingViews:
@@ -46,7 +64,7 @@ class TrainingViews:
     ) -> None:
         self.paths, self.labels = paths, torch.tensor(labels)
         # Where the teacher reads what the student does, it needs no view of its own.
-        self.preprocesses = (preprocess,) if teacher is None or teacher == preprocess else (preprocess, teacher)
+        self.preprocess, self.teacher = preprocess, None if teacher == preprocess else teacher
         self.batch_size, self.seed, self.min_scale = batch_size, seed, min_scale
         self.reader, self.patch_size = reader or ImageReader(workers), patch_size
 
@@ -59,11 +77,11 @@ class TrainingViews:
         """Images in every batch: the batch size, or all there are if they are fewer."""
         return min(self.batch_size, len(self.paths))
 
-    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor | None, ...]]:
-        """Batches (images [B, 3, S, S], labels [B]) of one epoch, from batch ``start`` on.
+    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Views]:
+        """Batches of one epoch, from batch ``start`` on.
 
-        With a ``teacher`` that reads images of another size or scale, the same regions for it come third. With a
-        ``patch_size`` in pixels, second views of the same crops come sixth: patch-wise RandAugment.
+        Teacher images come with a ``teacher`` that reads images of another size or scale, second views with a
+        ``patch_size`` in pixels.
 
         ``share=(k, n)`` gives the k-th of n nearly equal pieces of every batch, one for each of n processes.
         """
@@ -71,24 +89,21 @@ class TrainingViews:
         whole = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(start, len(self))]
         k, n = share
         batches = [np.array_split(batch, n)[k] for batch in whole]
-        for batch, (images, *more) in self.reader.batches(lambda i: self._views(i, epoch), batches):
-            if self.patch_size is not None:
-                *teacher, second_view = more
-                yield images, self.labels[torch.from_numpy(batch)], *(teacher or [None]), None, None, second_view
-            else:
-                yield images, self.labels[torch.from_numpy(batch)], *more
+        for batch, views in self.reader.batches(lambda i: self._views(i, epoch), batches):
+            yield Views(labels=self.labels[torch.from_numpy(batch)], **views)
 
-    def _views(self, i: int, epoch: int) -> tuple[Tensor, ...]:
+    def _views(self, i: int, epoch: int) -> dict[str, Tensor]:
         """One image's view, the teacher's and the second one where there are any: [3, S, S] each."""
         image = self.reader.image(self.paths[i])
         rng = np.random.default_rng([self.seed, epoch, i])
         region = random_regions(rng, image.width, image.height, scale=(self.min_scale, 1.0))[0]
-        views = [preprocess.region(image, region) for preprocess in self.preprocesses]
+        crop = self.preprocess.cropped(image, region)
+        views = {"images": self.preprocess.tensor(crop)}
+        if self.teacher is not None:
+            views["teacher_images"] = self.teacher.region(image, region)
         if self.patch_size is not None:
-            preprocess = self.preprocesses[0]
-            second = augment_patches(preprocess.cropped(image, region), self.patch_size, rng)
-            views.append(preprocess.tensor(second))
-        return tuple(views)
+            views["second_view"] = self.preprocess.tensor(augment_patches(crop, self.patch_size, rng))
+        return views
 
 
 class BankViews:
@@ -138,12 +153,8 @@ class BankViews:
         """Views in every batch."""
         return self.images_at_once * self.regions_per_image
 
-    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor | None, ...]]:
-        """Batches of one epoch, from batch ``start`` on; ``share`` as in :class:`TrainingViews`.
-
-        (images [B, 3, S, S] or None, labels [B], None, frozen features [B, E] or None, teacher probabilities [B, C] or
-        None).
-        """
+    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Views]:
+        """Batches of one epoch, from batch ``start`` on; ``share`` as in :class:`TrainingViews`."""
         k, n = share
         steps = range(epoch * len(self) + start, (epoch + 1) * len(self))
         pieces = [np.array_split(self._samples(step), n)[k] for step in steps]
@@ -158,7 +169,7 @@ class BankViews:
             records = self.bank.read(self.rows[piece[:, 0]], piece[:, 1])
             features = self.bank.features(records) if self.features else None
             probabilities = self.bank.probabilities(records) if self.probabilities else None
-            yield views, self.labels[torch.from_numpy(piece[:, 0])], None, features, probabilities
+            yield Views(views, self.labels[torch.from_numpy(piece[:, 0])], None, features, probabilities)
 
     def _samples(self, step: int) -> NDArray[np.int64]:
         """(image, region) of each sample of the step-th batch since training began, [B, 2]."""
