@@ -30,15 +30,16 @@ from small_run import (
 )
 from test_distributed import processes
 from vlprompt.backbones.load import load_backbone
+from vlprompt.data.augment import augment_patches
 from vlprompt.data.bank import FLOOR, Bank, BankSettings, Features, Labels, describe, read_manifest, top_k, verify
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.images import load_image, pixel_box, random_regions
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.regions import Crops, content_hash, restored, stored
-from vlprompt.data.views import BankViews
+from vlprompt.data.views import BankViews, Views
 from vlprompt.errors import ArtefactError, ConfigError, DataError, Interrupted
-from vlprompt.methods import METHODS
-from vlprompt.methods.coop import CoOp
+from vlprompt.methods import METHODS, Batch
+from vlprompt.training.bank import bank_views
 from vlprompt.training.bank_build import bank_config, build_bank
 from vlprompt.training.config import OptimConfig, TrainConfig
 from vlprompt.training.loop import Training
@@ -47,6 +48,7 @@ from vlprompt.training.session import Session, Silent
 from vlprompt.training.teacher import Teacher
 
 REGIONS, TOP_K, BATCH = 10, 2, 4
+TRAINED = sorted(set(METHODS) - {"zero_shot", "linear_probe"})
 GIVEN = ["--teacher", TEACHER, "--backbone", str(TINY), "--regions", "10", "--top-k", "2", "--batch-size", "4"]
 
 
@@ -374,17 +376,6 @@ def test_a_bank_without_labels_serves_any_classes_but_no_student_of_a_teacher(pi
         train(from_bank(pictures, tmp_path / "bank", "kdpl_coop"), tmp_path / "other")
 
 
-def test_two_views_of_an_image_are_refused_by_name(pictures, bank, tmp_path, monkeypatch) -> None:
-    class Twice(CoOp):
-        """Compares two views."""
-
-        name, needs = "twice", frozenset({"second_view"})
-
-    monkeypatch.setitem(METHODS, "twice", Twice)
-    with pytest.raises(ConfigError, match=r"^method 'twice' compares two views of an image: it cannot train from a"):
-        train(from_bank(pictures, bank, "twice"), tmp_path / "run")
-
-
 def test_bad_settings_of_a_build_are_all_named(vlprompt, pictures, tmp_path) -> None:
     out = str(tmp_path / "bank")
     code, _, err = vlprompt("bank", "build", str(pictures), "--out", out)
@@ -527,8 +518,8 @@ def test_a_batch_holds_several_regions_of_each_image_that_is_decoded(workers, pi
     assert len(made) == len(batches) == 18 // 8
     assert len(decoded) == 2 * len(batches)
     opened, files = made.bank, made.files
-    for images, labels, nothing, features, p, _ in batches:
-        assert (images.shape, nothing) == ((8, 3, tiny.image_size, tiny.image_size), None)
+    for images, labels, nothing, features, p, second in batches:
+        assert (images.shape, nothing, second) == ((8, 3, tiny.image_size, tiny.image_size), None, None)
         torch.testing.assert_close(tiny.encode_images(images), features, rtol=0, atol=1e-5)
         torch.testing.assert_close(p.sum(-1), torch.ones(8))
         assert labels.tolist() == [labels[0]] * 4 + [labels[4]] * 4
@@ -544,7 +535,9 @@ def test_a_batch_holds_several_regions_of_each_image_that_is_decoded(workers, pi
 
 def test_every_image_and_every_region_comes_equally_often(pictures, bank) -> None:
     made = views(pictures, bank, m=2, batch_size=6)  # 3 steps an epoch, 3 images each: 18 visits in 2 epochs
-    samples = np.concatenate([made._samples(step) for step in range(3 * 2 * 10)])  # 10 rounds of 2 regions
+    turns = np.concatenate([made._samples(step) for step in range(3 * 2 * 10)])  # 10 rounds of 2 regions
+    assert len(np.unique(turns, axis=0)) == len(turns)
+    samples = turns[:, :2]
     pairs, count = np.unique(samples, axis=0, return_counts=True)
     assert len(pairs) == 18 * REGIONS
     assert set(count) == {2}
@@ -557,15 +550,59 @@ def test_every_image_and_every_region_comes_equally_often(pictures, bank) -> Non
 
 
 def test_an_epoch_can_begin_anywhere_and_be_shared(pictures, bank, tiny) -> None:
-    made = views(pictures, bank, tiny.preprocess, batch_size=6, m=2)
+    given = {"batch_size": 6, "m": 2, "patch_size": 8}
+    made = views(pictures, bank, tiny.preprocess, **given)
     whole = list(made.epoch(3))
     assert len(whole) == 3
-    later = list(views(pictures, bank, tiny.preprocess, batch_size=6, m=2).epoch(3, 1))
+    later = list(views(pictures, bank, tiny.preprocess, **given).epoch(3, 1))
     assert all(same(a, b) for a, b in zip(whole[1:], later, strict=True))
     pieces = [list(made.epoch(3, 0, (k, 4))) for k in range(4)]
     for i, batch in enumerate(whole):
         joined = [None if batch[j] is None else torch.cat([piece[i][j] for piece in pieces]) for j in range(6)]
         assert same(batch, joined)
+
+
+class ByHand:
+    """The same views as ``made`` gives, one after the other from the pictures; features only if they are ``read``."""
+
+    def __init__(self, made: BankViews, preprocess, patch_size: int | None = None, read: bool = False) -> None:
+        self.made, self.preprocess, self.patch_size, self.read = made, preprocess, patch_size, read
+        self.seed, self.images_per_batch = made.seed, made.images_per_batch
+
+    def __len__(self) -> int:
+        return len(self.made)
+
+    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)):
+        for step in range(len(self) * epoch, len(self) * (epoch + 1)):
+            images, labels, seconds, records = [], [], [], []
+            for i, region, turn in self.made._samples(step):
+                records.append(self.made.bank.read(self.made.rows[[i]], np.array([region])))
+                crop = self.preprocess.cropped(load_image(self.made.files[i]), restored(records[-1]["region"])[0])
+                rng = np.random.default_rng([self.seed, i, region, turn])
+                images.append(self.preprocess.tensor(crop))
+                labels.append(CLASSES.index(self.made.files[i].parent.name))
+                if self.patch_size:
+                    seconds.append(self.preprocess.tensor(augment_patches(crop, self.patch_size, rng)))
+            known = np.concatenate(records)
+            yield Views(
+                torch.stack(images),
+                torch.tensor(labels),
+                frozen_image_features=self.made.bank.features(known) if self.read else None,
+                teacher_probabilities=self.made.bank.probabilities(known),
+                second_view=torch.stack(seconds) if seconds else None,
+            )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_second_view_is_of_the_same_pixels_in_a_draw_of_its_own(workers, pictures, bank, tiny) -> None:
+    made = views(pictures, bank, tiny.preprocess, batch_size=6, m=2, patch_size=8, workers=workers)
+    alone = views(pictures, bank, tiny.preprocess, batch_size=6, m=2)
+    hand = ByHand(made, tiny.preprocess, patch_size=8, read=True)
+    for epoch in (0, 7):
+        for batch, plain, expected in zip(made.epoch(epoch), alone.epoch(epoch), hand.epoch(epoch), strict=True):
+            assert same(batch, expected)
+            assert same(batch[:5], plain[:5])
+            assert not any(torch.equal(a, b) for a, b in zip(batch.images, batch.second_view, strict=True))
 
 
 def test_few_images_make_one_batch(pictures, bank) -> None:
@@ -578,24 +615,34 @@ def test_few_images_make_one_batch(pictures, bank) -> None:
 # --- training -------------------------------------------------------------------------------------
 
 
-def trained(method: str, made: BankViews, tiny, teacher: Teacher | None = None) -> dict[str, torch.Tensor]:
+def trained(
+    method: str, made: BankViews | ByHand, tiny, teacher: Teacher | None = None, epochs: int = 3
+) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     cls = METHODS[method]
     own = cls(tiny, CLASSES, cls.Config())
-    job = Training(own, made, OptimConfig(lr=0.01, warmup_epochs=0), TrainConfig(epochs=3), teacher=teacher)
+    job = Training(own, made, OptimConfig(lr=0.01, warmup_epochs=0), TrainConfig(epochs=epochs), teacher=teacher)
     assert job.run()
     return own.state_dict()
 
 
-@pytest.mark.parametrize("method", ["coop", "cocoop", "kdpl_coop", "promptsrc"])
-def test_features_from_a_bank_train_as_the_image_tower_on_the_same_regions(method, pictures, bank, tiny) -> None:
-    banked = trained(method, views(pictures, bank, tiny.preprocess if METHODS[method].prompts_images else None), tiny)
-    online = trained(method, views(pictures, bank, tiny.preprocess, features=False), tiny)
-    start = METHODS[method](tiny, CLASSES, METHODS[method].Config()).state_dict()
+@pytest.mark.parametrize("method", TRAINED)
+def test_two_steps_from_a_bank_are_those_online_on_the_same_regions(method, pictures, bank, tiny) -> None:
+    """Bit by bit with the bank's features; nearly with those that the image tower gives in batches of another size."""
+    own = METHODS[method](tiny, CLASSES, METHODS[method].Config())
+    read, side, taught = tiny.preprocess, own.patch_size, "teacher_probabilities" in own.needs
+    features = "frozen_image_features" in own.needs or not own.prompts_images
+    made = views(
+        pictures, bank, read if own.prompts_images else None, features=features, probabilities=taught, patch_size=side
+    )
+    banked = trained(method, made, tiny, epochs=1)
+    same_features = trained(method, ByHand(made, read, side, read=features), tiny, epochs=1)
+    online = trained(method, ByHand(made, read, side), tiny, epochs=1)
+    start = own.state_dict()
     for key in online:
-        atol = 1e-4 if METHODS[method].prompts_images else 1e-5  # gradients of absolute values are signs
-        torch.testing.assert_close(banked[key], online[key], rtol=1e-4, atol=atol)
-    assert any(not torch.allclose(start[key], online[key]) for key in online)
+        assert torch.equal(banked[key], same_features[key])
+        torch.testing.assert_close(banked[key], online[key], rtol=0, atol=1e-5)
+    assert any((start[key] - online[key]).abs().max() > 1e-4 for key in online)
 
 
 def test_labels_from_a_bank_train_as_the_teacher_on_the_same_regions(pictures, tiny, tmp_path) -> None:
@@ -609,17 +656,29 @@ def test_labels_from_a_bank_train_as_the_teacher_on_the_same_regions(pictures, t
         torch.testing.assert_close(banked[key], online[key], rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"zero_shot", "linear_probe", "drople"}))
-def test_any_method_trains_from_a_bank(method, pictures, bank, tmp_path) -> None:
+@pytest.mark.parametrize("method", TRAINED)
+def test_any_method_trains_from_a_bank(method, pictures, bank, tiny, tmp_path, monkeypatch) -> None:
     said: list[str] = []
-    _, result = train(from_bank(pictures, bank, method), tmp_path / "run", say=said.append)
-    assert result.epochs == 2
+    seen: list[Batch] = []
+    cls, losses = METHODS[method], METHODS[method].losses
+    monkeypatch.setattr(cls, "losses", lambda self, batch: seen.append(batch) or losses(self, batch))
+    tuned, result = train(from_bank(pictures, bank, method), tmp_path / "run", say=said.append)
     taught = "teacher_probabilities" in METHODS[method].needs
     assert result.teacher == (TEACHER if taught else None)
     assert (f", labelled by {TEACHER}, " in said[0]) == taught
     assert f"10 regions of each image, {'labelled' if taught else ''}"[:26] in said[0]
     assert "| views | fixed regions, of region bank `bank` |" in (tmp_path / "run" / "README.md").read_text("utf-8")
     assert "bank_fingerprint" in (tmp_path / "run" / "environment.json").read_text()
+    plain = views(pictures, bank, tiny.preprocess, batch_size=4, m=1, seed=1, features=False)
+    shown = [step.images for epoch in range(2) for step in plain.epoch(epoch)]
+    reads = "frozen_image_features" in cls.needs or not tuned.prompts_images
+    for batch, images in zip(seen, shown, strict=True):
+        assert batch.images is None or torch.equal(batch.images, images)
+        assert (batch.images is not None) == tuned.prompts_images
+        assert (batch.second_view is not None) == ("second_view" in cls.needs)
+        assert (batch.frozen_image_features is not None) == reads
+        if reads:
+            torch.testing.assert_close(batch.frozen_image_features, tiny.encode_images(images), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["coop", "fdbpl_coop"])
@@ -646,6 +705,25 @@ def test_a_method_that_prompts_images_decodes_them(pictures, bank, tiny) -> None
         trained("vpt", views(pictures, bank, None, features=False), tiny)
 
 
+def test_a_second_view_is_decoded_even_where_features_are_all_else_that_is_read(pictures, bank, tiny) -> None:
+    class Twice(METHODS["coop"]):
+        """Reads a second view of images that it does not prompt."""
+
+        needs = frozenset({"second_view"})
+
+        def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
+            seen.append(batch)
+            return super().losses(batch)
+
+    seen: list[Batch] = []
+    split, opened, reader = load_dataset(pictures).split, Bank(bank), ImageReader(0)
+    own = Twice(tiny, CLASSES, Twice.Config())
+    config = from_bank(pictures, bank)
+    assert Training(own, bank_views(opened, config, own, split, reader), config.optim, config.train).run()
+    assert all(batch.second_view.shape == batch.images.shape for batch in seen)
+    assert all(batch.frozen_image_features is not None for batch in seen)
+
+
 def test_the_rule_for_regions_of_an_image(pictures, bank, tiny) -> None:
     from vlprompt.training.bank import _regions_per_image
 
@@ -655,7 +733,7 @@ def test_the_rule_for_regions_of_an_image(pictures, bank, tiny) -> None:
     assert _regions_per_image(replace(data, batch_size=32), 3) == 2
 
 
-@pytest.mark.parametrize("method", ["coop", "kdpl_promptsrc"])
+@pytest.mark.parametrize("method", ["coop", "kdpl_promptsrc", "drople"])
 def test_a_stopped_run_goes_on_with_its_bank_and_no_other(method, pictures, bank, tmp_path) -> None:
     own = damaged(bank, tmp_path / "bank")
     config = from_bank(pictures, own, method, **{"data.regions_per_image": 2})

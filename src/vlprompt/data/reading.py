@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import default_collate
 
 from vlprompt.data.images import ImageSource, load_image
@@ -66,7 +65,7 @@ class ImageReader:
 
     def batches(
         self,
-        make: Callable[[Any], Tensor | tuple[Tensor, ...] | dict[str, Tensor]],
+        make: Callable[[Any], Any],
         batches: Iterable[Any],
         collate: Callable[[list], Any] = default_collate,
     ) -> Iterator[tuple[Any, Any]]:

@@ -32,8 +32,6 @@ def find_bank(config: RunConfig, class_names: Sequence[str], student: Backbone) 
         if data.regions_per_image is not None:
             raise ConfigError(f"data.regions_per_image = {data.regions_per_image}: there is no region bank (--bank)")
         return None
-    if "second_view" in cls.needs:
-        raise ConfigError(f"method '{cls.name}' compares two views of an image: it cannot train from a region bank yet")
     bank = Bank(Path(data.bank).expanduser())
     built = bank.settings
     wanted: dict[str, Any] = {"crops": {"min_scale": data.min_scale}}
@@ -83,15 +81,17 @@ def read_by(method: Method, bank: Bank) -> tuple[bool, bool]:
 def bank_views(bank: Bank, config: RunConfig, method: Method, split: Split, reader: ImageReader) -> BankViews:
     """Training views from a bank; images are decoded only if the method reads more of them than the bank has."""
     labels, features = read_by(method, bank)
+    decodes = method.prompts_images or not features or method.patch_size is not None
     return BankViews(
         bank,
         split.paths("train"),
         split.labels("train"),
-        None if features and not method.prompts_images else method.backbone.preprocess,
+        method.backbone.preprocess if decodes else None,
         config.data.batch_size,
         config.seed,
         regions_per_image=_regions_per_image(config.data, bank.settings.regions),
         features=features,
         probabilities=labels,
+        patch_size=method.patch_size,
         reader=reader,
     )
