@@ -29,6 +29,7 @@ from small_run import (
     prompts,
 )
 from test_distributed import processes
+from vlprompt import PromptClassifier, build_method, fit
 from vlprompt.backbones.load import load_backbone
 from vlprompt.data.augment import augment_patches
 from vlprompt.data.bank import FLOOR, Bank, BankSettings, Features, Labels, describe, read_manifest, top_k, verify
@@ -39,10 +40,9 @@ from vlprompt.data.regions import Crops, content_hash, restored, stored
 from vlprompt.data.views import BankViews, Views
 from vlprompt.errors import ArtefactError, ConfigError, DataError, Interrupted
 from vlprompt.methods import METHODS, Batch
-from vlprompt.training.bank import bank_views
 from vlprompt.training.bank_build import bank_config, build_bank
 from vlprompt.training.config import OptimConfig, TrainConfig
-from vlprompt.training.loop import Training
+from vlprompt.training.loop import Training, training_views
 from vlprompt.training.run import saved_config, train
 from vlprompt.training.session import Session, Silent
 from vlprompt.training.teacher import Teacher
@@ -681,6 +681,55 @@ def test_any_method_trains_from_a_bank(method, pictures, bank, tiny, tmp_path, m
             torch.testing.assert_close(batch.frozen_image_features, tiny.encode_images(images), rtol=0, atol=1e-6)
 
 
+def fitted(pictures: Path, bank: Path, name: str, /, backbone: str = str(TINY), **settings: Any):
+    split = load_dataset(pictures).split
+    method = build_method(name, load_backbone(backbone), settings.pop("class_names", split.class_names))
+    images = settings.pop("images", split.paths("train"))
+    given = {"bank": bank, "epochs": 2, "batch_size": 4, "warmup_epochs": 0, "workers": 0, **settings}
+    return fit(method, images, split.labels("train"), **given)
+
+
+@pytest.mark.parametrize("name", ["coop", "kdpl_coop", "drople"])
+def test_fit_trains_from_a_bank_as_the_command_line_does(name, pictures, bank, tmp_path) -> None:
+    reference, _ = train(from_bank(pictures, bank, name), tmp_path / "run")
+    ours, theirs = fitted(pictures, bank, name).inference_state(), reference.inference_state()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_the_scikit_learn_shell_trains_from_a_bank(pictures, bank) -> None:
+    split = load_dataset(pictures).split
+    paths, labels = [str(path) for path in split.paths("train")], split.labels("train")
+    settings = {"bank": bank, "warmup_epochs": 0, "workers": 0}
+    given = {"class_names": dict(enumerate(CLASSES)), "epochs": 2, "batch_size": 4, "settings": settings}
+    shell = PromptClassifier("coop", str(TINY), **given).fit(paths, labels)
+    ours, theirs = shell.model_.method.state_dict(), fitted(pictures, bank, "coop").state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    with pytest.raises(ConfigError, match=r"built with other classes \('0' is not among its 3\)$"):
+        PromptClassifier("coop", str(TINY), settings=settings).fit(paths, labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "says"),
+    [
+        ("kdpl_coop", {"teacher": str(TINY)}, r"built with teacher 'mini' \(\w{12}…\), not 'backbone' \("),
+        ("coop", {"class_names": ("cat", "dog", "owl")}, r"built with other classes \('owl' is not among its 3"),
+        ("coop", {"min_scale": 0.5}, r"built with crops.min_scale = 0.08, not 0.5$"),
+        ("coop", {"backbone": TEACHER}, r"built with features 'backbone' \(\w{12}…\), not 'mini' \(\w{12}…\)$"),
+        ("coop", {"regions_per_image": 3}, r"^data.regions_per_image = 3 \(allowed with batches of 4: 1, 2, 4\)$"),
+        ("coop", {"bank": None, "regions_per_image": 2}, r"= 2: there is no region bank \(--bank\)$"),
+        ("coop", {"bank": "nowhere"}, r"^region bank nowhere does not exist"),
+        ("coop", {"images": [Image.new("RGB", (40, 40))] * 18}, r"knows images by their files: it has none that"),
+        ("coop", {"images": [TINY / "config.json"] * 18}, r"lacks 18 of the run's 18 training images: .*config.json"),
+        ("linear_probe", {}, r"^method 'linear_probe' takes no training steps: it reads no region bank"),
+    ],
+)  # fmt: skip
+def test_a_bank_that_does_not_fit_is_refused_by_fit_too(name, more, says, pictures, bank) -> None:
+    with pytest.raises((ConfigError, DataError), match=says) as refused:
+        fitted(pictures, bank, name, **more)
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("method", ["coop", "fdbpl_coop"])
 def test_text_methods_train_without_images_image_tower_and_teacher(method, pictures, bank, tiny, monkeypatch) -> None:
     config = from_bank(pictures, bank, method)
@@ -719,7 +768,9 @@ def test_a_second_view_is_decoded_even_where_features_are_all_else_that_is_read(
     split, opened, reader = load_dataset(pictures).split, Bank(bank), ImageReader(0)
     own = Twice(tiny, CLASSES, Twice.Config())
     config = from_bank(pictures, bank)
-    assert Training(own, bank_views(opened, config, own, split, reader), config.optim, config.train).run()
+    images, labels = split.paths("train"), split.labels("train")
+    made = training_views(own, images, labels, config.data, config.seed, reader, bank=opened)
+    assert Training(own, made, config.optim, config.train).run()
     assert all(batch.second_view.shape == batch.images.shape for batch in seen)
     assert all(batch.frozen_image_features is not None for batch in seen)
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.data.bank import Bank, differences
+from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
-from vlprompt.data.splits import Split, names_in_file
+from vlprompt.data.splits import names_in_file
 from vlprompt.data.views import BankViews
-from vlprompt.errors import ConfigError
+from vlprompt.errors import ConfigError, DataError
 from vlprompt.methods import Method, find_method
 from vlprompt.training.card import public_name
 from vlprompt.training.config import DataConfig, RunConfig, TeacherConfig
@@ -78,20 +80,39 @@ def read_by(method: Method, bank: Bank) -> tuple[bool, bool]:
     return labels, features and ("frozen_image_features" in method.needs or not method.prompts_images)
 
 
-def bank_views(bank: Bank, config: RunConfig, method: Method, split: Split, reader: ImageReader) -> BankViews:
-    """Training views from a bank; images are decoded only if the method reads more of them than the bank has."""
-    labels, features = read_by(method, bank)
-    decodes = method.prompts_images or not features or method.patch_size is not None
+def takes_no_bank(method: Method) -> ConfigError:
+    """The error for a bank that is given to a method without training steps."""
+    return ConfigError(f"method '{method.name}' takes no training steps: it reads no region bank (--bank)")
+
+
+def bank_views(
+    bank: Bank,
+    method: Method,
+    images: Sequence[ImageSource],
+    labels: Sequence[int],
+    data: DataConfig,
+    seed: int,
+    reader: ImageReader,
+) -> BankViews:
+    """Training views from a bank; images are decoded only if the method reads more of them than the bank has.
+
+    Raises DataError if images are not files, or the bank does not have them.
+    """
+    files = [Path(image) for image in images if isinstance(image, (str, PathLike))]
+    if len(files) < len(images):
+        raise DataError(f"region bank {bank.folder} knows images by their files: it has none that are in memory")
+    reads_labels, reads_features = read_by(method, bank)
+    decodes = method.prompts_images or not reads_features or method.patch_size is not None
     return BankViews(
         bank,
-        split.paths("train"),
-        split.labels("train"),
+        files,
+        labels,
         method.backbone.preprocess if decodes else None,
-        config.data.batch_size,
-        config.seed,
-        regions_per_image=_regions_per_image(config.data, bank.settings.regions),
-        features=features,
-        probabilities=labels,
+        data.batch_size,
+        seed,
+        regions_per_image=_regions_per_image(data, bank.settings.regions),
+        features=reads_features,
+        probabilities=reads_labels,
         patch_size=method.patch_size,
         reader=reader,
     )

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlprompt.data.bank import Bank
 from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.views import BankViews, TrainingViews, Views
 from vlprompt.errors import ConfigError, VlpromptError
 from vlprompt.methods import Batch, Method
+from vlprompt.training.bank import bank_views
 from vlprompt.training.config import DataConfig, OptimConfig, TrainConfig
 from vlprompt.training.distributed import Processes
 from vlprompt.training.schedule import build_optimizer, learning_rate
@@ -31,7 +33,7 @@ class EpochLog:
     losses: dict[str, float]
 
 
-def random_views(
+def training_views(
     method: Method,
     images: Sequence[ImageSource],
     labels: Sequence[int],
@@ -39,8 +41,11 @@ def random_views(
     seed: int,
     reader: ImageReader,
     teacher: Teacher | None = None,
-) -> TrainingViews:
-    """The views that a method, and its teacher if it has one, are trained on where there is no region bank."""
+    bank: Bank | None = None,
+) -> TrainingViews | BankViews:
+    """The views that a method, and its teacher if it has one, are trained on: a region bank's, or else random ones."""
+    if bank:
+        return bank_views(bank, method, images, labels, data, seed, reader)
     return TrainingViews(
         images,
         labels,

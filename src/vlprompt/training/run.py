@@ -28,7 +28,7 @@ from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError
 from vlprompt.files import cannot_write, write_atomically
 from vlprompt.methods import Method, find_method
 from vlprompt.training.artefact import save_artefact
-from vlprompt.training.bank import find_bank, read_by
+from vlprompt.training.bank import find_bank, read_by, takes_no_bank
 from vlprompt.training.card import public_name
 from vlprompt.training.checkpoints import History, checkpoint_file, remove_unfinished
 from vlprompt.training.config import RunConfig, build_config, read_config
@@ -97,7 +97,7 @@ def train(
             else None
         )
         if bank and not session:
-            raise ConfigError(f"method '{config.method}' takes no training steps: it reads no region bank (--bank)")
+            raise takes_no_bank(method)
         if resume:
             _check_images(out, split)
         processes.wait()  # all have seen that the folder can be used
