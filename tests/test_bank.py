@@ -346,6 +346,10 @@ def test_another_teacher_and_other_classes_are_named(pictures, bank, tmp_path) -
         ("coop", {"backbone": TEACHER}, r"built with features 'backbone' \(\w{12}…\), not 'mini' \(\w{12}…\)"),
         ("coop", {"data.regions_per_image": 3}, r"data.regions_per_image = 3 \(allowed with batches of 4: 1, 2, 4\)"),
         ("coop", {"data.bank": None, "data.regions_per_image": 3}, r"= 3: there is no region bank \(--bank\)"),
+        ("coop", {"data.views": 2, "data.regions_per_image": 4}, r"data.regions_per_image = 4 \(allowed .*: 1, 2\)"),
+        ("coop", {"data.views": 11}, r"^data.views = 11 \(allowed with region bank .*/bank: 1 to 10\)$"),
+        ("coop", {"data.views": "random"}, r"^data.views = random \(allowed with region bank .*/bank: 1 to 10\)$"),
+        ("coop", {"data.bank": None, "data.views": 3}, r"^data.views = 3: there is no region bank \(--bank\)$"),
         ("coop", {"data.bank": "nowhere"}, r"region bank nowhere does not exist"),
         ("zero_shot", {}, r"method 'zero_shot' takes no training steps: it reads no region bank"),
     ],
@@ -353,6 +357,21 @@ def test_another_teacher_and_other_classes_are_named(pictures, bank, tmp_path) -
 def test_a_run_that_does_not_fit_is_refused(method, more, says, pictures, bank, tmp_path) -> None:
     with pytest.raises((ConfigError, DataError), match=says):
         train(from_bank(pictures, bank, method, **more), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "1.5", "all", "3x", "true"])
+def test_a_number_of_views_that_is_none_is_one_line(given, vlprompt, pictures, bank, tmp_path) -> None:
+    for option in (["--views", given], [f"views={given}"]):
+        code, out, err = vlprompt(*arguments("coop", pictures, tmp_path / "run", "--bank", str(bank), *option))
+        assert (code, out) == (2, "")
+        assert err == f"error: data.views = {given} (allowed: random, or a number from 1 on)\n"
+
+
+def test_more_views_than_the_bank_has_are_one_line(vlprompt, pictures, bank, tmp_path) -> None:
+    code, out, err = vlprompt(*arguments("coop", pictures, tmp_path / "run", "--bank", str(bank), "--views", "11"))
+    assert (code, out) == (2, "")
+    assert err == f"error: data.views = 11 (allowed with region bank {bank}: 1 to 10)\n"
     assert not (tmp_path / "run").exists()
 
 
@@ -549,6 +568,15 @@ def test_every_image_and_every_region_comes_equally_often(pictures, bank) -> Non
     assert not np.array_equal(other._samples(5), made._samples(5))
 
 
+def test_fewer_views_are_the_first_regions_equally_often(pictures, bank) -> None:
+    made = views(pictures, bank, m=2, batch_size=6, regions=3)
+    samples = np.concatenate([made._samples(step) for step in range(3 * 2 * 9)])  # 9 rounds of 2 regions
+    assert len(np.unique(samples, axis=0)) == len(samples)
+    pairs, count = np.unique(samples[:, :2], axis=0, return_counts=True)
+    assert set(pairs[:, 1]) == {0, 1, 2}
+    assert set(count) == {6}
+
+
 def test_an_epoch_can_begin_anywhere_and_be_shared(pictures, bank, tiny) -> None:
     given = {"batch_size": 6, "m": 2, "patch_size": 8}
     made = views(pictures, bank, tiny.preprocess, **given)
@@ -697,6 +725,31 @@ def test_fit_trains_from_a_bank_as_the_command_line_does(name, pictures, bank, t
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.parametrize("method", ["coop", "drople"])
+def test_some_of_a_banks_regions_train_as_a_bank_of_so_many(method, vlprompt, pictures, bank, tmp_path) -> None:
+    build(pictures, tmp_path / "small", regions=4, **{"teacher.backbone": None})
+    train(from_bank(pictures, tmp_path / "small", method), tmp_path / "one")
+    given = ["--bank", str(bank), "--views", "4", "--epochs", "2"]
+    code, _, err = vlprompt(*arguments(method, pictures, tmp_path / "other", *given))
+    assert code == 0, err
+    assert "4 of 10 regions of each image, with frozen features" in err
+    card = (tmp_path / "other" / "README.md").read_text("utf-8")
+    assert "| views | fixed regions, 4 of each image, of region bank `bank` |" in card
+    ours, theirs = prompts(tmp_path / "other"), prompts(tmp_path / "one")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    train(from_bank(pictures, bank, method), tmp_path / "all")
+    every = prompts(tmp_path / "all")
+    assert not all(torch.equal(every[key], theirs[key]) for key in theirs)
+
+
+def test_views_are_random_without_a_bank(vlprompt, pictures, tmp_path) -> None:
+    for run, more in (("said", ["--views", "random"]), ("not", [])):
+        code, _, err = vlprompt(*arguments("coop", pictures, tmp_path / run, "--epochs", "1", *more))
+        assert code == 0, err
+    said, unsaid = prompts(tmp_path / "said"), prompts(tmp_path / "not")
+    assert all(torch.equal(said[key], unsaid[key]) for key in said)
+
+
 def test_the_scikit_learn_shell_trains_from_a_bank(pictures, bank) -> None:
     split = load_dataset(pictures).split
     paths, labels = [str(path) for path in split.paths("train")], split.labels("train")
@@ -718,6 +771,8 @@ def test_the_scikit_learn_shell_trains_from_a_bank(pictures, bank) -> None:
         ("coop", {"backbone": TEACHER}, r"built with features 'backbone' \(\w{12}…\), not 'mini' \(\w{12}…\)$"),
         ("coop", {"regions_per_image": 3}, r"^data.regions_per_image = 3 \(allowed with batches of 4: 1, 2, 4\)$"),
         ("coop", {"bank": None, "regions_per_image": 2}, r"= 2: there is no region bank \(--bank\)$"),
+        ("coop", {"views": 11}, r"^data.views = 11 \(allowed with region bank .*/bank: 1 to 10\)$"),
+        ("coop", {"views": 0}, r"^data.views = 0 \(allowed: random, or a number from 1 on\)$"),
         ("coop", {"bank": "nowhere"}, r"^region bank nowhere does not exist"),
         ("coop", {"images": [Image.new("RGB", (40, 40))] * 18}, r"knows images by their files: it has none that"),
         ("coop", {"images": [TINY / "config.json"] * 18}, r"lacks 18 of the run's 18 training images: .*config.json"),

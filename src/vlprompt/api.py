@@ -42,7 +42,7 @@ TRAINING = {
     **{f.name: f"optim.{f.name}" for f in fields(OptimConfig)},
     "epochs": "train.epochs",
     "teacher": "teacher.backbone",
-    **{name: f"data.{name}" for name in ("batch_size", "min_scale", "workers", "bank", "regions_per_image")},
+    **{name: f"data.{name}" for name in ("batch_size", "min_scale", "workers", "bank", "views", "regions_per_image")},
 }
 """What ``fit`` can be told, and its key in the run configuration."""
 

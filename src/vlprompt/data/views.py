@@ -108,9 +108,9 @@ class BankViews:
     """Regions of a bank, several of each image that is decoded, with what the bank knows about them.
 
     A batch holds ``regions_per_image`` regions of each of its images, and an epoch as many samples as without a bank.
-    So every image comes once in ``regions_per_image`` epochs, in a new order each time, and each of its R regions once
-    before any comes again. Without ``preprocess`` no image is decoded. With a ``patch_size`` in pixels every view has a
-    second one beside it, another each time that its region comes.
+    So every image comes once in ``regions_per_image`` epochs, in a new order each time, and each of its regions (all,
+    or the first ``regions`` ones) once before any comes again. Without ``preprocess`` no image is decoded. With a
+    ``patch_size`` in pixels every view has a second one beside it, another each time that its region comes.
     """
 
     def __init__(
@@ -122,6 +122,7 @@ class BankViews:
         batch_size: int,
         seed: int,
         *,
+        regions: int | None = None,
         regions_per_image: int = 1,
         features: bool = False,
         probabilities: bool = False,
@@ -133,10 +134,10 @@ class BankViews:
         self.batch_size, self.seed, self.regions_per_image = batch_size, seed, regions_per_image
         self.features, self.probabilities, self.patch_size = features, probabilities, patch_size
         self.reader = reader or ImageReader(workers)
-        self.rows = bank.rows(files)
+        self.rows, self.regions = bank.rows(files), regions or bank.settings.regions
         self.fingerprint = bank.settings.fingerprint
         # Where each image begins to walk through its regions.
-        self._first = np.random.default_rng(seed).integers(bank.settings.regions, size=len(files))
+        self._first = np.random.default_rng(seed).integers(self.regions, size=len(files))
         self._order = lru_cache(2)(lambda r: np.random.default_rng([seed, r]).permutation(len(files)))
 
     def __len__(self) -> int:
@@ -180,7 +181,7 @@ class BankViews:
         rounds, places = np.divmod(step * self.images_at_once + np.arange(self.images_at_once), n)
         images = np.array([self._order(int(r))[place] for r, place in zip(rounds, places, strict=True)])
         walked = (self._first[images] + rounds * m)[:, None] + np.arange(m)
-        turns, regions = np.divmod(walked, self.bank.settings.regions)
+        turns, regions = np.divmod(walked, self.regions)
         return np.stack([images.repeat(m), regions.ravel(), turns.ravel()], axis=1)
 
     def _views(self, samples: list[list[int]]) -> list[dict[str, Tensor]]:

@@ -31,8 +31,9 @@ def find_bank(config: RunConfig, class_names: Sequence[str], student: Backbone) 
     """
     data, cls = config.data, find_method(config.method)
     if data.bank is None:
-        if data.regions_per_image is not None:
-            raise ConfigError(f"data.regions_per_image = {data.regions_per_image}: there is no region bank (--bank)")
+        for key, value in (("views", data.views), ("regions_per_image", data.regions_per_image)):
+            if value not in (None, "random"):
+                raise ConfigError(f"data.{key} = {value}: there is no region bank (--bank)")
         return None
     bank = Bank(Path(data.bank).expanduser())
     built = bank.settings
@@ -48,7 +49,7 @@ def find_bank(config: RunConfig, class_names: Sequence[str], student: Backbone) 
         wanted["features"] = {"name": public_name(student.name), "fingerprint": student.fingerprint}
     if different := differences(asdict(built), wanted):
         raise ConfigError(f"region bank {data.bank} does not fit this run: it was built with {'; '.join(different)}")
-    _regions_per_image(data, built.regions)
+    _regions_per_image(data, regions_used(data, bank))
     return bank
 
 
@@ -60,6 +61,16 @@ def _wanted_teacher(given: TeacherConfig, class_names: Sequence[str]) -> dict[st
         teacher = load_backbone(given.backbone)
         wanted |= {"name": public_name(teacher.name), "fingerprint": teacher.fingerprint}
     return wanted | {k: v for k in ("template", "logit_scale") if (v := getattr(given, k)) is not None}
+
+
+def regions_used(data: DataConfig, bank: Bank) -> int:
+    """How many of each image's regions are trained on, its first ones; raises ConfigError if there are not so many."""
+    most = bank.settings.regions
+    if data.views is None:
+        return most
+    if data.views == "random" or data.views > most:
+        raise ConfigError(f"data.views = {data.views} (allowed with region bank {bank.folder}: 1 to {most})")
+    return data.views
 
 
 def _regions_per_image(data: DataConfig, regions: int) -> int:
@@ -102,6 +113,7 @@ def bank_views(
     if len(files) < len(images):
         raise DataError(f"region bank {bank.folder} knows images by their files: it has none that are in memory")
     reads_labels, reads_features = read_by(method, bank)
+    regions = regions_used(data, bank)
     decodes = method.prompts_images or not reads_features or method.patch_size is not None
     return BankViews(
         bank,
@@ -110,7 +122,8 @@ def bank_views(
         method.backbone.preprocess if decodes else None,
         data.batch_size,
         seed,
-        regions_per_image=_regions_per_image(data, bank.settings.regions),
+        regions=regions,
+        regions_per_image=_regions_per_image(data, regions),
         features=reads_features,
         probabilities=reads_labels,
         patch_size=method.patch_size,

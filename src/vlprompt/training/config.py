@@ -23,6 +23,17 @@ Fraction = Annotated[float, Gt(0), Le(1)]
 Folder = Annotated[str, BeforeValidator(lambda path: str(path) if isinstance(path, PathLike) else path)]
 
 
+def _check_views(value: Any) -> int | str:
+    if value == "random":
+        return value
+    if not re.fullmatch("[1-9][0-9]*", str(value)):
+        raise ValueError("random, or a number from 1 on")
+    return int(value)
+
+
+ViewCount = Annotated[int | Literal["random"], BeforeValidator(_check_views)]
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which images of which classes, and how training reads them."""
@@ -53,6 +64,8 @@ class DataConfig:
     """Whether images that cannot be read are left out instead of stopping the run."""
     bank: Folder | None = None
     """Folder of the region bank that training views come from, in place of random ones."""
+    views: ViewCount | None = None
+    """How many regions of each image, of a bank, its first ones; all if not given. Without a bank views are random."""
     regions_per_image: Annotated[int, Ge(1)] | None = None
     """Regions that a batch holds of each of its images, of a bank; 4, or fewer where that leaves less than 8 images."""
 
