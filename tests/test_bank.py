@@ -29,24 +29,26 @@ from small_run import (
     prompts,
 )
 from test_distributed import processes
+from vlprompt import PromptClassifier, build_method, fit
 from vlprompt.backbones.load import load_backbone
+from vlprompt.data.augment import augment_patches
 from vlprompt.data.bank import FLOOR, Bank, BankSettings, Features, Labels, describe, read_manifest, top_k, verify
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.images import load_image, pixel_box, random_regions
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.regions import Crops, content_hash, restored, stored
-from vlprompt.data.views import BankViews
+from vlprompt.data.views import BankViews, Views
 from vlprompt.errors import ArtefactError, ConfigError, DataError, Interrupted
-from vlprompt.methods import METHODS
-from vlprompt.methods.coop import CoOp
+from vlprompt.methods import METHODS, Batch
 from vlprompt.training.bank_build import bank_config, build_bank
 from vlprompt.training.config import OptimConfig, TrainConfig
-from vlprompt.training.loop import Training
+from vlprompt.training.loop import Training, training_views
 from vlprompt.training.run import saved_config, train
 from vlprompt.training.session import Session, Silent
 from vlprompt.training.teacher import Teacher
 
 REGIONS, TOP_K, BATCH = 10, 2, 4
+TRAINED = sorted(set(METHODS) - {"zero_shot", "linear_probe"})
 GIVEN = ["--teacher", TEACHER, "--backbone", str(TINY), "--regions", "10", "--top-k", "2", "--batch-size", "4"]
 
 
@@ -344,6 +346,10 @@ def test_another_teacher_and_other_classes_are_named(pictures, bank, tmp_path) -
         ("coop", {"backbone": TEACHER}, r"built with features 'backbone' \(\w{12}…\), not 'mini' \(\w{12}…\)"),
         ("coop", {"data.regions_per_image": 3}, r"data.regions_per_image = 3 \(allowed with batches of 4: 1, 2, 4\)"),
         ("coop", {"data.bank": None, "data.regions_per_image": 3}, r"= 3: there is no region bank \(--bank\)"),
+        ("coop", {"data.views": 2, "data.regions_per_image": 4}, r"data.regions_per_image = 4 \(allowed .*: 1, 2\)"),
+        ("coop", {"data.views": 11}, r"^data.views = 11 \(allowed with region bank .*/bank: 1 to 10\)$"),
+        ("coop", {"data.views": "random"}, r"^data.views = random \(allowed with region bank .*/bank: 1 to 10\)$"),
+        ("coop", {"data.bank": None, "data.views": 3}, r"^data.views = 3: there is no region bank \(--bank\)$"),
         ("coop", {"data.bank": "nowhere"}, r"region bank nowhere does not exist"),
         ("zero_shot", {}, r"method 'zero_shot' takes no training steps: it reads no region bank"),
     ],
@@ -351,6 +357,21 @@ def test_another_teacher_and_other_classes_are_named(pictures, bank, tmp_path) -
 def test_a_run_that_does_not_fit_is_refused(method, more, says, pictures, bank, tmp_path) -> None:
     with pytest.raises((ConfigError, DataError), match=says):
         train(from_bank(pictures, bank, method, **more), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "1.5", "all", "3x", "true"])
+def test_a_number_of_views_that_is_none_is_one_line(given, vlprompt, pictures, bank, tmp_path) -> None:
+    for option in (["--views", given], [f"views={given}"]):
+        code, out, err = vlprompt(*arguments("coop", pictures, tmp_path / "run", "--bank", str(bank), *option))
+        assert (code, out) == (2, "")
+        assert err == f"error: data.views = {given} (allowed: random, or a number from 1 on)\n"
+
+
+def test_more_views_than_the_bank_has_are_one_line(vlprompt, pictures, bank, tmp_path) -> None:
+    code, out, err = vlprompt(*arguments("coop", pictures, tmp_path / "run", "--bank", str(bank), "--views", "11"))
+    assert (code, out) == (2, "")
+    assert err == f"error: data.views = 11 (allowed with region bank {bank}: 1 to 10)\n"
     assert not (tmp_path / "run").exists()
 
 
@@ -372,17 +393,6 @@ def test_a_bank_without_labels_serves_any_classes_but_no_student_of_a_teacher(pi
     train(from_bank(pictures, tmp_path / "bank", **{"data.classes": "base", "train.epochs": 1}), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"bank has no teacher's labels, which method 'kdpl_coop' learns from: build"):
         train(from_bank(pictures, tmp_path / "bank", "kdpl_coop"), tmp_path / "other")
-
-
-def test_two_views_of_an_image_are_refused_by_name(pictures, bank, tmp_path, monkeypatch) -> None:
-    class Twice(CoOp):
-        """Compares two views."""
-
-        name, needs = "twice", frozenset({"second_view"})
-
-    monkeypatch.setitem(METHODS, "twice", Twice)
-    with pytest.raises(ConfigError, match=r"^method 'twice' compares two views of an image: it cannot train from a"):
-        train(from_bank(pictures, bank, "twice"), tmp_path / "run")
 
 
 def test_bad_settings_of_a_build_are_all_named(vlprompt, pictures, tmp_path) -> None:
@@ -527,8 +537,8 @@ def test_a_batch_holds_several_regions_of_each_image_that_is_decoded(workers, pi
     assert len(made) == len(batches) == 18 // 8
     assert len(decoded) == 2 * len(batches)
     opened, files = made.bank, made.files
-    for images, labels, nothing, features, p in batches:
-        assert (images.shape, nothing) == ((8, 3, tiny.image_size, tiny.image_size), None)
+    for images, labels, nothing, features, p, second in batches:
+        assert (images.shape, nothing, second) == ((8, 3, tiny.image_size, tiny.image_size), None, None)
         torch.testing.assert_close(tiny.encode_images(images), features, rtol=0, atol=1e-5)
         torch.testing.assert_close(p.sum(-1), torch.ones(8))
         assert labels.tolist() == [labels[0]] * 4 + [labels[4]] * 4
@@ -544,7 +554,9 @@ def test_a_batch_holds_several_regions_of_each_image_that_is_decoded(workers, pi
 
 def test_every_image_and_every_region_comes_equally_often(pictures, bank) -> None:
     made = views(pictures, bank, m=2, batch_size=6)  # 3 steps an epoch, 3 images each: 18 visits in 2 epochs
-    samples = np.concatenate([made._samples(step) for step in range(3 * 2 * 10)])  # 10 rounds of 2 regions
+    turns = np.concatenate([made._samples(step) for step in range(3 * 2 * 10)])  # 10 rounds of 2 regions
+    assert len(np.unique(turns, axis=0)) == len(turns)
+    samples = turns[:, :2]
     pairs, count = np.unique(samples, axis=0, return_counts=True)
     assert len(pairs) == 18 * REGIONS
     assert set(count) == {2}
@@ -556,46 +568,109 @@ def test_every_image_and_every_region_comes_equally_often(pictures, bank) -> Non
     assert not np.array_equal(other._samples(5), made._samples(5))
 
 
+def test_fewer_views_are_the_first_regions_equally_often(pictures, bank) -> None:
+    made = views(pictures, bank, m=2, batch_size=6, regions=3)
+    samples = np.concatenate([made._samples(step) for step in range(3 * 2 * 9)])  # 9 rounds of 2 regions
+    assert len(np.unique(samples, axis=0)) == len(samples)
+    pairs, count = np.unique(samples[:, :2], axis=0, return_counts=True)
+    assert set(pairs[:, 1]) == {0, 1, 2}
+    assert set(count) == {6}
+
+
 def test_an_epoch_can_begin_anywhere_and_be_shared(pictures, bank, tiny) -> None:
-    made = views(pictures, bank, tiny.preprocess, batch_size=6, m=2)
+    given = {"batch_size": 6, "m": 2, "patch_size": 8}
+    made = views(pictures, bank, tiny.preprocess, **given)
     whole = list(made.epoch(3))
     assert len(whole) == 3
-    later = list(views(pictures, bank, tiny.preprocess, batch_size=6, m=2).epoch(3, 1))
+    later = list(views(pictures, bank, tiny.preprocess, **given).epoch(3, 1))
     assert all(same(a, b) for a, b in zip(whole[1:], later, strict=True))
     pieces = [list(made.epoch(3, 0, (k, 4))) for k in range(4)]
     for i, batch in enumerate(whole):
-        joined = [None if batch[j] is None else torch.cat([piece[i][j] for piece in pieces]) for j in range(5)]
+        joined = [None if batch[j] is None else torch.cat([piece[i][j] for piece in pieces]) for j in range(6)]
         assert same(batch, joined)
+
+
+class ByHand:
+    """The same views as ``made`` gives, one after the other from the pictures; features only if they are ``read``."""
+
+    def __init__(self, made: BankViews, preprocess, patch_size: int | None = None, read: bool = False) -> None:
+        self.made, self.preprocess, self.patch_size, self.read = made, preprocess, patch_size, read
+        self.seed, self.images_per_batch = made.seed, made.images_per_batch
+
+    def __len__(self) -> int:
+        return len(self.made)
+
+    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)):
+        for step in range(len(self) * epoch, len(self) * (epoch + 1)):
+            images, labels, seconds, records = [], [], [], []
+            for i, region, turn in self.made._samples(step):
+                records.append(self.made.bank.read(self.made.rows[[i]], np.array([region])))
+                crop = self.preprocess.cropped(load_image(self.made.files[i]), restored(records[-1]["region"])[0])
+                rng = np.random.default_rng([self.seed, i, region, turn])
+                images.append(self.preprocess.tensor(crop))
+                labels.append(CLASSES.index(self.made.files[i].parent.name))
+                if self.patch_size:
+                    seconds.append(self.preprocess.tensor(augment_patches(crop, self.patch_size, rng)))
+            known = np.concatenate(records)
+            yield Views(
+                torch.stack(images),
+                torch.tensor(labels),
+                frozen_image_features=self.made.bank.features(known) if self.read else None,
+                teacher_probabilities=self.made.bank.probabilities(known),
+                second_view=torch.stack(seconds) if seconds else None,
+            )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_second_view_is_of_the_same_pixels_in_a_draw_of_its_own(workers, pictures, bank, tiny) -> None:
+    made = views(pictures, bank, tiny.preprocess, batch_size=6, m=2, patch_size=8, workers=workers)
+    alone = views(pictures, bank, tiny.preprocess, batch_size=6, m=2)
+    hand = ByHand(made, tiny.preprocess, patch_size=8, read=True)
+    for epoch in (0, 7):
+        for batch, plain, expected in zip(made.epoch(epoch), alone.epoch(epoch), hand.epoch(epoch), strict=True):
+            assert same(batch, expected)
+            assert same(batch[:5], plain[:5])
+            assert not any(torch.equal(a, b) for a, b in zip(batch.images, batch.second_view, strict=True))
 
 
 def test_few_images_make_one_batch(pictures, bank) -> None:
     made = views(pictures, bank, batch_size=64, m=2)
     assert (len(made), made.images_per_batch) == (1, 36)
     (batch,) = made.epoch(0)
-    assert len(batch[1]) == 36
+    assert len(batch.labels) == 36
 
 
 # --- training -------------------------------------------------------------------------------------
 
 
-def trained(method: str, made: BankViews, tiny, teacher: Teacher | None = None) -> dict[str, torch.Tensor]:
+def trained(
+    method: str, made: BankViews | ByHand, tiny, teacher: Teacher | None = None, epochs: int = 3
+) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     cls = METHODS[method]
     own = cls(tiny, CLASSES, cls.Config())
-    job = Training(own, made, OptimConfig(lr=0.01, warmup_epochs=0), TrainConfig(epochs=3), teacher=teacher)
+    job = Training(own, made, OptimConfig(lr=0.01, warmup_epochs=0), TrainConfig(epochs=epochs), teacher=teacher)
     assert job.run()
     return own.state_dict()
 
 
-@pytest.mark.parametrize("method", ["coop", "cocoop", "kdpl_coop", "promptsrc"])
-def test_features_from_a_bank_train_as_the_image_tower_on_the_same_regions(method, pictures, bank, tiny) -> None:
-    banked = trained(method, views(pictures, bank, tiny.preprocess if METHODS[method].prompts_images else None), tiny)
-    online = trained(method, views(pictures, bank, tiny.preprocess, features=False), tiny)
-    start = METHODS[method](tiny, CLASSES, METHODS[method].Config()).state_dict()
+@pytest.mark.parametrize("method", TRAINED)
+def test_two_steps_from_a_bank_are_those_online_on_the_same_regions(method, pictures, bank, tiny) -> None:
+    """Bit by bit with the bank's features; nearly with those that the image tower gives in batches of another size."""
+    own = METHODS[method](tiny, CLASSES, METHODS[method].Config())
+    read, side, taught = tiny.preprocess, own.patch_size, "teacher_probabilities" in own.needs
+    features = "frozen_image_features" in own.needs or not own.prompts_images
+    made = views(
+        pictures, bank, read if own.prompts_images else None, features=features, probabilities=taught, patch_size=side
+    )
+    banked = trained(method, made, tiny, epochs=1)
+    same_features = trained(method, ByHand(made, read, side, read=features), tiny, epochs=1)
+    online = trained(method, ByHand(made, read, side), tiny, epochs=1)
+    start = own.state_dict()
     for key in online:
-        atol = 1e-4 if METHODS[method].prompts_images else 1e-5  # gradients of absolute values are signs
-        torch.testing.assert_close(banked[key], online[key], rtol=1e-4, atol=atol)
-    assert any(not torch.allclose(start[key], online[key]) for key in online)
+        assert torch.equal(banked[key], same_features[key])
+        torch.testing.assert_close(banked[key], online[key], rtol=0, atol=1e-5)
+    assert any((start[key] - online[key]).abs().max() > 1e-4 for key in online)
 
 
 def test_labels_from_a_bank_train_as_the_teacher_on_the_same_regions(pictures, tiny, tmp_path) -> None:
@@ -609,17 +684,105 @@ def test_labels_from_a_bank_train_as_the_teacher_on_the_same_regions(pictures, t
         torch.testing.assert_close(banked[key], online[key], rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"zero_shot", "linear_probe", "drople"}))
-def test_any_method_trains_from_a_bank(method, pictures, bank, tmp_path) -> None:
+@pytest.mark.parametrize("method", TRAINED)
+def test_any_method_trains_from_a_bank(method, pictures, bank, tiny, tmp_path, monkeypatch) -> None:
     said: list[str] = []
-    _, result = train(from_bank(pictures, bank, method), tmp_path / "run", say=said.append)
-    assert result.epochs == 2
+    seen: list[Batch] = []
+    cls, losses = METHODS[method], METHODS[method].losses
+    monkeypatch.setattr(cls, "losses", lambda self, batch: seen.append(batch) or losses(self, batch))
+    tuned, result = train(from_bank(pictures, bank, method), tmp_path / "run", say=said.append)
     taught = "teacher_probabilities" in METHODS[method].needs
     assert result.teacher == (TEACHER if taught else None)
     assert (f", labelled by {TEACHER}, " in said[0]) == taught
     assert f"10 regions of each image, {'labelled' if taught else ''}"[:26] in said[0]
     assert "| views | fixed regions, of region bank `bank` |" in (tmp_path / "run" / "README.md").read_text("utf-8")
     assert "bank_fingerprint" in (tmp_path / "run" / "environment.json").read_text()
+    plain = views(pictures, bank, tiny.preprocess, batch_size=4, m=1, seed=1, features=False)
+    shown = [step.images for epoch in range(2) for step in plain.epoch(epoch)]
+    reads = "frozen_image_features" in cls.needs or not tuned.prompts_images
+    for batch, images in zip(seen, shown, strict=True):
+        assert batch.images is None or torch.equal(batch.images, images)
+        assert (batch.images is not None) == tuned.prompts_images
+        assert (batch.second_view is not None) == ("second_view" in cls.needs)
+        assert (batch.frozen_image_features is not None) == reads
+        if reads:
+            torch.testing.assert_close(batch.frozen_image_features, tiny.encode_images(images), rtol=0, atol=1e-6)
+
+
+def fitted(pictures: Path, bank: Path, name: str, /, backbone: str = str(TINY), **settings: Any):
+    split = load_dataset(pictures).split
+    method = build_method(name, load_backbone(backbone), settings.pop("class_names", split.class_names))
+    images = settings.pop("images", split.paths("train"))
+    given = {"bank": bank, "epochs": 2, "batch_size": 4, "warmup_epochs": 0, "workers": 0, **settings}
+    return fit(method, images, split.labels("train"), **given)
+
+
+@pytest.mark.parametrize("name", ["coop", "kdpl_coop", "drople"])
+def test_fit_trains_from_a_bank_as_the_command_line_does(name, pictures, bank, tmp_path) -> None:
+    reference, _ = train(from_bank(pictures, bank, name), tmp_path / "run")
+    ours, theirs = fitted(pictures, bank, name).inference_state(), reference.inference_state()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("method", ["coop", "drople"])
+def test_some_of_a_banks_regions_train_as_a_bank_of_so_many(method, vlprompt, pictures, bank, tmp_path) -> None:
+    build(pictures, tmp_path / "small", regions=4, **{"teacher.backbone": None})
+    train(from_bank(pictures, tmp_path / "small", method), tmp_path / "one")
+    given = ["--bank", str(bank), "--views", "4", "--epochs", "2"]
+    code, _, err = vlprompt(*arguments(method, pictures, tmp_path / "other", *given))
+    assert code == 0, err
+    assert "4 of 10 regions of each image, with frozen features" in err
+    card = (tmp_path / "other" / "README.md").read_text("utf-8")
+    assert "| views | fixed regions, 4 of each image, of region bank `bank` |" in card
+    ours, theirs = prompts(tmp_path / "other"), prompts(tmp_path / "one")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    train(from_bank(pictures, bank, method), tmp_path / "all")
+    every = prompts(tmp_path / "all")
+    assert not all(torch.equal(every[key], theirs[key]) for key in theirs)
+
+
+def test_views_are_random_without_a_bank(vlprompt, pictures, tmp_path) -> None:
+    for run, more in (("said", ["--views", "random"]), ("not", [])):
+        code, _, err = vlprompt(*arguments("coop", pictures, tmp_path / run, "--epochs", "1", *more))
+        assert code == 0, err
+    said, unsaid = prompts(tmp_path / "said"), prompts(tmp_path / "not")
+    assert all(torch.equal(said[key], unsaid[key]) for key in said)
+
+
+def test_the_scikit_learn_shell_trains_from_a_bank(pictures, bank) -> None:
+    split = load_dataset(pictures).split
+    paths, labels = [str(path) for path in split.paths("train")], split.labels("train")
+    settings = {"bank": bank, "warmup_epochs": 0, "workers": 0}
+    given = {"class_names": dict(enumerate(CLASSES)), "epochs": 2, "batch_size": 4, "settings": settings}
+    shell = PromptClassifier("coop", str(TINY), **given).fit(paths, labels)
+    ours, theirs = shell.model_.method.state_dict(), fitted(pictures, bank, "coop").state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    with pytest.raises(ConfigError, match=r"built with other classes \('0' is not among its 3\)$"):
+        PromptClassifier("coop", str(TINY), settings=settings).fit(paths, labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "says"),
+    [
+        ("kdpl_coop", {"teacher": str(TINY)}, r"built with teacher 'mini' \(\w{12}…\), not 'backbone' \("),
+        ("coop", {"class_names": ("cat", "dog", "owl")}, r"built with other classes \('owl' is not among its 3"),
+        ("coop", {"min_scale": 0.5}, r"built with crops.min_scale = 0.08, not 0.5$"),
+        ("coop", {"backbone": TEACHER}, r"built with features 'backbone' \(\w{12}…\), not 'mini' \(\w{12}…\)$"),
+        ("coop", {"regions_per_image": 3}, r"^data.regions_per_image = 3 \(allowed with batches of 4: 1, 2, 4\)$"),
+        ("coop", {"bank": None, "regions_per_image": 2}, r"= 2: there is no region bank \(--bank\)$"),
+        ("coop", {"views": 11}, r"^data.views = 11 \(allowed with region bank .*/bank: 1 to 10\)$"),
+        ("coop", {"views": 0}, r"^data.views = 0 \(allowed: random, or a number from 1 on\)$"),
+        ("coop", {"bank": "nowhere"}, r"^region bank nowhere does not exist"),
+        ("coop", {"images": [Image.new("RGB", (40, 40))] * 18}, r"knows images by their files: it has none that"),
+        ("coop", {"images": [TINY / "config.json"] * 18}, r"lacks 18 of the run's 18 training images: .*config.json"),
+        ("linear_probe", {}, r"^method 'linear_probe' takes no training steps: it reads no region bank"),
+    ],
+)  # fmt: skip
+def test_a_bank_that_does_not_fit_is_refused_by_fit_too(name, more, says, pictures, bank) -> None:
+    with pytest.raises((ConfigError, DataError), match=says) as refused:
+        fitted(pictures, bank, name, **more)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("method", ["coop", "fdbpl_coop"])
@@ -646,6 +809,27 @@ def test_a_method_that_prompts_images_decodes_them(pictures, bank, tiny) -> None
         trained("vpt", views(pictures, bank, None, features=False), tiny)
 
 
+def test_a_second_view_is_decoded_even_where_features_are_all_else_that_is_read(pictures, bank, tiny) -> None:
+    class Twice(METHODS["coop"]):
+        """Reads a second view of images that it does not prompt."""
+
+        needs = frozenset({"second_view"})
+
+        def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
+            seen.append(batch)
+            return super().losses(batch)
+
+    seen: list[Batch] = []
+    split, opened, reader = load_dataset(pictures).split, Bank(bank), ImageReader(0)
+    own = Twice(tiny, CLASSES, Twice.Config())
+    config = from_bank(pictures, bank)
+    images, labels = split.paths("train"), split.labels("train")
+    made = training_views(own, images, labels, config.data, config.seed, reader, bank=opened)
+    assert Training(own, made, config.optim, config.train).run()
+    assert all(batch.second_view.shape == batch.images.shape for batch in seen)
+    assert all(batch.frozen_image_features is not None for batch in seen)
+
+
 def test_the_rule_for_regions_of_an_image(pictures, bank, tiny) -> None:
     from vlprompt.training.bank import _regions_per_image
 
@@ -655,7 +839,7 @@ def test_the_rule_for_regions_of_an_image(pictures, bank, tiny) -> None:
     assert _regions_per_image(replace(data, batch_size=32), 3) == 2
 
 
-@pytest.mark.parametrize("method", ["coop", "kdpl_promptsrc"])
+@pytest.mark.parametrize("method", ["coop", "kdpl_promptsrc", "drople"])
 def test_a_stopped_run_goes_on_with_its_bank_and_no_other(method, pictures, bank, tmp_path) -> None:
     own = damaged(bank, tmp_path / "bank")
     config = from_bank(pictures, own, method, **{"data.regions_per_image": 2})

@@ -106,7 +106,7 @@ def test_the_teacher_sees_the_students_regions_in_its_own_size_and_scale(picture
     seen = 0
     files = sorted((pictures / "train").rglob("*.png"))
     order = np.random.default_rng([3, 2]).permutation(len(files))
-    for (images, labels), (same, same_labels, theirs) in zip(plain, both, strict=True):
+    for (images, labels, *_), (same, same_labels, theirs, *_) in zip(plain, both, strict=True):
         assert torch.equal(images, same)
         assert torch.equal(labels, same_labels)
         assert theirs.shape == (5, 3, 48, 48)
@@ -121,9 +121,9 @@ def test_the_teacher_sees_the_students_regions_in_its_own_size_and_scale(picture
 
 def test_a_teacher_that_reads_the_same_has_no_view_of_its_own(pictures, tiny) -> None:
     same = Preprocess(**vars(tiny.preprocess))
-    assert all(len(batch) == 2 for batch in views(pictures, same, tiny.preprocess).epoch(0))
+    assert all(batch.teacher_images is None for batch in views(pictures, same, tiny.preprocess).epoch(0))
     scaled = Preprocess(**vars(tiny.preprocess) | {"std": (1, 1, 1)})
-    assert all(len(batch) == 3 for batch in views(pictures, scaled, tiny.preprocess).epoch(0))
+    assert all(batch.teacher_images is not None for batch in views(pictures, scaled, tiny.preprocess).epoch(0))
 
 
 # --- losses ---------------------------------------------------------------------------------------

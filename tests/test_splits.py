@@ -343,7 +343,7 @@ def test_views_do_not_depend_on_threads_or_memory(photos, room):
     def views(workers: int, room: int) -> list[torch.Tensor]:
         with ImageReader(workers, room) as reader:
             training = TrainingViews(paths, range(30), preprocess, 7, 3, reader=reader)
-            made = [images for epoch in range(2) for images, _ in training.epoch(epoch)]
+            made = [views.images for epoch in range(2) for views in training.epoch(epoch)]
             return made + list(evaluation_batches(paths, preprocess, 8, reader=reader))
 
     expected = views(0, 0)

@@ -22,7 +22,7 @@ from vlprompt.backbones.backbone import Backbone
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.images import Preprocess, load_image
 from vlprompt.data.splits import read_split
-from vlprompt.data.views import TrainingViews, evaluation_batches
+from vlprompt.data.views import TrainingViews, Views, evaluation_batches
 from vlprompt.errors import ArtefactError, BackboneError, ConfigError, DataError, OutputError, VlpromptError
 from vlprompt.methods import METHODS, Batch, Method, find_method
 from vlprompt.training import run
@@ -138,8 +138,8 @@ class Steps:
     def __len__(self) -> int:
         return 2
 
-    def epoch(self, epoch: int, start: int, share: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from [(torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.long))] * 2
+    def epoch(self, epoch: int, start: int, share: tuple[int, int]) -> Iterator[Views]:
+        yield from [Views(torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.long))] * 2
 
 
 def fit(
@@ -428,13 +428,13 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def batches(paths: list[Path], epoch: int = 0, **options: Any) -> list[tuple[Tensor, Tensor]]:
+def batches(paths: list[Path], epoch: int = 0, **options: Any) -> list[Views]:
     return list(views(paths, **options).epoch(epoch))
 
 
-def same(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> bool:
+def same(a: list[Views], b: list[Views]) -> bool:
     return len(a) == len(b) and all(
-        torch.equal(x, y) for pair in zip(a, b, strict=True) for x, y in zip(*pair, strict=True)
+        torch.equal(x.images, y.images) and torch.equal(x.labels, y.labels) for x, y in zip(a, b, strict=True)
     )
 
 
@@ -454,9 +454,9 @@ def test_views_depend_on_seed_epoch_and_image_alone(photographs: list[Path]) -> 
     assert same(again, first)
     for other in (batches(photographs, 1, batch_size=2), batches(photographs, batch_size=2, seed=2)):
         assert not same(other, first)
-        pixels = {tuple(image.flatten().tolist()) for images, _ in first for image in images}
-        assert pixels.isdisjoint(tuple(image.flatten().tolist()) for images, _ in other for image in images)
-    orders = {tuple(torch.cat([y for _, y in batches(photographs, e, batch_size=2)]).tolist()) for e in range(5)}
+        pixels = {tuple(image.flatten().tolist()) for images, *_ in first for image in images}
+        assert pixels.isdisjoint(tuple(image.flatten().tolist()) for images, *_ in other for image in images)
+    orders = {tuple(torch.cat([y for _, y, *_ in batches(photographs, e, batch_size=2)]).tolist()) for e in range(5)}
     assert len(orders) == 5
 
 
@@ -465,9 +465,9 @@ def test_every_image_is_used_at_most_once_and_the_rest_dropped(pictures: list[Pa
     for epoch in range(8):
         found = batches(pictures, epoch)
         assert len(found) == len(views(pictures)) == 2
-        assert all(images.shape == (4, 3, 16, 16) for images, _ in found)
-        shown = [i for images, _ in found for i in which(images)]
-        assert shown == [i for _, labels in found for i in labels.tolist()]  # images keep their labels
+        assert all(images.shape == (4, 3, 16, 16) for images, *_ in found)
+        shown = [i for images, *_ in found for i in which(images)]
+        assert shown == [i for _, labels, *_ in found for i in labels.tolist()]  # images keep their labels
         assert len(set(shown)) == 8
         left_out |= set(range(11)) - set(shown)
     assert len(left_out) > 3  # others every epoch

@@ -34,10 +34,9 @@ from vlprompt.data.bank import Bank
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Item, Split
 from vlprompt.methods import find_method
-from vlprompt.training.bank import bank_views
 from vlprompt.training.bank_build import bank_config, fill, towers_of
 from vlprompt.training.config import build_config
-from vlprompt.training.loop import Training, random_views
+from vlprompt.training.loop import Training, training_views
 from vlprompt.training.teacher import Teacher
 
 METHOD, TEMPLATE = "kdpl_coop", "a photo of a {}."
@@ -102,14 +101,11 @@ def measure(pair: tuple[str, str], split: Split, folder: Path, args: argparse.Na
         for way in ("online", "bank"):
             torch.manual_seed(1)
             method = cls(student, split.class_names, cls.Config(), TEMPLATE).to(args.device)
-            if way == "bank":
-                views = bank_views(Bank(out), run, method, split, reader)
-                jobs[way] = Training(method, views, run.optim, run.train)
-                continue
-            online = random_views(
-                method, split.paths("train"), split.labels("train"), run.data, run.seed, reader, teacher
+            source = {"teacher": teacher} if way == "online" else {"bank": Bank(out)}
+            views = training_views(
+                method, split.paths("train"), split.labels("train"), run.data, run.seed, reader, **source
             )
-            jobs[way] = Training(method, online, run.optim, run.train, teacher=teacher)
+            jobs[way] = Training(method, views, run.optim, run.train, teacher=source.get("teacher"))
         seconds: dict[str, list[float]] = {way: [] for way in jobs}
         for _ in range(1 + args.epochs):
             for way, job in jobs.items():

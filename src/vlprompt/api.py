@@ -27,11 +27,12 @@ from vlprompt.errors import ConfigError, DataError, unknown
 from vlprompt.methods import Method, find_method
 from vlprompt.training import evaluate as evaluation
 from vlprompt.training.artefact import load_artefact, read_artefact_config, save_artefact
+from vlprompt.training.bank import find_bank, takes_no_bank
 from vlprompt.training.config import OptimConfig, RunConfig, build_config
 from vlprompt.training.evaluate import Evaluation, EvaluationImages
 from vlprompt.training.export import export_classes
 from vlprompt.training.hub import download, upload
-from vlprompt.training.loop import EpochLog, Training, random_views
+from vlprompt.training.loop import EpochLog, Training, training_views
 from vlprompt.training.teacher import find_teacher
 
 Images = Sequence[ImageSource] | NDArray[np.uint8]
@@ -41,7 +42,7 @@ TRAINING = {
     **{f.name: f"optim.{f.name}" for f in fields(OptimConfig)},
     "epochs": "train.epochs",
     "teacher": "teacher.backbone",
-    **{name: f"data.{name}" for name in ("batch_size", "min_scale", "workers")},
+    **{name: f"data.{name}" for name in ("batch_size", "min_scale", "workers", "bank", "views", "regions_per_image")},
 }
 """What ``fit`` can be told, and its key in the run configuration."""
 
@@ -105,10 +106,12 @@ def fit(
     """Fit a method on labelled images, as ``vlprompt train`` does: same views, same steps, same prompts.
 
     Without ``settings`` (``epochs``, ``lr``, ``batch_size``, … as in ``TRAINING``) the method's official ones apply,
-    or those of ``preset``; methods that learn from a teacher need ``teacher``, a name that ``load_backbone`` takes.
+    or those of ``preset``; methods that learn from a teacher need ``teacher``, a name that ``load_backbone`` takes, or
+    ``bank``, the folder of a region bank with labels. A bank gives any method its views; images then are files.
     ``seed`` decides order and crops. ``after_epoch`` is told the mean loss terms of each epoch. Returns the method.
-    Raises ConfigError for unknown settings, a missing teacher and loaded models, DataError for images and labels that
-    do not fit together, VlpromptError if a loss is not finite.
+    Raises ConfigError for unknown settings, a missing teacher, a bank that does not fit and loaded models, DataError
+    for images and labels that do not fit together and images that the bank lacks, VlpromptError if a loss is not
+    finite.
     """
     keys = full_keys(settings, TRAINING, "training setting")
     return fit_configured(method, images, labels, build_config(method.name, preset, overrides=keys), seed, after_epoch)
@@ -127,12 +130,15 @@ def fit_configured(
     if not method.trains and any(True for _ in method.parameters()):
         raise ConfigError(f"{method.name} is frozen, as loaded models are: build a new one to fit it")
     with ImageReader(config.data.workers) as reader, torch.random.fork_rng(devices=[]):
+        bank = find_bank(config, method.class_names, method.backbone)
         if not method.trains:
+            if bank:
+                raise takes_no_bank(method)
             seen = EvaluationImages(images, indices, reader=reader)
             method.fit_features(seen.frozen(method), seen.labels)
             return method.eval()
         teacher = find_teacher(config, method.class_names, method.template, method.backbone)
-        views = random_views(method, images, indices, config.data, seed, reader, teacher)
+        views = training_views(method, images, indices, config.data, seed, reader, teacher, bank)
         Training(method, views, config.optim, config.train, teacher=teacher).run(after_epoch=after_epoch)
     return method
 

@@ -51,6 +51,7 @@ from vlprompt.options import (
     TrainData,
     TrainDevice,
     TrainPrecision,
+    TrainViews,
     ValFraction,
     say,
 )
@@ -155,6 +156,7 @@ def train(
     backbone: TrainBackbone = None,
     teacher: TeacherBackbone = None,
     bank: TrainBank = None,
+    views: TrainViews = None,
     device: TrainDevice = None,
     precision: TrainPrecision = None,
     seed: Seed = None,
@@ -189,6 +191,7 @@ def train(
         "backbone": backbone,
         "teacher.backbone": teacher,
         "data.bank": bank and str(bank),
+        "data.views": views,
         "train.device": device,
         "train.precision": precision,
         "seed": seed,

@@ -102,6 +102,15 @@ TrainBank = Annotated[
     Path | None,
     typer.Option("--bank", help="Region bank that views, labels and features come from.", rich_help_panel=DATA),
 ]
+TrainViews = Annotated[
+    str | None,
+    typer.Option(
+        "--views",
+        metavar="random|R",
+        help="random (default), or with --bank the first R regions of each image (default: all).",
+        rich_help_panel=DATA,
+    ),
+]
 TrainDevice = Annotated[str | None, typer.Option(help="cpu (default), cuda, cuda:N.", rich_help_panel=MODEL)]
 TrainPrecision = Annotated[str | None, typer.Option(help="fp32 (default), bf16 or fp16.", rich_help_panel=MODEL)]
 Seed = Annotated[

@@ -47,7 +47,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         ``backbone``: a name that ``load_backbone`` takes, or a loaded backbone (its own device and precision then
         count; copies of the classifier share it). ``class_names``: words for labels; str(label) for those left out.
         ``template``: text with {} for the class name. ``epochs``, ``lr``, ``batch_size``: the method's official ones
-        if not given. ``settings``: the method's own, and any other of training, ``{"n_ctx": 4, "momentum": 0}``.
+        if not given. ``settings``: the method's own, and any other of training, ``{"n_ctx": 4, "momentum": 0}``, of
+        which ``bank`` is the folder of a region bank.
         """
         self.method = method
         self.backbone = backbone

@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import default_collate
 
 from vlprompt.data.images import ImageSource, load_image
@@ -65,11 +64,11 @@ class ImageReader:
 
     def batches(
         self,
-        make: Callable[[Any], Tensor | tuple[Tensor, ...]],
+        make: Callable[[Any], Any],
         batches: Iterable[Any],
         collate: Callable[[list], Any] = default_collate,
     ) -> Iterator[tuple[Any, Any]]:
-        """Each batch (of indices, say) with what ``make`` gives for its elements, stacked: a tensor or several."""
+        """Each batch (of indices, say) with what ``make`` gives for its elements, stacked: one tensor or several."""
         for batch, made in self._ahead(make, batches):
             yield batch, collate(made)
 

@@ -9,19 +9,40 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
-from itertools import groupby, repeat
+from itertools import chain, groupby, repeat
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL.Image import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from vlprompt.data.augment import augment_patches
 from vlprompt.data.bank import Bank
-from vlprompt.data.images import ImageSource, Preprocess, random_regions
+from vlprompt.data.images import ImageSource, Preprocess, Region, random_regions
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.regions import restored
+
+
+class Views(NamedTuple):
+    """One batch of training views and what comes with them; what does not is None."""
+
+    images: Tensor | None
+    """[B, 3, S, S], as the student reads them."""
+    labels: Tensor
+    """[B]"""
+    teacher_images: Tensor | None = None
+    """The same regions as the teacher reads them, if it reads others."""
+    frozen_image_features: Tensor | None = None
+    """Of the same regions, normalised, [B, E]."""
+    teacher_probabilities: Tensor | None = None
+    """Of the same regions, [B, C]."""
+    second_view: Tensor | None = None
+    """The same regions under patch-wise RandAugment, [B, 3, S, S]."""
 
 
 class TrainingViews:
@@ -46,7 +67,7 @@ class TrainingViews:
     ) -> None:
         self.paths, self.labels = paths, torch.tensor(labels)
         # Where the teacher reads what the student does, it needs no view of its own.
-        self.preprocesses = (preprocess,) if teacher is None or teacher == preprocess else (preprocess, teacher)
+        self.preprocess, self.teacher = preprocess, None if teacher == preprocess else teacher
         self.batch_size, self.seed, self.min_scale = batch_size, seed, min_scale
         self.reader, self.patch_size = reader or ImageReader(workers), patch_size
 
@@ -59,11 +80,11 @@ class TrainingViews:
         """Images in every batch: the batch size, or all there are if they are fewer."""
         return min(self.batch_size, len(self.paths))
 
-    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor | None, ...]]:
-        """Batches (images [B, 3, S, S], labels [B]) of one epoch, from batch ``start`` on.
+    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Views]:
+        """Batches of one epoch, from batch ``start`` on.
 
-        With a ``teacher`` that reads images of another size or scale, the same regions for it come third. With a
-        ``patch_size`` in pixels, second views of the same crops come sixth: patch-wise RandAugment.
+        Teacher images come with a ``teacher`` that reads images of another size or scale, second views with a
+        ``patch_size`` in pixels.
 
         ``share=(k, n)`` gives the k-th of n nearly equal pieces of every batch, one for each of n processes.
         """
@@ -71,32 +92,25 @@ class TrainingViews:
         whole = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(start, len(self))]
         k, n = share
         batches = [np.array_split(batch, n)[k] for batch in whole]
-        for batch, (images, *more) in self.reader.batches(lambda i: self._views(i, epoch), batches):
-            if self.patch_size is not None:
-                *teacher, second_view = more
-                yield images, self.labels[torch.from_numpy(batch)], *(teacher or [None]), None, None, second_view
-            else:
-                yield images, self.labels[torch.from_numpy(batch)], *more
+        for batch, views in self.reader.batches(lambda i: self._views(i, epoch), batches):
+            yield Views(labels=self.labels[torch.from_numpy(batch)], **views)
 
-    def _views(self, i: int, epoch: int) -> tuple[Tensor, ...]:
+    def _views(self, i: int, epoch: int) -> dict[str, Tensor]:
         """One image's view, the teacher's and the second one where there are any: [3, S, S] each."""
         image = self.reader.image(self.paths[i])
         rng = np.random.default_rng([self.seed, epoch, i])
         region = random_regions(rng, image.width, image.height, scale=(self.min_scale, 1.0))[0]
-        views = [preprocess.region(image, region) for preprocess in self.preprocesses]
-        if self.patch_size is not None:
-            preprocess = self.preprocesses[0]
-            second = augment_patches(preprocess.cropped(image, region), self.patch_size, rng)
-            views.append(preprocess.tensor(second))
-        return tuple(views)
+        views = _both_views(image, region, self.preprocess, self.patch_size, rng)
+        return views if self.teacher is None else {**views, "teacher_images": self.teacher.region(image, region)}
 
 
 class BankViews:
     """Regions of a bank, several of each image that is decoded, with what the bank knows about them.
 
     A batch holds ``regions_per_image`` regions of each of its images, and an epoch as many samples as without a bank.
-    So every image comes once in ``regions_per_image`` epochs, in a new order each time, and each of its R regions once
-    before any comes again. Without ``preprocess`` no image is decoded.
+    So every image comes once in ``regions_per_image`` epochs, in a new order each time, and each of its regions (all,
+    or the first ``regions`` ones) once before any comes again. Without ``preprocess`` no image is decoded. With a
+    ``patch_size`` in pixels every view has a second one beside it, another each time that its region comes.
     """
 
     def __init__(
@@ -108,20 +122,22 @@ class BankViews:
         batch_size: int,
         seed: int,
         *,
+        regions: int | None = None,
         regions_per_image: int = 1,
         features: bool = False,
         probabilities: bool = False,
+        patch_size: int | None = None,
         workers: int = 2,
         reader: ImageReader | None = None,
     ) -> None:
         self.bank, self.files, self.labels, self.preprocess = bank, files, torch.tensor(labels), preprocess
         self.batch_size, self.seed, self.regions_per_image = batch_size, seed, regions_per_image
-        self.features, self.probabilities = features, probabilities
+        self.features, self.probabilities, self.patch_size = features, probabilities, patch_size
         self.reader = reader or ImageReader(workers)
-        self.rows = bank.rows(files)
+        self.rows, self.regions = bank.rows(files), regions or bank.settings.regions
         self.fingerprint = bank.settings.fingerprint
         # Where each image begins to walk through its regions.
-        self._first = np.random.default_rng(seed).integers(bank.settings.regions, size=len(files))
+        self._first = np.random.default_rng(seed).integers(self.regions, size=len(files))
         self._order = lru_cache(2)(lambda r: np.random.default_rng([seed, r]).permutation(len(files)))
 
     def __len__(self) -> int:
@@ -138,43 +154,62 @@ class BankViews:
         """Views in every batch."""
         return self.images_at_once * self.regions_per_image
 
-    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[Tensor | None, ...]]:
-        """Batches of one epoch, from batch ``start`` on; ``share`` as in :class:`TrainingViews`.
-
-        (images [B, 3, S, S] or None, labels [B], None, frozen features [B, E] or None, teacher probabilities [B, C] or
-        None).
-        """
+    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Views]:
+        """Batches of one epoch, from batch ``start`` on; ``share`` as in :class:`TrainingViews`."""
         k, n = share
         steps = range(epoch * len(self) + start, (epoch + 1) * len(self))
         pieces = [np.array_split(self._samples(step), n)[k] for step in steps]
-        images: Iterator[Tensor | None] = repeat(None)
+        made: Iterator[dict[str, Tensor | None]] = repeat({"images": None})
         if self.preprocess is not None:
-            visits = (
-                [(i, [region for _, region in group]) for i, group in groupby(piece.tolist(), lambda sample: sample[0])]
-                for piece in pieces
-            )
-            images = (views for _, views in self.reader.batches(self._views, visits, torch.cat))
-        for piece, views in zip(pieces, images, strict=False):
+            visits = ([list(group) for _, group in groupby(piece.tolist(), itemgetter(0))] for piece in pieces)
+            made = (views for _, views in self.reader.batches(self._views, visits, _collate_visits))
+        for piece, views in zip(pieces, made, strict=False):
             records = self.bank.read(self.rows[piece[:, 0]], piece[:, 1])
-            features = self.bank.features(records) if self.features else None
-            probabilities = self.bank.probabilities(records) if self.probabilities else None
-            yield views, self.labels[torch.from_numpy(piece[:, 0])], None, features, probabilities
+            yield Views(
+                labels=self.labels[torch.from_numpy(piece[:, 0])],
+                frozen_image_features=self.bank.features(records) if self.features else None,
+                teacher_probabilities=self.bank.probabilities(records) if self.probabilities else None,
+                **views,
+            )
 
     def _samples(self, step: int) -> NDArray[np.int64]:
-        """(image, region) of each sample of the step-th batch since training began, [B, 2]."""
+        """(image, region, turn) of each sample of the step-th batch since training began, [B, 3].
+
+        No region of an image comes twice in a turn.
+        """
         n, m = len(self.files), self.regions_per_image
         rounds, places = np.divmod(step * self.images_at_once + np.arange(self.images_at_once), n)
         images = np.array([self._order(int(r))[place] for r, place in zip(rounds, places, strict=True)])
-        regions = (self._first[images] + rounds * m)[:, None] + np.arange(m)
-        return np.stack([images.repeat(m), regions.ravel() % self.bank.settings.regions], axis=1)
+        walked = (self._first[images] + rounds * m)[:, None] + np.arange(m)
+        turns, regions = np.divmod(walked, self.regions)
+        return np.stack([images.repeat(m), regions.ravel(), turns.ravel()], axis=1)
 
-    def _views(self, visit: tuple[int, list[int]]) -> Tensor:
-        """Several regions of an image, [m, 3, S, S]."""
+    def _views(self, samples: list[list[int]]) -> list[dict[str, Tensor]]:
+        """The view, and the second one where there are any, of several samples of one image: [3, S, S] each."""
         assert self.preprocess is not None
-        i, regions = visit
-        image = self.reader.image(self.files[i])
-        stored = self.bank.read(self.rows[[i] * len(regions)], np.array(regions))["region"]
-        return torch.stack([self.preprocess.region(image, region) for region in restored(stored)])
+        images, regions, _ = np.array(samples).T
+        image = self.reader.image(self.files[images[0]])
+        stored = self.bank.read(self.rows[images], regions)["region"]
+        rngs = [np.random.default_rng([self.seed, *sample]) for sample in samples]
+        return [
+            _both_views(image, region, self.preprocess, self.patch_size, rng)
+            for region, rng in zip(restored(stored), rngs, strict=True)
+        ]
+
+
+def _both_views(
+    image: Image, region: Region, preprocess: Preprocess, patch_size: int | None, rng: np.random.Generator
+) -> dict[str, Tensor]:
+    """A region's view and, with a ``patch_size``, its second one, [3, S, S] each."""
+    crop = preprocess.cropped(image, region)
+    views = {"images": preprocess.tensor(crop)}
+    if patch_size is not None:
+        views["second_view"] = preprocess.tensor(augment_patches(crop, patch_size, rng))
+    return views
+
+
+def _collate_visits(visits: Sequence[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
+    return default_collate([*chain.from_iterable(visits)])
 
 
 def evaluation_batches(

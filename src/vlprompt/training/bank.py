@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.data.bank import Bank, differences
+from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
-from vlprompt.data.splits import Split, names_in_file
+from vlprompt.data.splits import names_in_file
 from vlprompt.data.views import BankViews
-from vlprompt.errors import ConfigError
+from vlprompt.errors import ConfigError, DataError
 from vlprompt.methods import Method, find_method
 from vlprompt.training.card import public_name
 from vlprompt.training.config import DataConfig, RunConfig, TeacherConfig
@@ -29,11 +31,10 @@ def find_bank(config: RunConfig, class_names: Sequence[str], student: Backbone) 
     """
     data, cls = config.data, find_method(config.method)
     if data.bank is None:
-        if data.regions_per_image is not None:
-            raise ConfigError(f"data.regions_per_image = {data.regions_per_image}: there is no region bank (--bank)")
+        for key, value in (("views", data.views), ("regions_per_image", data.regions_per_image)):
+            if value not in (None, "random"):
+                raise ConfigError(f"data.{key} = {value}: there is no region bank (--bank)")
         return None
-    if "second_view" in cls.needs:
-        raise ConfigError(f"method '{cls.name}' compares two views of an image: it cannot train from a region bank yet")
     bank = Bank(Path(data.bank).expanduser())
     built = bank.settings
     wanted: dict[str, Any] = {"crops": {"min_scale": data.min_scale}}
@@ -48,7 +49,7 @@ def find_bank(config: RunConfig, class_names: Sequence[str], student: Backbone) 
         wanted["features"] = {"name": public_name(student.name), "fingerprint": student.fingerprint}
     if different := differences(asdict(built), wanted):
         raise ConfigError(f"region bank {data.bank} does not fit this run: it was built with {'; '.join(different)}")
-    _regions_per_image(data, built.regions)
+    _regions_per_image(data, regions_used(data, bank))
     return bank
 
 
@@ -60,6 +61,16 @@ def _wanted_teacher(given: TeacherConfig, class_names: Sequence[str]) -> dict[st
         teacher = load_backbone(given.backbone)
         wanted |= {"name": public_name(teacher.name), "fingerprint": teacher.fingerprint}
     return wanted | {k: v for k in ("template", "logit_scale") if (v := getattr(given, k)) is not None}
+
+
+def regions_used(data: DataConfig, bank: Bank) -> int:
+    """How many of each image's regions are trained on, its first ones; raises ConfigError if there are not so many."""
+    most = bank.settings.regions
+    if data.views is None:
+        return most
+    if data.views == "random" or data.views > most:
+        raise ConfigError(f"data.views = {data.views} (allowed with region bank {bank.folder}: 1 to {most})")
+    return data.views
 
 
 def _regions_per_image(data: DataConfig, regions: int) -> int:
@@ -80,18 +91,41 @@ def read_by(method: Method, bank: Bank) -> tuple[bool, bool]:
     return labels, features and ("frozen_image_features" in method.needs or not method.prompts_images)
 
 
-def bank_views(bank: Bank, config: RunConfig, method: Method, split: Split, reader: ImageReader) -> BankViews:
-    """Training views from a bank; images are decoded only if the method reads more of them than the bank has."""
-    labels, features = read_by(method, bank)
+def takes_no_bank(method: Method) -> ConfigError:
+    """The error for a bank that is given to a method without training steps."""
+    return ConfigError(f"method '{method.name}' takes no training steps: it reads no region bank (--bank)")
+
+
+def bank_views(
+    bank: Bank,
+    method: Method,
+    images: Sequence[ImageSource],
+    labels: Sequence[int],
+    data: DataConfig,
+    seed: int,
+    reader: ImageReader,
+) -> BankViews:
+    """Training views from a bank; images are decoded only if the method reads more of them than the bank has.
+
+    Raises DataError if images are not files, or the bank does not have them.
+    """
+    files = [Path(image) for image in images if isinstance(image, (str, PathLike))]
+    if len(files) < len(images):
+        raise DataError(f"region bank {bank.folder} knows images by their files: it has none that are in memory")
+    reads_labels, reads_features = read_by(method, bank)
+    regions = regions_used(data, bank)
+    decodes = method.prompts_images or not reads_features or method.patch_size is not None
     return BankViews(
         bank,
-        split.paths("train"),
-        split.labels("train"),
-        None if features and not method.prompts_images else method.backbone.preprocess,
-        config.data.batch_size,
-        config.seed,
-        regions_per_image=_regions_per_image(config.data, bank.settings.regions),
-        features=features,
-        probabilities=labels,
+        files,
+        labels,
+        method.backbone.preprocess if decodes else None,
+        data.batch_size,
+        seed,
+        regions=regions,
+        regions_per_image=_regions_per_image(data, regions),
+        features=reads_features,
+        probabilities=reads_labels,
+        patch_size=method.patch_size,
         reader=reader,
     )

@@ -7,18 +7,31 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
+from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from vlprompt.errors import ConfigError, unknown
 from vlprompt.methods import MethodConfig, find_method
 from vlprompt.methods.base import Template
 
 Fraction = Annotated[float, Gt(0), Le(1)]
+Folder = Annotated[str, BeforeValidator(lambda path: str(path) if isinstance(path, PathLike) else path)]
+
+
+def _check_views(value: Any) -> int | str:
+    if value == "random":
+        return value
+    if not re.fullmatch("[1-9][0-9]*", str(value)):
+        raise ValueError("random, or a number from 1 on")
+    return int(value)
+
+
+ViewCount = Annotated[int | Literal["random"], BeforeValidator(_check_views)]
 
 
 @dataclass(frozen=True)
@@ -49,8 +62,10 @@ class DataConfig:
     """Threads that decode and crop ahead of the training steps."""
     skip_bad: bool = False
     """Whether images that cannot be read are left out instead of stopping the run."""
-    bank: str | None = None
+    bank: Folder | None = None
     """Folder of the region bank that training views come from, in place of random ones."""
+    views: ViewCount | None = None
+    """How many regions of each image, of a bank, its first ones; all if not given. Without a bank views are random."""
     regions_per_image: Annotated[int, Ge(1)] | None = None
     """Regions that a batch holds of each of its images, of a bank; 4, or fewer where that leaves less than 8 images."""
 

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlprompt.data.bank import Bank
 from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
-from vlprompt.data.views import BankViews, TrainingViews
+from vlprompt.data.views import BankViews, TrainingViews, Views
 from vlprompt.errors import ConfigError, VlpromptError
 from vlprompt.methods import Batch, Method
+from vlprompt.training.bank import bank_views
 from vlprompt.training.config import DataConfig, OptimConfig, TrainConfig
 from vlprompt.training.distributed import Processes
 from vlprompt.training.schedule import build_optimizer, learning_rate
@@ -31,7 +33,7 @@ class EpochLog:
     losses: dict[str, float]
 
 
-def random_views(
+def training_views(
     method: Method,
     images: Sequence[ImageSource],
     labels: Sequence[int],
@@ -39,8 +41,11 @@ def random_views(
     seed: int,
     reader: ImageReader,
     teacher: Teacher | None = None,
-) -> TrainingViews:
-    """The views that a method, and its teacher if it has one, are trained on where there is no region bank."""
+    bank: Bank | None = None,
+) -> TrainingViews | BankViews:
+    """The views that a method, and its teacher if it has one, are trained on: a region bank's, or else random ones."""
+    if bank:
+        return bank_views(bank, method, images, labels, data, seed, reader)
     return TrainingViews(
         images,
         labels,
@@ -117,9 +122,9 @@ class Training:
         self.method.train()
         shard = self.processes.rank, self.processes.size
         while self.epoch < self.config.epochs:
-            for tensors in self.views.epoch(self.epoch, self.step, shard):
+            for views in self.views.epoch(self.epoch, self.step, shard):
                 self._set_rate()
-                stopping = self._step(tensors, asked_to_stop)
+                stopping = self._step(views, asked_to_stop)
                 self.step += 1
                 after_step()
                 if stopping:
@@ -137,7 +142,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["share"]
 
-    def _step(self, tensors: tuple[Tensor | None, ...], asked_to_stop: Callable[[], bool]) -> bool:
+    def _step(self, views: Views, asked_to_stop: Callable[[], bool]) -> bool:
         """One optimiser step on this process's share of a batch; whether any process was asked to stop."""
         method, parts = self.method, self.config.accumulate
         device = method.backbone.device
@@ -145,9 +150,9 @@ class Training:
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
         terms: dict[str, Tensor] = {}
         gradients: dict[str, list[Tensor]] = {}
-        split = [repeat(None, parts) if tensor is None else tensor.tensor_split(parts) for tensor in tensors]
+        split = [repeat(None, parts) if tensor is None else tensor.tensor_split(parts) for tensor in views]
         for part in zip(*split, strict=True):
-            batch = self._batch(*(None if tensor is None else tensor.to(device) for tensor in part))
+            batch = self._batch(Views._make(None if tensor is None else tensor.to(device) for tensor in part))
             weight = len(batch.labels) / self.views.images_per_batch
             losses = {term: weight * value for term, value in method.losses(batch).items()}
             for term, value in losses.items():
@@ -165,25 +170,17 @@ class Training:
         self._apply(gradients)
         return bool(stopping)
 
-    def _batch(
-        self,
-        images: Tensor | None,
-        labels: Tensor | None,
-        teacher_images: Tensor | None = None,
-        frozen: Tensor | None = None,
-        taught: Tensor | None = None,
-        second_view: Tensor | None = None,
-    ) -> Batch:
+    def _batch(self, views: Views) -> Batch:
         """What the method needs about a batch's views: what did not come with them is computed."""
-        needs, backbone = self.method.needs, self.method.backbone
-        assert labels is not None
+        needs, backbone, images = self.method.needs, self.method.backbone, views.images
+        frozen, taught = views.frozen_image_features, views.teacher_probabilities
         if frozen is not None:
             frozen = frozen.to(torch.promote_types(backbone.dtype, frozen.dtype))
         elif "frozen_image_features" in needs and images is not None:
             frozen = backbone.encode_images(images)
         if "teacher_probabilities" in needs and self.teacher and images is not None:
-            taught = self.teacher.probabilities(images if teacher_images is None else teacher_images)
-        return Batch(images, labels, frozen, taught, second_view)
+            taught = self.teacher.probabilities(images if views.teacher_images is None else views.teacher_images)
+        return Batch(images, views.labels, frozen, taught, views.second_view)
 
     def _log(self, losses: dict[str, float]) -> None:
         for term, value in losses.items():

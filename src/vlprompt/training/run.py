@@ -28,7 +28,7 @@ from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError
 from vlprompt.files import cannot_write, write_atomically
 from vlprompt.methods import Method, find_method
 from vlprompt.training.artefact import save_artefact
-from vlprompt.training.bank import find_bank, read_by
+from vlprompt.training.bank import find_bank, read_by, regions_used, takes_no_bank
 from vlprompt.training.card import public_name
 from vlprompt.training.checkpoints import History, checkpoint_file, remove_unfinished
 from vlprompt.training.config import RunConfig, build_config, read_config
@@ -97,7 +97,7 @@ def train(
             else None
         )
         if bank and not session:
-            raise ConfigError(f"method '{config.method}' takes no training steps: it reads no region bank (--bank)")
+            raise takes_no_bank(method)
         if resume:
             _check_images(out, split)
         processes.wait()  # all have seen that the folder can be used
@@ -163,7 +163,8 @@ def _opening(
         lines.insert(1, f"taught by {teacher.backbone.name}: {len(teacher.class_names)} classes, '{teacher.template}'")
     if bank:
         labels, features = read_by(method, bank)
-        what = [f"{bank.settings.regions} regions of each image"]
+        used, there = regions_used(config.data, bank), bank.settings.regions
+        what = [f"{f'{used} of ' if used < there else ''}{there} regions of each image"]
         what += [f"labelled by {bank.settings.teacher.name}"] if labels and bank.settings.teacher else []
         what += ["with frozen features"] if features else []
         lines.insert(1, f"{', '.join(what)}, from {bank.folder}")
@@ -238,6 +239,7 @@ def environment(backbone: Backbone, teacher: Teacher | None = None, bank: Bank |
 
 def about(config: RunConfig, dataset: LoadedDataset, result: Result, history: History) -> dict[str, Any]:
     """The rows of the model card."""
+    regions = "fixed regions" + (f", {config.data.views} of each image" if config.data.views else "")
     val = "no val split" if result.val_accuracy is None else f"{result.val_accuracy:.1f} %"
     return {
         "data set": f"{dataset.name} ({config.data.classes} classes)",
@@ -250,7 +252,7 @@ def about(config: RunConfig, dataset: LoadedDataset, result: Result, history: Hi
         if result.epochs
         else "no gradient steps",
         **({"teacher": f"`{public_name(result.teacher)}` in place of labels"} if result.teacher else {}),
-        **({"views": f"fixed regions, of region bank `{Path(config.data.bank).name}`"} if config.data.bank else {}),
+        **({"views": f"{regions}, of region bank `{Path(config.data.bank).name}`"} if config.data.bank else {}),
         "learned parameters": f"{result.trainable_parameters:,}",
         "accuracy on the training images": f"{result.train_accuracy:.1f} %",
         "accuracy on the val images": val,

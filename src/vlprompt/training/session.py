@@ -15,13 +15,12 @@ from vlprompt.data.splits import Split
 from vlprompt.errors import ConfigError
 from vlprompt.files import write_atomically
 from vlprompt.methods import Method
-from vlprompt.training.bank import bank_views
 from vlprompt.training.checkpoints import History, load_checkpoint, save_checkpoint
 from vlprompt.training.config import RunConfig
 from vlprompt.training.distributed import Processes
 from vlprompt.training.evaluate import EvaluationImages, evaluate
 from vlprompt.training.interrupt import deferred_interrupt
-from vlprompt.training.loop import EpochLog, Training, random_views
+from vlprompt.training.loop import EpochLog, Training, training_views
 from vlprompt.training.report import NoReport, Report, find_report
 from vlprompt.training.teacher import Teacher
 
@@ -75,11 +74,7 @@ class Session:
         self.config, self.run, self.method, self.split = config, run, method, split
         self.writes, self.progress = processes.first, progress
         paths, labels = split.paths("train"), split.labels("train")
-        views = (
-            bank_views(bank, config, method, split, reader)
-            if bank
-            else random_views(method, paths, labels, config.data, config.seed, reader, teacher)
-        )
+        views = training_views(method, paths, labels, config.data, config.seed, reader, teacher, bank)
         self.training = Training(method, views, config.optim, config.train, processes, teacher)
         self.val = EvaluationImages(split.paths("val"), [item.label for item in split.val], reader=reader)
         self.open_report = find_report(config.train.report_to if self.writes else None)
