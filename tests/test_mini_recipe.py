@@ -360,14 +360,33 @@ def test_the_exported_backbone_is_what_was_trained(trained, pretraining, setting
     )
 
 
-def test_positions_are_interpolated_to_a_larger_image(pretraining, settings, trained, tmp_path):
+def test_a_larger_image_tower_points_where_the_text_tower_does(pretraining, settings, trained, tmp_path):
+    image, text, steps = of("image"), of("text"), of("steps")
     larger = yaml.safe_load(settings.read_text())
     larger["image"]["image_size"] = 48
     larger["stages"] = [{"steps": 2, "layers": 4, "keep": 20}]
     file = tmp_path / "larger.yaml"
     file.write_text(yaml.safe_dump(larger))
-    run(of("image"), file, "--data", pretraining, "--out", tmp_path, "--start", trained / "image.safetensors")
-    assert load_file(tmp_path / "image.safetensors")["tower.positions"].shape == (37, 32)
+    given = ("--start", trained / "image.safetensors", "--names", trained / "names.safetensors")
+    run(image, file, "--data", pretraining, "--out", tmp_path, *given)
+    before, after = (load_file(folder / "image.safetensors") for folder in (trained, tmp_path))
+    assert after["tower.positions"].shape == (37, 32)  # interpolated
+    assert not torch.equal(after["tower.blocks.0.fc_1.weight"], before["tower.blocks.0.fc_1.weight"])
+    for name in ("map.weight", "shift"):
+        assert torch.equal(after[f"rest.{name}"], before[f"rest.{name}"]), "directions are the text tower's"
+
+    tokenizer = text.Tokenizer.from_file(str(trained / "tokenizer.json"))
+    config = TextConfig(tokenizer.get_vocab_size(), embed_dim=16, **larger["text"])
+    words = text.TextTower(config)
+    words.load_state_dict(steps.part(load_file(trained / "text.safetensors"), "tower"))
+    said = []
+    for template in text.SAID:
+        packed = pack([tokenizer.encode(template.format("cat")).ids], causal=True)
+        said.append(normalize(words(packed)[0], dim=-1))
+    expected = normalize(torch.stack(said).sum(0), dim=-1)[0]
+    directions = load_file(trained / "names.safetensors")
+    torch.testing.assert_close(directions["captions"][0], expected, rtol=1e-4, atol=1e-4)
+    assert set(directions) == {"captions", "groups", "classes", "tags"}
 
 
 def test_figures_go_into_the_card(tmp_path):

@@ -79,6 +79,7 @@ class Names(nn.Module):
         for i, caption in enumerate(captions):
             for tag in caption["tags"]:
                 has_tag[i, tag_index[tag]] = 1 / len(caption["tags"])
+        self.fixed: dict[str, Tensor] | None = None
         self.has_tag: Tensor
         self.group: Tensor
         self.class_: Tensor
@@ -88,11 +89,19 @@ class Names(nn.Module):
 
     def forward(self) -> dict[str, Tensor]:
         """Unit directions of each part, [texts, D]."""
+        if self.fixed is not None:
+            return self.fixed
         mapped = (
             F.linear(self.embeddings.to(torch.bfloat16), self.map.weight.to(torch.bfloat16)).float() + self.map.bias
         )
         directions = F.normalize(mapped + self.shift, dim=-1)
         return dict(zip(self.parts, directions.split([len(part) for part in self.parts.values()]), strict=True))
+
+    def fix(self, directions: dict[str, Tensor]) -> None:
+        """Take these directions, and learn none."""
+        self.fixed = {kind: F.normalize(directions[kind], dim=-1) for kind in self.parts}
+        self.map.requires_grad_(False)
+        self.shift.requires_grad_(False)
 
     def loss(self, features: Tensor, captions: Tensor) -> Tensor:
         """Cross entropy over captions, sub-groups, classes and tags of unit features [B, D]."""
@@ -257,6 +266,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that data.py and embed.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of the state")
     parser.add_argument("--start", type=Path, help="image.safetensors to begin with, of any image size")
+    parser.add_argument("--names", type=Path, help="names.safetensors of a text tower: point where it does")
     parser.add_argument("--save-every", type=int, default=250, help="steps")
     options = parser.parse_args()
     settings = yaml.safe_load(options.settings.read_text(encoding="utf-8"))
@@ -269,7 +279,8 @@ def main() -> None:
         start = load_file(options.start)
         tower.load_state_dict(with_positions(part(start, "tower"), config))
         names.load_state_dict(part(start, "rest"))
-        names.requires_grad_(not settings.get("fixed_names", False))
+    if options.names:
+        names.fix({kind: directions.to(device) for kind, directions in load_file(options.names).items()})
     stages = Stages(settings["stages"], config.layers)
     training = Training(tower, names, settings, stages.total, decayed="shift")
     if (options.out / STATE).exists():

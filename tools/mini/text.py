@@ -5,6 +5,7 @@
 Texts that pictures show go to their own directions (``Names`` in ``image.py``); every other word and combination of
 words goes where the same map sends its sentence embedding. Half of the texts stand in a template, which must not move
 them. Reads ``OUT/image.safetensors`` and ``OUT/tokenizer.json``; writes ``OUT/text.safetensors``, and goes on from it.
+At the end ``OUT/names.safetensors`` says where the text tower points for every text that pictures show.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from data import PACKAGES, package_folder
 from embed import embed
 from image import STATE as IMAGE_STATE
 from image import Names, attention_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from steps import Training, part, processes
 from tokenizer import TEMPLATES, counts
 from tokenizers import Tokenizer
@@ -32,10 +33,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlprompt.backbones.towers import Block, TextConfig, TextTower
+from vlprompt.files import write_atomically
 
-STATE = "text.safetensors"
+STATE, NAMES = "text.safetensors", "names.safetensors"
 VALIDATION = 2_000
 """Words that are not trained on, the cosine of which with their directions is printed."""
+SAID = ("{}", "a photo of a {}.", "a picture of a {}.")
+"""How texts stand when the image tower is turned to where the text tower points."""
 CHUNKS = 8
 """Batches drawn at once and sorted by length, so that one batch has texts of nearly one length."""
 
@@ -125,7 +129,7 @@ class Texts:
         return torch.searchsorted(self.ends, at, right=True).clamp(max=len(self.texts) - 1)
 
 
-def tokenized(tokenizer: Tokenizer, texts: list[str], context: int) -> list[tuple[Tensor, Tensor]]:
+def tokenized(tokenizer: Tokenizer, texts: list[str], context: int) -> list[list[int]]:
     """Each text's tokens, cut to the context with the end kept."""
     out = []
     for encoding in tokenizer.encode_batch(texts):
@@ -210,6 +214,28 @@ def main() -> None:
         if rank == 0 and (training.step % options.save_every == 0 or done):
             training.save(options.out / STATE)
             print(f"step {training.step} {validate(training.tower, tokenizer, texts, names)}", flush=True)
+    if rank == 0:
+        said = directions_of(training.tower, tokenizer, texts, names)
+        write_atomically(options.out / NAMES, save(said))
+
+
+@torch.no_grad()
+def directions_of(tower: nn.Module, tokenizer: Tokenizer, texts: Texts, names: Names) -> dict[str, Tensor]:
+    """Where the text tower points for the texts of each part: [texts, E], the mean over plain text and templates."""
+    assert isinstance(tower, TextTower)
+    device = tower.positions.device
+    out = {}
+    for kind, rows in names.parts.items():
+        total = torch.zeros(len(rows), tower.config.embed_dim)
+        for template in SAID:
+            written = [template.format(texts.texts[i]) for i in rows]
+            tokens = tokenized(tokenizer, written, tower.config.context_length)
+            for start in range(0, len(tokens), 256):
+                ids, ends = padded(tokens[start : start + 256])
+                features = encode(tower, ids.to(device), ends.to(device))
+                total[start : start + 256] += F.normalize(features, dim=-1).cpu()
+        out[kind] = F.normalize(total, dim=-1)
+    return out
 
 
 @torch.no_grad()
