@@ -367,7 +367,7 @@ def test_a_larger_image_tower_points_where_the_text_tower_does(pretraining, sett
     larger["stages"] = [{"steps": 2, "layers": 4, "keep": 20}]
     file = tmp_path / "larger.yaml"
     file.write_text(yaml.safe_dump(larger))
-    given = ("--start", trained / "image.safetensors", "--names", trained / "names.safetensors")
+    given = ("--weights", trained / "image.safetensors", "--names", trained / "names.safetensors")
     run(image, file, "--data", pretraining, "--out", tmp_path, *given)
     before, after = (load_file(folder / "image.safetensors") for folder in (trained, tmp_path))
     assert after["tower.positions"].shape == (37, 32)  # interpolated

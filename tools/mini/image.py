@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("settings", type=Path, help="a file such as tools/mini/mini.yaml")
     parser.add_argument("--data", type=Path, required=True, help="folder that data.py and embed.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of the state")
-    parser.add_argument("--start", type=Path, help="image.safetensors to begin with, of any image size")
+    parser.add_argument("--weights", type=Path, help="image.safetensors to begin with, of any image size")
     parser.add_argument("--names", type=Path, help="names.safetensors of a text tower: point where it does")
     parser.add_argument("--save-every", type=int, default=250, help="steps")
     options = parser.parse_args()
@@ -275,8 +275,8 @@ def main() -> None:
     config = ImageConfig(**settings["image"])
     tower = new_tower(config, settings["seed"]).to(device)
     names = Names(options.data, config.embed_dim).to(device)
-    if options.start:
-        start = load_file(options.start)
+    if options.weights:
+        start = load_file(options.weights)
         tower.load_state_dict(with_positions(part(start, "tower"), config))
         names.load_state_dict(part(start, "rest"))
     if options.names:
