@@ -349,6 +349,13 @@ def test_the_exported_backbone_is_what_was_trained(trained, pretraining, setting
     torch.testing.assert_close(backbone.image_tower(pictures), tower(pictures), rtol=2e-2, atol=2e-2)  # fp16
     assert backbone.logit_scale == pytest.approx(steps.part(state, "rest")["log_scale"].exp().item(), rel=1e-2)
 
+    words = text.TextTower(TextConfig(560, embed_dim=16, **yaml.safe_load(settings.read_text())["text"]))
+    words.load_state_dict(steps.part(load_file(trained / "text.safetensors"), "tower"))
+    tokens = backbone.tokenize(["a photo of a cat.", "anchor"])
+    said = words(pack(tokens, causal=True))[0]
+    torch.testing.assert_close(backbone.text_tower(pack(tokens, causal=True))[0], said, rtol=2e-2, atol=2e-2)
+    assert backbone.text_tower.token_embedding.weight.std() == pytest.approx(0.02, rel=1e-2)  # as in CLIP
+
     theirs = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         features = theirs.get_image_features(pixel_values=pictures).pooler_output

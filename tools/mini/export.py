@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,21 @@ TOWER = {
 }
 
 
+SPREAD = 0.02
+"""Of token embeddings in CLIP, and of the noise that learned tokens start from in every official code."""
+
+
+def rescaled(state: dict[str, Tensor], spread: float = SPREAD) -> tuple[dict[str, Tensor], float]:
+    """The text tower with token embeddings of another spread, and the factor; it says the same about every text.
+
+    Everything that is added to the residual stream is scaled; layer norms divide it out again if their epsilon goes
+    with the factor's square. Without this, official learning rates would hardly move a learned token of ``mini``.
+    """
+    factor = spread / state["token_embedding.weight"].std().item()
+    added = re.compile(r"token_embedding\.weight|positions|blocks\.\d+\.(out|fc_2)\.(weight|bias)")
+    return {name: factor * v if added.fullmatch(name) else v for name, v in state.items()}, factor
+
+
 def hugging_face(state: dict[str, Tensor], tower: str) -> dict[str, Tensor]:
     """A tower's weights under the names of ``CLIPModel``."""
     names = TOWER[tower]
@@ -74,18 +90,18 @@ def hugging_face(state: dict[str, Tensor], tower: str) -> dict[str, Tensor]:
     return out
 
 
-def config_of(settings: dict[str, Any], vocabulary: dict[str, int]) -> dict[str, Any]:
-    """``config.json`` of a ``CLIPModel``."""
+def config_of(settings: dict[str, Any], vocabulary: dict[str, int], factor: float) -> dict[str, Any]:
+    """``config.json`` of a ``CLIPModel`` whose text tower was rescaled by ``factor``."""
     image, text = settings["image"], settings["text"]
 
-    def sizes(tower: dict[str, Any]) -> dict[str, Any]:
+    def sizes(tower: dict[str, Any], factor: float = 1.0) -> dict[str, Any]:
         return {
             "hidden_size": tower["width"],
             "num_hidden_layers": tower["layers"],
             "num_attention_heads": tower["heads"],
             "intermediate_size": tower["mlp_width"],
             "hidden_act": tower["activation"],
-            "layer_norm_eps": 1e-5,
+            "layer_norm_eps": 1e-5 * factor**2,
             "projection_dim": image["embed_dim"],
         }
 
@@ -108,7 +124,7 @@ def config_of(settings: dict[str, Any], vocabulary: dict[str, int]) -> dict[str,
             "bos_token_id": vocabulary[SOS],
             "eos_token_id": vocabulary[EOS],
             "pad_token_id": vocabulary[EOS],
-            **sizes(text),
+            **sizes(text, factor),
         },
     }
 
@@ -135,11 +151,12 @@ def export(settings: dict[str, Any], out: Path, to: Path) -> int:
     """Write the backbone; returns the bytes of its weights."""
     image, text = load_file(out / IMAGE_STATE), load_file(out / TEXT_STATE)
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
-    weights = hugging_face(part(image, "tower"), "image") | hugging_face(part(text, "tower"), "text")
+    words, factor = rescaled(part(text, "tower"))
+    weights = hugging_face(part(image, "tower"), "image") | hugging_face(words, "text")
     weights["logit_scale"] = part(image, "rest")["log_scale"]
     content = save({name: value.to(torch.float16).contiguous() for name, value in weights.items()}, {"format": "pt"})
     for name, values in (
-        ("config.json", config_of(settings, tokenizer.get_vocab())),
+        ("config.json", config_of(settings, tokenizer.get_vocab(), factor)),
         ("preprocessor_config.json", preprocessing_of(settings["image"]["image_size"])),
     ):
         write_atomically(to / name, json.dumps(values, indent=1) + "\n")
