@@ -41,8 +41,8 @@ def load_backbone(
 ) -> Backbone:
     """Load a frozen vision-language model.
 
-    ``name`` is ``mini`` (embedded), ``mini-teacher`` (in the repository), a folder or a ``.safetensors`` file, a hub id such as
-    ``openai/clip-vit-base-patch16``, or ``open_clip:MODEL/TAG``. Folders are Hugging Face CLIP or SigLIP, or
+    ``name`` is ``mini`` (embedded), ``mini-teacher`` (in the repository), a folder or a ``.safetensors`` file, a hub
+    id such as ``openai/clip-vit-base-patch16``, or ``open_clip:MODEL/TAG``. Folders are Hugging Face CLIP or SigLIP, or
     open_clip's (``open_clip_config.json``); a file is an OpenAI state dict.
 
     Raises BackboneError if nothing is found there, if the architecture is not supported, or if tensors are

@@ -112,7 +112,7 @@ def _read_tokenizer_json(file: Path) -> Tokenizer:
 
 
 def bpe_from_merges(merges: list[str]) -> Tokenizer:
-    """CLIP's tokenizer, given by its merges: ids are 256 bytes, the same at a word's end, merges, two special tokens."""
+    """CLIP's tokenizer by its merges: ids are 256 bytes, the same at a word's end, merges, two special tokens."""
     # pre_tokenizers.ByteLevel.alphabet() has no order; OpenAI's is printable bytes first, then the others from U+0100.
     printable = [
         *range(ord("!"), ord("~") + 1),
