@@ -143,3 +143,26 @@ def _numbers(option: str, given: list[str]) -> list[int]:
     if strange := [value for value in values if not value.isdecimal()]:
         raise ConfigError(f"{option} {strange[0]} (allowed: whole numbers with commas between)")
     return [int(value) for value in values]
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="A benchmark's folder: the --out of `vlprompt bench`.")],
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Row that the others are compared with; default: zero_shot.", rich_help_panel=OUTPUT),
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Print the tables of a benchmark, and write report.md, report.tex and report.html into its folder.
+
+    Means and standard deviations over seeds, averages over data sets, paired differences to a reference; runs that are
+    missing are shown as missing. The page also has plots, and needs no other file.
+    """
+    from vlprompt.experiments.report import read_sections, to_dict, write_report
+
+    text = write_report(folder, reference)
+    print(
+        json.dumps({"tables": to_dict(read_sections(folder, reference))}) if json_output else text,
+        end="\n" * json_output,
+    )
+    say(f"written: {', '.join(str(folder / f'report.{kind}') for kind in ('md', 'tex', 'html'))}")
