@@ -95,9 +95,11 @@ def bench(
         raise ConfigError("give either --methods or --rows")
     chosen = read_rows(rows) if rows else {name: (name, {}) for name in _split("--methods", methods)}
     if only is not None:
-        if missing := [name for name in _split("--only", only) if name not in chosen]:
+        kept = [text for text in only if text in chosen]  # a name may have commas in it
+        kept += _split("--only", [text for text in only if text not in chosen]) if len(kept) < len(only) else []
+        if missing := [name for name in kept if name not in chosen]:
             raise ConfigError(f"--only: no row '{missing[0]}' (allowed: {', '.join(chosen)})")
-        chosen = {name: row for name, row in chosen.items() if name in _split("--only", only)}
+        chosen = {name: row for name, row in chosen.items() if name in kept}
     given = {
         "backbone": backbone,
         "data.root": root and str(root.expanduser()),

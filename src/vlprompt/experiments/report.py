@@ -15,14 +15,24 @@ from vlprompt.experiments.bench import PLANNED, read_planned
 from vlprompt.experiments.protocols import PROTOCOLS
 from vlprompt.experiments.results import RESULTS, read_results
 from vlprompt.experiments.runs import FIGURES, read_figures
-from vlprompt.experiments.tables import Cell, Difference, Study, Table, find_reference, studies, tables
+from vlprompt.experiments.tables import (
+    AnyCell,
+    Cell,
+    Difference,
+    Seconds,
+    Study,
+    Table,
+    find_reference,
+    studies,
+    tables,
+)
 from vlprompt.files import write_atomically
 
 CONVENTIONS = (
     "Accuracy in percent: the mean over seeds ± its sample standard deviation, of the last epoch. An average over data "
     "sets counts the seeds that all of them have. HM is the harmonic mean of the mean base and the mean novel "
     "accuracy. Differences are paired by seed (of HM: of each seed's HM); p is two-sided, of a t-test over seeds. "
-    "“–”: the method cannot be asked."
+    "“–”: the method cannot be asked. train, s: seconds that a run trained."
 )
 GROUP_NOTE = "many, medium and few are the thirds of the classes by number of training images."
 
@@ -147,7 +157,7 @@ def markdown(sections: Sequence[Section]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _is_best(cell: Cell | Difference, best: float | None) -> bool:
+def _is_best(cell: AnyCell, best: float | None) -> bool:
     """Whether it is bold: the highest as it is printed, so that ties are all bold."""
     return isinstance(cell, Cell) and None not in (best, cell.mean) and f"{cell.mean:.2f}" == f"{best:.2f}"
 
@@ -241,9 +251,11 @@ def _html_table(table: Table) -> str:
 def to_dict(sections: Sequence[Section]) -> list[dict[str, Any]]:
     """The tables as JSON values."""
 
-    def cell(value: Cell | Difference) -> dict[str, Any]:
+    def cell(value: AnyCell) -> dict[str, Any]:
         if isinstance(value, Difference):
             return {"differences": list(value.values), "p": value.p}
+        if isinstance(value, Seconds):
+            return {"mean": value.mean}
         return {"mean": value.mean, "std": value.std, "by_seed": value.values}
 
     return [

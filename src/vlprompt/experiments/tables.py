@@ -75,12 +75,30 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Seconds:
+    """How long training took, run by run."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float | None:
+        """Over runs; None if there are none."""
+        return statistics.mean(self.values) if self.values else None
+
+    def __str__(self) -> str:
+        return MISSING if self.mean is None else f"{self.mean:.0f}"
+
+
+AnyCell = Cell | Difference | Seconds
+
+
+@dataclass(frozen=True)
 class Table:
     """Methods as rows."""
 
     title: str
     head: tuple[str, ...]
-    lines: tuple[tuple[str, tuple[Cell | Difference, ...]], ...]
+    lines: tuple[tuple[str, tuple[AnyCell, ...]], ...]
     best: tuple[float | None, ...]
     """The highest mean of each column; None where there is nothing to compare."""
     note: str = ""
@@ -174,8 +192,8 @@ def _check_settings(rows: Iterable[Row]) -> None:
 def tables(study: Study, reference: str | None = None) -> list[Table]:
     """A study's tables: the average over data sets first, if there are several, then each data set.
 
-    The last column is the difference to ``reference`` (zero_shot if it is there, or the first), paired by seed. Raises
-    ConfigError if there is no such row.
+    Behind the accuracies stand the difference to ``reference`` (zero_shot if it is there, or the first), paired by
+    seed, and the seconds that a run trained (of the most shots). Raises ConfigError if there is no such row.
     """
     reference = find_reference(study, reference)
     build = {
@@ -189,9 +207,8 @@ def tables(study: Study, reference: str | None = None) -> list[Table]:
         raise DataError(unknown("protocol", study.protocol, PROTOCOLS))
     n = len(study.data)
     several = [(f"Average over {n} data sets", study.data)] if n > 1 and build is not _transfer else []
-    return [
-        _table(study, title, build(study, data), reference) for title, data in several + [(d, (d,)) for d in study.data]
-    ]
+    parts = several + [(d, (d,)) for d in study.data]
+    return [_table(study, title, data, build(study, data), reference) for title, data in parts]
 
 
 def find_reference(study: Study, reference: str | None) -> str:
@@ -251,19 +268,23 @@ def _long_tail(study: Study, data: Sequence[str]) -> Columns:
     return {classes: of(classes) for classes in (*GROUPS, "all")}
 
 
-def _table(study: Study, title: str, columns: Columns, reference: str) -> Table:
+def _table(study: Study, title: str, data: Sequence[str], columns: Columns, reference: str) -> Table:
     cells = {name: [column(name) for column in columns.values()] for name in study.names}
-    lines: list[tuple[str, tuple[Cell | Difference, ...]]] = []
+    compared = len(cells) > 1
+    lines: list[tuple[str, tuple[AnyCell, ...]]] = []
     for name, row in cells.items():
         own, other = row[-1].values, cells[reference][-1].values
         shared = () if name == reference else tuple(own[seed] - other[seed] for seed in own if seed in other)
-        lines.append((name, (*row, Difference(shared)) if len(cells) > 1 else tuple(row)))
-    best = [
-        max((c.mean for c in column if c.mean is not None), default=None)
-        for column in zip(*cells.values(), strict=True)
-    ]
-    compared = len(cells) > 1
-    head = (*columns, f"{list(columns)[-1]} − {reference}") if compared else tuple(columns)
+        most = [r for r in study.rows if r.name == name and r.data in data and r.shots == study.shots[-1]]
+        seconds = Seconds(tuple({(r.data, r.seed): r.train_seconds for r in most}.values()))
+        lines.append((name, (*row, *([Difference(shared)] if compared else []), seconds)))
+    head, best = list(columns), [_highest(column) if compared else None for column in zip(*cells.values(), strict=True)]
+    head += [f"{head[-1]} − {reference}"] if compared else []
+    best += [None] * (len(head) + 1 - len(best))
     gone = [name for name, row in cells.items() if any(str(cell) == MISSING for cell in row)]
     note = f"Missing runs: {first_few(gone)}." if gone else ""
-    return Table(title, head, tuple(lines), (*best, None) if compared else (None,) * len(best), note)
+    return Table(title, (*head, "train, s"), tuple(lines), tuple(best), note)
+
+
+def _highest(cells: Iterable[Cell]) -> float | None:
+    return max((cell.mean for cell in cells if cell.mean is not None), default=None)
