@@ -80,6 +80,7 @@ def test_few_shot_has_five_numbers_of_shots_and_its_preset() -> None:
     runs = plan(asked("few-shot", "promptsrc,kgcoop"))
     assert [r.config.data.shots for r in runs] == [1, 2, 4, 8, 16] * 2
     assert {r.config.train.epochs for r in runs if r.name == "promptsrc"} == {50}
+    assert [r.config.train.epochs for r in plan(asked("few-shot", "coop"))] == [50, 100, 100, 200, 200]
     assert {r.config.train.epochs for r in runs if r.name == "kgcoop"} == {100}  # it has no preset
     assert [r.config.data.shots for r in plan(asked("few-shot", shots=[3]))] == [3]
 
@@ -540,6 +541,8 @@ def test_only_some_rows_and_a_dry_run(vlprompt, tmp_path: Path) -> None:
     given = ["bench", "base-to-novel", "--rows", tmp_path / "rows.yaml", "--data", "x", "--out", tmp_path / "out"]
     code, out, _ = vlprompt(*given, "--only", "frozen", "--seeds", "7", "--dry-run")
     assert (code, out) == (0, "base-to-novel/x/frozen/mini/shots_16/seed_7\n")
+    code, out, _ = vlprompt(*given, "--only", "of its own", "--only", "frozen,exact", "--dry-run", "--json")
+    assert [run.split("/")[2] for run in json.loads(out)["runs"][::3]] == ["exact", "of its own", "frozen"]
     code, _, err = vlprompt(*given, "--only", "frosen")
     assert code == 2
     assert "--only: no row 'frosen' (allowed: exact, of its own, frozen)" in err

@@ -16,6 +16,7 @@ from vlprompt.errors import ConfigError, DataError
 from vlprompt.experiments import plots
 from vlprompt.experiments.bench import note_planned
 from vlprompt.experiments.protocols import Asked, plan
+from vlprompt.experiments.published import ELEVEN
 from vlprompt.experiments.report import latex, markdown, read_sections
 from vlprompt.experiments.results import Row, to_csv
 from vlprompt.experiments.tables import Cell, Difference, studies, tables
@@ -179,6 +180,25 @@ def test_runs_of_other_settings_are_not_averaged() -> None:
 def test_a_reference_that_is_no_row(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown reference 'cop': did you mean 'coop'"):
         read_sections(folder(tmp_path, base_to_novel()), "cop")
+
+
+def test_published_figures_stand_beside_ours_in_the_same_setting_only(tmp_path: Path) -> None:
+    rows = [
+        replace(r, data=data, measured_on=data, name=name, backbone="openai-clip-vit-base-patch16")
+        for r in base_to_novel()
+        if (r.name, r.data) == ("coop", "dtd")
+        for data in ELEVEN
+        for name in ("coop", "fdbpl_coop")
+    ]
+    text = markdown(read_sections(folder(tmp_path, rows)))
+    assert "| coop | **72.00 ± 2.00** | **42.00 ± 2.65** | **53.05** | – | 2 | 71.66 |" in text
+    assert "| fdbpl_coop | **72.00 ± 2.00** | **42.00 ± 2.65** | **53.05** | +0.00 ± 0.00 | 2 | – |" in text
+    assert "Published figures: coop: Zhou et al., CVPR 2022." in text
+    assert text.count("published HM") == 1
+    other = {"backbone": ("mini", rows), "shots": (4, rows), "data": (None, [r for r in rows if r.data != "dtd"])}
+    for key, (value, some) in other.items():
+        changed = some if value is None else [replace(r, **{key: value}) for r in some]
+        assert "published" not in markdown(read_sections(folder(tmp_path, changed)))
 
 
 # --- the three forms ------------------------------------------------------------------------------

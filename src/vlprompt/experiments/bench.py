@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -141,8 +141,13 @@ def check_data(runs: Sequence[Run]) -> None:
             loaded[key] = load_dataset(*key)
         return loaded[key]
 
+    drawn = set()
     for run in runs:
         data = run.config.data
+        images = replace(data, batch_size=1)  # whatever decides which images there are
+        if images in drawn:
+            continue
+        drawn.add(images)
         run_split(run.config, load(data.name, data.root, data.split_file))
         for m in run.measurements:
             dataset = load(m.data, data.root, data.split_file if m.data == data.name else None)

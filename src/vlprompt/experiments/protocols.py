@@ -35,7 +35,7 @@ class Protocol:
     shots: tuple[int, ...] = (16,)
     """Training images a class: a run each."""
     preset: str | None = None
-    """The preset of a method's official settings for it, if the method has one."""
+    """The preset of a method's official settings for it, if it has one; for N shots, ``PRESET-N`` comes first."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of all its runs."""
     groups: bool = False
@@ -168,7 +168,7 @@ def _configure(
     asked: Asked, protocol: Protocol, method: str, own: Mapping[str, Any], data: str, shots: int, seed: int
 ) -> RunConfig:
     cls = find_method(method)
-    preset = protocol.preset if protocol.preset in cls.presets else None
+    preset = next((p for p in (f"{protocol.preset}-{shots}", protocol.preset) if p in cls.presets), None)
     decided = {"data.name": data, "data.classes": protocol.train, "data.shots": shots, "seed": seed}
     taught = {"teacher.backbone": asked.teacher} if asked.teacher and "teacher_probabilities" in cls.needs else {}
     config = build_config(method, preset, overrides={**protocol.settings, **decided, **taught, **asked.settings, **own})

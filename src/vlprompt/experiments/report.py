@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from vlprompt.errors import DataError
 from vlprompt.experiments import plots
 from vlprompt.experiments.bench import PLANNED, read_planned
 from vlprompt.experiments.protocols import PROTOCOLS
+from vlprompt.experiments.published import Published, published
 from vlprompt.experiments.results import RESULTS, read_results
 from vlprompt.experiments.runs import FIGURES, read_figures
 from vlprompt.experiments.tables import (
@@ -65,12 +66,14 @@ def read_sections(folder: Path, reference: str | None = None) -> list[Section]:
     sections = []
     for study in studies(rows, planned):
         compared = find_reference(study, reference)
-        drawn = _plots(study, tables(study, compared), compared, per_class(folder, study))
+        first, *others = tables(study, compared)
+        made = [_beside_published(study, first), *others]
+        drawn = _plots(study, made, compared, per_class(folder, study))
         codes = sorted({row.code for row in study.rows})
         notes = [PROTOCOLS[study.protocol].about] if study.protocol in PROTOCOLS else []
         notes += [GROUP_NOTE] if study.protocol == "long-tail" else []
         notes += [f"Code version {', '.join(codes)}." + (" Versions differ between runs." if len(codes) > 1 else "")]
-        sections.append(Section(study, compared, tables(study, compared), drawn, tuple(notes)))
+        sections.append(Section(study, compared, made, drawn, tuple(notes)))
     return sections
 
 
@@ -82,6 +85,17 @@ def write_report(folder: Path, reference: str | None = None) -> str:
     write_atomically(folder / "report.tex", latex(sections))
     write_atomically(folder / "report.html", html(sections))
     return text
+
+
+def _beside_published(study: Study, average: Table) -> Table:
+    """The table with what papers report in the same setting, where they do."""
+    known = published(study.protocol, study.backbone, study.shots[0], study.data)
+    if not known.keys() & set(study.names):
+        return average
+    lines = tuple((name, (*cells, known.get(name, Published()))) for name, cells in average.lines)
+    sources = "; ".join(f"{name}: {known[name].source}" for name in study.names if name in known)
+    note = f"{average.note} Published figures: {sources}.".strip()
+    return replace(average, head=(*average.head, "published HM"), lines=lines, best=(*average.best, None), note=note)
 
 
 def per_class(folder: Path, study: Study) -> dict[str, dict[str, dict[str, float]]]:
@@ -254,7 +268,7 @@ def to_dict(sections: Sequence[Section]) -> list[dict[str, Any]]:
     def cell(value: AnyCell) -> dict[str, Any]:
         if isinstance(value, Difference):
             return {"differences": list(value.values), "p": value.p}
-        if isinstance(value, Seconds):
+        if isinstance(value, Seconds | Published):
             return {"mean": value.mean}
         return {"mean": value.mean, "std": value.std, "by_seed": value.values}
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from vlprompt.errors import ConfigError, DataError, first_few, unknown
 from vlprompt.experiments.protocols import PROTOCOLS
+from vlprompt.experiments.published import Published
 from vlprompt.experiments.results import Row
 from vlprompt.experiments.runs import GROUPS
 from vlprompt.training.evaluate import harmonic_mean
@@ -89,7 +90,7 @@ class Seconds:
         return MISSING if self.mean is None else f"{self.mean:.0f}"
 
 
-AnyCell = Cell | Difference | Seconds
+AnyCell = Cell | Difference | Seconds | Published
 
 
 @dataclass(frozen=True)
