@@ -508,6 +508,9 @@ OFFICIAL: Mapping[str, Mapping[str, Any]] = {
         "optim.lr": 0.002, "data.batch_size": 32, "train.epochs": 50,
     },
     "coop few-shot": {"method.n_ctx": 16, "optim.lr": 0.002, "data.batch_size": 32, "train.epochs": 200},
+    "coop few-shot-4": {"train.epochs": 100},
+    "coop few-shot-2": {"train.epochs": 100},
+    "coop few-shot-1": {"train.epochs": 50},
     "coop cross-dataset": {"method.n_ctx": 4, "method.init": WORDS, "optim.lr": 0.002, "train.epochs": 50},
     "cocoop": {
         "method.n_ctx": 4, "method.init": WORDS,

@@ -1,10 +1,12 @@
 """The search for settings: every method is given the same points, and the best on validation images is taken."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from vlprompt.experiments.results import Row, to_csv
 from vlprompt.training.config import build_config
 
 FILE = Path(__file__).parents[1] / "tools" / "search.py"
@@ -43,9 +45,20 @@ def test_rows_are_settings_that_training_takes(search):
 
 
 def test_the_best_has_the_highest_harmonic_mean(search):
-    lines = [
-        {"name": f"{m}-{k}", "method": m, "settings": {"lr": k}, "base": 1.0, "novel": 1.0, "hm": hm}
-        for m, hms in (("coop", (3.0, 5.0, 4.0)), ("maple", (0.0, None)))
-        for k, hm in enumerate(hms, 1)
-    ]
-    assert {m: line["name"] for m, line in search.best(lines).items()} == {"coop": "coop-2", "maple": "maple-1"}
+    rows, figures = {}, {}
+    for method, means in (("coop", (3.0, 5.0, 4.0)), ("maple", (0.0, None))):
+        for k, hm in enumerate(means, 1):
+            rows[f"{method}-{k}"] = (method, {"lr": k})
+            figures[f"{method}-{k}"] = {"base": 1.0, "novel": 1.0, "hm": hm}
+    rows["coop-4"] = ("coop", {"lr": 4})  # has not been run
+    found = search.best(rows, figures)
+    assert {method: line["name"] for method, line in found.items()} == {"coop": "coop-2", "maple": "maple-1"}
+    assert found["coop"]["settings"] == {"lr": 2}
+
+
+def test_figures_are_those_of_the_report(search, tmp_path):
+    row = Row(
+        "base-to-novel", "x", "coop-1", "coop", "mini", 16, 1, "x", "base", "val", 9, 60, 60, 0, 5, 8, 1, 1, "f", "1"
+    )
+    (tmp_path / "results.csv").write_text(to_csv([row, replace(row, classes="novel", accuracy=30)]))
+    assert search.read_figures(tmp_path) == {"coop-1": {"base": 60, "novel": 30, "hm": pytest.approx(40)}}

@@ -1,8 +1,8 @@
 """Random search for a method's settings on a small backbone: the same space and number of trials for every method.
 
     python tools/search.py rows --methods coop maple --trials 8 > rows.yaml
-    python tools/base_to_novel.py openmoji --rows rows.yaml --seeds 1 --split val --out runs/search --set …
-    python tools/search.py best runs/search/val.json
+    vlprompt bench base-to-novel --rows rows.yaml --data openmoji --seeds 1 --split val --out runs/search
+    python tools/search.py best rows.yaml runs/search
 
 Trials differ in learning rate (a factor on the official one), epochs, and, where the method has them, number of
 prompt tokens and depth. The best has the highest harmonic mean on validation images.
@@ -11,7 +11,6 @@ prompt tokens and depth. The best has the highest harmonic mean on validation im
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from dataclasses import fields
 from itertools import product
@@ -20,6 +19,8 @@ from typing import Any
 
 import yaml
 
+from vlprompt.experiments.protocols import Rows, read_rows
+from vlprompt.experiments.report import read_sections, to_dict
 from vlprompt.methods import METHODS
 from vlprompt.training.config import build_config
 
@@ -42,7 +43,7 @@ def trial(method: str, rate: float, epochs: int, tokens: int, depth: int) -> dic
 
 
 def rows(methods: list[str], trials: int, seed: int) -> dict[str, Any]:
-    """The content of a file for ``base_to_novel.py --rows``: the same different points for every method."""
+    """The content of a file for ``vlprompt bench --rows``: the same different points for every method."""
     points = random.Random(seed).sample(list(product(RATES, EPOCHS, TOKENS, DEPTHS)), trials)
     return {
         "rows": {
@@ -53,13 +54,21 @@ def rows(methods: list[str], trials: int, seed: int) -> dict[str, Any]:
     }
 
 
-def best(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of the lines that ``base_to_novel.py`` wrote, each method's best settings, with its figures."""
+def best(rows: Rows, figures: dict[str, dict[str, float | None]]) -> dict[str, dict[str, Any]]:
+    """Each method's row with the highest harmonic mean, and its figures, of ``base``, ``novel`` and ``hm`` by row."""
     found: dict[str, dict[str, Any]] = {}
-    for line in lines:
-        if line["hm"] is not None and line["hm"] > found.get(line["method"], {"hm": -1})["hm"]:
-            found[line["method"]] = line
-    return {m: {key: line[key] for key in ("settings", "base", "novel", "hm", "name")} for m, line in found.items()}
+    for name, (method, settings) in rows.items():
+        hm = figures.get(name, {}).get("hm")
+        if hm is not None and hm > found.get(method, {"hm": -1})["hm"]:
+            found[method] = {"settings": dict(settings), **figures[name], "name": name}
+    return found
+
+
+def read_figures(folder: Path) -> dict[str, dict[str, float | None]]:
+    """Base, novel and harmonic mean by row: of the first table that ``vlprompt report`` makes of the folder."""
+    table = to_dict(read_sections(folder))[0]
+    heads = {"base": "base", "novel": "novel", "hm": "HM"}
+    return {row: {key: cells[head]["mean"] for key, head in heads.items()} for row, cells in table["rows"].items()}
 
 
 def main() -> None:
@@ -71,12 +80,13 @@ def main() -> None:
     write.add_argument("--trials", type=int, default=8)
     write.add_argument("--seed", type=int, default=0)
     choose = commands.add_parser("best", help="print the best trial of each method")
-    choose.add_argument("table", type=Path, help="val.json")
+    choose.add_argument("rows", type=Path, help="the file of trials")
+    choose.add_argument("folder", type=Path, help="of the benchmark")
     args = parser.parse_args()
     if args.command == "rows":
         print(yaml.safe_dump(rows(args.methods, args.trials, args.seed), sort_keys=False), end="")
     else:
-        print(yaml.safe_dump(best(json.loads(args.table.read_text("utf-8"))), sort_keys=False), end="")
+        print(yaml.safe_dump(best(read_rows(args.rows), read_figures(args.folder)), sort_keys=False), end="")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlprompt.bank_cli import bank_app
+from vlprompt.bench_cli import bench, report
 from vlprompt.data_cli import data_app
 from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError
 from vlprompt.options import (
@@ -332,6 +333,12 @@ def explain(
     if json_output:
         print(json.dumps(explanation.to_dict()))
     say(f"{len(explanation.blocks)} blocks of {image} drawn in {out}")
+
+
+app.command(epilog="Example: vlprompt bench base-to-novel --methods coop,maple --data dtd --root data --out runs/b2n")(
+    bench
+)
+app.command(epilog="Example: vlprompt report runs/b2n --reference coop")(report)
 
 
 @app.command(epilog="Example: vlprompt convert pytorch_model.bin clip/model.safetensors")

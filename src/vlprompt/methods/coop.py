@@ -20,13 +20,17 @@ class CoOp(Method):
     """One learned context for all classes, or one for each.
 
     Official settings: 16 tokens at random, class name at the end, SGD 0.002, batch 32, 50 epochs (KaiyangZhou's
-    CoOp, configs ``vit_b16_ep50``; the paper's 16-shot results use 200 epochs: preset ``few-shot``).
+    CoOp, configs ``vit_b16_ep50``; the paper's few-shot results use 200 epochs for 8 and 16 shots, preset
+    ``few-shot``, and fewer for fewer shots, presets ``few-shot-4`` to ``few-shot-1``).
     """
 
     paper, year, learns = "Zhou et al., IJCV", 2022, "text context"
     settings = {**SGD, "data.batch_size": 32, "train.epochs": 50}
     presets = {
         "few-shot": {"train.epochs": 200},
+        "few-shot-4": {"train.epochs": 100},
+        "few-shot-2": {"train.epochs": 100},
+        "few-shot-1": {"train.epochs": 50},
         "cross-dataset": {"method.n_ctx": 4, "method.init": "a photo of a"},
     }
 

@@ -76,10 +76,17 @@ class Evaluation:
     """Percent, for the classes that have images; classes of one name have their number behind it."""
     calibration_error: float
     """Expected calibration error, 0 to 1, over 15 equal bins of confidence (Guo et al., 2017)."""
+    confusion: tuple[tuple[int, int, int], ...] = ()
+    """(class, predicted class, images), by index into ``classes``, where there are any: a sparse confusion matrix."""
+
+    @property
+    def macro_accuracy(self) -> float:
+        """Percent: the mean of the classes' accuracies."""
+        return sum(self.per_class.values()) / len(self.per_class)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return {**vars(self), "classes": list(self.classes)}
+        """What the command line prints, as JSON values."""
+        return {k: v for k, v in vars(self).items() if k != "confusion"} | {"classes": list(self.classes)}
 
 
 def evaluate(method: Method, images: EvaluationImages, class_names: Sequence[str]) -> Evaluation:
@@ -98,12 +105,14 @@ def score(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Evaluat
     gap = torch.zeros(BINS, dtype=torch.double).index_add(0, bins, right - confidence)
     count = torch.bincount(labels, minlength=len(class_names))
     hits = torch.zeros(len(class_names), dtype=torch.double).index_add(0, labels, right)
+    pairs, times = torch.stack([labels, predicted], 1).unique(dim=0, return_counts=True)
     return Evaluation(
         accuracy=100 * right.mean().item(),
         n=len(labels),
         classes=tuple(class_names),
         per_class={name: 100 * (hits[c] / count[c]).item() for c, name in enumerate(distinct) if count[c]},
         calibration_error=(gap.abs().sum() / len(labels)).item(),
+        confusion=tuple((c, p, n) for (c, p), n in zip(pairs.tolist(), times.tolist(), strict=True)),
     )
 
 

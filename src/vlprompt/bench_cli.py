@@ -1,0 +1,170 @@
+"""``vlprompt bench`` and ``vlprompt report``: commands only, no logic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlprompt.errors import ConfigError, first_few
+from vlprompt.options import (
+    DATA,
+    MODEL,
+    OUTPUT,
+    RUN,
+    Json,
+    Part,
+    Root,
+    Settings,
+    TeacherBackbone,
+    TrainBackbone,
+    TrainDevice,
+    TrainPrecision,
+    say,
+)
+
+FAILED = 1
+ListOf = list[str] | None
+
+
+def bench(
+    protocol: Annotated[
+        str, typer.Argument(help="base-to-novel, few-shot, cross-dataset, domain-generalization or long-tail.")
+    ],
+    out: Annotated[Path, typer.Option(help="The benchmark's folder.", rich_help_panel=OUTPUT)],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="Data sets, with commas between. cross-dataset and domain-generalization train on the first and test "
+            "on all; a data set with known domains needs no others.",
+            rich_help_panel=DATA,
+        ),
+    ],
+    settings: Settings = None,
+    methods: Annotated[
+        ListOf, typer.Option(help="Of `vlprompt list methods`, with commas between.", rich_help_panel=MODEL)
+    ] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of names with a method and settings.", rich_help_panel=MODEL),
+    ] = None,
+    only: Annotated[ListOf, typer.Option(help="These rows of --rows.", rich_help_panel=MODEL)] = None,
+    backbone: TrainBackbone = None,
+    teacher: TeacherBackbone = None,
+    device: TrainDevice = None,
+    precision: TrainPrecision = None,
+    root: Root = None,
+    seeds: Annotated[ListOf, typer.Option(help="Default: 1,2,3.", rich_help_panel=RUN)] = None,
+    shots: Annotated[
+        ListOf, typer.Option(help="Training images per class; default: the protocol's.", rich_help_panel=RUN)
+    ] = None,
+    split: Annotated[
+        Part, typer.Option(help="Images that are measured; choose settings on val.", rich_help_panel=DATA)
+    ] = Part.test,
+    workers: Annotated[
+        int,
+        typer.Option(help="Runs at once, each in a process of one thread; 1: here.", min=1, rich_help_panel=RUN),
+    ] = 1,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Do the I-th of N shares of the runs.", rich_help_panel=RUN)
+    ] = None,
+    skip_existing: Annotated[
+        bool,
+        typer.Option("--skip-existing", help="Keep finished runs and go on with begun ones.", rich_help_panel=RUN),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the runs' folders and stop.", rich_help_panel=OUTPUT)
+    ] = False,
+    json_output: Json = False,
+) -> None:
+    """Run a protocol over methods, data sets and seeds, and keep results.csv.
+
+    A run is a folder OUT/PROTOCOL/DATA/METHOD/BACKBONE/shots_N/seed_N, as `vlprompt train` makes it, with figures.json.
+    Methods have the protocol's official settings; KEY=VALUE changes them in all runs. A run that fails is reported in
+    the end (exit code 1) while the others go on. `vlprompt report OUT` prints the tables.
+    """
+    from vlprompt.experiments.bench import bench as run_bench
+    from vlprompt.experiments.protocols import Asked, plan, read_rows
+    from vlprompt.experiments.protocols import shard as share
+    from vlprompt.progress import CountBar
+    from vlprompt.training.config import parse_override
+
+    if (methods is None) == (rows is None):
+        raise ConfigError("give either --methods or --rows")
+    chosen = read_rows(rows) if rows else {name: (name, {}) for name in _split("--methods", methods)}
+    if only is not None:
+        kept = [text for text in only if text in chosen]  # a name may have commas in it
+        kept += _split("--only", [text for text in only if text not in chosen]) if len(kept) < len(only) else []
+        if missing := [name for name in kept if name not in chosen]:
+            raise ConfigError(f"--only: no row '{missing[0]}' (allowed: {', '.join(chosen)})")
+        chosen = {name: row for name, row in chosen.items() if name in kept}
+    given = {
+        "backbone": backbone,
+        "data.root": root and str(root.expanduser()),
+        "train.device": device,
+        "train.precision": precision,
+    }
+    every = dict(parse_override(text) for text in settings or [])
+    every |= {key: value for key, value in given.items() if value is not None}
+    asked = Asked(
+        protocol, chosen, _split("--data", data), _numbers("--seeds", seeds or ["1,2,3"]),
+        _numbers("--shots", shots or []), every, teacher, split.value,
+    )  # fmt: skip
+    runs = plan(asked)
+    if dry_run:
+        folders = [run.folder.as_posix() for run in share(runs, shard)]
+        print(json.dumps({"runs": folders}) if json_output else "\n".join(folders))
+        return
+    with CountBar(protocol) as bar:
+        done = run_bench(
+            runs, out, workers=workers, part=shard, skip_existing=skip_existing, say=say, progress=bar
+        )  # fmt: skip
+    for folder, reason in done.failed.items():
+        say(f"failed: {folder}: {reason}")
+    say(f"{done.done} runs done, {done.kept} kept, {len(done.failed)} failed; {done.results}")
+    if json_output:
+        print(json.dumps(vars(done)))
+    if done.failed:
+        raise typer.Exit(FAILED)
+
+
+def _split(option: str, given: list[str] | None) -> list[str]:
+    """Values of an option that is given with commas, or several times."""
+    values = [part.strip() for text in given or [] for part in text.split(",")]
+    if twice := sorted({value for value in values if values.count(value) > 1}):
+        raise ConfigError(f"{option}: given twice: {first_few(twice)}")
+    if not all(values):
+        raise ConfigError(f"{option}: there is an empty name between commas")
+    return values
+
+
+def _numbers(option: str, given: list[str]) -> list[int]:
+    values = _split(option, given) if given else []
+    if strange := [value for value in values if not value.isdecimal()]:
+        raise ConfigError(f"{option} {strange[0]} (allowed: whole numbers with commas between)")
+    return [int(value) for value in values]
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="A benchmark's folder: the --out of `vlprompt bench`.")],
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Row that the others are compared with; default: zero_shot.", rich_help_panel=OUTPUT),
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Print the tables of a benchmark, and write report.md, report.tex and report.html into its folder.
+
+    Means and standard deviations over seeds, averages over data sets, paired differences to a reference; runs that are
+    missing are shown as missing. The page also has plots, and needs no other file.
+    """
+    from vlprompt.experiments.report import read_sections, to_dict, write_report
+
+    text = write_report(folder, reference)
+    print(
+        json.dumps({"tables": to_dict(read_sections(folder, reference))}) if json_output else text,
+        end="\n" * json_output,
+    )
+    say(f"written: {', '.join(str(folder / f'report.{kind}') for kind in ('md', 'tex', 'html'))}")

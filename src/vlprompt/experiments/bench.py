@@ -1,0 +1,180 @@
+"""``vlprompt bench``: the runs of a protocol, those that are missing done, and the results file kept up to date."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from vlprompt.data.datasets import LoadedDataset, load_dataset
+from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError, first_few
+from vlprompt.experiments.lock import folder_lock
+from vlprompt.experiments.pool import Outcome, outcomes
+from vlprompt.experiments.protocols import Run, fingerprint, shard
+from vlprompt.experiments.results import RESULTS, Results
+from vlprompt.experiments.runs import check_same_settings, finished
+from vlprompt.files import write_atomically
+from vlprompt.training.selection import run_split
+
+PLANNED = "planned.json"
+
+
+@dataclass
+class Done:
+    """What a bench did."""
+
+    results: str
+    runs: int
+    """Of this shard."""
+    kept: int = 0
+    """Finished before."""
+    done: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    """Run folders, and what went wrong in each."""
+
+
+def bench(
+    runs: Sequence[Run],
+    out: Path,
+    *,
+    workers: int = 1,
+    part: str | None = None,
+    skip_existing: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Done:
+    """Do the runs of ``part`` (all, or "i/n"), each in its folder below ``out``; a failed one does not stop the rest.
+
+    With ``skip_existing`` finished runs are kept and begun ones gone on with. Raises ConfigError before anything is
+    done if a run's folder is there already (without it) or holds results from other settings, or if another bench is at
+    work in ``out``; DataError for data sets that are not there or too small; Interrupted after Ctrl-C, when the runs at
+    work have saved a checkpoint.
+    """
+    mine = shard(runs, part)
+    identity = json.dumps([(run.folder.as_posix(), fingerprint(run.config)) for run in runs])
+    with folder_lock(out, sha256(identity.encode()).hexdigest()[:12], part):
+        there = [
+            run.folder.as_posix() for run in mine if (out / run.folder).exists() and any((out / run.folder).iterdir())
+        ]
+        if there and not skip_existing:
+            raise ConfigError(f"{out} holds {first_few(there)}: --skip-existing keeps what is finished and goes on")
+        for run in mine:
+            check_same_settings(run, out)
+        todo = [run for run in mine if not finished(run, out)]
+        check_data(todo)
+        note_planned(runs, out)
+        result = Done(str(out / RESULTS), len(mine), kept=len(mine) - len(todo))
+        if result.kept:
+            say(f"{result.kept} of {len(mine)} runs were finished before")
+        _do(todo, out, workers, result, say, progress)
+    return result
+
+
+def _do(
+    todo: Sequence[Run],
+    out: Path,
+    workers: int,
+    result: Done,
+    say: Callable[[str], None],
+    progress: Callable[[int, int], None],
+) -> None:
+    results, began, unwritten, interrupted = Results(out), time.monotonic(), "", False
+    progress(result.kept, result.runs)
+    for n, outcome in enumerate(outcomes(todo, out, workers), 1):
+        interrupted = interrupted or outcome.interrupted
+        if outcome.interrupted:
+            continue
+        if outcome.failure:
+            result.failed[outcome.run.folder.as_posix()] = outcome.failure
+            if outcome.trace:
+                say(outcome.trace.rstrip())
+        else:
+            result.done += 1
+        left = (time.monotonic() - began) / n * (len(todo) - n)
+        say(f"[{result.kept + n}/{result.runs}] {_told(outcome)}" + (f"; about {_span(left)} left" if left else ""))
+        progress(result.kept + n, result.runs)
+        unwritten = _write(results)
+    unwritten = _write(results)
+    if unwritten:
+        say(f"{unwritten}; nothing is lost: the run folders hold all figures, and --skip-existing writes it again")
+        result.failed[RESULTS] = unwritten
+    if interrupted:
+        raise Interrupted(f"{result.kept + result.done} of {result.runs} runs are finished; to go on: --skip-existing")
+
+
+def _write(results: Results) -> str:
+    """Write results.csv; what hinders it, if anything does."""
+    try:
+        results.write()
+    except VlpromptError as error:  # a full disk, a run folder that somebody has edited
+        return str(error)
+    return ""
+
+
+def _told(outcome: Outcome) -> str:
+    if outcome.failure or outcome.figures is None:
+        return f"{outcome.run}: FAILED: {outcome.failure}"
+    own = outcome.run.data
+    told = []
+    for m in outcome.figures["measured"]:
+        what = m["classes"] if m["data"] == own else m["data"]
+        told.append(f"{what} {m['accuracy']:.2f} %" if m["n"] else f"{what} –")
+    return f"{outcome.run}: {', '.join(told)}"
+
+
+def _span(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
+
+
+def check_data(runs: Sequence[Run]) -> None:
+    """Raise DataError if a data set of a run is not there, or has too few images to train or none to measure on."""
+    loaded: dict[tuple, LoadedDataset] = {}
+
+    def load(data: str, root: str | None, split_file: str | None) -> LoadedDataset:
+        key = data, root, split_file
+        if key not in loaded:
+            loaded[key] = load_dataset(*key)
+        return loaded[key]
+
+    drawn = set()
+    for run in runs:
+        data = run.config.data
+        images = replace(data, batch_size=1)  # whatever decides which images there are
+        if images in drawn:
+            continue
+        drawn.add(images)
+        run_split(run.config, load(data.name, data.root, data.split_file))
+        for m in run.measurements:
+            dataset = load(m.data, data.root, data.split_file if m.data == data.name else None)
+            split = dataset.split.subset(m.classes)
+            if not split.items(m.split) and not (m.split == "val" and data.val_fraction):
+                raise DataError(f"data set '{dataset.name}' has no {m.split} images of {m.classes} classes")
+
+
+def note_planned(runs: Sequence[Run], out: Path) -> None:
+    """Add to ``PROTOCOL/planned.json`` which runs there should be, so that a report can say which are missing."""
+    file = out / runs[0].protocol / PLANNED
+    known = read_planned(file)
+    for run in runs:
+        known[run.folder.relative_to(run.protocol).as_posix()] = {
+            "data": run.data,
+            "name": run.name,
+            "backbone": run.folder.parts[3],
+            "shots": run.config.data.shots,
+            "seed": run.config.seed,
+        }
+    write_atomically(file, json.dumps(known, indent=1))
+
+
+def read_planned(file: Path) -> dict[str, Any]:
+    """The planned runs by folder; none if the file cannot be read, as it only serves to name what is missing."""
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

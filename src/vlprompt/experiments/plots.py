@@ -1,0 +1,201 @@
+"""Plots as SVG text that stands in a page, without a plotting library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c6d31", "#444444", "#b80058")
+GREY = "#999999"
+WIDTH, LETTER = 680, 6.6  # pixels; a letter is about so wide
+SHOWN = 20  # classes at either end of a long list of gains
+
+
+class _Drawing:
+    """Shapes on a sheet."""
+
+    def __init__(self, height: float, title: str) -> None:
+        self.height, self.parts = height, [f"<title>{escape(title)}</title>"]
+
+    def line(self, x1: float, y1: float, x2: float, y2: float, colour: str = "#ccc", width: float = 1) -> None:
+        """A straight line."""
+        self.parts.append(
+            f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" stroke-width="{width}"/>'
+        )
+
+    def path(self, points: Sequence[tuple[float, float]], colour: str, width: float = 2, dash: str = "") -> None:
+        """Points joined by lines."""
+        joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        dashed = f' stroke-dasharray="{dash}"' if dash else ""
+        self.parts.append(f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="{width}"{dashed}/>')
+
+    def box(self, x: float, y: float, width: float, height: float, colour: str) -> None:
+        """A filled rectangle."""
+        self.parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{colour}"/>')
+
+    def dot(self, x: float, y: float, colour: str) -> None:
+        """A filled circle."""
+        self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
+
+    def text(self, x: float, y: float, text: str, anchor: str = "start", colour: str = "#222") -> None:
+        """A line of text."""
+        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(text)}</text>')
+
+    def __str__(self) -> str:
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height:.0f}" width="{WIDTH}"'
+        return f'{head} font-family="sans-serif" font-size="12" role="img">{"".join(self.parts)}</svg>'
+
+
+def colours(names: Sequence[str], reference: str) -> dict[str, str]:
+    """A colour for each name, grey for the reference."""
+    others = [name for name in names if name != reference]
+    return {reference: GREY} | {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)}
+
+
+def bars(values: Mapping[str, float], colour: Mapping[str, str], title: str) -> str:
+    """Horizontal bars from zero, in percent."""
+    left, row = _room(values), 24
+    drawing = _Drawing(row * len(values) + 10, title)
+    scale = (WIDTH - left - 60) / max(*values.values(), 1e-9)
+    for i, (name, value) in enumerate(values.items()):
+        y = row * i + 5
+        drawing.text(left - 8, y + 14, name, "end")
+        drawing.box(left, y + 2, value * scale, row - 6, colour[name])
+        drawing.text(left + value * scale + 6, y + 14, f"{value:.2f}")
+    return str(drawing)
+
+
+def base_and_novel(points: Mapping[str, tuple[float, float]], colour: Mapping[str, str], title: str) -> str:
+    """Base accuracy to the right, novel accuracy upwards, with lines of equal harmonic mean."""
+    axes = _Axes(
+        _range([x for x, _ in points.values()]), _range([y for _, y in points.values()]), "base, %", "novel, %", title
+    )
+    (x0, x1), (y0, y1) = axes.x_range, axes.y_range
+    step = _step(y1 - y0)
+    low, high = (2 * x * y / (x + y) if x + y else 0.0 for x, y in ((x0, y0), (x1, y1)))
+    for k in range(math.ceil(max(low, step / 2) / step), math.floor(high / step) + 1):
+        mean = k * step
+        curve = [(x, mean * x / (2 * x - mean)) for x in (x0 + (x1 - x0) * i / 60 for i in range(61)) if 2 * x > mean]
+        inside = [axes.place(x, y) for x, y in curve if y0 <= y <= y1]
+        if len(inside) > 1:
+            axes.drawing.path(inside, "#bbb", 1, "4 3")
+            axes.drawing.text(inside[-1][0] - 4, inside[-1][1] - 4, f"HM {mean:g}", "end", "#888")
+    for name, (x, y) in points.items():
+        axes.drawing.dot(*axes.place(x, y), colour[name])
+    axes.legend(points, colour)
+    return str(axes.drawing)
+
+
+def curves(lines: Mapping[str, Mapping[int, tuple[float, float]]], colour: Mapping[str, str], title: str) -> str:
+    """Accuracy (mean, standard deviation) against shots, whose axis is logarithmic."""
+    shots = sorted({n for line in lines.values() for n in line})
+    ends = [m + sign * s for line in lines.values() for m, s in line.values() for sign in (-1, 1)]
+    places = {n: math.log2(n) for n in shots}
+    axes = _Axes(
+        (min(places.values()) - 0.2, max(places.values()) + 0.2), _range(ends), "training images a class",
+        "accuracy, %", title, {places[n]: str(n) for n in shots},
+    )  # fmt: skip
+    for name, line in lines.items():
+        points = [axes.place(places[n], line[n][0]) for n in sorted(line)]
+        axes.drawing.path(points, colour[name])
+        for n, point in zip(sorted(line), points, strict=True):
+            mean, spread = line[n]
+            axes.drawing.line(
+                *axes.place(places[n], mean - spread), *axes.place(places[n], mean + spread), colour[name]
+            )
+            axes.drawing.dot(*point, colour[name])
+    axes.legend(lines, colour)
+    return str(axes.drawing)
+
+
+def gains(values: Mapping[str, float], title: str) -> str:
+    """Each class's gain in points, largest first; of a long list both ends."""
+    ranked = sorted(values.items(), key=lambda item: -item[1])
+    left_out = max(len(ranked) - 2 * SHOWN, 0)
+    if left_out:
+        ranked = ranked[:SHOWN] + ranked[-SHOWN:]
+    left, row = _room(name for name, _ in ranked), 16
+    drawing = _Drawing(row * (len(ranked) + (left_out > 0)) + 10, title)
+    largest = max(*(abs(value) for _, value in ranked), 1e-9)
+    half = (WIDTH - left - 110) / 2
+    middle = left + 50 + half
+    drawing.line(middle, 0, middle, drawing.height)
+    for i, (name, value) in enumerate(ranked):
+        y = row * (i + (left_out > 0 and i >= SHOWN)) + 5
+        length = abs(value) / largest * half
+        drawing.text(left - 8, y + 11, _short(name), "end")
+        drawing.box(middle - (length if value < 0 else 0), y + 2, length, row - 4, COLOURS[1 if value < 0 else 0])
+        place = middle + (length + 5 if value >= 0 else -length - 5)
+        drawing.text(place, y + 11, f"{value:+.1f}", "start" if value >= 0 else "end")
+    if left_out:
+        drawing.text(middle, row * SHOWN + 16, f"{left_out} classes in between", "middle", "#888")
+    return str(drawing)
+
+
+class _Axes:
+    """A frame with ticks, and room for a legend at its right."""
+
+    TOP, BOTTOM, LEFT, RIGHT = 14.0, 310.0, 56.0, 470.0
+
+    def __init__(
+        self,
+        x_range: tuple[float, float],
+        y_range: tuple[float, float],
+        x_label: str,
+        y_label: str,
+        title: str,
+        x_ticks: Mapping[float, str] | None = None,
+    ) -> None:
+        self.x_range, self.y_range = x_range, y_range
+        self.drawing = drawing = _Drawing(352, title)
+        for value in _ticks(*y_range):
+            _, y = self.place(x_range[0], value)
+            drawing.line(self.LEFT, y, self.RIGHT, y, "#eee")
+            drawing.text(self.LEFT - 6, y + 4, f"{value:g}", "end")
+        for value, text in (x_ticks or {v: f"{v:g}" for v in _ticks(*x_range)}).items():
+            x, _ = self.place(value, y_range[0])
+            drawing.line(x, self.BOTTOM, x, self.BOTTOM + 4, "#222")
+            drawing.text(x, self.BOTTOM + 18, text, "middle")
+        drawing.line(self.LEFT, self.BOTTOM, self.RIGHT, self.BOTTOM, "#222")
+        drawing.line(self.LEFT, self.TOP, self.LEFT, self.BOTTOM, "#222")
+        drawing.text((self.LEFT + self.RIGHT) / 2, self.BOTTOM + 36, x_label, "middle")
+        drawing.text(self.LEFT - 48, self.TOP - 2, y_label)
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Where a point lies on the sheet."""
+        (x0, x1), (y0, y1) = self.x_range, self.y_range
+        right = self.LEFT + (x - x0) / (x1 - x0) * (self.RIGHT - self.LEFT)
+        return right, self.BOTTOM - (y - y0) / (y1 - y0) * (self.BOTTOM - self.TOP)
+
+    def legend(self, names: Mapping[str, object], colour: Mapping[str, str]) -> None:
+        """Names with their colours."""
+        self.drawing.height = max(self.drawing.height, 30 + 18 * len(names))
+        for i, name in enumerate(names):
+            self.drawing.dot(self.RIGHT + 22, 24 + 18 * i, colour[name])
+            self.drawing.text(self.RIGHT + 32, 28 + 18 * i, _short(name))
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    room = max((high - low) * 0.12, 1.0)
+    return max(low - room, 0.0), high + room
+
+
+def _step(span: float) -> float:
+    """A round distance of ticks, about six to a span."""
+    power = 10.0 ** math.floor(math.log10(span / 6))
+    return next(power * k for k in (1, 2, 5, 10) if power * k >= span / 6)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    step = _step(high - low)
+    return [round(k * step, 6) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _room(names: object) -> float:
+    return 20 + LETTER * max((len(_short(name)) for name in names), default=0)  # type: ignore[attr-defined]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 28 else f"{name[:27]}…"

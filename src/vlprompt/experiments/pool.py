@@ -1,0 +1,170 @@
+"""Runs one after another in this process, or several at once in processes of one thread each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from vlprompt.errors import Interrupted, VlpromptError
+from vlprompt.experiments.protocols import Run
+from vlprompt.experiments.runs import do
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    run: Run
+    figures: dict[str, Any] | None = None
+    """Of one that is done."""
+    failure: str = ""
+    """Of one that is not, in a line."""
+    trace: str = ""
+    """Where a failure that is no bad input came from."""
+    interrupted: bool = False
+
+
+def attempt(run: Run, out: Path, again: dict) -> Outcome:
+    """Do a run; what it raises becomes its outcome."""
+    try:
+        return Outcome(run, do(run, out, again))
+    except (KeyboardInterrupt, Interrupted):
+        return Outcome(run, interrupted=True)
+    except VlpromptError as error:
+        return Outcome(run, failure=" ".join(str(error).split()))
+    except Exception as error:  # the rest of the sweep goes on whatever happens in one run
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return Outcome(run, failure=reason, trace=traceback.format_exc())
+
+
+def outcomes(runs: Sequence[Run], out: Path, workers: int) -> Iterator[Outcome]:
+    """The outcome of each run as it ends; after one that was interrupted no other begins."""
+    if workers == 1 or len(runs) < 2:
+        again: dict = {}
+        for run in runs:
+            outcome = attempt(run, out, again)
+            yield outcome
+            if outcome.interrupted:
+                return
+        return
+    yield from _in_processes(runs, out, min(workers, len(runs)))
+
+
+class _Worker:
+    """A process that does one run after another, each as it is told to."""
+
+    def __init__(self, out: Path) -> None:
+        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+        self.connection, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(target=_work, args=(theirs, out), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.run: Run | None = None
+
+    def give(self, run: Run) -> None:
+        """Begin a run."""
+        self.run = run
+        with suppress(OSError):  # it has died: seen when its outcome is asked for
+            self.connection.send(run)
+
+    def outcome(self) -> Outcome:
+        """What became of the run, once the process has said so or has died."""
+        run, self.run = self.run, None
+        assert run is not None
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            code = self.process.exitcode or 0
+            how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
+            memory = ": is there enough memory for so many --workers?" if code == -signal.SIGKILL else ""
+            return Outcome(run, failure=f"its process {how}{memory}")
+
+    def end(self) -> None:
+        """Let the process end; it has no run."""
+        self.connection.close()
+        self.process.join()
+
+
+def _in_processes(runs: Sequence[Run], out: Path, workers: int) -> Iterator[Outcome]:
+    waiting, stopping = list(runs), False
+    with _one_thread():
+        pool = [_Worker(out) for _ in range(workers)]
+    try:
+        while True:
+            for place, worker in enumerate(pool):
+                if worker.run is None and waiting and not stopping:
+                    if not worker.process.is_alive():
+                        with _one_thread():
+                            worker = pool[place] = _Worker(out)
+                    worker.give(waiting.pop(0))
+            busy = {worker.connection: worker for worker in pool if worker.run is not None}
+            if not busy:
+                return
+            try:
+                ready = wait(list(busy))
+            except KeyboardInterrupt:
+                stopping = True
+                for worker in busy.values():  # each saves a checkpoint and says that it was interrupted
+                    with suppress(OSError):
+                        os.kill(worker.process.pid or 0, signal.SIGINT)
+                continue
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                outcome = busy[connection].outcome()
+                stopping = stopping or outcome.interrupted
+                yield outcome
+    finally:
+        for worker in pool:
+            if worker.run is not None:
+                worker.process.terminate()
+            worker.end()
+
+
+class _one_thread:
+    """Processes that are started inside use one thread each in the libraries that read their number at the start."""
+
+    NAMES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+    def __enter__(self) -> None:
+        self.before = {name: os.environ.get(name) for name in self.NAMES}
+        os.environ.update(dict.fromkeys(self.NAMES, "1"))
+
+    def __exit__(self, *error: object) -> None:
+        for name, value in self.before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _work(connection: Connection, out: Path) -> None:
+    """What a worker's process does until its parent hangs up."""
+    import torch
+
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # a terminal's Ctrl-C reaches the parent only, which passes it on once
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def leave_with_parent() -> None:
+        parent.join()
+        os._exit(1)  # a new bench may take over the folder: nobody writes to it any more
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    again: dict = {}
+    with suppress(EOFError, OSError, KeyboardInterrupt):
+        while True:
+            run = connection.recv()
+            connection.send(attempt(run, out, again))

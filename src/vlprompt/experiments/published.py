@@ -1,0 +1,47 @@
+"""What papers report, to stand beside what is measured here in the same setting."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure in percent, and the paper that reports it."""
+
+    mean: float | None = None
+    source: str = ""
+
+    def __str__(self) -> str:
+        return "–" if self.mean is None else f"{self.mean:.2f}"
+
+
+ELEVEN = frozenset(
+    (
+        "imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft",
+        "sun397", "dtd", "eurosat", "ucf101",
+    )
+)  # fmt: skip
+"""The data sets of base-to-novel averages."""
+
+BASE_TO_NOVEL_HM: dict[str, Published] = {
+    "zero_shot": Published(71.70, "Zhou et al., CVPR 2022"),
+    "coop": Published(71.66, "Zhou et al., CVPR 2022"),
+    "cocoop": Published(75.83, "Zhou et al., CVPR 2022"),
+    "prograd": Published(76.16, "Yao et al., CVPR 2023"),
+    "kgcoop": Published(77.00, "Yao et al., CVPR 2023"),
+    "ivlp": Published(77.51, "Khattak et al., ICCV 2023"),
+    "maple": Published(78.55, "Khattak et al., CVPR 2023"),
+    "promptsrc": Published(79.97, "Khattak et al., ICCV 2023"),
+    "drople": Published(82.10, "arXiv 2512.07234, with a language-model prior that is not here"),
+}
+"""Harmonic mean of base and novel accuracy over :data:`ELEVEN`, and who reports it: CLIP ViT-B/16, 16 shots."""
+
+
+def published(protocol: str, backbone: str, shots: int, data: Collection[str]) -> dict[str, Published]:
+    """Figures by method for this setting; none where there are no comparable ones."""
+    plain = backbone.lower().replace("-", "").replace("_", "")
+    same = protocol == "base-to-novel" and shots == 16 and set(data) == ELEVEN
+    vit_b16 = any(name in plain for name in ("vitbasepatch16", "vitb16"))
+    return BASE_TO_NOVEL_HM if same and vit_b16 else {}

@@ -1,0 +1,289 @@
+"""``vlprompt report``: the tables and plots of a benchmark's folder as Markdown, LaTeX and one HTML page."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from vlprompt.errors import DataError
+from vlprompt.experiments import plots
+from vlprompt.experiments.bench import PLANNED, read_planned
+from vlprompt.experiments.protocols import PROTOCOLS
+from vlprompt.experiments.published import Published, published
+from vlprompt.experiments.results import RESULTS, read_results
+from vlprompt.experiments.runs import FIGURES, read_figures
+from vlprompt.experiments.tables import (
+    AnyCell,
+    Cell,
+    Difference,
+    Seconds,
+    Study,
+    Table,
+    find_reference,
+    studies,
+    tables,
+)
+from vlprompt.files import write_atomically
+
+CONVENTIONS = (
+    "Accuracy in percent: the mean over seeds ± its sample standard deviation, of the last epoch. An average over data "
+    "sets counts the seeds that all of them have. HM is the harmonic mean of the mean base and the mean novel "
+    "accuracy. Differences are paired by seed (of HM: of each seed's HM); p is two-sided, of a t-test over seeds. "
+    "“–”: the method cannot be asked. train, s: seconds that a run trained."
+)
+GROUP_NOTE = "many, medium and few are the thirds of the classes by number of training images."
+
+
+@dataclass(frozen=True)
+class Section:
+    """A study with its tables, and its plots by caption."""
+
+    study: Study
+    reference: str
+    tables: list[Table]
+    plots: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def read_sections(folder: Path, reference: str | None = None) -> list[Section]:
+    """What there is to report of a benchmark's folder, or of one that holds a results.csv only.
+
+    Raises DataError for results that are not there, cannot be read or do not belong together, ConfigError for a
+    reference that is no row.
+    """
+    rows = read_results(folder / RESULTS)
+    if not rows:
+        raise DataError(f"there are no results in {folder / RESULTS} yet")
+    planned = [
+        {"protocol": protocol, **run}
+        for protocol in PROTOCOLS
+        for run in read_planned(folder / protocol / PLANNED).values()
+    ]
+    sections = []
+    for study in studies(rows, planned):
+        compared = find_reference(study, reference)
+        first, *others = tables(study, compared)
+        made = [_beside_published(study, first), *others]
+        drawn = _plots(study, made, compared, per_class(folder, study))
+        codes = sorted({row.code for row in study.rows})
+        notes = [PROTOCOLS[study.protocol].about] if study.protocol in PROTOCOLS else []
+        notes += [GROUP_NOTE] if study.protocol == "long-tail" else []
+        notes += [f"Code version {', '.join(codes)}." + (" Versions differ between runs." if len(codes) > 1 else "")]
+        sections.append(Section(study, compared, made, drawn, tuple(notes)))
+    return sections
+
+
+def write_report(folder: Path, reference: str | None = None) -> str:
+    """Write report.md, report.tex and report.html into the folder; returns the Markdown."""
+    sections = read_sections(folder, reference)
+    text = markdown(sections)
+    write_atomically(folder / "report.md", text)
+    write_atomically(folder / "report.tex", latex(sections))
+    write_atomically(folder / "report.html", html(sections))
+    return text
+
+
+def _beside_published(study: Study, average: Table) -> Table:
+    """The table with what papers report in the same setting, where they do."""
+    known = published(study.protocol, study.backbone, study.shots[0], study.data)
+    if not known.keys() & set(study.names):
+        return average
+    lines = tuple((name, (*cells, known.get(name, Published()))) for name, cells in average.lines)
+    sources = "; ".join(f"{name}: {known[name].source}" for name in study.names if name in known)
+    note = f"{average.note} Published figures: {sources}.".strip()
+    return replace(average, head=(*average.head, "published HM"), lines=lines, best=(*average.best, None), note=note)
+
+
+def per_class(folder: Path, study: Study) -> dict[str, dict[str, dict[str, float]]]:
+    """Accuracy of each class on the data set that was trained on, the mean over seeds: data set → row → class.
+
+    Empty where the run folders are not at hand. In few-shot, of the most shots.
+    """
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    place = f"{study.protocol}/*/*/{study.backbone}/shots_{study.shots[-1]}/*/{FIGURES}"
+    for file in sorted(folder.glob(place)):
+        figures = read_figures(file.parent) or {}
+        for measured in figures["measured"]:
+            if measured["data"] == figures["data"] and measured["split"] == study.split:
+                classes = found.setdefault(figures["data"], {}).setdefault(figures["name"], {})
+                for name, accuracy in measured.get("per_class", {}).items():
+                    classes.setdefault(name, []).append(accuracy)
+    return {
+        data: {row: {c: statistics.mean(v) for c, v in classes.items()} for row, classes in rows.items()}
+        for data, rows in found.items()
+    }
+
+
+def _plots(
+    study: Study, made: Sequence[Table], reference: str, classes: Mapping[str, Mapping[str, Mapping[str, float]]]
+) -> dict[str, str]:
+    """Of the first table (the average, or the only data set), and of each data set's classes."""
+    colour, first, drawn = plots.colours(study.names, reference), made[0], {}
+
+    def means(column: str) -> dict[str, float]:
+        place = first.head.index(column)
+        cells = {name: cells[place] for name, cells in first.lines}
+        return {name: c.mean for name, c in cells.items() if isinstance(c, Cell) and c.mean is not None}
+
+    if study.protocol == "base-to-novel":
+        base, novel = means("base"), means("novel")
+        points = {name: (base[name], novel[name]) for name in base if name in novel}
+        if points:
+            drawn[f"Harmonic mean: {first.title}"] = plots.bars(means("HM"), colour, "Harmonic mean")
+            drawn[f"Base and novel accuracy: {first.title}"] = plots.base_and_novel(points, colour, "Base and novel")
+    elif study.protocol == "few-shot":
+        lines: dict[str, dict[int, tuple[float, float]]] = {}
+        for name, cells in first.lines:
+            for shots, cell in zip(study.shots, cells, strict=False):
+                if isinstance(cell, Cell) and cell.mean is not None:
+                    lines.setdefault(name, {})[shots] = cell.mean, cell.std or 0.0
+        if lines:
+            drawn[f"Accuracy and shots: {first.title}"] = plots.curves(lines, colour, "Accuracy and shots")
+    for data, rows in classes.items():
+        for name in study.names:
+            if name != reference and name in rows and reference in rows:
+                gain = {c: rows[name][c] - rows[reference][c] for c in rows[name] if c in rows[reference]}
+                if not gain:
+                    continue
+                caption = f"Gain of each class, in points: {name} over {reference} on {data}"
+                drawn[caption] = plots.gains(gain, caption)
+    return drawn
+
+
+# --- Markdown -------------------------------------------------------------------------------------
+
+
+def markdown(sections: Sequence[Section]) -> str:
+    """All tables as Markdown."""
+    parts = ["# Results", CONVENTIONS]
+    for section in sections:
+        parts += [f"## {section.study.title}", " ".join(section.notes)]
+        for table in section.tables:
+            lines = [f"| method | {' | '.join(table.head)} |", "|---" * (len(table.head) + 1) + "|"]
+            for name, cells in table.lines:
+                shown = (f"**{c}**" if _is_best(c, best) else str(c) for c, best in zip(cells, table.best, strict=True))
+                lines.append(f"| {name.replace('|', '/')} | {' | '.join(shown)} |")
+            parts += [f"### {table.title}", "\n".join(lines), *([table.note] if table.note else [])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _is_best(cell: AnyCell, best: float | None) -> bool:
+    """Whether it is bold: the highest as it is printed, so that ties are all bold."""
+    return isinstance(cell, Cell) and None not in (best, cell.mean) and f"{cell.mean:.2f}" == f"{best:.2f}"
+
+
+# --- LaTeX ----------------------------------------------------------------------------------------
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "–": "--", "“": "``", "”": "''",
+    "→": r"$\rightarrow$", "×": r"$\times$",
+}  # fmt: skip
+
+
+def _tex(text: str) -> str:
+    return "".join(_LATEX.get(letter, letter) for letter in text)
+
+
+def latex(sections: Sequence[Section]) -> str:
+    """All tables for a document that loads ``booktabs``."""
+    parts = ["% Needs \\usepackage{booktabs}.", f"% {_tex(CONVENTIONS)}"]
+    for section in sections:
+        for table in section.tables:
+            lines = [
+                r"\begin{table}[t]", r"\centering", rf"\caption{{{_tex(section.study.title)}: {_tex(table.title)}}}",
+                rf"\begin{{tabular}}{{l{'c' * len(table.head)}}}", r"\toprule",
+                " & ".join(map(_tex, ("method", *table.head))) + r" \\", r"\midrule",
+            ]  # fmt: skip
+            for name, cells in table.lines:
+                shown = [
+                    rf"\textbf{{{_tex(str(c))}}}" if _is_best(c, best) else _tex(str(c))
+                    for c, best in zip(cells, table.best, strict=True)
+                ]
+                lines.append(" & ".join([_tex(name), *shown]) + r" \\")
+            parts.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]))
+    return "\n\n".join(parts) + "\n"
+
+
+# --- HTML -----------------------------------------------------------------------------------------
+
+_STYLE = """
+body { font: 15px/1.5 sans-serif; color: #222; background: #fff; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin: .5rem 0 1rem; font-variant-numeric: tabular-nums }
+div.wide { overflow-x: auto }
+th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left }
+thead th { border-bottom: 2px solid #222 }
+tbody tr:nth-child(even) { background: #f5f5f5 }
+td.missing { color: #b00020; font-style: italic }
+svg { max-width: 100%; height: auto }
+figure { margin: 1rem 0 }
+figcaption, p.note { color: #555 }
+"""
+
+
+def html(sections: Sequence[Section]) -> str:
+    """One page that needs no other file and no network: tables and plots."""
+    body = [f"<h1>Results</h1><p>{escape(CONVENTIONS)}</p>"]
+    for section in sections:
+        body.append(f"<h2>{escape(section.study.title)}</h2><p class=note>{escape(' '.join(section.notes))}</p>")
+        body += map(_html_table, section.tables)
+        whole = {c: p for c, p in section.plots.items() if not c.startswith("Gain")}
+        body += [f"<figure>{p}<figcaption>{escape(c)}</figcaption></figure>" for c, p in whole.items()]
+        body += [
+            f"<details><summary>{escape(c)}</summary>{p}</details>" for c, p in section.plots.items() if c not in whole
+        ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Results</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
+    )
+
+
+def _html_table(table: Table) -> str:
+    head = "".join(f"<th>{escape(text)}</th>" for text in ("method", *table.head))
+    rows = []
+    for name, cells in table.lines:
+        shown = []
+        for cell, best in zip(cells, table.best, strict=True):
+            missing = isinstance(cell, Cell) and (cell.mean is None or len(cell.values) < cell.seeds)
+            mark = " class=missing" if missing and not cell.not_asked else ""  # type: ignore[union-attr]
+            text = f"<b>{escape(str(cell))}</b>" if _is_best(cell, best) else escape(str(cell))
+            shown.append(f"<td{mark}>{text}</td>")
+        rows.append(f"<tr><td>{escape(name)}</td>{''.join(shown)}</tr>")
+    note = f"<p class=note>{escape(table.note)}</p>" if table.note else ""
+    return (
+        f"<h3>{escape(table.title)}</h3><div class=wide><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>{note}"
+    )
+
+
+def to_dict(sections: Sequence[Section]) -> list[dict[str, Any]]:
+    """The tables as JSON values."""
+
+    def cell(value: AnyCell) -> dict[str, Any]:
+        if isinstance(value, Difference):
+            return {"differences": list(value.values), "p": value.p}
+        if isinstance(value, Seconds | Published):
+            return {"mean": value.mean}
+        return {"mean": value.mean, "std": value.std, "by_seed": value.values}
+
+    return [
+        {
+            "protocol": section.study.protocol,
+            "backbone": section.study.backbone,
+            "shots": list(section.study.shots),
+            "split": section.study.split,
+            "reference": section.reference,
+            "title": table.title,
+            "rows": {
+                name: {head: cell(c) for head, c in zip(table.head, cells, strict=True)} for name, cells in table.lines
+            },
+        }
+        for section in sections
+        for table in section.tables
+    ]

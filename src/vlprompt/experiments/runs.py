@@ -1,0 +1,203 @@
+"""One run of a benchmark: trained or gone on with, then measured; its figures lie in its folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import vlprompt
+from vlprompt.data.datasets import load_dataset
+from vlprompt.data.reading import ImageReader, readable
+from vlprompt.errors import ConfigError, DataError
+from vlprompt.experiments.protocols import PROTOCOLS, Measurement, Run, backbone_name, data_name, fingerprint
+from vlprompt.experiments.protocols import result_settings as settings_of
+from vlprompt.files import write_atomically
+from vlprompt.methods import Method
+from vlprompt.training.artefact import FILES, load_artefact
+from vlprompt.training.checkpoints import remove_unfinished
+from vlprompt.training.config import RunConfig
+from vlprompt.training.evaluate import Evaluation, EvaluationImages, evaluate
+from vlprompt.training.run import saved_config, train
+
+FORMAT_VERSION = 1
+FIGURES = "figures.json"
+GROUPS = ("many", "medium", "few")
+
+
+@lru_cache(1)
+def code_version() -> str:
+    """The version, and eight hexadecimal digits that change with any file of the package."""
+    place = Path(vlprompt.__file__).parent
+    files = sorted(place.rglob("*.py"), key=lambda file: file.relative_to(place).as_posix())
+    content = sha256(b"".join(sha256(file.read_bytes()).digest() for file in files))
+    return f"{vlprompt.__version__}+{content.hexdigest()[:8]}"
+
+
+def do(run: Run, out: Path, again: dict[Any, EvaluationImages]) -> dict[str, Any]:
+    """Train a run, or go on with it, and measure what is not measured yet; returns the content of its figures.json.
+
+    ``again`` remembers test images' frozen features from run to run of one process. Raises what
+    :func:`vlprompt.training.run.train` raises, and DataError for data that cannot be measured.
+    """
+    folder, config = out / run.folder, run.config
+    figures = read_figures(folder) or {
+        "format_version": FORMAT_VERSION,
+        "protocol": run.protocol,
+        "data": run.data,
+        "name": run.name,
+        "method": config.method,
+        "backbone": backbone_name(config.backbone),
+        "shots": config.data.shots,
+        "seed": config.seed,
+        "settings": fingerprint(config),
+        "code": code_version(),
+        "measured": [],
+    }
+    done = {_key(m) for m in figures["measured"]}
+    method: Method | None = None
+    if not _trained(folder):
+        begun = (folder / "config.yaml").exists()
+        if folder.is_dir() and not begun:
+            remove_unfinished(folder)  # killed before it wrote anything
+        method, _ = train(config, folder, resume=begun)
+    figures |= {k: v for k, v in _read_json(folder / "metrics.json").items() if k in _OF_TRAINING}
+    for measurement in run.measurements:
+        wanted = (data_name(measurement.data), measurement.classes, measurement.split)
+        if wanted in done:
+            continue
+        method = method or load_artefact(
+            folder, run.config.backbone, run.config.train.device, run.config.train.precision
+        )
+        began = time.monotonic()
+        score = measure(method.eval(), config, measurement, again)
+        row = dict(zip(("data", "classes", "split"), wanted, strict=True)) | {"seconds": time.monotonic() - began}
+        figures["measured"].append(row | (described(score, PROTOCOLS[run.protocol].groups) if score else {"n": 0}))
+        write_atomically(folder / FIGURES, json.dumps(figures))
+    return figures
+
+
+_OF_TRAINING = ("epochs", "train_accuracy", "val_accuracy", "trainable_parameters", "seconds")
+
+
+def measure(
+    method: Method, config: RunConfig, measurement: Measurement, again: dict[Any, EvaluationImages]
+) -> Evaluation | None:
+    """Score a tuned model; None where it cannot be asked about other classes than its own (a linear probe).
+
+    Raises DataError where the data set has no such images.
+    """
+    own = measurement.data == config.data.name
+    dataset = load_dataset(measurement.data, config.data.root, config.data.split_file if own else None)
+    split = dataset.split.subset(measurement.classes)
+    if config.data.val_fraction and not split.val and measurement.split == "val":
+        split = split.with_val(config.data.val_fraction)
+    items, paths = split.items(measurement.split), split.paths(measurement.split)
+    if not items:
+        raise DataError(f"data set '{dataset.name}' has no {measurement.split} images of {measurement.classes} classes")
+    if split.class_names != method.class_names and not method.takes_new_classes:
+        return None
+    key = (measurement, config.data.root, config.data.split_file if own else None, config.data.val_fraction)
+    if key not in again:
+        labels = [item.label for item in items]
+        kept: Sequence[int] = range(len(paths))
+        if config.data.skip_bad:
+            with ImageReader(config.data.workers, room=0) as reader:
+                kept = readable(paths, reader, True, lambda text: None)
+        again[key] = EvaluationImages([paths[i] for i in kept], [labels[i] for i in kept], config.data.workers)
+    return evaluate(method, again[key], split.class_names)
+
+
+def described(score: Evaluation, groups: bool) -> dict[str, Any]:
+    """A measurement's figures as JSON values; with ``groups`` those of many, medium and few training images too."""
+    figures = {**score.to_dict(), "macro_accuracy": score.macro_accuracy, "confusion": score.confusion}
+    figures["class_names"] = figures.pop("classes")
+    if groups:
+        figures["groups"] = group_figures(score.confusion, len(score.classes))
+    return figures
+
+
+def group_figures(confusion: Sequence[Sequence[int]], n_classes: int) -> dict[str, dict[str, float]]:
+    """Accuracy (percent) of the thirds of the class list, whose first class has most training images in a long tail.
+
+    A group without images is left out.
+    """
+    seen, right = [0] * n_classes, [0] * n_classes
+    for c, predicted, n in confusion:
+        seen[c] += n
+        right[c] += n * (c == predicted)
+    figures = {}
+    for g, group in enumerate(GROUPS):
+        classes = [c for c in range(n_classes) if 3 * c // n_classes == g and seen[c]]
+        if classes:
+            n = sum(seen[c] for c in classes)
+            figures[group] = {
+                "n": n,
+                "accuracy": 100 * sum(right[c] for c in classes) / n,
+                "macro_accuracy": 100 * sum(right[c] / seen[c] for c in classes) / len(classes),
+            }
+    return figures
+
+
+def read_figures(folder: Path) -> dict[str, Any] | None:
+    """A run's figures; None if there are none yet. Raises DataError if they cannot be read."""
+    file = folder / FIGURES
+    if not file.is_file():
+        return None
+    figures = _read_json(file)
+    version = figures.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise DataError(f"{file} has format_version {version}; this vlprompt reads up to {FORMAT_VERSION}: update it")
+    try:
+        set(map(_key, figures["measured"]))
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{file} lacks figures: {error}") from None
+    return figures
+
+
+def finished(run: Run, out: Path) -> bool:
+    """Whether a run is trained, and everything that is asked of it measured."""
+    figures = read_figures(out / run.folder)
+    if figures is None or not _trained(out / run.folder):
+        return False
+    done = {_key(m) for m in figures["measured"]}
+    return all((data_name(m.data), m.classes, m.split) in done for m in run.measurements)
+
+
+def check_same_settings(run: Run, out: Path) -> None:
+    """Raise ConfigError if the run in the folder was begun with other settings than are asked for now."""
+    folder = out / run.folder
+    if not (folder / "config.yaml").is_file():
+        return
+    saved = saved_config(folder)
+    before, now = settings_of(saved), settings_of(run.config)
+    before["seed"], now["seed"] = saved.seed, run.config.seed
+    differ = [f"{k} = {before.get(k)}, now {now.get(k)}" for k in {**before, **now} if before.get(k) != now.get(k)]
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise ConfigError(
+            f"{folder} holds results from other settings ({'; '.join(differ[:3])}{more}): choose another --out, "
+            "or remove it"
+        )
+
+
+def _trained(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("metrics.json", *FILES))
+
+
+def _key(measured: Mapping[str, Any]) -> tuple[str, str, str]:
+    return measured["data"], measured["classes"], measured["split"]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {file}: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{file} holds no figures")
+    return content

@@ -1,0 +1,291 @@
+"""Tables of results as papers print them: means over seeds, averages over data sets, differences to a reference."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from vlprompt.errors import ConfigError, DataError, first_few, unknown
+from vlprompt.experiments.protocols import PROTOCOLS
+from vlprompt.experiments.published import Published
+from vlprompt.experiments.results import Row
+from vlprompt.experiments.runs import GROUPS
+from vlprompt.training.evaluate import harmonic_mean
+
+MISSING, NOT_ASKED = "missing", "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure by seed, in percent."""
+
+    values: dict[int, float] = field(default_factory=dict)
+    seeds: int = 0
+    """How many there should be."""
+    not_asked: bool = False
+    """Whether the method cannot be asked: a linear probe about novel classes."""
+    mean_of: float | None = None
+    """The figure where it is not the mean over seeds: a harmonic mean of means."""
+
+    @property
+    def mean(self) -> float | None:
+        """Over the seeds there are; None if there are none."""
+        if not self.values:
+            return None
+        return statistics.mean(self.values.values()) if self.mean_of is None else self.mean_of
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over seeds; None for fewer than two."""
+        return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            return NOT_ASKED if self.not_asked else MISSING
+        spread = "" if self.std is None or self.mean_of is not None else f" ± {self.std:.2f}"
+        few = f" ({len(self.values)} of {self.seeds} seeds)" if len(self.values) < self.seeds else ""
+        return f"{self.mean:.2f}{spread}{few}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A method's figure minus the reference's, seed by seed, in points."""
+
+    values: tuple[float, ...]
+
+    def __str__(self) -> str:
+        if not self.values:
+            return NOT_ASKED
+        mean, p = statistics.mean(self.values), self.p
+        spread = f" ± {statistics.stdev(self.values):.2f}" if len(self.values) > 1 else ""
+        chance = "" if p is None else " (p < 0.001)" if p < 0.001 else f" (p = {p:.3f})"
+        return f"{mean:+.2f}{spread}{chance}"
+
+    @property
+    def p(self) -> float | None:
+        """Two-sided p of a paired t-test over seeds; None where the differences are all equal or fewer than two."""
+        from scipy.special import stdtr  # comes with scikit-learn
+
+        n = len(self.values)
+        spread = statistics.stdev(self.values) if n > 1 else 0.0
+        if spread < 1e-9:
+            return None
+        return float(2 * stdtr(n - 1, -abs(statistics.mean(self.values)) / (spread / math.sqrt(n))))
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """How long training took, run by run."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float | None:
+        """Over runs; None if there are none."""
+        return statistics.mean(self.values) if self.values else None
+
+    def __str__(self) -> str:
+        return MISSING if self.mean is None else f"{self.mean:.0f}"
+
+
+AnyCell = Cell | Difference | Seconds | Published
+
+
+@dataclass(frozen=True)
+class Table:
+    """Methods as rows."""
+
+    title: str
+    head: tuple[str, ...]
+    lines: tuple[tuple[str, tuple[AnyCell, ...]], ...]
+    best: tuple[float | None, ...]
+    """The highest mean of each column; None where there is nothing to compare."""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Study:
+    """The results of one protocol on one backbone and split, and with one number of shots (all in few-shot)."""
+
+    protocol: str
+    backbone: str
+    shots: tuple[int, ...]
+    split: str
+    names: tuple[str, ...]
+    data: tuple[str, ...]
+    seeds: tuple[int, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def title(self) -> str:
+        """What it is, in a line."""
+        shots = "" if self.protocol == "few-shot" else f", {self.shots[0]} shots"
+        split = "" if self.split == "test" else f", {self.split} images"
+        return f"{self.protocol}, {self.backbone}{shots}{split}"
+
+    def figure(self, name: str, data: Sequence[str], on: str | None, classes: str, shots: int) -> Cell:
+        """Accuracy by seed, the mean over data sets; only seeds that all the data sets have count.
+
+        ``on`` is what is measured on, if not the data set that was trained on.
+        """
+        found: dict[int, dict[str, float]] = {}
+        not_asked = False
+        for row in self.rows:
+            here = (row.name, row.classes, row.shots) == (name, classes, shots) and row.data in data
+            if not here or row.measured_on != (on or row.data):
+                continue
+            if row.accuracy is None:
+                not_asked = True
+            else:
+                found.setdefault(row.seed, {})[row.data] = row.accuracy
+        whole = {s: statistics.mean(v.values()) for s, v in sorted(found.items()) if len(v) == len(data)}
+        return Cell(whole, len(self.seeds), not_asked and not whole)
+
+
+def studies(rows: Sequence[Row], planned: Iterable[dict] = ()) -> list[Study]:
+    """The results by protocol, backbone, shots and split, in the order of protocols.
+
+    ``planned`` are runs that there should be (protocol, data, name, backbone, shots, seed), in the order of the tables:
+    without results they are shown as missing. Raises DataError where runs of one cell have different settings.
+    """
+    keys: dict[tuple, list[Row]] = {}
+    for row in rows:
+        keys.setdefault((row.protocol, row.backbone, _shots(row.protocol, row.shots), row.split), []).append(row)
+    wanted = list(planned)
+    result = []
+    for (protocol, backbone, shots, split), found in keys.items():
+        _check_settings(found)
+        runs = [
+            run
+            for run in wanted
+            if (run["protocol"], run["backbone"], _shots(protocol, run["shots"])) == (protocol, backbone, shots)
+        ]
+        runs += [vars(row) for row in found]
+        names, data = _distinct(run["name"] for run in runs), _distinct(run["data"] for run in runs)
+        every = tuple(sorted({run["shots"] for run in runs}))
+        seeds = tuple(sorted({run["seed"] for run in runs}))
+        result.append(Study(protocol, backbone, every, split, names, data, seeds, tuple(found)))
+    order = list(PROTOCOLS)
+    return sorted(result, key=lambda s: (order.index(s.protocol) if s.protocol in order else len(order), s.title))
+
+
+def _shots(protocol: str, shots: int) -> int | None:
+    return None if protocol == "few-shot" else shots
+
+
+def _distinct(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(values))
+
+
+def _check_settings(rows: Iterable[Row]) -> None:
+    known: dict[tuple, Row] = {}
+    for row in rows:
+        first = known.setdefault((row.data, row.name, row.shots), row)
+        if first.settings != row.settings:
+            raise DataError(
+                f"{row.protocol}: '{row.name}' on {row.data} has other settings for seed {row.seed} than for seed "
+                f"{first.seed} ({row.settings}, {first.settings}): they cannot be averaged"
+            )
+
+
+def tables(study: Study, reference: str | None = None) -> list[Table]:
+    """A study's tables: the average over data sets first, if there are several, then each data set.
+
+    Behind the accuracies stand the difference to ``reference`` (zero_shot if it is there, or the first), paired by
+    seed, and the seconds that a run trained (of the most shots). Raises ConfigError if there is no such row.
+    """
+    reference = find_reference(study, reference)
+    build = {
+        "base-to-novel": _base_to_novel,
+        "few-shot": _few_shot,
+        "cross-dataset": _transfer,
+        "domain-generalization": _transfer,
+        "long-tail": _long_tail,
+    }.get(study.protocol)
+    if build is None:
+        raise DataError(unknown("protocol", study.protocol, PROTOCOLS))
+    n = len(study.data)
+    several = [(f"Average over {n} data sets", study.data)] if n > 1 and build is not _transfer else []
+    parts = several + [(d, (d,)) for d in study.data]
+    return [_table(study, title, data, build(study, data), reference) for title, data in parts]
+
+
+def find_reference(study: Study, reference: str | None) -> str:
+    """The row that others are compared with; raises ConfigError if there is no such row."""
+    if reference is None:
+        return "zero_shot" if "zero_shot" in study.names else study.names[0]
+    if reference not in study.names:
+        raise ConfigError(unknown("reference", reference, study.names))
+    return reference
+
+
+Columns = dict[str, Callable[[str], Cell]]
+"""Heads, each with what gives a row's cell; the last one is what methods are compared by."""
+
+
+def _base_to_novel(study: Study, data: Sequence[str]) -> Columns:
+    def of(classes: str) -> Callable[[str], Cell]:
+        return lambda name: study.figure(name, data, None, classes, study.shots[0])
+
+    def both(name: str) -> Cell:
+        base, novel = of("base")(name), of("novel")(name)
+        shared = [seed for seed in base.values if seed in novel.values]
+        if base.mean is None or novel.mean is None:
+            return Cell(seeds=base.seeds, not_asked=novel.not_asked)
+        values = {seed: harmonic_mean(base.values[seed], novel.values[seed]) for seed in shared}
+        return Cell(values, base.seeds, mean_of=harmonic_mean(base.mean, novel.mean))
+
+    return {"base": of("base"), "novel": of("novel"), "HM": both}
+
+
+def _few_shot(study: Study, data: Sequence[str]) -> Columns:
+    def of(shots: int) -> Callable[[str], Cell]:
+        return lambda name: study.figure(name, data, None, "all", shots)
+
+    return {f"{shots} shot{'s' if shots > 1 else ''}": of(shots) for shots in study.shots}
+
+
+def _transfer(study: Study, data: Sequence[str]) -> Columns:
+    targets = _distinct(row.measured_on for row in study.rows if row.data in data and row.measured_on not in data)
+
+    def of(on: str) -> Callable[[str], Cell]:
+        return lambda name: study.figure(name, data, on, "all", study.shots[0])
+
+    def average(name: str) -> Cell:
+        cells = [of(target)(name) for target in targets]
+        shared = [seed for seed in study.seeds if all(seed in cell.values for cell in cells)]
+        values = {seed: statistics.mean(cell.values[seed] for cell in cells) for seed in shared}
+        return Cell(values, len(study.seeds), any(cell.not_asked for cell in cells) and not values)
+
+    return {f"{data[0]} (source)": of(data[0]), **{t: of(t) for t in targets}, "average of targets": average}
+
+
+def _long_tail(study: Study, data: Sequence[str]) -> Columns:
+    def of(classes: str) -> Callable[[str], Cell]:
+        return lambda name: study.figure(name, data, None, classes, study.shots[0])
+
+    return {classes: of(classes) for classes in (*GROUPS, "all")}
+
+
+def _table(study: Study, title: str, data: Sequence[str], columns: Columns, reference: str) -> Table:
+    cells = {name: [column(name) for column in columns.values()] for name in study.names}
+    compared = len(cells) > 1
+    lines: list[tuple[str, tuple[AnyCell, ...]]] = []
+    for name, row in cells.items():
+        own, other = row[-1].values, cells[reference][-1].values
+        shared = () if name == reference else tuple(own[seed] - other[seed] for seed in own if seed in other)
+        most = [r for r in study.rows if r.name == name and r.data in data and r.shots == study.shots[-1]]
+        seconds = Seconds(tuple({(r.data, r.seed): r.train_seconds for r in most}.values()))
+        lines.append((name, (*row, *([Difference(shared)] if compared else []), seconds)))
+    head, best = list(columns), [_highest(column) if compared else None for column in zip(*cells.values(), strict=True)]
+    head += [f"{head[-1]} − {reference}"] if compared else []
+    best += [None] * (len(head) + 1 - len(best))
+    gone = [name for name, row in cells.items() if any(str(cell) == MISSING for cell in row)]
+    note = f"Missing runs: {first_few(gone)}." if gone else ""
+    return Table(title, (*head, "train, s"), tuple(lines), tuple(best), note)
+
+
+def _highest(cells: Iterable[Cell]) -> float | None:
+    return max((cell.mean for cell in cells if cell.mean is not None), default=None)

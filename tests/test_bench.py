@@ -1,0 +1,554 @@
+"""``vlprompt bench``: which runs a protocol has, and that a sweep loses nothing whatever happens to it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from small_run import CLASSES, TINY, make_pictures
+from vlprompt.data.splits import long_tail
+from vlprompt.errors import ConfigError, DataError, OutputError
+from vlprompt.experiments import runs as runs_module
+from vlprompt.experiments.lock import folder_lock
+from vlprompt.experiments.protocols import PROTOCOLS, Asked, fingerprint, plan, read_rows, shard
+from vlprompt.experiments.results import Row, read_results, to_csv
+from vlprompt.experiments.runs import group_figures
+from vlprompt.methods import METHODS
+from vlprompt.training.config import build_config
+
+QUICK = ("--backbone", str(TINY), "epochs=1", "warmup_epochs=0", "data.workers=0", "data.batch_size=2")
+ABLATIONS = sorted((Path(__file__).parents[1] / "tools" / "ablations").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """4 training, 2 val and 2 test pictures of three classes."""
+    folder = make_pictures(tmp_path_factory.mktemp("data") / "photos")
+    for name in CLASSES:
+        (folder / "test" / name).mkdir(parents=True)
+        for i, file in enumerate(sorted((folder / "val" / name).iterdir())):
+            (folder / "test" / name / f"{i}.png").write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.fixture
+def bench(vlprompt, tmp_path: Path):
+    """The command with quick settings, into tmp_path/out."""
+
+    def run(protocol: str, *given: object, out: Path = tmp_path / "out") -> tuple[int, str, str]:
+        return vlprompt("bench", protocol, *given, *QUICK, "--out", out)
+
+    return run
+
+
+def asked(protocol: str, methods: str = "coop", data: tuple[str, ...] = ("x",), **more) -> Asked:
+    return Asked(protocol, {m: (m, {}) for m in methods.split(",")}, data, **{"seeds": [1], **more})
+
+
+def measured(run) -> list[tuple[str, str]]:
+    return [(m.data, m.classes) for m in run.measurements]
+
+
+# --- plans ----------------------------------------------------------------------------------------
+
+
+def test_base_to_novel_trains_on_base_and_measures_both() -> None:
+    runs = plan(asked("base-to-novel", "coop,maple", ("dtd", "./some/photos.csv"), seeds=[1, 2]))
+    assert len(runs) == 8
+    assert runs[0].folder == Path("base-to-novel/dtd/coop/mini/shots_16/seed_1")
+    assert runs[-1].folder == Path("base-to-novel/photos/maple/mini/shots_16/seed_2")
+    for run in runs:
+        assert (run.config.data.classes, run.config.data.shots) == ("base", 16)
+        assert measured(run) == [(run.config.data.name, "base"), (run.config.data.name, "novel")]
+        assert run.config == build_config(
+            run.config.method,
+            overrides={"data.name": run.config.data.name, "classes": "base", "shots": 16, "seed": run.config.seed},
+        )
+
+
+def test_few_shot_has_five_numbers_of_shots_and_its_preset() -> None:
+    runs = plan(asked("few-shot", "promptsrc,kgcoop"))
+    assert [r.config.data.shots for r in runs] == [1, 2, 4, 8, 16] * 2
+    assert {r.config.train.epochs for r in runs if r.name == "promptsrc"} == {50}
+    assert [r.config.train.epochs for r in plan(asked("few-shot", "coop"))] == [50, 100, 100, 200, 200]
+    assert {r.config.train.epochs for r in runs if r.name == "kgcoop"} == {100}  # it has no preset
+    assert [r.config.data.shots for r in plan(asked("few-shot", shots=[3]))] == [3]
+
+
+@pytest.mark.parametrize("protocol", ["cross-dataset", "domain-generalization"])
+def test_the_first_data_set_is_trained_on_and_all_are_measured(protocol: str) -> None:
+    (run,) = plan(asked(protocol, "maple", ("imagenet", "dtd", "Flowers102")))
+    assert (run.data, run.config.train.epochs, run.config.settings.depth) == ("imagenet", 2, 3)
+    assert measured(run) == [("imagenet", "all"), ("dtd", "all"), ("Flowers102", "all")]
+
+
+def test_domains_of_a_data_set_are_known() -> None:
+    (run,) = plan(asked("domain-generalization", data=("ImageNet",)))
+    assert [d for d, _ in measured(run)[1:]] == ["imagenet_v2", "imagenet_sketch", "imagenet_a", "imagenet_r"]
+    (run,) = plan(asked("domain-generalization", data=("openmoji",)))
+    assert len(measured(run)) == 6
+
+
+def test_a_long_tail() -> None:
+    (run,) = plan(asked("long-tail", "drople"))
+    assert (run.config.data.shots, run.config.data.imbalance) == (16, 10)
+    (run,) = plan(asked("long-tail", "drople", settings={"imbalance": 5}, shots=[8]))
+    assert (run.config.data.shots, run.config.data.imbalance) == (8, 5)
+
+
+def test_groups_are_thirds_of_the_classes_most_frequent_first() -> None:
+    assert long_tail(16, 4, 10) == sorted(long_tail(16, 4, 10), reverse=True)
+    confusion = [(0, 0, 3), (0, 1, 1), (1, 1, 2), (2, 0, 4), (3, 3, 5)]
+    groups = group_figures(confusion, 4)
+    assert groups["many"] == {"n": 6, "accuracy": pytest.approx(500 / 6), "macro_accuracy": pytest.approx(87.5)}
+    assert groups["medium"]["accuracy"] == 0
+    assert groups["few"] == {"n": 5, "accuracy": 100, "macro_accuracy": 100}
+    assert "medium" not in group_figures([(0, 0, 1)], 3)
+
+
+def test_settings_come_from_options_and_rows_in_that_order() -> None:
+    rows = {"slow": ("coop", {"lr": 0.5}), "plain": ("coop", {}), "taught": ("kdpl_coop", {})}
+    runs = plan(Asked("base-to-novel", rows, ["x"], [1], settings={"lr": 0.1, "backbone": "mini"}, teacher="mini"))
+    assert [r.config.optim.lr for r in runs] == [0.5, 0.1, 0.1]
+    assert [r.config.teacher.backbone for r in runs] == [None, None, "mini"]
+    assert runs[0].folder.parts[2] == "slow"
+
+
+def test_fingerprints_tell_settings_apart_but_not_seeds_and_places() -> None:
+    def of(**settings):
+        (run,) = plan(asked("base-to-novel", settings={k.replace("__", "."): v for k, v in settings.items()}))
+        return fingerprint(run.config)
+
+    assert of() == of(data__root="/elsewhere") == of(data__workers=0)
+    assert len({of(), of(lr=1), of(n_ctx=4), of(backbone="y"), of(precision="bf16")}) == 5
+    one, two = plan(asked("base-to-novel", seeds=[1, 2]))
+    assert fingerprint(one.config) == fingerprint(two.config)
+
+
+def test_shards_are_disjoint_and_together_all() -> None:
+    runs = plan(asked("few-shot", seeds=[1, 2, 3]))
+    parts = [shard(runs, f"{i}/4") for i in range(1, 5)]
+    assert sorted(str(r.folder) for part in parts for r in part) == sorted(str(r.folder) for r in runs)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    for bad in ("0/2", "3/2", "1", "a/b", "1/0"):
+        with pytest.raises(ConfigError, match="--shard"):
+            shard(runs, bad)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (asked("base-to-new"), "unknown protocol 'base-to-new': did you mean 'base-to-novel'"),
+        (asked("few-shot", "cop"), "unknown method 'cop'"),
+        (asked("few-shot", settings={"n_ctz": 1}), "unknown key 'n_ctz'"),
+        (asked("few-shot", settings={"shots": 3}), "data.shots = 3: the protocol and the options of bench decide it"),
+        (asked("few-shot", settings={"classes": "base"}), "data.classes = base: the protocol"),
+        (asked("few-shot", seeds=[]), "--seeds: there must be at least one"),
+        (asked("few-shot", data=("a/x", "b/x")), "two runs would be few-shot/x/coop"),
+        (asked("cross-dataset"), "cross-dataset: --data x needs the data sets to test on"),
+        (asked("domain-generalization", data=("dtd",)), "known without: those of imagenet, openmoji"),
+        (Asked("few-shot", {"a/b": ("coop", {})}, ["x"], [1]), "row 'a/b' is no name of a folder"),
+    ],
+)
+def test_plans_that_are_refused(given: Asked, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        plan(given)
+    assert message in str(error.value)
+
+
+ROWS = """
+method: dpl
+set: {carry: add}
+rows:
+  exact: {instance_to_prompt: exact}
+  of its own: {carry: replace}
+  frozen: {method: zero_shot}
+"""
+
+
+def test_rows_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "rows.yaml").write_text(ROWS)
+    assert read_rows(tmp_path / "rows.yaml") == {
+        "exact": ("dpl", {"carry": "add", "instance_to_prompt": "exact"}),
+        "of its own": ("dpl", {"carry": "replace"}),
+        "frozen": ("zero_shot", {}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "must hold rows: names with settings"),
+        ("method: dpl\nrows: {}", "must hold rows: names with settings"),
+        ("method: dpl\nrow: {}\nrows: {a: {}}", "unknown key 'row': did you mean 'rows'"),
+        ("rows: {a: {lr: 1}}", "row 'a' names no method"),
+        ("rows: {a: coop}", "row 'a' must hold settings"),
+        ("rows: {a: {", "cannot read rows from"),
+    ],
+)
+def test_rows_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "rows.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read_rows(tmp_path / "rows.yaml")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("file", ABLATIONS, ids=lambda f: f.stem)
+def test_ablations_are_settings_that_the_methods_know(file: Path) -> None:
+    rows = read_rows(file)
+    assert file.stem in METHODS
+    assert len({json.dumps(row) for row in rows.values()}) == len(rows) > 3  # no row twice
+    assert len(plan(Asked("base-to-novel", rows, ["x"], [1]))) == len(rows)
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def figures(rows: list[Row]) -> dict[tuple, float | None]:
+    return {(r.name, r.shots, r.seed, r.measured_on, r.classes): r.accuracy for r in rows}
+
+
+def test_a_bench_from_end_to_end(bench, vlprompt, photos: Path, tmp_path: Path) -> None:
+    given = ["--methods", "zero_shot,coop,linear_probe", "--data", photos, "--seeds", "1,2", "--shots", "2"]
+    code, out, err = bench("base-to-novel", *given)
+    assert (code, out) == (0, "")
+    assert "[6/6] photos linear_probe, 2 shots, seed 2: base " in err
+    rows = read_results(tmp_path / "out" / "results.csv")
+    assert len(rows) == 12
+    by = figures(rows)
+    run = tmp_path / "out" / "base-to-novel" / "photos" / "coop" / "backbone" / "shots_2" / "seed_2"
+    for classes in ("base", "novel"):
+        _, printed, _ = vlprompt("evaluate", run, photos, "--classes", classes, "--json")
+        expected = json.loads(printed)
+        (row,) = (r for r in rows if (r.name, r.seed, r.classes) == ("coop", 2, classes))
+        assert row.accuracy == pytest.approx(expected["accuracy"])
+        assert row.calibration_error == pytest.approx(expected["calibration_error"], abs=1e-5)
+        assert row.macro_accuracy == pytest.approx(sum(expected["per_class"].values()) / len(expected["per_class"]))
+        assert (row.images, row.epochs, row.learned_parameters) == (expected["n"], 1, 16 * 128)
+    assert by["linear_probe", 2, 1, "photos", "novel"] is None
+    assert by["zero_shot", 2, 1, "photos", "novel"] == by["zero_shot", 2, 2, "photos", "novel"]
+    assert len({r.settings for r in rows}) == 3
+    assert {r.code for r in rows} == {runs_module.code_version()}
+    content = json.loads((run / "figures.json").read_text())
+    confusion = content["measured"][0]["confusion"]
+    assert sum(n for _, _, n in confusion) == content["measured"][0]["n"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["base-to-novel", "results.csv"]
+
+
+def test_targets_and_groups(bench, photos: Path, tmp_path: Path) -> None:
+    other = make_pictures(tmp_path / "other", val=0)
+    shutil.rmtree(other / "val")
+    (other / "train").rename(other / "test")
+    (other / "train").symlink_to(photos / "train")
+    common = ["--methods", "zero_shot", "--seeds", "1", "--shots", "4"]
+    assert bench("cross-dataset", *common, "--data", f"{photos},{other}")[0] == 0
+    assert bench("long-tail", *common, "--data", photos)[0] == 0
+    keys = {(r.protocol, r.measured_on, r.classes, r.images) for r in read_results(tmp_path / "out" / "results.csv")}
+    assert keys == {
+        ("cross-dataset", "photos", "all", 6), ("cross-dataset", "other", "all", 12), ("long-tail", "photos", "all", 6),
+        ("long-tail", "photos", "many", 2), ("long-tail", "photos", "medium", 2), ("long-tail", "photos", "few", 2),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Notes the runs that are trained, and whether they are gone on with."""
+    noted: list[tuple[str, bool]] = []
+
+    def train(config, folder, **more):
+        noted.append((f"{config.method} {config.seed}", more["resume"]))
+        return original(config, folder, **more)
+
+    original = runs_module.train
+    monkeypatch.setattr(runs_module, "train", train)
+    return noted
+
+
+GIVEN = ("--methods", "coop", "--seeds", "1,2,3", "--shots", "2")
+
+
+def test_finished_runs_are_kept(bench, photos: Path, trained, tmp_path: Path) -> None:
+    assert bench("base-to-novel", *GIVEN, "--data", photos)[0] == 0
+    before = (tmp_path / "out" / "results.csv").read_text()
+    (tmp_path / "out" / "results.csv").unlink()
+    code, _, err = bench("base-to-novel", *GIVEN, "--data", photos)
+    assert code == 2
+    assert "--skip-existing keeps what is finished" in err
+    assert bench("base-to-novel", *GIVEN, "--data", photos, "--skip-existing")[0] == 0
+    assert (tmp_path / "out" / "results.csv").read_text() == before
+    assert len(trained) == 3
+    assert bench("base-to-novel", *GIVEN, "--data", photos, "--skip-existing", "--split", "val")[0] == 0
+    assert len(trained) == 3  # other images, the same runs
+    assert len(read_results(tmp_path / "out" / "results.csv")) == 12
+
+
+def test_results_from_other_settings_are_refused(bench, photos: Path, trained) -> None:
+    assert bench("base-to-novel", *GIVEN, "--data", photos)[0] == 0
+    code, _, err = bench("base-to-novel", *GIVEN, "--data", photos, "--skip-existing", "lr=1", "n_ctx=4")
+    assert code == 2
+    assert "seed_1 holds results from other settings (method.n_ctx = 16, now 4; optim.lr = 0.002, now 1.0)" in err
+    assert len(trained) == 3
+
+
+def test_a_failed_run_is_reported_and_the_rest_goes_on(bench, photos: Path, trained, tmp_path: Path) -> None:
+    bad = make_pictures(tmp_path / "bad")
+    (bad / "val").rename(bad / "test")
+    whole = (bad / "train" / "cat" / "0.png").read_bytes()
+    (bad / "train" / "cat" / "0.png").write_bytes(b"no picture")
+    given = ["--methods", "coop,zero_shot", "--seeds", "1", "--shots", "4", "--data", f"{bad},{photos}"]
+    code, out, err = bench("base-to-novel", *given, "--json")
+    assert code == 1
+    failed = json.loads(out)["failed"]
+    assert list(failed) == [f"base-to-novel/bad/{m}/backbone/shots_4/seed_1" for m in ("coop", "zero_shot")]
+    assert all("0.png" in reason for reason in failed.values())
+    assert err.count("failed: base-to-novel/bad/") == 2
+    assert {r.data for r in read_results(tmp_path / "out" / "results.csv")} == {"photos"}
+    (bad / "train" / "cat" / "0.png").write_bytes(whole)
+    del trained[:]
+    assert bench("base-to-novel", *given, "--skip-existing")[0] == 0
+    assert trained == [("coop 1", False), ("zero_shot 1", False)]
+
+
+def test_our_own_fault_in_a_run_keeps_its_trace(bench, photos: Path, monkeypatch) -> None:
+    def train(config, folder, **more):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(runs_module, "train", train)
+    code, _, err = bench("base-to-novel", *GIVEN, "--data", photos)
+    assert code == 1
+    assert err.count("Traceback") == 3
+    assert "seed 1: FAILED: RuntimeError: broken" in err
+
+
+def test_a_bench_that_is_interrupted_goes_on(bench, photos: Path, trained, monkeypatch) -> None:
+    """Ctrl-C in the second run's first step: a checkpoint is saved, and no other run begins."""
+    from vlprompt.training.session import Session
+
+    original, count = Session.train, []
+
+    def train(self, say):
+        count.append(1)
+        if len(count) == 2:
+            step = self.progress.step
+            self.progress.step = lambda: (signal.raise_signal(signal.SIGINT), step())
+        return original(self, say)
+
+    monkeypatch.setattr(Session, "train", train)
+    code, _, err = bench("base-to-novel", *GIVEN, "--data", photos)
+    assert code == 130
+    assert err.splitlines()[-1] == "interrupted; 1 of 3 runs are finished; to go on: --skip-existing"
+    assert bench("base-to-novel", *GIVEN, "--data", photos, "--skip-existing")[0] == 0
+    assert trained == [("coop 1", False), ("coop 2", False), ("coop 2", True), ("coop 3", False)]
+
+
+@pytest.mark.parametrize("file", ["figures.json", "results.csv", "prompts.safetensors"])
+def test_a_full_disk_loses_nothing(bench, photos: Path, trained, monkeypatch, tmp_path: Path, file: str) -> None:
+    """The disk fills up when the second run writes ``file``."""
+    from vlprompt.experiments import results
+    from vlprompt.training import artefact
+
+    module = {"figures.json": runs_module, "results.csv": results, "prompts.safetensors": artefact}[file]
+    original, count = module.write_atomically, []
+
+    def write(path: Path, content) -> None:
+        if path.name == file:
+            count.append(path)
+            if (2 if file != "figures.json" else 3) <= len(count) <= 4:
+                raise OutputError(f"cannot write {path}: No space left on device")
+        original(path, content)
+
+    monkeypatch.setattr(module, "write_atomically", write)
+    code, _, err = bench("base-to-novel", *GIVEN, "--data", photos)
+    assert code == 1
+    assert "No space left on device" in err.splitlines()[-2]
+    assert err.splitlines()[-2].startswith("failed: ")
+    monkeypatch.setattr(module, "write_atomically", original)
+    assert bench("base-to-novel", *GIVEN, "--data", photos, "--skip-existing")[0] == 0
+    assert len(read_results(tmp_path / "out" / "results.csv")) == 6
+    again = [name for name, resumed in trained[3:]]
+    assert again == (["coop 2", "coop 3"] if file == "prompts.safetensors" else [])
+
+
+def test_two_shards_share_a_folder(bench, photos: Path, tmp_path: Path) -> None:
+    for part in ("1/2", "2/2"):
+        assert bench("base-to-novel", *GIVEN, "--data", photos, "--shard", part)[0] == 0
+    assert len(read_results(tmp_path / "out" / "results.csv")) == 6
+
+
+def test_workers_and_one_of_them_killed(bench, photos: Path, tmp_path: Path) -> None:
+    """The run of the killed process is reported, and another process takes its place."""
+    killed = []
+
+    def kill_the_first_at_work() -> None:
+        while not killed:
+            for child in multiprocessing.active_children():
+                if any((tmp_path / "out").glob("*/*/*/*/*/*/config.yaml")):
+                    os.kill(child.pid, signal.SIGKILL)
+                    killed.append(child.pid)
+                    return
+            time.sleep(0.002)
+
+    thread = threading.Thread(target=kill_the_first_at_work)
+    thread.start()
+    given = ["--methods", "coop", "--seeds", "1,2,3", "--shots", "2", "--data", photos, "--workers", "2"]
+    code, out, _ = bench("base-to-novel", *given, "epochs=30", "--json")
+    killed.append(0)
+    thread.join()
+    done = json.loads(out)
+    assert killed[0]
+    assert code == 1
+    (reason,) = done["failed"].values()
+    assert reason == "its process was killed (SIGKILL): is there enough memory for so many --workers?"
+    assert done["done"] == 2
+    code, out, _ = bench("base-to-novel", *given, "epochs=30", "--json", "--skip-existing")
+    assert code == 0
+    assert json.loads(out)["kept"] == done["done"]
+    assert len(read_results(tmp_path / "out" / "results.csv")) == 6
+
+
+# --- one bench a folder ---------------------------------------------------------------------------
+
+
+def other_process() -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+
+
+def lock_of(folder: Path, pid: int, plan: str = "p", part: str = "1/1", host: str | None = None) -> Path:
+    import socket
+
+    host = host or socket.gethostname()
+    file = folder / f".bench-{host}-{pid}.json"
+    file.write_text(json.dumps({"host": host, "pid": pid, "plan": plan, "shard": part}))
+    return file
+
+
+def test_a_folder_in_use(tmp_path: Path) -> None:
+    process = other_process()
+    try:
+        for theirs, ours in (("1/1", None), ("1/2", None), ("1/1", "1/2"), ("1/2", "1/2"), ("1/2", "2/3")):
+            file = lock_of(tmp_path, process.pid, part=theirs)
+            with (
+                pytest.raises(ConfigError, match=rf"in use: process {process.pid} on "),
+                folder_lock(tmp_path, "p", ours),
+            ):
+                pass
+        lock_of(tmp_path, process.pid, part="1/2")
+        with folder_lock(tmp_path, "p", "2/2"):
+            assert len(list(tmp_path.glob(".bench-*"))) == 2
+        with pytest.raises(ConfigError, match="another bench"), folder_lock(tmp_path, "q", "2/2"):
+            pass
+    finally:
+        process.communicate(b"\n")
+    with folder_lock(tmp_path, "p", None):  # its process has ended
+        assert not file.exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_of_another_machine_or_unreadable_is_not_taken_over(tmp_path: Path) -> None:
+    file = lock_of(tmp_path, 1, host="elsewhere")
+    with pytest.raises(ConfigError, match="on elsewhere"), folder_lock(tmp_path, "p", None):
+        pass
+    file.write_text("{")
+    with pytest.raises(ConfigError, match="remove it if no bench is at work there"), folder_lock(tmp_path, "p", None):
+        pass
+
+
+def test_a_second_bench_is_refused(bench, photos: Path, tmp_path: Path) -> None:
+    process = other_process()
+    (tmp_path / "out").mkdir()
+    try:
+        lock_of(tmp_path / "out", process.pid)
+        code, _, err = bench("base-to-novel", *GIVEN, "--data", photos)
+    finally:
+        process.communicate(b"\n")
+    assert code == 2
+    assert "is in use: process" in err
+
+
+# --- results.csv ----------------------------------------------------------------------------------
+
+ROW = Row(
+    "few-shot", "dtd", "coop", "coop", "mini", 1, 2, "dtd", "all", "test",
+    10, 50.0, 40.0, None, 5, 8, 1.5, 0.1, "f", "1",
+)  # fmt: skip
+
+
+def test_results_read_back(tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text(to_csv([ROW, ROW]))
+    assert read_results(tmp_path / "results.csv") == [ROW, ROW]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.replace(",50.0,", ",5o,", 1), "line 2: accuracy = '5o' (allowed: a percentage)"),
+        (lambda t: t.replace(",50.0,", ",500,", 1), "line 2: accuracy = '500' (allowed: a percentage)"),
+        (lambda t: t.replace(",50.0,", ",nan,", 1), "line 2: accuracy = 'nan'"),
+        (lambda t: t.removesuffix("0.1,f,1\n"), "line 3: 18 values instead of 20"),
+        (lambda t: t.replace("mini,1,2", "mini,one,2"), "line 2: shots = 'one' (allowed: a whole number)"),
+        (lambda t: t.replace("few-shot,", ",", 1), "line 2: protocol is empty"),
+        (lambda t: t.replace("accuracy,", "", 1), "line 1: it lacks the columns accuracy"),
+        (lambda t: "", "line 1: it lacks the columns protocol"),
+    ],
+)
+def test_corrupt_rows_are_named_by_line(tmp_path: Path, change, message: str) -> None:
+    (tmp_path / "results.csv").write_text(change(to_csv([ROW, ROW])))
+    with pytest.raises(DataError) as error:
+        read_results(tmp_path / "results.csv")
+    assert message in str(error.value)
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["base-to-new", "--methods", "coop", "--data", "p"], "unknown protocol 'base-to-new'"),
+        (["few-shot", "--data", "p"], "give either --methods or --rows"),
+        (["few-shot", "--methods", "coop,coop", "--data", "p"], "--methods: given twice: coop"),
+        (["few-shot", "--methods", "coop,", "--data", "p"], "--methods: there is an empty name"),
+        (["few-shot", "--methods", "coop", "--data", "p", "--seeds", "1,x"], "--seeds x (allowed: whole numbers"),
+        (["few-shot", "--methods", "coop", "--data", "p", "--shots", "0"], "data.shots = 0"),
+        (["few-shot", "--methods", "coop", "--data", "p", "--shard", "3/2"], "--shard 3/2 (allowed: i/n"),
+        (["few-shot", "--methods", "coop", "--data", "./none"], "folder none does not exist"),
+        (["few-shot", "--methods", "coop", "--data", "p"], "too few for 8 shots"),
+        (["few-shot", "--methods", "coop", "--data", "p", "--rows", "r"], "give either --methods or --rows"),
+        (["few-shot", "--rows", "none.yaml", "--data", "p"], "cannot read rows from none.yaml"),
+    ],
+)
+def test_bad_input(vlprompt, photos: Path, tmp_path: Path, monkeypatch, given: list[str], message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p").symlink_to(photos)
+    code, out, err = vlprompt("bench", *given, "--backbone", TINY, "--out", "out")
+    assert (code, out) == (2, "")
+    assert message in err.splitlines()[-1]
+    assert [p.name for p in tmp_path.iterdir()] == ["p"]
+
+
+def test_only_some_rows_and_a_dry_run(vlprompt, tmp_path: Path) -> None:
+    (tmp_path / "rows.yaml").write_text(ROWS)
+    given = ["bench", "base-to-novel", "--rows", tmp_path / "rows.yaml", "--data", "x", "--out", tmp_path / "out"]
+    code, out, _ = vlprompt(*given, "--only", "frozen", "--seeds", "7", "--dry-run")
+    assert (code, out) == (0, "base-to-novel/x/frozen/mini/shots_16/seed_7\n")
+    code, out, _ = vlprompt(*given, "--only", "of its own", "--only", "frozen,exact", "--dry-run", "--json")
+    assert [run.split("/")[2] for run in json.loads(out)["runs"][::3]] == ["exact", "of its own", "frozen"]
+    code, _, err = vlprompt(*given, "--only", "frosen")
+    assert code == 2
+    assert "--only: no row 'frosen' (allowed: exact, of its own, frozen)" in err
+
+
+def test_every_protocol_is_in_the_help(vlprompt) -> None:
+    _, out, _ = vlprompt("bench", "--help")
+    words = " ".join(out.replace("│", " ").split())
+    assert all(protocol in words for protocol in PROTOCOLS)
