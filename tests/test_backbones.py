@@ -74,9 +74,9 @@ STRINGS = [
 
 @cache
 def merges() -> tuple[str, ...]:
-    """The merges of the embedded tokenizer; with all 256 bytes, they make a vocabulary of OpenAI's kind."""
+    """The first 5,848 merges of the embedded tokenizer; with all bytes, they make OpenAI's kind of vocabulary."""
     model = json.loads((EMBEDDED["mini"] / "tokenizer.json").read_text("utf-8"))["model"]
-    return tuple(m if isinstance(m, str) else " ".join(m) for m in model["merges"])
+    return tuple(m if isinstance(m, str) else " ".join(m) for m in model["merges"][:5848])
 
 
 def vocabulary(lines: tuple[str, ...]) -> dict[str, int]:
