@@ -15,6 +15,8 @@ from vlprompt.backbones.load import BESIDE, EMBEDDED
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.images import load_image
 from vlprompt.data.openmoji import pictures
+from vlprompt.data.splits import Split
+from vlprompt.methods import Method
 from vlprompt.training.config import build_config
 from vlprompt.training.evaluate import EvaluationImages, evaluate
 from vlprompt.training.run import train
@@ -41,12 +43,14 @@ def mini() -> Backbone:
     return load_backbone("mini")
 
 
-def accuracy(backbone: Backbone, dataset: LoadedDataset, classes: str = "all") -> float:
-    split = dataset.split.subset(classes)  # type: ignore[arg-type]
-    method = build_method("zero_shot", backbone, list(split.class_names), template=dataset.template)
-    return evaluate(
-        method, EvaluationImages(split.paths("test"), [i.label for i in split.test]), split.class_names
-    ).accuracy
+def score(method: Method, split: Split) -> float:
+    images = EvaluationImages(split.paths("test"), split.labels("test"))
+    return evaluate(method, images, split.class_names).accuracy
+
+
+def accuracy(backbone: Backbone, dataset: LoadedDataset) -> float:
+    method = build_method("zero_shot", backbone, list(dataset.split.class_names), template=dataset.template)
+    return score(method, dataset.split)
 
 
 def test_the_card_tells_the_truth(mini: Backbone, openmoji: LoadedDataset) -> None:
@@ -79,10 +83,8 @@ def test_tuning_teaches_names_it_does_not_know(mini: Backbone, openmoji: LoadedD
     changes = {"n_ctx": 4, "class_specific": True, "epochs": 6, "batch_size": 8, "warmup_epochs": 0, "min_scale": 0.6}
     config = build_config("coop", overrides={"data.name": str(tmp_path / "photos"), **changes})
     method, _ = train(config, tmp_path / "run")
-    test = nameless.split
-    images = EvaluationImages(test.paths("test"), [i.label for i in test.test])
     assert before < 45, "of four classes whose names say nothing"
-    assert evaluate(method, images, test.class_names).accuracy > before + 30
+    assert score(method, nameless.split) > before + 30
 
 
 def test_it_is_small_and_deep(mini: Backbone) -> None:

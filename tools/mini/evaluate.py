@@ -26,7 +26,6 @@ from vlprompt.data.openmoji import CLASSES, pictures
 from vlprompt.files import write_atomically
 
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
-TEMPLATE = "a picture of a {}."
 
 
 def image_features(backbone: Backbone, files: Sequence[Path], batch: int = 128) -> Tensor:
@@ -47,12 +46,13 @@ def accuracy(features: Tensor, texts: Tensor, labels: Tensor, k: int = 1) -> flo
 
 def on_openmoji(backbone: Backbone) -> dict[str, float]:
     """Figures on all pictures of the data set ``openmoji``, and on its test part."""
-    split = load_dataset("openmoji").split
+    data = load_dataset("openmoji")
+    split = data.split
     by_code = {picture.codepoints: picture for picture in pictures()}
     files = [split.root / item.path for part in (split.train, split.val, split.test) for item in part]
     shown = [by_code[file.stem] for file in files]
     features = image_features(backbone, files)
-    classes = backbone.encode_texts([TEMPLATE.format(name) for name in CLASSES])
+    classes = backbone.encode_texts([data.template.format(name) for name in CLASSES])
     labels = torch.tensor([CLASSES.index(picture.class_name) for picture in shown])
     names = list(dict.fromkeys(picture.name for picture in shown))
     named = backbone.encode_texts(names)

@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import re
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch
 import yaml
 from images import Pictures, plain, view
 from safetensors.torch import load_file
-from steps import Training, part, processes
+from steps import Training, noise, part, processes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -157,9 +157,6 @@ def new_tower(config: ImageConfig, seed: int) -> ImageTower:
     tower = ImageTower(config)
     width, side = config.width, config.image_size // config.patch_size
 
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape) * shape[-1] ** -0.5
-
     with torch.no_grad():
         for block in tower.blocks:
             assert isinstance(block, Block)
@@ -283,45 +280,33 @@ def main() -> None:
         names.fix({kind: directions.to(device) for kind, directions in load_file(options.names).items()})
     stages = Stages(settings["stages"], config.layers)
     training = Training(tower, names, settings, stages.total, decayed="shift")
-    if (options.out / STATE).exists():
-        training.load(options.out / STATE)
-
     pictures = Pictures(options.data, settings["render"])
     held_out = Pictures(options.data, settings["render"], validation=True)
     captions = json.loads((options.data / "captions.json").read_text(encoding="utf-8"))
     sided = {"left", "right", "leftwards", "rightwards"}
     mirror = torch.tensor([not sided & set(re.split(r"\W", caption["text"].lower())) for caption in captions])
-    losses: list[float] = []
-    began, first = time.time(), training.step
-    while training.step < training.total:
-        step = training.step
-        blocks, keep = stages.blocks(step), stages.keep(step)
+
+    def batch(step: int) -> Callable[[ImageTower], Tensor]:
+        blocks = stages.blocks(step)
         if step and stages.blocks(step - 1) != blocks:
             grow(tower, stages.blocks(step - 1), blocks)
         generator = torch.Generator().manual_seed((settings["seed"] * 1_000_003 + step) * 64 + rank)
         index = pictures.draw(settings["batch"] // world, generator)
         shown = pictures.captions[index]
-        noise = torch.Generator(device).manual_seed(generator.initial_seed())
+        random = torch.Generator(device).manual_seed(generator.initial_seed())
         rgba, mono = pictures.read(index).to(device), pictures.mono[index].to(device)
-        images = view(rgba, mono, mirror[shown].to(device), config.image_size, noise)
-        labels = shown.to(device)
+        images = view(rgba, mono, mirror[shown].to(device), config.image_size, random)
 
         def loss_of(low: ImageTower) -> Tensor:
-            features = encode(low, images, blocks, keep, noise).float()  # noqa: B023 - called at once
-            return names.loss(F.normalize(features, dim=-1), labels)  # noqa: B023
+            features = encode(low, images, blocks, stages.keep(step), random).float()
+            return names.loss(F.normalize(features, dim=-1), shown.to(device))
 
-        losses.append(training.train_step(loss_of))
-        done = training.step == training.total
-        if rank == 0 and (training.step % 50 == 0 or done):
-            speed = settings["batch"] * (training.step - first) / (time.time() - began)
-            print(
-                f"step {training.step}/{training.total} loss {sum(losses[-50:]) / len(losses[-50:]):.3f} "
-                f"scale {names.log_scale.exp().item():.1f} {speed:.0f} pictures/s",
-                flush=True,
-            )
-        if rank == 0 and (training.step % options.save_every == 0 or done):
-            training.save(options.out / STATE)
-            print(f"step {training.step} {validate(training, blocks, held_out, device)}", flush=True)
+        return loss_of
+
+    def found() -> dict[str, float]:
+        return validate(training, stages.blocks(training.step - 1), held_out, device)
+
+    training.run(batch, options.out / STATE, options.save_every, settings["batch"], found, first=rank == 0)
 
 
 if __name__ == "__main__":

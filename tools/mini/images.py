@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from steps import draw_by_weight
 from torch import Tensor
 from torch.nn import functional as F
 
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+from vlprompt.backbones.load import CLIP_MEAN, CLIP_STD
+
+MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
 
 VALIDATION_SETS = ("fxemoji",)
 """Never trained on: a style of its own on which settings are chosen, so that OpenMoji chooses nothing."""
@@ -46,7 +48,8 @@ class Pictures:
         coloured = self._coloured([listed[i]["set"] for i in chosen])
         self.mono = ~coloured
         # A caption in proportion to the root of its pictures; among them, coloured ones thrice as often.
-        self.weights = torch.where(emoji, EMOJI, ICON) * torch.where(coloured, 3.0, 1.0) / per_caption.sqrt()
+        weights = torch.where(emoji, EMOJI, ICON) * torch.where(coloured, 3.0, 1.0) / per_caption.sqrt()
+        self.ends = weights.double().cumsum(0)
 
     def _coloured(self, sets: list[str]) -> Tensor:
         """Sets of which a sample has colours."""
@@ -61,9 +64,7 @@ class Pictures:
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """n pictures at random, by weight: indices."""
-        ends = self.weights.double().cumsum(0)
-        at = torch.rand(n, generator=generator, dtype=torch.float64) * ends[-1]
-        return torch.searchsorted(ends, at, right=True).clamp(max=len(ends) - 1)
+        return draw_by_weight(self.ends, n, generator)
 
     def read(self, index: Tensor) -> Tensor:
         """[B, 4, size, size] in 0…1, colours multiplied by alpha."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from vlprompt.files import write_atomically
+
+SHOWN = 50
+"""Steps between lines, and that a printed loss is the mean of."""
 
 
 def processes() -> tuple[int, int, torch.device]:
@@ -88,6 +92,40 @@ class Training:
         self.step += 1
         return loss.item()
 
+    def run(
+        self,
+        batch: Callable[[int], Callable[[Any], Tensor]],
+        file: Path,
+        save_every: int,
+        samples: int,
+        validate: Callable[[], object],
+        first: bool,
+    ) -> None:
+        """Steps until ``total``, from where ``file`` ends if it is there.
+
+        Args:
+            batch: the loss of the batch of a step, as :meth:`train_step` wants it.
+            file: where the state goes every ``save_every`` steps, and what ``validate`` finds is printed.
+            samples: in a batch of all processes, for the speed.
+            first: whether this process prints and saves.
+        """
+        if file.exists():
+            self.load(file)
+        losses: list[float] = []
+        began, start = time.time(), self.step
+        while self.step < self.total:
+            losses.append(self.train_step(batch(self.step)))
+            if not first:
+                continue
+            done = self.step == self.total
+            if self.step % SHOWN == 0 or done:
+                recent, speed = losses[-SHOWN:], samples * (self.step - start) / (time.time() - began)
+                shown = f"loss {sum(recent) / len(recent):.3f} {speed:.0f} samples/s"
+                print(f"step {self.step}/{self.total} {shown}", flush=True)
+            if self.step % save_every == 0 or done:
+                self.save(file)
+                print(f"step {self.step} {validate()}", flush=True)
+
     def save(self, file: Path) -> None:
         """All tensors by name, the optimisers' included, in one file."""
         out = {f"tower.{k}": v for k, v in self.tower.state_dict().items()}
@@ -117,6 +155,17 @@ class Training:
 def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with ``prefix.``, without it."""
     return {k.removeprefix(prefix + "."): v for k, v in state.items() if k.startswith(prefix + ".")}
+
+
+def noise(*shape: int) -> Tensor:
+    """Random weights [out, in] that keep the scale of what they are applied to."""
+    return torch.randn(shape) * shape[-1] ** -0.5
+
+
+def draw_by_weight(ends: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """n indices at random; ``ends`` are the cumulative weights, in float64."""
+    at = torch.rand(n, generator=generator, dtype=torch.float64) * ends[-1]
+    return torch.searchsorted(ends, at, right=True).clamp(max=len(ends) - 1)
 
 
 def _average(parameters: list[Tensor]) -> None:

@@ -15,7 +15,8 @@ import json
 import math
 import random
 import re
-import time
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from embed import embed
 from image import STATE as IMAGE_STATE
 from image import Names, attention_of
 from safetensors.torch import load_file, save
-from steps import Training, part, processes
+from steps import Training, draw_by_weight, noise, part, processes
 from tokenizer import TEMPLATES, counts
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -60,9 +61,6 @@ def new_tower(config: TextConfig, tokenizer: Tokenizer, seed: int) -> TextTower:
     torch.manual_seed(seed)
     tower = TextTower(config)
     width = config.width
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape) * shape[-1] ** -0.5
 
     whole = {token: i for token, i in sorted(tokenizer.get_vocab().items()) if re.fullmatch("[a-z]{2,}</w>", token)}
     vectors = embed([token.removesuffix("</w>") for token in whole])
@@ -125,8 +123,7 @@ class Texts:
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """n texts at random, by weight: indices."""
-        at = torch.rand(n, generator=generator, dtype=torch.float64) * self.ends[-1]
-        return torch.searchsorted(self.ends, at, right=True).clamp(max=len(self.texts) - 1)
+        return draw_by_weight(self.ends, n, generator)
 
 
 def tokenized(tokenizer: Tokenizer, texts: list[str], context: int) -> list[list[int]]:
@@ -164,56 +161,45 @@ def main() -> None:
     texts = Texts(options.data, names)
     directions = texts.directions.to(device)
     training = Training(new_tower(config, tokenizer, settings["seed"]).to(device), None, recipe, recipe["steps"])
-    if (options.out / STATE).exists():
-        training.load(options.out / STATE)
+    size = recipe["batch"] // world
 
-    batch = recipe["batch"] // world
-    queue: list[Tensor] = []
-    losses: list[float] = []
-    began, first = time.time(), training.step
-    while training.step < training.total:
-        step = training.step
-        if not queue or step % CHUNKS == 0:
-            seed = (settings["seed"] * 1_000_003 + step // CHUNKS) * 64 + rank
-            generator, draw = torch.Generator().manual_seed(seed), random.Random(seed)
-            rows = texts.draw(batch * CHUNKS, generator)
-            written = [
-                draw.choice(TEMPLATES).format(texts.texts[i]) if draw.random() < 0.5 else texts.texts[i]
-                for i in rows.tolist()
-            ]
-            tokens = tokenized(tokenizer, written, config.context_length)
-            order = sorted(range(len(rows)), key=lambda i: len(tokens[i]))
-            queue = [torch.tensor(order[i * batch : (i + 1) * batch]) for i in range(CHUNKS)]
-            draw.shuffle(queue)
-        chosen = queue[step % CHUNKS]
-        ids, ends = padded([tokens[i] for i in chosen.tolist()])
-        labels = rows[chosen].to(device)
+    @lru_cache(1)
+    def chunks(number: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Tokens, ends and indices of ``CHUNKS`` batches."""
+        seed = (settings["seed"] * 1_000_003 + number) * 64 + rank
+        draw = random.Random(seed)
+        rows = texts.draw(size * CHUNKS, torch.Generator().manual_seed(seed))
+        written = [
+            draw.choice(TEMPLATES).format(texts.texts[i]) if draw.random() < 0.5 else texts.texts[i]
+            for i in rows.tolist()
+        ]
+        tokens = tokenized(tokenizer, written, config.context_length)
+        order = sorted(range(len(rows)), key=lambda i: len(tokens[i]))
+        batches = [order[i * size : (i + 1) * size] for i in range(CHUNKS)]
+        draw.shuffle(batches)
+        return [(*padded([tokens[i] for i in chosen]), rows[chosen]) for chosen in batches]
+
+    def batch(step: int) -> Callable[[TextTower], Tensor]:
+        ids, ends, labels = (t.to(device) for t in chunks(step // CHUNKS)[step % CHUNKS])
 
         def loss_of(low: TextTower) -> Tensor:
-            features = F.normalize(encode(low, ids.to(device), ends.to(device)).float(), dim=-1)  # noqa: B023
-            aims = directions[labels]  # noqa: B023
+            features = F.normalize(encode(low, ids, ends).float(), dim=-1)
+            aims = directions[labels]
             scores = 20 * features @ aims.T
-            same = labels[:, None] == labels  # noqa: B023
+            same = labels[:, None] == labels
             scores = scores.masked_fill(same & ~torch.eye(len(same), dtype=torch.bool, device=device), -math.inf)
             far = (1 - (features * aims).sum(-1)).mean()
             loss = 4 * far + F.cross_entropy(scores, torch.arange(len(scores), device=device))
-            captions = labels < texts.captions  # noqa: B023 - they are told apart from all others, not from a batch
+            captions = labels < texts.captions  # they are told apart from all others, not from those of a batch
             of_all = 50 * features[captions] @ directions[: texts.captions].T
-            told = F.cross_entropy(of_all, labels[captions], reduction="sum")  # noqa: B023
-            return loss + told / len(labels)  # noqa: B023
+            return loss + F.cross_entropy(of_all, labels[captions], reduction="sum") / len(labels)
 
-        losses.append(training.train_step(loss_of))
-        done = training.step == training.total
-        if rank == 0 and (training.step % 100 == 0 or done):
-            speed = recipe["batch"] * (training.step - first) / (time.time() - began)
-            print(
-                f"step {training.step}/{training.total} loss {sum(losses[-100:]) / len(losses[-100:]):.3f} "
-                f"{speed:.0f} texts/s",
-                flush=True,
-            )
-        if rank == 0 and (training.step % options.save_every == 0 or done):
-            training.save(options.out / STATE)
-            print(f"step {training.step} {validate(training.tower, tokenizer, texts, names)}", flush=True)
+        return loss_of
+
+    def found() -> dict[str, float]:
+        return validate(training.tower, tokenizer, texts, names)
+
+    training.run(batch, options.out / STATE, options.save_every, recipe["batch"], found, first=rank == 0)
     if rank == 0:
         said = directions_of(training.tower, tokenizer, texts, names)
         write_atomically(options.out / NAMES, save(said))
