@@ -185,6 +185,14 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
     }
 
 
+def test_words_in_rows_are_those_of_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "rows.yaml").write_text("method: fdbpl_coop\nrows:\n  plain: {pcd: off}\n")
+    rows = read_rows(tmp_path / "rows.yaml")
+    assert rows == {"plain": ("fdbpl_coop", {"pcd": "off"})}
+    (run,) = plan(Asked("base-to-novel", rows, ["x"], [1]))
+    assert run.config.settings.pcd == "off"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -15,7 +15,7 @@ import yaml
 from vlprompt.data.benchmarks.table import DATASETS, find_dataset
 from vlprompt.errors import ConfigError, unknown
 from vlprompt.methods import find_method
-from vlprompt.training.config import RunConfig, build_config
+from vlprompt.training.config import RunConfig, build_config, parse_yaml
 
 Classes = Literal["base", "novel", "all"]
 
@@ -191,7 +191,7 @@ def read_rows(file: Path) -> Rows:
     Raises ConfigError for a file that cannot be read or has another form.
     """
     try:
-        content = yaml.safe_load(file.read_text("utf-8"))
+        content = parse_yaml(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read rows from {file}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not isinstance(content.get("rows"), dict) or not content["rows"]:

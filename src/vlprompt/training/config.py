@@ -166,7 +166,7 @@ _SafeLoader.yaml_implicit_resolvers = {
 _SafeLoader.add_implicit_resolver(TRUTH, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
-def _parse(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     """Plain values; like ``yaml.safe_load``, it builds no other objects."""
     return yaml.load(text, _SafeLoader)
 
@@ -174,7 +174,7 @@ def _parse(text: str) -> Any:
 def read_config(file: Path) -> dict[str, Any]:
     """A YAML file's keys, flattened: ``{"optim.lr": 0.01, …}``."""
     try:
-        content = _parse(file.read_text("utf-8"))
+        content = parse_yaml(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read configuration {file}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -188,7 +188,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise ConfigError(f"'{text}' is not key=value")
     try:
-        parsed = _parse(value)
+        parsed = parse_yaml(value)
     except yaml.YAMLError:
         parsed = value
     return key.strip(), parsed if parsed is None or isinstance(parsed, (str, int, float)) else value
