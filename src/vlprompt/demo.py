@@ -25,7 +25,7 @@ from vlprompt.training.run import Result, train
 
 SHOTS = 8
 BEFORE, BEST = "zero_shot", "promptsrc"
-CROPS = {"data.min_scale": 0.6, "optim.warmup_epochs": 0}
+COMMON = {"data.min_scale": 0.6, "optim.warmup_epochs": 0}
 METHODS: dict[str, dict[str, Any]] = {
     BEFORE: {},
     "coop": {
@@ -34,9 +34,9 @@ METHODS: dict[str, dict[str, Any]] = {
         "data.batch_size": 16,
         "optim.lr": 0.001,
         "train.epochs": 5,
-        **CROPS,
+        **COMMON,
     },
-    BEST: {"data.batch_size": 8, "train.epochs": 4, **CROPS},
+    BEST: {"data.batch_size": 8, "train.epochs": 4, **COMMON},
 }
 """What runs, with changes to the official settings: their 50 and 20 epochs would take minutes, and little is left of a
 drawing in a crop of a twelfth of it. Chosen on validation pictures."""

@@ -82,7 +82,7 @@ def _do(
     say: Callable[[str], None],
     progress: Callable[[int, int], None],
 ) -> None:
-    results, began, unwritten, interrupted = Results(out), time.monotonic(), "", False
+    results, began, interrupted = Results(out), time.monotonic(), False
     progress(result.kept, result.runs)
     for n, outcome in enumerate(outcomes(todo, out, workers), 1):
         interrupted = interrupted or outcome.interrupted
@@ -97,9 +97,8 @@ def _do(
         left = (time.monotonic() - began) / n * (len(todo) - n)
         say(f"[{result.kept + n}/{result.runs}] {_told(outcome)}" + (f"; about {_span(left)} left" if left else ""))
         progress(result.kept + n, result.runs)
-        unwritten = _write(results)
-    unwritten = _write(results)
-    if unwritten:
+        _write(results)  # what hinders it is told in the end, if it still does
+    if unwritten := _write(results):
         say(f"{unwritten}; nothing is lost: the run folders hold all figures, and --skip-existing writes it again")
         result.failed[RESULTS] = unwritten
     if interrupted:

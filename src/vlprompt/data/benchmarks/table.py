@@ -104,6 +104,20 @@ _CLASS_NAMES = _drive("1-61f_ol79pViBFDG_IDlUQSwoLcn2XXF", CLASS_NAMES)
 _OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
 _BERKELEY = "https://people.eecs.berkeley.edu/~hendrycks"
 _HUB = "https://huggingface.co/datasets"
+
+
+def _imagenet_in_another_look(
+    name: str, title: str, folder: str, images: str, classes: int, n: int, homepage: str,
+    packed: str, url: str, checksum: str = "",
+) -> Dataset:  # fmt: skip
+    """Test images of some of ImageNet's classes; ``packed`` is what their folder is called in the archive."""
+    return Dataset(
+        name, folder, images, title=title, domain_of="imagenet", read=class_folders, needs=(CLASS_NAMES,),
+        classes=classes, sizes=(0, 0, n), licence="MIT; images belong to their owners", homepage=homepage,
+        sources=(_CLASS_NAMES, Source((url,), {packed: images}, checksum)),
+    )  # fmt: skip
+
+
 _AIRCRAFT = ("variants.txt", *(f"images_variant_{part}.txt" for part in PARTS))
 
 _BENCHMARKS = (
@@ -258,51 +272,26 @@ _BENCHMARKS = (
             ),
         ),
     ),
-    Dataset(
-        "imagenet_v2", "imagenetv2", "imagenetv2-matched-frequency-format-val", title="ImageNet-V2",
-        domain_of="imagenet", read=class_folders, needs=(CLASS_NAMES,), classes=1000, sizes=(0, 0, 10000),
-        licence="MIT; images belong to their owners", homepage="https://github.com/modestyachts/ImageNetV2",
-        sources=(
-            _CLASS_NAMES,
-            Source(
-                (f"{_HUB}/vaishaal/ImageNetV2/resolve/main/imagenetv2-matched-frequency.tar.gz",),
-                {"imagenetv2-matched-frequency-format-val": "imagenetv2-matched-frequency-format-val"},
-                "sha256:f0c37fdf925916b19ea1323cd9a2208cdb6959ba2c32eef2a7fc393835c9ca7c",
-            ),
-        ),
+    _imagenet_in_another_look(
+        "imagenet_v2", "ImageNet-V2", "imagenetv2", "imagenetv2-matched-frequency-format-val", 1000, 10000,
+        "https://github.com/modestyachts/ImageNetV2", "imagenetv2-matched-frequency-format-val",
+        f"{_HUB}/vaishaal/ImageNetV2/resolve/main/imagenetv2-matched-frequency.tar.gz",
+        "sha256:f0c37fdf925916b19ea1323cd9a2208cdb6959ba2c32eef2a7fc393835c9ca7c",
     ),
-    Dataset(
-        "imagenet_sketch", "imagenet-sketch", "images", title="ImageNet-Sketch", domain_of="imagenet",
-        read=class_folders, needs=(CLASS_NAMES,), classes=1000, sizes=(0, 0, 50889),
-        licence="MIT; images belong to their owners", homepage="https://github.com/HaohanWang/ImageNet-Sketch",
-        sources=(
-            _CLASS_NAMES,
-            Source(
-                (f"{_HUB}/songweig/imagenet_sketch/resolve/main/data/ImageNet-Sketch.zip",), {"sketch": "images"},
-            ),
-        ),
+    _imagenet_in_another_look(
+        "imagenet_sketch", "ImageNet-Sketch", "imagenet-sketch", "images", 1000, 50889,
+        "https://github.com/HaohanWang/ImageNet-Sketch", "sketch",
+        f"{_HUB}/songweig/imagenet_sketch/resolve/main/data/ImageNet-Sketch.zip",
     ),
-    Dataset(
-        "imagenet_a", "imagenet-adversarial", "imagenet-a", title="ImageNet-A", domain_of="imagenet",
-        read=class_folders, needs=(CLASS_NAMES,), classes=200, sizes=(0, 0, 7500),
-        licence="MIT; images belong to their owners", homepage="https://github.com/hendrycks/natural-adv-examples",
-        sources=(
-            _CLASS_NAMES,
-            Source(
-                (f"{_BERKELEY}/imagenet-a.tar",), {"imagenet-a": "imagenet-a"}, "md5:c3e55429088dc681f30d81f4726b6595",
-            ),
-        ),
+    _imagenet_in_another_look(
+        "imagenet_a", "ImageNet-A", "imagenet-adversarial", "imagenet-a", 200, 7500,
+        "https://github.com/hendrycks/natural-adv-examples", "imagenet-a", f"{_BERKELEY}/imagenet-a.tar",
+        "md5:c3e55429088dc681f30d81f4726b6595",
     ),
-    Dataset(
-        "imagenet_r", "imagenet-rendition", "imagenet-r", title="ImageNet-R", domain_of="imagenet",
-        read=class_folders, needs=(CLASS_NAMES,), classes=200, sizes=(0, 0, 30000),
-        licence="MIT; images belong to their owners", homepage="https://github.com/hendrycks/imagenet-r",
-        sources=(
-            _CLASS_NAMES,
-            Source(
-                (f"{_BERKELEY}/imagenet-r.tar",), {"imagenet-r": "imagenet-r"}, "md5:a61312130a589d0ca1a8fca1f2bd3337",
-            ),
-        ),
+    _imagenet_in_another_look(
+        "imagenet_r", "ImageNet-R", "imagenet-rendition", "imagenet-r", 200, 30000,
+        "https://github.com/hendrycks/imagenet-r", "imagenet-r", f"{_BERKELEY}/imagenet-r.tar",
+        "md5:a61312130a589d0ca1a8fca1f2bd3337",
     ),
 )  # fmt: skip
 
