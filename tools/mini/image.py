@@ -5,8 +5,8 @@
 
 Texts are not run: each caption, tag and sub-group stands for itself in a table of directions, which starts from
 sentence embeddings and is learned with the images. The text tower learns the table afterwards (``text.py``).
-Every ``--save-every`` steps, and when interrupted, the state goes to ``OUT/image.safetensors``; the same command
-goes on from there, with the same views it would have had.
+Every ``--save-every`` steps the state goes to ``OUT/image.safetensors``; after an interruption the same command goes on
+from there, with the same views it would have had.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Names(nn.Module):
         }
         embeddings = torch.from_numpy(np.load(data / "texts.npy")).float()
         self.embeddings: Tensor
-        rows = [i for part in self.parts.values() for i in part]
+        rows = [i for of_part in self.parts.values() for i in of_part]
         shown = embeddings[rows]
         self.register_buffer("embeddings", shown.to(torch.bfloat16), persistent=False)
         self.map = nn.Linear(embeddings.shape[1], dim)
@@ -91,11 +91,9 @@ class Names(nn.Module):
         """Unit directions of each part, [texts, D]."""
         if self.fixed is not None:
             return self.fixed
-        mapped = (
-            F.linear(self.embeddings.to(torch.bfloat16), self.map.weight.to(torch.bfloat16)).float() + self.map.bias
-        )
+        mapped = F.linear(self.embeddings, self.map.weight.to(torch.bfloat16)).float() + self.map.bias
         directions = F.normalize(mapped + self.shift, dim=-1)
-        return dict(zip(self.parts, directions.split([len(part) for part in self.parts.values()]), strict=True))
+        return dict(zip(self.parts, directions.split([len(rows) for rows in self.parts.values()]), strict=True))
 
     def fix(self, directions: dict[str, Tensor]) -> None:
         """Take these directions, and learn none."""
