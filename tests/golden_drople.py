@@ -69,10 +69,10 @@ def check_shared_tokens(case: Case) -> None:
         close(f"{tower} attention", a, gold[f"out/{tower}_attn"])
         close(f"{tower} features", seen[tower], gold[f"out/{tower}_features"])
     z = unit(torch.randn(2, 4))  # no part of the other terms
+    both = [(seen["visual"], seen["text"][gold["labels"].long()])]
     terms = objective(
-        z, z, z, z, torch.ones(1), torch.zeros(2).long(), [(seen["visual"], seen["text"][gold["labels"].long()])], 0.1,
-        DroPLe.Config(alignment_weight=1.0),
-    )  # fmt: skip
+        z, z, z, z, torch.ones(1), torch.zeros(2).long(), both, torch.tensor(0.1), DroPLe.Config(alignment_weight=1.0)
+    )
     close("loss", terms["alignment"], gold["loss"])
     terms["alignment"].backward()
     for name, p in parameters.items():
@@ -88,7 +88,7 @@ def check_residual_entropy(case: Case) -> None:
     gold = case.tensors
     t0, v0, scale = gold["in/frozen_text"], gold["in/frozen_image"], gold["in/logit_scale_exp"]
     close("entropy", torch.stack([entropy(p.log()) for p in gold["in/probs"][:, None]]), gold["out/entropy_of_probs"])
-    for i, lam in enumerate(case.info["hyper"]["lams"]):
+    for i, lam in enumerate(torch.tensor(case.info["hyper"]["lams"], dtype=torch.double)):
         t, v = leaf(gold["in/learned_text"]), leaf(gold["in/learned_image"])
         h_t = entropy(scale * v0 @ residual(t, t0, lam).T)
         h_v = entropy(scale * residual(v, v0, lam) @ t0.T)
@@ -127,8 +127,8 @@ def check_objective(case: Case) -> None:
         entropy_weight=h["weight_res"],
         alignment_weight=h["mag_weight"],
     )
-    lam = rising(h["lam_res"], h["epoch"], h["max_epochs"])
-    close("λ", torch.tensor(lam), gold["lam"])
+    lam = torch.tensor(rising(h["lam_res"], h["epoch"], h["max_epochs"]), dtype=torch.double)
+    close("λ", lam, gold["lam"])
     v0, t0 = unit(gold["in/frozen_image"]), unit(gold["in/frozen_text"])
     seen = [(image, text[labels]) for image, text in zip(images, texts, strict=True)]
     terms = objective(unit(v), unit(t), v0, t0, log_scale.exp(), labels, seen, lam, config)

@@ -28,11 +28,11 @@ def test_trials_are_the_same_points_for_every_method(search):
     official = {method: build_config(method).optim.lr for method in methods}
     for k in range(1, 9):
         coop, maple, promptsrc = (rows[f"{method}-{k}"] for method in methods)
-        assert coop["n_ctx"] == maple["n_ctx"] == promptsrc["n_ctx_text"] == promptsrc["n_ctx_vision"]
-        assert "depth" not in coop
-        assert maple["depth"] == promptsrc["depth_text"] == promptsrc["depth_vision"]
-        assert len({row["epochs"] for row in (coop, maple, promptsrc)}) == 1
-        rates = [rows[f"{m}-{k}"]["lr"] / official[m] for m in methods]
+        assert coop["method.n_ctx"] == maple["method.n_ctx"] == promptsrc["method.n_ctx_text"] == promptsrc["method.n_ctx_vision"]
+        assert "method.depth" not in coop
+        assert maple["method.depth"] == promptsrc["method.depth_text"] == promptsrc["method.depth_vision"]
+        assert len({row["train.epochs"] for row in (coop, maple, promptsrc)}) == 1
+        rates = [rows[f"{m}-{k}"]["optim.lr"] / official[m] for m in methods]
         assert rates == pytest.approx([rates[0]] * 3, rel=1e-2)
     assert len({str(rows[f"promptsrc-{k}"]) for k in range(1, 9)}) == 8
 
@@ -41,7 +41,7 @@ def test_rows_are_settings_that_training_takes(search):
     for name, row in search.rows(["coop", "dpl", "drople", "fdbpl_coop", "kdpl_maple"], 3, 0)["rows"].items():
         settings = {key: value for key, value in row.items() if key != "method"}
         config = build_config(name.rsplit("-", 1)[0], overrides=settings)
-        assert config.train.epochs == settings["epochs"]
+        assert config.train.epochs == settings["train.epochs"]
 
 
 def test_the_best_has_the_highest_harmonic_mean(search):

@@ -234,7 +234,7 @@ def backbone_name(backbone: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "backbone"
 
 
-_NOT_THE_RESULT = ("data.root", "data.workers", "train.device", "train.report_to")
+_NOT_THE_RESULT = ("data.root", "data.workers", "train.device", "train.graphs", "train.report_to")
 
 
 def result_settings(config: RunConfig) -> dict[str, Any]:

@@ -82,6 +82,8 @@ class Method(nn.Module):
     """Whether class features depend on the image."""
     couples_batch: bool = False
     """Whether a loss term is more than a mean over images, so that a batch cannot be computed in parts."""
+    changes_texts: bool = False
+    """Whether the texts that a step encodes depend on its batch, so that one step cannot be replayed for another."""
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
 

@@ -134,10 +134,12 @@ class DroPLe(IVLP):
         self.dropped_text = min(c.depth_text, b.text_tower.config.layers - 1)
         self.dropped_vision = min(c.depth_vision, b.image_tower.config.layers - 1)
         self.aligned = min(self.dropped_text, self.dropped_vision)
+        self.lam: Tensor
+        self.register_buffer("lam", torch.zeros((), dtype=torch.double), persistent=False)
         self._start()
 
     def _start(self) -> None:
-        self.lam = self.config.lam if self.config.lam_schedule == "fixed" else 0.0
+        self.lam.fill_(self.config.lam if self.config.lam_schedule == "fixed" else 0)
 
     # --- features -----------------------------------------------------------------------------------
 
@@ -223,11 +225,12 @@ class DroPLe(IVLP):
             if not (positions := hit(i)):
                 return x
             ps, rows = [], []
+            columns = torch.arange(positions.start, positions.stop, device=x.device)
             for group, tokens in zip(text.groups, text.texts(x), strict=True):
                 p = self._probabilities(maps.pop(0) if self._weighs else None, look(keys.detach(), tokens), -1)
                 ps.append(p[:, positions.start : positions.stop].flatten())
                 starts = group.start + group.length * torch.arange(group.count, device=x.device)
-                rows.append((starts[:, None] + torch.tensor(positions, device=x.device)).flatten())
+                rows.append((starts[:, None] + columns).flatten())
             return drop(x, torch.cat(rows), torch.cat(ps)[None], self.config.mode, self.config.sigma)
 
         plain, recording = (
@@ -263,15 +266,15 @@ class DroPLe(IVLP):
         if epoch + 1 == epochs:
             self._start()
         elif self.config.lam_schedule == "rising":
-            self.lam = rising(self.config.lam, epoch + 1, epochs)
+            self.lam.fill_(rising(self.config.lam, epoch + 1, epochs))
 
     def training_state(self) -> dict[str, Tensor]:
         """λ of this epoch."""
-        return {"lam": torch.tensor(self.lam, dtype=torch.double)}
+        return {"lam": self.lam.clone()}
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on with λ."""
-        self.lam = state["lam"].item()
+        self.lam.copy_(state["lam"])
 
     # --- tuned --------------------------------------------------------------------------------------
 
@@ -322,7 +325,7 @@ def objective(
     scale: Tensor,
     labels: Tensor,
     seen: Sequence[tuple[Tensor, Tensor]],
-    lam: float,
+    lam: Tensor,
     c: DroPLe.Config,
 ) -> dict[str, Tensor]:
     """The loss terms of normalised features, learned v [B, E] and t [C, E], frozen v0 and t0.
@@ -344,13 +347,10 @@ def objective(
     }
 
 
-def residual(z: Tensor, z0: Tensor, lam: float) -> Tensor:
+def residual(z: Tensor, z0: Tensor, lam: Tensor) -> Tensor:
     """z_r = (z − λ z0) / (1 − λ), the denominator kept 1e-3 away from 0 and 1 as in the public code."""
     rest = 1 - lam
-    if abs(rest) < 1e-3:
-        rest += 1e-3
-    elif abs(rest - 1) < 1e-3:
-        rest -= 1e-3
+    rest = rest + 1e-3 * ((rest.abs() < 1e-3).to(rest.dtype) - (lam.abs() < 1e-3).to(rest.dtype))
     return (z - lam * z0) / rest
 
 

@@ -42,26 +42,28 @@ class Distilled(Method):
         super().build()
         k = self.config.classes_per_batch
         self.couples_batch = self.couples_batch or k is not None
+        self.changes_texts = k is not None
         if k is not None and not self.takes_new_classes:
             raise ConfigError(f"method.classes_per_batch = {k} (allowed with class_specific: none, all are compared)")
 
-    def taught(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The classes that are compared, as indices [K], and the teacher's probabilities among them, [B, K]."""
+    def taught(self, batch: Batch) -> tuple[Tensor | slice, Tensor]:
+        """The classes that are compared, all or as indices [K], and the teacher's probabilities among them, [B, K]."""
         p, k = batch.teacher_probabilities, self.config.classes_per_batch
         assert p is not None
-        n = len(self.class_names)
-        if k is None or k >= n:
-            return torch.arange(n), p
+        if k is None or k >= len(self.class_names):
+            return slice(None), p
         classes = p.mean(0).topk(k).indices.sort().values
         p = p[:, classes].clamp_min(torch.finfo(p.dtype).tiny)
         return classes, p / p.sum(-1, keepdim=True)
 
-    def names_of(self, classes: Tensor) -> tuple[str, ...]:
-        """The names of classes given as indices [K]."""
+    def names_of(self, classes: Tensor | slice) -> tuple[str, ...]:
+        """The names of all classes, or of those given as indices [K]."""
+        if isinstance(classes, slice):
+            return self.class_names[classes]
         return tuple(self.class_names[c] for c in classes.tolist())
 
-    def features_of(self, classes: Tensor) -> Tensor:
-        """Features of classes given as indices, [K, E]; the other texts are not encoded."""
+    def features_of(self, classes: Tensor | slice) -> Tensor:
+        """Features of all classes, or of those given as indices, [K, E]; the other texts are not encoded."""
         return self.class_features(self.names_of(classes))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -112,7 +114,7 @@ class KDPLVPT(Distilled, VPT):
     class Config(Distilled.Config, VPT.Config):
         """Settings of kdpl_vpt."""
 
-    def features_of(self, classes: Tensor) -> Tensor:
+    def features_of(self, classes: Tensor | slice) -> Tensor:
         """Frozen features of all classes are computed once."""
         return self.class_features(self.class_names)[classes]
 

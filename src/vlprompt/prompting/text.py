@@ -118,7 +118,7 @@ class TextContext(nn.Module):
         self.vectors = nn.Parameter(vectors)
         deep = INIT_STD * torch.randn(depth - 1, n_ctx, width)
         self.deep = nn.Parameter(deep) if depth > 1 else None
-        self._packed: dict[tuple[tuple[str, ...], bool], PackedText] = {}
+        self._packed: dict[tuple[tuple[str, ...], bool, torch.device], PackedText] = {}
 
     def prompts(self, bias: Tensor | None = None) -> Prompts:
         """The learned tokens per layer; ``bias`` [B, D] moves those of the first layer per image (CoCoOp)."""
@@ -131,12 +131,12 @@ class TextContext(nn.Module):
         Without ``share`` every text has tokens of its own from the first on: for states that differ between texts, and
         attention functions that know of no shared prefix.
         """
-        key = tuple(class_names), share
+        key = tuple(class_names), share, backbone.device
         if key not in self._packed:
             if len(self._packed) == LISTS_KEPT:
                 del self._packed[next(iter(self._packed))]
-            self._packed[key] = self.pack(backbone, class_names, share)
-        return self._packed[key].to(backbone.device)
+            self._packed[key] = self.pack(backbone, class_names, share).to(backbone.device)
+        return self._packed[key]
 
     def pack(self, backbone: Backbone, class_names: Sequence[str], share: bool) -> PackedText:
         """The classes' texts, packed anew."""

@@ -20,6 +20,7 @@ from vlprompt.methods import Batch, Method
 from vlprompt.training.bank import bank_views
 from vlprompt.training.config import DataConfig, OptimConfig, TrainConfig
 from vlprompt.training.distributed import Processes
+from vlprompt.training.recorded import Gradients, Recorded, Terms
 from vlprompt.training.schedule import build_optimizer, learning_rate
 from vlprompt.training.teacher import Teacher
 
@@ -100,6 +101,7 @@ class Training:
         self.optimizer = build_optimizer(method, optim)
         self.scaled = method.backbone.dtype == torch.float16
         self.scale = LossScale(2.0**16 if self.scaled else 1.0)
+        self.recorded = self._recorded() if config.graphs else None
         self.epoch = 0
         """Epochs done."""
         self.step = 0
@@ -144,21 +146,21 @@ class Training:
 
     def _step(self, views: Views, asked_to_stop: Callable[[], bool]) -> bool:
         """One optimiser step on this process's share of a batch; whether any process was asked to stop."""
-        method, parts = self.method, self.config.accumulate
-        device = method.backbone.device
+        parts, device = self.config.accumulate, self.method.backbone.device
         seed = np.random.SeedSequence([self.views.seed, self.epoch, self.step, self.processes.rank])
+        split = [repeat(None, parts) if tensor is None else tensor.to(device).tensor_split(parts) for tensor in views]
+        of_parts = [Views._make(part) for part in zip(*split, strict=True)]
+        if self.recorded:
+            for part in of_parts:
+                self.recorded.prepare(part)
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
-        terms: dict[str, Tensor] = {}
-        gradients: dict[str, list[Tensor]] = {}
-        split = [repeat(None, parts) if tensor is None else tensor.tensor_split(parts) for tensor in views]
-        for part in zip(*split, strict=True):
-            batch = self._batch(Views._make(None if tensor is None else tensor.to(device) for tensor in part))
-            weight = len(batch.labels) / self.views.images_per_batch
-            losses = {term: weight * value for term, value in method.losses(batch).items()}
-            for term, value in losses.items():
-                terms[term] = terms.get(term, 0) + value.detach().double()
-            scaled = {term: self.scale.value * value for term, value in losses.items()}
-            for name, new in method.gradients(scaled).items():
+        terms: Terms = {}
+        gradients: Gradients = {}
+        for part in of_parts:
+            new_terms, new_gradients = (self.recorded or self._compute)(part)
+            for term, value in new_terms.items():
+                terms[term] = terms.get(term, 0) + value
+            for name, new in new_gradients.items():
                 old = gradients.get(name)
                 gradients[name] = [a + b for a, b in zip(old, new, strict=True)] if old else new
         stop = torch.tensor(float(asked_to_stop()), dtype=torch.double, device=device)
@@ -169,6 +171,24 @@ class Training:
         self._log(dict(zip(terms, values, strict=True)))
         self._apply(gradients)
         return bool(stopping)
+
+    def _compute(self, views: Views) -> tuple[Terms, Gradients]:
+        """The loss terms of a part of a batch, weighted by its share of it, and their gradients (scaled in fp16)."""
+        batch = self._batch(views)
+        weight = len(batch.labels) / self.views.images_per_batch
+        losses = {term: weight * value for term, value in self.method.losses(batch).items()}
+        gradients = self.method.gradients({term: self.scale.value * value for term, value in losses.items()})
+        return {term: value.detach().double() for term, value in losses.items()}, gradients
+
+    def _recorded(self) -> Recorded:
+        """Raises ConfigError where a step cannot be recorded: it changes, or there is no GPU to record it on."""
+        if self.method.backbone.device.type != "cuda":
+            raise ConfigError(f"train.graphs needs a GPU (train.device = {self.config.device})")
+        if self.scaled:
+            raise ConfigError("train.graphs records no fp16 steps, whose loss scale changes (allowed: fp32, bf16)")
+        if self.method.changes_texts:
+            raise ConfigError(f"train.graphs: method '{self.method.name}' compares other classes in every step")
+        return Recorded(self._compute)
 
     def _batch(self, views: Views) -> Batch:
         """What the method needs about a batch's views: what did not come with them is computed."""

@@ -1,0 +1,73 @@
+"""Steps recorded as CUDA graphs: refused where they cannot be, and equal to the plain ones where there is a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from small_run import CLASSES, TINY, make_pictures
+from vlprompt.backbones.load import load_backbone
+from vlprompt.data.views import TrainingViews
+from vlprompt.errors import ConfigError
+from vlprompt.methods import METHODS, find_method
+from vlprompt.training.config import OptimConfig, TrainConfig
+from vlprompt.training.loop import Training
+from vlprompt.training.teacher import Teacher
+
+TRAINED = sorted(set(METHODS) - {"zero_shot", "linear_probe"})
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def training(method: str, pictures: Path, device: str, precision: str = "fp32", own: dict | None = None, **config):
+    cls, backbone = find_method(method), load_backbone(str(TINY), device, precision)
+    files = sorted((pictures / "train").rglob("*.png"))
+    labels = [CLASSES.index(file.parent.name) for file in files]
+    teacher = Teacher(backbone, CLASSES, "a {}.", 20.0) if "teacher_probabilities" in cls.needs else None
+    torch.manual_seed(1)
+    tuned = cls(backbone, CLASSES, cls.Config(**(own or {}))).to(device)
+    views = TrainingViews(
+        files, labels, backbone.preprocess, batch_size=5, seed=1, workers=0, patch_size=tuned.patch_size
+    )
+    optim = OptimConfig(lr=0.001, warmup_epochs=0)
+    return Training(tuned, views, optim, TrainConfig(epochs=3, device=device, **config), teacher=teacher)
+
+
+def test_graphs_need_a_gpu(pictures):
+    with pytest.raises(ConfigError, match=r"train\.graphs needs a GPU \(train\.device = cpu\)"):
+        training("coop", pictures, "cpu", graphs=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="recording needs a GPU")
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("method", TRAINED)
+def test_recorded_steps_equal_plain_ones(method, parts, pictures):
+    if parts > 1 and find_method(method).couples_batch:
+        pytest.skip("its batch cannot be computed in parts")
+    learned = []
+    for graphs in (False, True):
+        job = training(method, pictures, "cuda", graphs=graphs, accumulate=parts)
+        start = [p.detach().clone() for p in job.method.learned()]
+        assert job.run()
+        learned.append([p - q for p, q in zip(job.method.learned(), start, strict=True)])
+    assert any(moved.any() for moved in learned[0])
+    for plain, recorded in zip(*learned, strict=True):
+        torch.testing.assert_close(recorded, plain, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="recording needs a GPU")
+@pytest.mark.parametrize(
+    ("method", "precision", "own", "said"),
+    [
+        ("coop", "fp16", {}, "train.graphs records no fp16 steps"),
+        ("kdpl_coop", "fp32", {"classes_per_batch": 2}, "method 'kdpl_coop' compares other classes in every step"),
+    ],
+)
+def test_what_cannot_be_recorded(method, precision, own, said, pictures):
+    with pytest.raises(ConfigError, match=said):
+        training(method, pictures, "cuda", precision, own, graphs=True)
