@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import random
 from dataclasses import fields
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +51,13 @@ def trial(method: str, rate: float, epochs: int, scale: float, tokens: int, dept
 
 
 def rows(methods: list[str], trials: int, seed: int) -> dict[str, Any]:
-    """The content of a file for ``vlprompt bench --rows``: the same different points for every method."""
-    points = random.Random(seed).sample(list(product(RATES, EPOCHS, SCALES, TOKENS, DEPTHS)), trials)
+    """The content of a file for ``vlprompt bench --rows``: the same points for every method.
+
+    A Latin hypercube: each value of a setting comes equally often, as far as the number of trials allows.
+    """
+    draw = random.Random(seed)
+    columns = [values * -(-trials // len(values)) for values in (RATES, EPOCHS, SCALES, TOKENS, DEPTHS)]
+    points = list(zip(*(draw.sample(column, trials) for column in columns), strict=True))
     return {
         "rows": {
             f"{method}-{k}": {"method": method} | trial(method, *point)
