@@ -20,6 +20,7 @@ from vlprompt.data.splits import long_tail
 from vlprompt.errors import ConfigError, DataError, OutputError
 from vlprompt.experiments import runs as runs_module
 from vlprompt.experiments.lock import folder_lock
+from vlprompt.experiments.pool import spread
 from vlprompt.experiments.protocols import PROTOCOLS, Asked, fingerprint, plan, read_rows, shard
 from vlprompt.experiments.results import Row, read_results, to_csv
 from vlprompt.experiments.runs import group_figures
@@ -422,6 +423,21 @@ def test_workers_and_one_of_them_killed(bench, photos: Path, tmp_path: Path) -> 
     assert code == 0
     assert json.loads(out)["kept"] == done["done"]
     assert len(read_results(tmp_path / "out" / "results.csv")) == 6
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "chosen"),
+    [("cuda", 3, [0, 1, 2, 0, 1]), ("cuda", 1, [0] * 5), ("cuda", 0, []), ("cuda:1", 3, []), ("cpu", 3, [])],
+)
+def test_workers_are_spread_over_gpus(monkeypatch, device: str, gpus: int, chosen: list[int]) -> None:
+    used: list[int] = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.set_device", used.append)
+    (run,) = plan(asked("base-to-novel", settings={"train.device": device}))
+    for place in range(5):
+        spread(run, place)
+    assert used == chosen
+    assert run.config.train.device == device  # a run can be resumed where there are fewer GPUs
 
 
 # --- one bench a folder ---------------------------------------------------------------------------
