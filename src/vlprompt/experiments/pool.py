@@ -110,6 +110,8 @@ def _in_processes(runs: Sequence[Run], out: Path, workers: int) -> Iterator[Outc
                     worker.give(waiting.pop(0))
             busy = {worker.connection: worker for worker in pool if worker.run is not None}
             if not busy:
+                if waiting:  # those at work ended before they heard of it
+                    yield Outcome(waiting[0], interrupted=True)
                 return
             try:
                 ready = wait(list(busy))
