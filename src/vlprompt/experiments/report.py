@@ -166,7 +166,7 @@ def markdown(sections: Sequence[Section]) -> str:
             lines = [f"| method | {' | '.join(table.head)} |", "|---" * (len(table.head) + 1) + "|"]
             for name, cells in table.lines:
                 shown = (f"**{c}**" if _is_best(c, best) else str(c) for c, best in zip(cells, table.best, strict=True))
-                lines.append(f"| {name.replace('|', '/')} | {' | '.join(shown)} |")
+                lines.append(f"| {table.label(name).replace('|', '/')} | {' | '.join(shown)} |")
             parts += [f"### {table.title}", "\n".join(lines), *([table.note] if table.note else [])]
     return "\n\n".join(parts) + "\n"
 
@@ -181,7 +181,7 @@ def _is_best(cell: AnyCell, best: float | None) -> bool:
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "–": "--", "“": "``", "”": "''",
-    "→": r"$\rightarrow$", "×": r"$\times$",
+    "→": r"$\rightarrow$", "†": r"$^\dagger$", "×": r"$\times$",
 }  # fmt: skip
 
 
@@ -204,8 +204,10 @@ def latex(sections: Sequence[Section]) -> str:
                     rf"\textbf{{{_tex(str(c))}}}" if _is_best(c, best) else _tex(str(c))
                     for c, best in zip(cells, table.best, strict=True)
                 ]
-                lines.append(" & ".join([_tex(name), *shown]) + r" \\")
-            parts.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]))
+                lines.append(" & ".join([_tex(table.label(name)), *shown]) + r" \\")
+            lines += [r"\bottomrule", r"\end{tabular}"]
+            lines += [rf"\par\smallskip{{\footnotesize {_tex(table.note)}}}"] if table.note else []
+            parts.append("\n".join([*lines, r"\end{table}"]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -254,7 +256,7 @@ def _html_table(table: Table) -> str:
             mark = " class=missing" if missing and not cell.not_asked else ""  # type: ignore[union-attr]
             text = f"<b>{escape(str(cell))}</b>" if _is_best(cell, best) else escape(str(cell))
             shown.append(f"<td{mark}>{text}</td>")
-        rows.append(f"<tr><td>{escape(name)}</td>{''.join(shown)}</tr>")
+        rows.append(f"<tr><td>{escape(table.label(name))}</td>{''.join(shown)}</tr>")
     note = f"<p class=note>{escape(table.note)}</p>" if table.note else ""
     return (
         f"<h3>{escape(table.title)}</h3><div class=wide><table><thead><tr>{head}</tr></thead>"

@@ -83,6 +83,9 @@ class Method(nn.Module):
     couples_batch: bool = False
     """Whether a loss term is more than a mean over images, so that a batch cannot be computed in parts."""
 
+    transductive: ClassVar[bool] = False
+    """Whether it learns from the unlabelled images that it is tested on; tables mark it."""
+
     Config: ClassVar[type[MethodConfig]] = MethodConfig
 
     def __init__(
