@@ -87,7 +87,7 @@ def test_a_bench_on_ray(photos: Path, tmp_path: Path) -> None:
 
 @needs_ray
 def test_a_process_that_is_killed(photos: Path, tmp_path: Path) -> None:
-    process = start(tmp_path, "--methods", "coop", "--seeds", "1,2", "epochs=200", "--workers", "1", "--json")
+    process = start(tmp_path, "--methods", "coop", "--seeds", "1,2", "epochs=100", "--workers", "1", "--json")
     when(process, lambda: any((tmp_path / "out").glob("*/*/*/*/*/seed_1/config.yaml")))
     os.kill(task_of_ray(tmp_path / "out"), signal.SIGKILL)
     out, err = process.communicate(timeout=180)
@@ -107,7 +107,7 @@ def task_of_ray(folder: Path) -> int:
 @needs_ray
 def test_an_interrupted_bench_goes_on(photos: Path, tmp_path: Path) -> None:
     """Ctrl-C, as a terminal sends it: to every process of the group."""
-    given = ("--methods", "coop", "--seeds", "1,2", "epochs=200", "--workers", "1")
+    given = ("--methods", "coop", "--seeds", "1,2", "epochs=100", "--workers", "1")
     process = start(tmp_path, *given)
     when(process, lambda: any((tmp_path / "out").glob("*/*/*/*/*/seed_1/checkpoints/*")))
     os.killpg(process.pid, signal.SIGINT)

@@ -218,7 +218,7 @@ class Page(HTMLParser):
         assert tag not in ("script", "link", "img", "iframe")
         assert not any(key in ("src", "href") for key, _ in attrs)
         self.seen.append(tag)
-        if tag not in ("meta",):
+        if tag not in ("meta", "wbr"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs) -> None:
@@ -231,8 +231,8 @@ class Page(HTMLParser):
         self.text += data
 
 
-def figures(place: Path, name: str, seed: int, accuracy: dict[str, float]) -> None:
-    run = place / "base-to-novel" / "dtd" / name / "mini" / "shots_16" / f"seed_{seed}"
+def figures(place: Path, name: str, seed: int, accuracy: dict[str, float], backbone: str = "mini") -> None:
+    run = place / "base-to-novel" / "dtd" / name / backbone / "shots_16" / f"seed_{seed}"
     run.mkdir(parents=True)
     measured = [{"data": "dtd", "classes": "base", "split": "test", "per_class": accuracy}]
     content = {"format_version": 1, "data": "dtd", "name": name, "measured": measured}
@@ -255,7 +255,7 @@ def test_the_command_writes_three_forms(vlprompt, tmp_path: Path) -> None:
     assert not page.open
     assert page.seen.count("table") == out.count("\n### ") == 6
     assert page.seen.count("svg") == 4
-    assert {"HM 55", "+11.5", "-10.0", "<b>&", "training images a class"} <= set(texts(content))
+    assert {"HM 55", "+11.5", "−10.0", "<b>&", "training images a class"} <= set(texts(content))
     tex = (tmp_path / "report.tex").read_text("utf-8")
     assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 6
     assert r"coop & \textbf{72.00 $\pm$ 2.00} & 42.00 $\pm$ 2.65 & \textbf{53.05} & " in tex

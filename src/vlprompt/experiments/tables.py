@@ -63,7 +63,7 @@ class Difference:
         mean, p = statistics.mean(self.values), self.p
         spread = f" ± {statistics.stdev(self.values):.2f}" if len(self.values) > 1 else ""
         chance = "" if p is None else " (p < 0.001)" if p < 0.001 else f" (p = {p:.3f})"
-        return f"{mean:+.2f}{spread}{chance}"
+        return f"{mean:+.2f}{spread}{chance}".replace("-", "−")
 
     @property
     def p(self) -> float | None:
