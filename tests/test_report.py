@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -16,7 +17,7 @@ from vlprompt.errors import ConfigError, DataError
 from vlprompt.experiments import plots
 from vlprompt.experiments.bench import note_planned
 from vlprompt.experiments.protocols import Asked, plan
-from vlprompt.experiments.published import ELEVEN
+from vlprompt.experiments.published import BASE_TO_NOVEL_HM, ELEVEN
 from vlprompt.experiments.report import latex, markdown, read_sections
 from vlprompt.experiments.results import Row, to_csv
 from vlprompt.experiments.tables import Cell, Difference, studies, tables
@@ -200,6 +201,13 @@ def test_published_figures_stand_beside_ours_in_the_same_setting_only(tmp_path: 
     for key, (value, some) in other.items():
         changed = some if value is None else [replace(r, **{key: value}) for r in some]
         assert "published" not in markdown(read_sections(folder(tmp_path, changed)))
+
+
+def test_the_page_about_reproducing_has_the_same_published_figures() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "reproduce.md").read_text("utf-8")
+    told = dict(re.findall(r"^\| \[`(\w+)`\]\(.*?\) \| ([\d.]+)", page, re.MULTILINE))
+    assert told == {name: str(figure) for name, figure in BASE_TO_NOVEL_HM.items()}
+    assert all(figure.source for figure in BASE_TO_NOVEL_HM.values())
 
 
 # --- the three forms ------------------------------------------------------------------------------
