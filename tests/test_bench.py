@@ -20,6 +20,7 @@ from vlprompt.data.splits import long_tail
 from vlprompt.errors import ConfigError, DataError, OutputError
 from vlprompt.experiments import runs as runs_module
 from vlprompt.experiments.lock import folder_lock
+from vlprompt.experiments.pool import spread
 from vlprompt.experiments.protocols import PROTOCOLS, Asked, fingerprint, plan, read_rows, shard
 from vlprompt.experiments.results import Row, read_results, to_csv
 from vlprompt.experiments.runs import group_figures
@@ -359,13 +360,15 @@ def test_a_bench_that_is_interrupted_goes_on(bench, photos: Path, trained, monke
     assert trained == [("coop 1", False), ("coop 2", False), ("coop 2", True), ("coop 3", False)]
 
 
-@pytest.mark.parametrize("file", ["figures.json", "results.csv", "prompts.safetensors"])
+@pytest.mark.parametrize("file", ["figures.json", "results.csv", "prompts.safetensors", "last.safetensors"])
 def test_a_full_disk_loses_nothing(bench, photos: Path, trained, monkeypatch, tmp_path: Path, file: str) -> None:
     """The disk fills up when the second run writes ``file``."""
     from vlprompt.experiments import results
-    from vlprompt.training import artefact
+    from vlprompt.training import artefact, checkpoints
 
-    module = {"figures.json": runs_module, "results.csv": results, "prompts.safetensors": artefact}[file]
+    written_by = {"figures.json": runs_module, "results.csv": results}
+    written_by |= {"prompts.safetensors": artefact, "last.safetensors": checkpoints}
+    module = written_by[file]
     original, count = module.write_atomically, []
 
     def write(path: Path, content) -> None:
@@ -384,7 +387,36 @@ def test_a_full_disk_loses_nothing(bench, photos: Path, trained, monkeypatch, tm
     assert bench("base-to-novel", *GIVEN, "--data", photos, "--skip-existing")[0] == 0
     assert len(read_results(tmp_path / "out" / "results.csv")) == 6
     again = [name for name, resumed in trained[3:]]
-    assert again == (["coop 2", "coop 3"] if file == "prompts.safetensors" else [])
+    assert again == (["coop 2", "coop 3"] if file.endswith(".safetensors") else [])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[:-9], "cannot read "),
+        (
+            lambda text: text.replace('"format_version": 1', '"format_version": 2'),
+            "has format_version 2; this vlprompt",
+        ),
+        (lambda text: text.replace('"measured"', '"measures"'), "lacks figures: 'measured'"),
+        (lambda text: "[1]", "holds no figures"),
+    ],
+)
+def test_figures_that_are_corrupt(bench, photos: Path, trained, tmp_path: Path, change, message: str) -> None:
+    """They stop a bench before it begins; one beside them goes on, and tells what hinders results.csv."""
+    given = ("--methods", "zero_shot", "--seeds", "1", "--shots", "2", "--data", photos)
+    assert bench("base-to-novel", *given)[0] == 0
+    file = next((tmp_path / "out").glob("*/*/*/*/*/*/figures.json"))
+    file.write_text(change(file.read_text()))
+    code, out, err = bench("base-to-novel", *given, "--skip-existing")
+    assert (code, out) == (2, "")
+    assert message in err
+    assert str(file) in err
+    code, _, err = bench("few-shot", *given)
+    assert code == 1
+    assert [name for name, _ in trained] == ["zero_shot 1", "zero_shot 1"]
+    assert "failed: results.csv: " in err
+    assert message in err
 
 
 def test_two_shards_share_a_folder(bench, photos: Path, tmp_path: Path) -> None:
@@ -422,6 +454,34 @@ def test_workers_and_one_of_them_killed(bench, photos: Path, tmp_path: Path) -> 
     assert code == 0
     assert json.loads(out)["kept"] == done["done"]
     assert len(read_results(tmp_path / "out" / "results.csv")) == 6
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "chosen"),
+    [("cuda", 3, [0, 1, 2, 0, 1]), ("cuda", 1, [0] * 5), ("cuda", 0, []), ("cuda:1", 3, []), ("cpu", 3, [])],
+)
+def test_workers_are_spread_over_gpus(monkeypatch, device: str, gpus: int, chosen: list[int]) -> None:
+    used: list[int] = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.set_device", used.append)
+    (run,) = plan(asked("base-to-novel", settings={"train.device": device}))
+    for place in range(5):
+        spread(run, place)
+    assert used == chosen
+    assert run.config.train.device == device  # a run can be resumed where there are fewer GPUs
+
+
+def test_a_split_that_names_missing_files(bench, photos: Path, trained, tmp_path: Path) -> None:
+    """The count and the first five, before any run begins."""
+    rows = [[f"{name}/{i}.png", c, name] for c, name in enumerate(CLASSES) for i in range(4)]
+    content = {part: [[f"{part}/{path}", c, name] for path, c, name in rows] for part in ("train", "test")}
+    (tmp_path / "split.json").write_text(json.dumps(content))
+    gone = [f"test/{name}/{i}.png" for name in CLASSES for i in (2, 3)]
+    code, out, err = bench("base-to-novel", *GIVEN, "--data", photos, f"split_file={tmp_path / 'split.json'}")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].endswith(f"6 of 24 images do not exist in {photos}: {', '.join(gone[:5])} and 1 more")
+    assert not trained
+    assert not (tmp_path / "out").exists()
 
 
 # --- one bench a folder ---------------------------------------------------------------------------

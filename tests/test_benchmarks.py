@@ -252,6 +252,22 @@ def test_check_of_ones_own_folder_and_split_file(vlprompt, tmp_path: Path) -> No
     assert (code, err) == (2, "error: data set 'food101': 1 of 2 images are missing\n")
 
 
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if DATASETS[name].sizes[0]])
+def test_a_published_split_of_any_benchmark_reads_back(vlprompt, tmp_path: Path, name: str) -> None:
+    """Without its root in it: the file serves wherever the data set lies."""
+    build(tmp_path, name)
+    given = (name, "--root", tmp_path, "--shots", 2, "--classes", "base")
+    code, _, err = vlprompt("data", "split", *given, "--out", tmp_path / "few.json")
+    assert code == 0, err
+    assert str(tmp_path) not in (tmp_path / "few.json").read_text("utf-8")
+    expected = load_dataset(name, tmp_path).split.subset("base").few_shot(2, 1)
+    moved = tmp_path / "moved"
+    build(moved, name)
+    assert load_dataset(name, moved, tmp_path / "few.json").split == replace(
+        expected, root=moved / expected.root.relative_to(tmp_path)
+    )
+
+
 def nest(place: Path) -> None:
     """``x`` becomes ``x/x``."""
     place.rename(place.with_name("inner"))

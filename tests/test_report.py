@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -16,10 +17,11 @@ from vlprompt.errors import ConfigError, DataError
 from vlprompt.experiments import plots
 from vlprompt.experiments.bench import note_planned
 from vlprompt.experiments.protocols import Asked, plan
-from vlprompt.experiments.published import ELEVEN
+from vlprompt.experiments.published import BASE_TO_NOVEL_HM, ELEVEN
 from vlprompt.experiments.report import latex, markdown, read_sections
 from vlprompt.experiments.results import Row, to_csv
 from vlprompt.experiments.tables import Cell, Difference, studies, tables
+from vlprompt.methods import METHODS
 from vlprompt.training.evaluate import harmonic_mean
 
 PLAIN = Row(
@@ -201,6 +203,13 @@ def test_published_figures_stand_beside_ours_in_the_same_setting_only(tmp_path: 
         assert "published" not in markdown(read_sections(folder(tmp_path, changed)))
 
 
+def test_the_page_about_reproducing_has_the_same_published_figures() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "reproduce.md").read_text("utf-8")
+    told = dict(re.findall(r"^\| \[`(\w+)`\]\(.*?\) \| ([\d.]+)", page, re.MULTILINE))
+    assert told == {name: str(figure) for name, figure in BASE_TO_NOVEL_HM.items()}
+    assert all(figure.source for figure in BASE_TO_NOVEL_HM.values())
+
+
 # --- the three forms ------------------------------------------------------------------------------
 
 
@@ -217,7 +226,7 @@ class Page(HTMLParser):
         assert tag not in ("script", "link", "img", "iframe")
         assert not any(key in ("src", "href") for key, _ in attrs)
         self.seen.append(tag)
-        if tag not in ("meta",):
+        if tag not in ("meta", "wbr"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs) -> None:
@@ -230,8 +239,8 @@ class Page(HTMLParser):
         self.text += data
 
 
-def figures(place: Path, name: str, seed: int, accuracy: dict[str, float]) -> None:
-    run = place / "base-to-novel" / "dtd" / name / "mini" / "shots_16" / f"seed_{seed}"
+def figures(place: Path, name: str, seed: int, accuracy: dict[str, float], backbone: str = "mini") -> None:
+    run = place / "base-to-novel" / "dtd" / name / backbone / "shots_16" / f"seed_{seed}"
     run.mkdir(parents=True)
     measured = [{"data": "dtd", "classes": "base", "split": "test", "per_class": accuracy}]
     content = {"format_version": 1, "data": "dtd", "name": name, "measured": measured}
@@ -254,7 +263,7 @@ def test_the_command_writes_three_forms(vlprompt, tmp_path: Path) -> None:
     assert not page.open
     assert page.seen.count("table") == out.count("\n### ") == 6
     assert page.seen.count("svg") == 4
-    assert {"HM 55", "+11.5", "-10.0", "<b>&", "training images a class"} <= set(texts(content))
+    assert {"HM 55", "+11.5", "−10.0", "<b>&", "training images a class"} <= set(texts(content))
     tex = (tmp_path / "report.tex").read_text("utf-8")
     assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 6
     assert r"coop & \textbf{72.00 $\pm$ 2.00} & 42.00 $\pm$ 2.65 & \textbf{53.05} & " in tex
@@ -276,6 +285,26 @@ def test_json_has_every_table(vlprompt, tmp_path: Path) -> None:
     average, dtd, _ = json.loads(out)["tables"]
     assert average["title"] == "Average over 2 data sets"
     assert dtd["rows"]["coop"]["base"] == {"mean": 72, "std": 2, "by_seed": {"1": 70, "2": 74, "3": 72}}
+
+
+def test_transductive_methods_are_marked(vlprompt, tmp_path: Path, monkeypatch) -> None:
+    """With a dagger behind the name of each of its rows, and a footnote, in all three forms and in ``list``."""
+
+    class Dummy(METHODS["coop"]):
+        name, transductive = "dummy", True
+
+    monkeypatch.setitem(METHODS, "dummy", Dummy)
+    rows = [replace(r, method="dummy" if r.name == "coop" else r.method) for r in base_to_novel()]
+    assert vlprompt("report", folder(tmp_path, rows))[0] == 0
+    note = "transductive: it learns from the unlabelled test images."
+    forms = {kind: (tmp_path / f"report.{kind}").read_text("utf-8") for kind in ("md", "tex", "html")}
+    for kind, name in (("md", "| coop† |"), ("tex", r"coop$^\dagger$ &"), ("html", "<td>coop†</td>")):
+        assert forms[kind].count(name) == forms[kind].count(note) == 3, kind
+        assert not any(f"zero_shot{mark}" in forms[kind] for mark in ("†", "$"))
+    _, out, _ = vlprompt("list", "methods", "--json")
+    assert [m["name"] for m in json.loads(out)["methods"] if m["transductive"]] == ["dummy"]
+    monkeypatch.undo()
+    assert "†" not in markdown(read_sections(tmp_path))
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:

@@ -77,6 +77,51 @@ def test_a_runs_split_is_read_back_exactly(photos, tmp_path):
     assert (tmp_path / "second" / "split.json").read_bytes() == file.read_bytes()
 
 
+@pytest.mark.parametrize(
+    "given",
+    [(), ("--shots", 2, "--seed", 3), ("--shots", 2, "--classes", "base"), ("--shots", 4, "--imbalance", 4),
+     ("--classes", "novel", "--val-fraction", 0.5)],
+)  # fmt: skip
+def test_a_split_that_is_published_is_that_of_a_run(vlprompt, photos, tmp_path, given):
+    """The file is a run's, byte for byte; and a run that is given the file is the same run."""
+    file, options = tmp_path / "split.json", [str(text) for text in given]
+    code, out, err = vlprompt("data", "split", photos, *given, "--out", file, "--json")
+    assert code == 0, err
+    keys = {"--shots": "data.shots", "--imbalance": "imbalance", "--classes": "data.classes", "--seed": "seed"}
+    keys["--val-fraction"] = "data.val_fraction"
+    settings = [f"{keys[key]}={value}" for key, value in zip(options[::2], options[1::2], strict=True)]
+    assert vlprompt("train", "zero_shot", photos, *settings, "--out", tmp_path / "run")[0] == 0
+    assert file.read_bytes() == (tmp_path / "run" / "split.json").read_bytes()
+    assert vlprompt("train", "zero_shot", photos, "--split-file", file, "--out", tmp_path / "again")[0] == 0
+    assert file.read_bytes() == (tmp_path / "again" / "split.json").read_bytes()
+    split = read_split(file, photos)
+    counts = {part: len(split.items(part)) for part in ("train", "val", "test")}
+    assert json.loads(out) == {"split": str(file), "classes": len(split.class_names), **counts}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((), "split.json is there already: choose another --out, or remove it"),
+        (("--shots", 0), "data.shots = 0 (allowed: greater than or equal to 1)"),
+        (("--shots", 99), "too few for 99 shots"),
+        (("--imbalance", 2), "data.imbalance = 2: it needs data.shots"),
+        (("--seed", -1), "seed = -1"),
+        (("--classes", "bse"), "'bse' is not one of 'base', 'novel', 'all'"),
+    ],
+)
+def test_splits_that_are_not_written(vlprompt, photos, tmp_path, given, message):
+    (tmp_path / "split.json").write_text("mine")
+    code, out, err = vlprompt(
+        "data", "split", photos, *given, "--out", tmp_path / ("x.json" if given else "split.json")
+    )
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert (tmp_path / "split.json").read_text() == "mine"
+    assert not (tmp_path / "x.json").exists()
+
+
 def test_a_split_file_replaces_the_split_of_any_data_set(photos, tmp_path, monkeypatch):
     file = tmp_path / "split.json"
     split = replace(from_folder(photos), val=())

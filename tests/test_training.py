@@ -567,6 +567,16 @@ def test_score_written_out() -> None:
     json.dumps(result.to_dict())
 
 
+def test_macro_average_and_confusion_written_out() -> None:
+    """Three images of class 0, two of them taken for 1; one of class 2, right. Class 1 has no images."""
+    p = torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.3, 0.6, 0.1], [0.1, 0.1, 0.8]]).double()
+    result = score(p.log(), torch.tensor([0, 0, 0, 2]), ("a", "b", "c"))
+    assert result.accuracy == 50
+    assert result.per_class == pytest.approx({"a": 100 / 3, "c": 100})
+    assert result.macro_accuracy == pytest.approx(200 / 3)  # of the classes that have images
+    assert result.confusion == ((0, 0, 1), (0, 1, 2), (2, 2, 1))
+
+
 def test_calibration_error_at_the_ends() -> None:
     sure, labels = torch.tensor([[50.0, -50.0], [50.0, -50.0]]), torch.tensor([0, 1])
     assert score(sure, labels, ("a", "b")).calibration_error == pytest.approx(0.5)

@@ -14,6 +14,7 @@ from vlprompt.options import (
     MODEL,
     OUTPUT,
     RUN,
+    Engine,
     Json,
     Part,
     Root,
@@ -63,10 +64,21 @@ def bench(
     split: Annotated[
         Part, typer.Option(help="Images that are measured; choose settings on val.", rich_help_panel=DATA)
     ] = Part.test,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="Processes of this machine, or tasks of Ray (the cluster at RAY_ADDRESS, else one of its own here).",
+            rich_help_panel=RUN,
+        ),
+    ] = Engine.local,
     workers: Annotated[
-        int,
-        typer.Option(help="Runs at once, each in a process of one thread; 1: here.", min=1, rich_help_panel=RUN),
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Runs at once, each in a process of one thread; default: 1, with ray as many as there is room for.",
+            min=1,
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Do the I-th of N shares of the runs.", rich_help_panel=RUN)
     ] = None,
@@ -119,7 +131,8 @@ def bench(
         return
     with CountBar(protocol) as bar:
         done = run_bench(
-            runs, out, workers=workers, part=shard, skip_existing=skip_existing, say=say, progress=bar
+            runs, out, engine=engine.value, workers=workers, part=shard, skip_existing=skip_existing, say=say,
+            progress=bar,
         )  # fmt: skip
     for folder, reason in done.failed.items():
         say(f"failed: {folder}: {reason}")

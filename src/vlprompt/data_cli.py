@@ -8,13 +8,25 @@ from typing import Annotated
 
 import typer
 
-from vlprompt.errors import DataError, unknown
-from vlprompt.options import DATA, Data, Json, Root, SplitFile, say
+from vlprompt.errors import ConfigError, DataError, unknown
+from vlprompt.options import (
+    DATA,
+    OUTPUT,
+    AllowFewer,
+    Classes,
+    Data,
+    Json,
+    Root,
+    Shots,
+    SplitFile,
+    ValFraction,
+    say,
+)
 
 data_app = typer.Typer(
     rich_markup_mode="rich",
     no_args_is_help=True,
-    help="Benchmarks: what there is, fetching them, and whether a folder is as it should be.",
+    help="Benchmarks: what there is, fetching them, whether a folder is as it should be; splits to publish.",
     epilog="Example: vlprompt data get dtd --root data",
 )
 
@@ -80,3 +92,53 @@ def check(
     print(json.dumps(report.to_dict()) if json_output else report)
     if report.fault:
         raise DataError(f"data set '{report.name}': {report.fault}")
+
+
+@data_app.command(epilog="Example: vlprompt data split dtd --root data --shots 16 --classes base --out dtd-base.json")
+def split(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The JSON file to write.", rich_help_panel=OUTPUT)],
+    root: Root = None,
+    shots: Shots = None,
+    allow_fewer: AllowFewer = False,
+    imbalance: Annotated[
+        float, typer.Option(help="Shots of the first class to those of the last: a long tail.", rich_help_panel=DATA)
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Decides which few.", rich_help_panel=DATA)] = 1,
+    classes: Annotated[
+        Classes, typer.Option(help="Half of the data set's classes, or all.", rich_help_panel=DATA)
+    ] = Classes.all,
+    val_fraction: ValFraction = None,
+    split_file: SplitFile = None,
+    json_output: Json = False,
+) -> None:
+    """Write which images a run would train, validate and test on, to publish it: no images, no folders of this machine.
+
+    `vlprompt train … --split-file FILE` reads it back, and nothing of --shots, --seed and --classes is needed then.
+    """
+    from vlprompt.data.datasets import load_dataset
+    from vlprompt.data.splits import PARTS, write_split
+    from vlprompt.training.config import build_config
+    from vlprompt.training.selection import run_split
+
+    if out.exists():
+        raise ConfigError(f"{out} is there already: choose another --out, or remove it")
+    given = {
+        "data.name": data,
+        "data.shots": shots,
+        "data.allow_fewer": allow_fewer,
+        "data.imbalance": imbalance,
+        "data.classes": classes.value,
+        "data.val_fraction": val_fraction,
+        "seed": seed,
+    }
+    config = build_config(  # of any method: all are given the same images
+        "zero_shot", overrides={key: value for key, value in given.items() if value is not None}
+    )
+    chosen = run_split(config, load_dataset(data, root, split_file))
+    write_split(chosen, out)
+    images = {part: len(chosen.items(part)) for part in PARTS}
+    if json_output:
+        print(json.dumps({"split": str(out), "classes": len(chosen.class_names), **images}))
+    counts = ", ".join(f"{n} {part}" for part, n in images.items())
+    say(f"{len(chosen.class_names)} classes; images: {counts}; written to {out}")

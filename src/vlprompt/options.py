@@ -39,6 +39,13 @@ class ReportTo(StrEnum):
     wandb = "wandb"
 
 
+class Engine(StrEnum):
+    """What runs the runs of a bench."""
+
+    local = "local"
+    ray = "ray"
+
+
 class Listing(StrEnum):
     """What ``list`` lists."""
 

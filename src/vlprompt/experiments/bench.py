@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError, first_few
+from vlprompt.experiments import on_ray, pool
 from vlprompt.experiments.lock import folder_lock
-from vlprompt.experiments.pool import Outcome, outcomes
+from vlprompt.experiments.pool import Outcome
 from vlprompt.experiments.protocols import Run, fingerprint, shard
 from vlprompt.experiments.results import RESULTS, Results
 from vlprompt.experiments.runs import check_same_settings, finished
@@ -41,7 +43,8 @@ def bench(
     runs: Sequence[Run],
     out: Path,
     *,
-    workers: int = 1,
+    engine: Literal["local", "ray"] = "local",
+    workers: int | None = None,
     part: str | None = None,
     skip_existing: bool = False,
     say: Callable[[str], None] = lambda text: None,
@@ -49,10 +52,11 @@ def bench(
 ) -> Done:
     """Do the runs of ``part`` (all, or "i/n"), each in its folder below ``out``; a failed one does not stop the rest.
 
-    With ``skip_existing`` finished runs are kept and begun ones gone on with. Raises ConfigError before anything is
-    done if a run's folder is there already (without it) or holds results from other settings, or if another bench is at
-    work in ``out``; DataError for data sets that are not there or too small; Interrupted after Ctrl-C, when the runs at
-    work have saved a checkpoint.
+    ``workers`` are runs at once: one if not given, on ``ray`` as many as it has room for. With ``skip_existing``
+    finished runs are kept and begun ones gone on with. Raises ConfigError before anything is done if a run's folder is
+    there already (without it) or holds results from other settings, if another bench is at work in ``out``, or if there
+    is no Ray; DataError for data sets that are not there or too small; Interrupted after Ctrl-C, when the runs at work
+    have saved a checkpoint.
     """
     mine = shard(runs, part)
     identity = json.dumps([(run.folder.as_posix(), fingerprint(run.config)) for run in runs])
@@ -66,25 +70,28 @@ def bench(
             check_same_settings(run, out)
         todo = [run for run in mine if not finished(run, out)]
         check_data(todo)
-        note_planned(runs, out)
-        result = Done(str(out / RESULTS), len(mine), kept=len(mine) - len(todo))
-        if result.kept:
-            say(f"{result.kept} of {len(mine)} runs were finished before")
-        _do(todo, out, workers, result, say, progress)
+        elsewhere = engine == "ray" and bool(todo)
+        with on_ray.connected() if elsewhere else nullcontext():
+            outcomes = on_ray.outcomes(todo, out, workers) if elsewhere else pool.outcomes(todo, out, workers or 1)
+            note_planned(runs, out)
+            result = Done(str(out / RESULTS), len(mine), kept=len(mine) - len(todo))
+            if result.kept:
+                say(f"{result.kept} of {len(mine)} runs were finished before")
+            _do(outcomes, len(todo), out, result, say, progress)
     return result
 
 
 def _do(
-    todo: Sequence[Run],
+    outcomes: Iterable[Outcome],
+    todo: int,
     out: Path,
-    workers: int,
     result: Done,
     say: Callable[[str], None],
     progress: Callable[[int, int], None],
 ) -> None:
     results, began, interrupted = Results(out), time.monotonic(), False
     progress(result.kept, result.runs)
-    for n, outcome in enumerate(outcomes(todo, out, workers), 1):
+    for n, outcome in enumerate(outcomes, 1):
         interrupted = interrupted or outcome.interrupted
         if outcome.interrupted:
             continue
@@ -94,7 +101,7 @@ def _do(
                 say(outcome.trace.rstrip())
         else:
             result.done += 1
-        left = (time.monotonic() - began) / n * (len(todo) - n)
+        left = (time.monotonic() - began) / n * (todo - n)
         say(f"[{result.kept + n}/{result.runs}] {_told(outcome)}" + (f"; about {_span(left)} left" if left else ""))
         progress(result.kept + n, result.runs)
         _write(results)  # what hinders it is told in the end, if it still does

@@ -6,7 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c6d31", "#444444", "#b80058")
+COLOURS = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c6d31", "#444444", "#b80058",
+    "#7fbf7b", "#1b2a6b", "#f781bf", "#a8c800", "#00bcc8", "#9e9ac8", "#666600", "#ff7f7f", "#5e3c1e", "#4040ff",
+)  # fmt: skip
 GREY = "#999999"
 WIDTH, LETTER = 680, 6.6  # pixels; a letter is about so wide
 SHOWN = 20  # classes at either end of a long list of gains
@@ -39,8 +42,9 @@ class _Drawing:
         self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
 
     def text(self, x: float, y: float, text: str, anchor: str = "start", colour: str = "#222") -> None:
-        """A line of text."""
-        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(text)}</text>')
+        """A line of text, on a white rim that keeps it apart from lines below it."""
+        place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}"'
+        self.parts.append(f'<text {place} stroke="#fff" stroke-width="3" paint-order="stroke">{escape(text)}</text>')
 
     def __str__(self) -> str:
         head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height:.0f}" width="{WIDTH}"'
@@ -60,7 +64,7 @@ def bars(values: Mapping[str, float], colour: Mapping[str, str], title: str) -> 
     scale = (WIDTH - left - 60) / max(*values.values(), 1e-9)
     for i, (name, value) in enumerate(values.items()):
         y = row * i + 5
-        drawing.text(left - 8, y + 14, name, "end")
+        drawing.text(left - 8, y + 14, _short(name), "end")
         drawing.box(left, y + 2, value * scale, row - 6, colour[name])
         drawing.text(left + value * scale + 6, y + 14, f"{value:.2f}")
     return str(drawing)
@@ -72,13 +76,14 @@ def base_and_novel(points: Mapping[str, tuple[float, float]], colour: Mapping[st
         _range([x for x, _ in points.values()]), _range([y for _, y in points.values()]), "base, %", "novel, %", title
     )
     (x0, x1), (y0, y1) = axes.x_range, axes.y_range
-    step = _step(y1 - y0)
     low, high = (2 * x * y / (x + y) if x + y else 0.0 for x, y in ((x0, y0), (x1, y1)))
+    step, named = _step(high - low), list[tuple[float, float]]()
     for k in range(math.ceil(max(low, step / 2) / step), math.floor(high / step) + 1):
         mean = k * step
         curve = [(x, mean * x / (2 * x - mean)) for x in (x0 + (x1 - x0) * i / 60 for i in range(61)) if 2 * x > mean]
         inside = [axes.place(x, y) for x, y in curve if y0 <= y <= y1]
-        if len(inside) > 1:
+        if len(inside) > 1 and all(abs(inside[-1][0] - x) > 60 or abs(inside[-1][1] - y) > 16 for x, y in named):
+            named.append(inside[-1])
             axes.drawing.path(inside, "#bbb", 1, "4 3")
             axes.drawing.text(inside[-1][0] - 4, inside[-1][1] - 4, f"HM {mean:g}", "end", "#888")
     for name, (x, y) in points.items():
@@ -127,7 +132,7 @@ def gains(values: Mapping[str, float], title: str) -> str:
         drawing.text(left - 8, y + 11, _short(name), "end")
         drawing.box(middle - (length if value < 0 else 0), y + 2, length, row - 4, COLOURS[1 if value < 0 else 0])
         place = middle + (length + 5 if value >= 0 else -length - 5)
-        drawing.text(place, y + 11, f"{value:+.1f}", "start" if value >= 0 else "end")
+        drawing.text(place, y + 11, f"{value:+.1f}".replace("-", "−"), "start" if value >= 0 else "end")
     if left_out:
         drawing.text(middle, row * SHOWN + 16, f"{left_out} classes in between", "middle", "#888")
     return str(drawing)
@@ -136,7 +141,7 @@ def gains(values: Mapping[str, float], title: str) -> str:
 class _Axes:
     """A frame with ticks, and room for a legend at its right."""
 
-    TOP, BOTTOM, LEFT, RIGHT = 14.0, 310.0, 56.0, 470.0
+    TOP, BOTTOM, LEFT, RIGHT = 28.0, 324.0, 56.0, 470.0
 
     def __init__(
         self,
@@ -148,7 +153,7 @@ class _Axes:
         x_ticks: Mapping[float, str] | None = None,
     ) -> None:
         self.x_range, self.y_range = x_range, y_range
-        self.drawing = drawing = _Drawing(352, title)
+        self.drawing = drawing = _Drawing(366, title)
         for value in _ticks(*y_range):
             _, y = self.place(x_range[0], value)
             drawing.line(self.LEFT, y, self.RIGHT, y, "#eee")
@@ -160,7 +165,7 @@ class _Axes:
         drawing.line(self.LEFT, self.BOTTOM, self.RIGHT, self.BOTTOM, "#222")
         drawing.line(self.LEFT, self.TOP, self.LEFT, self.BOTTOM, "#222")
         drawing.text((self.LEFT + self.RIGHT) / 2, self.BOTTOM + 36, x_label, "middle")
-        drawing.text(self.LEFT - 48, self.TOP - 2, y_label)
+        drawing.text(self.LEFT - 48, 12, y_label)
 
     def place(self, x: float, y: float) -> tuple[float, float]:
         """Where a point lies on the sheet."""
@@ -170,10 +175,10 @@ class _Axes:
 
     def legend(self, names: Mapping[str, object], colour: Mapping[str, str]) -> None:
         """Names with their colours."""
-        self.drawing.height = max(self.drawing.height, 30 + 18 * len(names))
+        self.drawing.height = max(self.drawing.height, 42 + 18 * len(names))
         for i, name in enumerate(names):
-            self.drawing.dot(self.RIGHT + 22, 24 + 18 * i, colour[name])
-            self.drawing.text(self.RIGHT + 32, 28 + 18 * i, _short(name))
+            self.drawing.dot(self.RIGHT + 22, 36 + 18 * i, colour[name])
+            self.drawing.text(self.RIGHT + 32, 40 + 18 * i, _short(name))
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

@@ -63,10 +63,10 @@ def outcomes(runs: Sequence[Run], out: Path, workers: int) -> Iterator[Outcome]:
 class _Worker:
     """A process that does one run after another, each as it is told to."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, place: int) -> None:
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
         self.connection, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_work, args=(theirs, out), daemon=True)
+        self.process: BaseProcess = context.Process(target=_work, args=(theirs, out, place), daemon=True)
         self.process.start()
         theirs.close()
         self.run: Run | None = None
@@ -99,17 +99,19 @@ class _Worker:
 def _in_processes(runs: Sequence[Run], out: Path, workers: int) -> Iterator[Outcome]:
     waiting, stopping = list(runs), False
     with _one_thread():
-        pool = [_Worker(out) for _ in range(workers)]
+        pool = [_Worker(out, place) for place in range(workers)]
     try:
         while True:
             for place, worker in enumerate(pool):
                 if worker.run is None and waiting and not stopping:
                     if not worker.process.is_alive():
                         with _one_thread():
-                            worker = pool[place] = _Worker(out)
+                            worker = pool[place] = _Worker(out, place)
                     worker.give(waiting.pop(0))
             busy = {worker.connection: worker for worker in pool if worker.run is not None}
             if not busy:
+                if waiting:  # those at work ended before they heard of it
+                    yield Outcome(waiting[0], interrupted=True)
                 return
             try:
                 ready = wait(list(busy))
@@ -147,8 +149,17 @@ def _one_thread() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _work(connection: Connection, out: Path) -> None:
-    """What a worker's process does until its parent hangs up."""
+def spread(run: Run, place: int) -> None:
+    """Let a run that asks for ``cuda`` without a number use this machine's GPU number ``place``, counted round."""
+    import torch
+
+    # What "cuda" means in this process: the configuration stays as it was asked for.
+    if run.config.train.device == "cuda" and (gpus := torch.cuda.device_count()):
+        torch.cuda.set_device(place % gpus)
+
+
+def _work(connection: Connection, out: Path, place: int) -> None:
+    """What a worker's process does until its parent hangs up; ``place`` is its number among the workers, from 0."""
     import torch
 
     if hasattr(os, "setpgrp"):
@@ -166,4 +177,5 @@ def _work(connection: Connection, out: Path) -> None:
     with suppress(EOFError, OSError, KeyboardInterrupt):
         while True:
             run = connection.recv()
+            spread(run, place)
             connection.send(attempt(run, out, again))

@@ -30,6 +30,7 @@ BASE_TO_NOVEL_HM: dict[str, Published] = {
     "coop": Published(71.66, "Zhou et al., CVPR 2022"),
     "cocoop": Published(75.83, "Zhou et al., CVPR 2022"),
     "prograd": Published(76.16, "Yao et al., CVPR 2023"),
+    "vpt": Published(76.68, "Khattak et al., CVPR 2023, as deep vision prompting"),
     "kgcoop": Published(77.00, "Yao et al., CVPR 2023"),
     "ivlp": Published(77.51, "Khattak et al., ICCV 2023"),
     "maple": Published(78.55, "Khattak et al., CVPR 2023"),

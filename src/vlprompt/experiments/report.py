@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -63,12 +64,13 @@ def read_sections(folder: Path, reference: str | None = None) -> list[Section]:
         for protocol in PROTOCOLS
         for run in read_planned(folder / protocol / PLANNED).values()
     ]
-    sections = []
-    for study in studies(rows, planned):
+    sections, every = [], studies(rows, planned)
+    names = list(dict.fromkeys(name for study in every for name in study.names))
+    for study in every:
         compared = find_reference(study, reference)
         first, *others = tables(study, compared)
         made = [_beside_published(study, first), *others]
-        drawn = _plots(study, made, compared, per_class(folder, study))
+        drawn = _plots(study, made, compared, plots.colours(names, compared), per_class(folder, study))
         codes = sorted({row.code for row in study.rows})
         notes = [PROTOCOLS[study.protocol].about] if study.protocol in PROTOCOLS else []
         notes += [GROUP_NOTE] if study.protocol == "long-tail" else []
@@ -119,10 +121,14 @@ def per_class(folder: Path, study: Study) -> dict[str, dict[str, dict[str, float
 
 
 def _plots(
-    study: Study, made: Sequence[Table], reference: str, classes: Mapping[str, Mapping[str, Mapping[str, float]]]
+    study: Study,
+    made: Sequence[Table],
+    reference: str,
+    colour: Mapping[str, str],
+    classes: Mapping[str, Mapping[str, Mapping[str, float]]],
 ) -> dict[str, str]:
     """Of the first table (the average, or the only data set), and of each data set's classes."""
-    colour, first, drawn = plots.colours(study.names, reference), made[0], {}
+    first, drawn = made[0], {}
 
     def means(column: str) -> dict[str, float]:
         place = first.head.index(column)
@@ -166,7 +172,7 @@ def markdown(sections: Sequence[Section]) -> str:
             lines = [f"| method | {' | '.join(table.head)} |", "|---" * (len(table.head) + 1) + "|"]
             for name, cells in table.lines:
                 shown = (f"**{c}**" if _is_best(c, best) else str(c) for c, best in zip(cells, table.best, strict=True))
-                lines.append(f"| {name.replace('|', '/')} | {' | '.join(shown)} |")
+                lines.append(f"| {table.label(name).replace('|', '/')} | {' | '.join(shown)} |")
             parts += [f"### {table.title}", "\n".join(lines), *([table.note] if table.note else [])]
     return "\n\n".join(parts) + "\n"
 
@@ -181,7 +187,7 @@ def _is_best(cell: AnyCell, best: float | None) -> bool:
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "–": "--", "“": "``", "”": "''",
-    "→": r"$\rightarrow$", "×": r"$\times$",
+    "→": r"$\rightarrow$", "†": r"$^\dagger$", "×": r"$\times$",
 }  # fmt: skip
 
 
@@ -204,18 +210,25 @@ def latex(sections: Sequence[Section]) -> str:
                     rf"\textbf{{{_tex(str(c))}}}" if _is_best(c, best) else _tex(str(c))
                     for c, best in zip(cells, table.best, strict=True)
                 ]
-                lines.append(" & ".join([_tex(name), *shown]) + r" \\")
-            parts.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]))
+                lines.append(" & ".join([_tex(table.label(name)), *shown]) + r" \\")
+            lines += [r"\bottomrule", r"\end{tabular}"]
+            lines += [rf"\par\smallskip{{\footnotesize {_tex(table.note)}}}"] if table.note else []
+            parts.append("\n".join([*lines, r"\end{table}"]))
     return "\n\n".join(parts) + "\n"
 
 
 # --- HTML -----------------------------------------------------------------------------------------
 
 _STYLE = """
-body { font: 15px/1.5 sans-serif; color: #222; background: #fff; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 15px/1.5 sans-serif; color: #222; background: #fff; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+body > p { max-width: 52rem }
 table { border-collapse: collapse; margin: .5rem 0 1rem; font-variant-numeric: tabular-nums }
 div.wide { overflow-x: auto }
-th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap }
+th, td { padding: .2rem .7rem; text-align: right; vertical-align: top }
+th { vertical-align: bottom }
+td span { white-space: nowrap }
+table.many { font-size: 13px }
+table.many :is(th, td) { padding: .2rem .4rem }
 th:first-child, td:first-child { text-align: left }
 thead th { border-bottom: 2px solid #222 }
 tbody tr:nth-child(even) { background: #f5f5f5 }
@@ -245,19 +258,22 @@ def html(sections: Sequence[Section]) -> str:
 
 
 def _html_table(table: Table) -> str:
-    head = "".join(f"<th>{escape(text)}</th>" for text in ("method", *table.head))
+    heads = (escape(text).replace("_", "_<wbr>").replace(", ", ",&nbsp;") for text in ("method", *table.head))
+    head = "".join(f"<th>{text}</th>" for text in heads)
     rows = []
     for name, cells in table.lines:
         shown = []
         for cell, best in zip(cells, table.best, strict=True):
             missing = isinstance(cell, Cell) and (cell.mean is None or len(cell.values) < cell.seeds)
             mark = " class=missing" if missing and not cell.not_asked else ""  # type: ignore[union-attr]
-            text = f"<b>{escape(str(cell))}</b>" if _is_best(cell, best) else escape(str(cell))
+            parts = " ".join(f"<span>{escape(part)}</span>" for part in re.split(r" (?=± |\()", str(cell)))
+            text = f"<b>{parts}</b>" if _is_best(cell, best) else parts
             shown.append(f"<td{mark}>{text}</td>")
-        rows.append(f"<tr><td>{escape(name)}</td>{''.join(shown)}</tr>")
+        rows.append(f"<tr><td>{escape(table.label(name))}</td>{''.join(shown)}</tr>")
     note = f"<p class=note>{escape(table.note)}</p>" if table.note else ""
+    many = " class=many" if len(table.head) > 7 else ""
     return (
-        f"<h3>{escape(table.title)}</h3><div class=wide><table><thead><tr>{head}</tr></thead>"
+        f"<h3>{escape(table.title)}</h3><div class=wide><table{many}><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>{note}"
     )
 

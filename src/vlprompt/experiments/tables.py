@@ -12,9 +12,11 @@ from vlprompt.experiments.protocols import PROTOCOLS
 from vlprompt.experiments.published import Published
 from vlprompt.experiments.results import Row
 from vlprompt.experiments.runs import GROUPS
+from vlprompt.methods import METHODS
 from vlprompt.training.evaluate import harmonic_mean
 
 MISSING, NOT_ASKED = "missing", "–"
+DAGGER = "†"
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Difference:
         mean, p = statistics.mean(self.values), self.p
         spread = f" ± {statistics.stdev(self.values):.2f}" if len(self.values) > 1 else ""
         chance = "" if p is None else " (p < 0.001)" if p < 0.001 else f" (p = {p:.3f})"
-        return f"{mean:+.2f}{spread}{chance}"
+        return f"{mean:+.2f}{spread}{chance}".replace("-", "−")
 
     @property
     def p(self) -> float | None:
@@ -103,6 +105,12 @@ class Table:
     best: tuple[float | None, ...]
     """The highest mean of each column; None where there is nothing to compare."""
     note: str = ""
+    marked: frozenset[str] = frozenset()
+    """Rows of transductive methods."""
+
+    def label(self, name: str) -> str:
+        """A row's name as it is printed."""
+        return name + DAGGER if name in self.marked else name
 
 
 @dataclass(frozen=True)
@@ -283,8 +291,10 @@ def _table(study: Study, title: str, data: Sequence[str], columns: Columns, refe
     head += [f"{head[-1]} − {reference}"] if compared else []
     best += [None] * (len(head) + 1 - len(best))
     gone = [name for name, row in cells.items() if any(str(cell) == MISSING for cell in row)]
-    note = f"Missing runs: {first_few(gone)}." if gone else ""
-    return Table(title, (*head, "train, s"), tuple(lines), tuple(best), note)
+    marked = frozenset(r.name for r in study.rows if r.method in METHODS and METHODS[r.method].transductive)
+    notes = [f"Missing runs: {first_few(gone)}."] if gone else []
+    notes += [f"{DAGGER} transductive: it learns from the unlabelled test images."] if marked else []
+    return Table(title, (*head, "train, s"), tuple(lines), tuple(best), " ".join(notes), marked)
 
 
 def _highest(cells: Iterable[Cell]) -> float | None:

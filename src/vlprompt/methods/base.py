@@ -85,6 +85,9 @@ class Method(nn.Module):
     changes_texts: bool = False
     """Whether the texts that a step encodes depend on its batch, so that one step cannot be replayed for another."""
 
+    transductive: ClassVar[bool] = False
+    """Whether it learns from the unlabelled images that it is tested on; tables mark it."""
+
     Config: ClassVar[type[MethodConfig]] = MethodConfig
 
     def __init__(
