@@ -28,7 +28,8 @@ def test_trials_are_the_same_points_for_every_method(search):
     official = {method: build_config(method).optim.lr for method in methods}
     for k in range(1, 9):
         coop, maple, promptsrc = (rows[f"{method}-{k}"] for method in methods)
-        assert coop["method.n_ctx"] == maple["method.n_ctx"] == promptsrc["method.n_ctx_text"] == promptsrc["method.n_ctx_vision"]
+        tokens = coop["method.n_ctx"]
+        assert tokens == maple["method.n_ctx"] == promptsrc["method.n_ctx_text"] == promptsrc["method.n_ctx_vision"]
         assert "method.depth" not in coop
         assert maple["method.depth"] == promptsrc["method.depth_text"] == promptsrc["method.depth_vision"]
         assert len({row["train.epochs"] for row in (coop, maple, promptsrc)}) == 1
