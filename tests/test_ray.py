@@ -42,8 +42,8 @@ def command(*given: object) -> list[str]:
 def started(folder: Path, *given: object) -> Iterator[subprocess.Popen[str]]:
     """In a process of its own, which can be interrupted; Ray's processes end with it, and do not give way to others."""
     process = subprocess.Popen(
-        command(*given), cwd=folder, env=environment(RAY_ADDRESS="", RAY_worker_niceness="0"), start_new_session=True, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        command(*given), cwd=folder, env=environment(RAY_ADDRESS="", RAY_worker_niceness="0"),
+        start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
         yield process
