@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -37,18 +38,23 @@ def command(*given: object) -> list[str]:
     return [sys.executable, "-m", "vlprompt", *map(str, words)]
 
 
-def start(folder: Path, *given: object) -> subprocess.Popen[str]:
-    """In a process of its own, as Ray's processes outlive what a test does to its signals and warnings."""
+@contextmanager
+def started(folder: Path, *given: object) -> Iterator[subprocess.Popen[str]]:
+    """In a process of its own, which can be interrupted; Ray's processes end with it, and do not give way to others."""
     process = subprocess.Popen(
-        command(*given), cwd=folder, env=environment(RAY_ADDRESS=""), start_new_session=True, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        command(*given), cwd=folder, env=environment(RAY_ADDRESS="", RAY_worker_niceness="0"),
+        start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    return process
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def done(folder: Path, *given: object) -> tuple[int, str, str]:
-    process = start(folder, *given)
-    out, err = process.communicate(timeout=180)
+    with started(folder, *given) as process:
+        out, err = process.communicate(timeout=600)
     return process.returncode, out, err
 
 
@@ -87,31 +93,34 @@ def test_a_bench_on_ray(photos: Path, tmp_path: Path) -> None:
 
 @needs_ray
 def test_a_process_that_is_killed(photos: Path, tmp_path: Path) -> None:
-    process = start(tmp_path, "--methods", "coop", "--seeds", "1,2", "epochs=100", "--workers", "1", "--json")
-    when(process, lambda: any((tmp_path / "out").glob("*/*/*/*/*/seed_1/config.yaml")))
-    os.kill(task_of_ray(tmp_path / "out"), signal.SIGKILL)
-    out, err = process.communicate(timeout=180)
+    given = ("--methods", "coop", "--seeds", "1,2", "epochs=50", "--workers", "1", "--json")
+    with started(tmp_path, *given) as process:
+        when(process, lambda: any((tmp_path / "out").glob("*/*/*/*/*/seed_1/config.yaml")))
+        os.kill(task_below(process.pid), signal.SIGKILL)
+        out, err = process.communicate(timeout=600)
     assert process.returncode == 1, err
     (reason,) = json.loads(out)["failed"].values()
     assert reason.startswith("its process ended: ")
     assert json.loads(out)["done"] == 1
 
 
-def task_of_ray(folder: Path) -> int:
-    """The process that does a run: its title is that of the task."""
-    titles = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    (found,) = [line.split()[0] for line in titles.splitlines() if line.split()[1:2] == ["ray::_task"]]
-    return int(found)
+def task_below(pid: int) -> int:
+    """The process that does a run, among those that ``pid`` has started: its title is that of the task."""
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    parents = {int(own): int(parent) for own, parent, *_ in map(str.split, listed.splitlines()[1:])}
+    tasks = [int(own) for own, _, title, *_ in map(str.split, listed.splitlines()[1:]) if title == "ray::_task"]
+    (found,) = [task for task in tasks if parents.get(parents[task]) == pid]  # its parent is Ray's own of the machine
+    return found
 
 
 @needs_ray
 def test_an_interrupted_bench_goes_on(photos: Path, tmp_path: Path) -> None:
     """Ctrl-C, as a terminal sends it: to every process of the group."""
-    given = ("--methods", "coop", "--seeds", "1,2", "epochs=100", "--workers", "1")
-    process = start(tmp_path, *given)
-    when(process, lambda: any((tmp_path / "out").glob("*/*/*/*/*/seed_1/checkpoints/*")))
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=180)
+    given = ("--methods", "coop", "--seeds", "1,2", "epochs=50", "--workers", "1")
+    with started(tmp_path, *given) as process:
+        when(process, lambda: any((tmp_path / "out").glob("*/*/*/*/*/seed_1/checkpoints/*")))
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=600)
     assert process.returncode == 130, err
     assert err.splitlines()[-1] == "interrupted; 0 of 2 runs are finished; to go on: --skip-existing"
     code, _, err = done(tmp_path, *given, "--skip-existing")
