@@ -488,8 +488,8 @@ SHALLOWER = {
 TAUGHT = {"method.classes_per_batch": None}
 DECOUPLED = {  # reconstructed: ours, not published
     "method.branches": "both", "method.text": "sentence", "method.template": None, "method.carry": "add",
-    "method.instance_to_prompt": "scaled", "method.prompt_to_prompt": "keep", "method.prompt_to_instance": "exact",
-    "method.scale_vision": 5, "method.scale_text": 1, "method.weight": 0.1, "method.scale_prompts": 2,
+    "method.instance_to_prompt": "constant", "method.prompt_to_prompt": "keep", "method.prompt_to_instance": "exact",
+    "method.scale_vision": 5, "method.scale_text": 1, "method.weight": 0.05, "method.scale_prompts": 2,
 }  # fmt: skip
 DROPPED = {
     **DEEP, "method.depth_vision": 6, "optim.name": "adamw", "optim.lr": 2e-4, "optim.weight_decay": 5e-5,

@@ -51,7 +51,7 @@ class DPL(Method):
         """The sentence, with {} for the class name; the data set's own if not given."""
         carry: Literal["add", "replace"] = "add"
         """Whether a deeper layer's learned tokens are added to what the prompts have read so far, or replace it."""
-        instance_to_prompt: Literal["exact", "scaled", "constant", "learned"] = "scaled"
+        instance_to_prompt: Literal["exact", "scaled", "constant", "learned"] = "constant"
         """Weight λ of the prompts for the instance: the softmax's, with its odds scaled, constant, or with its odds
         scaled by a learned factor for each layer and head."""
         prompt_to_prompt: Literal["keep", "drop", "identity"] = "keep"
@@ -62,7 +62,7 @@ class DPL(Method):
         """Factor of the instance→prompt odds in the image tower, if scaled."""
         scale_text: Weight = 1.0
         """Factor of the instance→prompt odds in the text tower, if scaled."""
-        weight: Annotated[Weight, Le(1)] = 0.1
+        weight: Annotated[Weight, Le(1)] = 0.05
         """λ of instance→prompt, if constant."""
         scale_prompts: Annotated[float, Gt(0)] = 2.0
         """Factor of the prompt→instance odds, if scaled."""
