@@ -212,6 +212,14 @@ def test_rows_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
     assert message in str(error.value)
 
 
+def test_a_row_with_a_preset_of_its_own() -> None:
+    rows = {"a": ("coop", {"preset": "few-shot-4", "n_ctx": 2}), "b": ("coop", {})}
+    (own, protocols) = plan(Asked("few-shot", rows, ["x"], [1], [16]))
+    assert (own.config.train.epochs, own.config.settings.n_ctx, protocols.config.train.epochs) == (100, 2, 200)
+    with pytest.raises(ConfigError, match="unknown preset of coop 'fewshot': did you mean 'few-shot'"):
+        plan(Asked("few-shot", {"a": ("coop", {"preset": "fewshot"})}, ["x"], [1]))
+
+
 @pytest.mark.parametrize("file", ABLATIONS, ids=lambda f: f.stem)
 def test_ablations_are_settings_that_the_methods_know(file: Path) -> None:
     rows = read_rows(file)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from vlprompt.experiments.results import Row, to_csv
+from vlprompt.methods import METHODS
 from vlprompt.training.config import build_config
 
 FILE = Path(__file__).parents[1] / "tools" / "search.py"
@@ -63,3 +64,12 @@ def test_figures_are_those_of_the_report(search, tmp_path):
     )
     (tmp_path / "results.csv").write_text(to_csv([row, replace(row, classes="novel", accuracy=30)]))
     assert search.read_figures(tmp_path) == {"coop-1": {"base": 60, "novel": 30, "hm": pytest.approx(40)}}
+
+
+def test_the_small_presets_are_trials(search):
+    found = {method: cls.presets["mini"] for method, cls in METHODS.items() if "mini" in cls.presets}
+    assert len(found) == 10
+    trials = search.rows(sorted(found), 8, 0)["rows"]
+    for method, preset in found.items():
+        first = [{**trials[f"{method}-{k}"]} for k in range(1, 7)]
+        assert {"method": method} | preset in first

@@ -29,6 +29,7 @@ BATCH = 16
 SCALES = (0.08, 0.6)
 TOKENS = (2, 4, 8)
 DEPTHS = (3, 6, 9, 12)
+AVERAGED = 0.75  # PromptSRC's average of prompts is centred at this part of the training
 
 
 def trial(method: str, rate: float, epochs: int, scale: float, tokens: int, depth: int) -> dict[str, Any]:
@@ -36,6 +37,7 @@ def trial(method: str, rate: float, epochs: int, scale: float, tokens: int, dept
     own = {
         **dict.fromkeys(("n_ctx", "n_ctx_text", "n_ctx_vision"), tokens),
         **dict.fromkeys(("depth", "depth_text", "depth_vision"), depth),
+        "average_mean": round(AVERAGED * epochs),
     }
     known = {field.name for field in fields(METHODS[method].Config)}
     official = build_config(method).optim.lr

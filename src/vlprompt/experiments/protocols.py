@@ -167,8 +167,9 @@ def _sources(name: str, protocol: Protocol, data: Sequence[str]) -> tuple[Sequen
 def _configure(
     asked: Asked, protocol: Protocol, method: str, own: Mapping[str, Any], data: str, shots: int, seed: int
 ) -> RunConfig:
-    cls = find_method(method)
-    preset = next((p for p in (f"{protocol.preset}-{shots}", protocol.preset) if p in cls.presets), None)
+    cls, own = find_method(method), dict(own)
+    official = next((p for p in (f"{protocol.preset}-{shots}", protocol.preset) if p in cls.presets), None)
+    preset = own.pop("preset", official)
     decided = {"data.name": data, "data.classes": protocol.train, "data.shots": shots, "seed": seed}
     taught = {"teacher.backbone": asked.teacher} if asked.teacher and "teacher_probabilities" in cls.needs else {}
     config = build_config(method, preset, overrides={**protocol.settings, **decided, **taught, **asked.settings, **own})
@@ -186,6 +187,7 @@ def read_rows(file: Path) -> Rows:
         set: {carry: add}            # settings of the rows of this method
         rows:
           exact: {instance_to_prompt: exact}
+          small: {preset: mini}        # in place of the protocol's
           frozen: {method: zero_shot}
 
     Raises ConfigError for a file that cannot be read or has another form.

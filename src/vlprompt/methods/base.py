@@ -29,6 +29,18 @@ def _check_template(text: str) -> str:
 Template = Annotated[str, AfterValidator(_check_template)]
 
 
+def small_backbone(lr: float, epochs: int, min_scale: float, **own: Any) -> dict[str, Any]:
+    """A preset ``mini``: settings found on validation images of openmoji by ``tools/search.py``, for small backbones."""
+    return {
+        "optim.lr": lr,
+        "optim.warmup_epochs": 0,
+        "optim.cosine_epochs": 1,
+        "train.epochs": epochs,
+        "data.batch_size": 16,
+        "data.min_scale": min_scale,
+    } | {f"method.{key}": value for key, value in own.items()}
+
+
 @dataclass(frozen=True)
 class Batch:
     """One step's data: images [B, 3, S, S] preprocessed, labels [B], and what the method ``needs`` beyond them.
