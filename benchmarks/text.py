@@ -1,84 +1,88 @@
-"""How much packing saves: class features of 100 names, forwards and backwards, packed and in the plain way.
+"""Class features alone, forwards and backwards: packed, and the plain way.
 
-    python tools/bench_text.py [BACKBONE] [--classes 100] [--n-ctx 16] [--depth 1] [--rounds 7]
-
-Plain is what the official implementations do: every text padded to the context length, every token through every
-block. Both run in turn in one process on the same prompts; the figure is the median ratio of times.
+Both run in turn in one process on the same prompts; the figure is the median ratio of times.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlprompt.backbones.backbone import Backbone, unit
-from vlprompt.backbones.load import load_backbone
-from vlprompt.backbones.packing import pack, packed_attention
-from vlprompt.backbones.towers import _per_row, inject
-from vlprompt.prompting.text import TextContext, class_tokens, encode_classes
-
-WORDS = ("golden retriever", "sea horse", "water lily", "anchor", "grand piano", "inline skate", "Boeing 737", "tree")
+from benchmarks.inputs import load, machine, names
+from benchmarks.parts import Clock
+from benchmarks.plain import plain
+from benchmarks.step import hardware
+from vlprompt.prompting.text import TextContext, encode_classes
 
 
-def names(n: int) -> list[str]:
-    """Names of one to three words."""
-    return [" ".join(WORDS[(i * 7 + j * 3) % len(WORDS)] for j in range(1 + i % 3)) for i in range(n)]
-
-
-def plain(backbone: Backbone, context: TextContext, class_names: list[str]) -> Tensor:
-    """The official way: [C, context length] tokens, the end token picked from the last block's output."""
-    tower = backbone.text_tower
-    texts = class_tokens(backbone, class_names, context.n_ctx, context.words, context.position)
-    padded = [ids + [0] * (backbone.context_length - len(ids)) for ids in texts.ids]
-    full = pack(padded, texts.slots, share=False)  # no shared prefix, and padding to the end: every token is computed
-    x = (tower.token_embedding(full.tokens) + tower.positions[full.positions])[None]
-
-    attention = packed_attention(full, tower.config.heads)
-    for i, block in enumerate(tower.blocks):
-        if i < len(context.prompts().layers):
-            values = _per_row(context.prompts().layers[i], full.source)
-            x = inject(x, full.slots, values + tower.positions[full.positions][full.slots] if i == 0 else values)
-        x = block(x, attention)
-    ends = torch.tensor([c * backbone.context_length + len(ids) - 1 for c, ids in enumerate(texts.ids)])
-    return unit(tower.projection(tower.ln_final(x[0, ends])))
-
-
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
     parser.add_argument("backbone", nargs="?", default="mini")
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--n-ctx", type=int, default=16)
     parser.add_argument("--depth", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
-    backbone = load_backbone(args.backbone)
-    context = TextContext(backbone, args.n_ctx, depth=args.depth)
-    class_names = names(args.classes)
+    hardware(parser)
 
-    def packed() -> Tensor:
-        return encode_classes(backbone.text_tower, context.prompts(), context.packed(backbone, class_names))
 
-    ways = {"packed": packed, "plain": lambda: plain(backbone, context, class_names)}
-    difference = (ways["packed"]() - ways["plain"]()).abs().max().item()
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure."""
+    backbone = load(args.backbone, args.device, args.precision)
+    clock, class_names = Clock(backbone.device, args.clock == "cpu"), names(args.classes)
+    ways: dict[str, Callable[[], AbstractContextManager]]
+    ways = {"packed": nullcontext, "plain": lambda: plain(backbone)}
+    contexts = {}
+    for way in ways:  # each keeps the texts that it packs
+        torch.manual_seed(1)
+        contexts[way] = TextContext(backbone, args.n_ctx, depth=args.depth).to(backbone.device)
+
+    def features(way: str) -> Tensor:
+        with ways[way]():
+            context = contexts[way]
+            return encode_classes(backbone.text_tower, context.prompts(), context.packed(backbone, class_names))
+
+    def step(way: str) -> None:
+        out = features(way)
+        with ways[way]():
+            out.sum().backward()
+
+    difference = (features("packed") - features("plain")).abs().max().item()
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(args.rounds):
-        for way, compute in ways.items():
-            began = time.perf_counter()
-            compute().sum().backward()
-            seconds[way].append(time.perf_counter() - began)
+        for way in ways:
+            seconds[way].append(clock.seconds(lambda way=way: step(way)))  # type: ignore[misc]
     ratios = [b / a for a, b in zip(seconds["packed"], seconds["plain"], strict=True)]
-    medians = {way: statistics.median(s) for way, s in seconds.items()}
-    print(
-        f"{args.classes} classes, n_ctx {args.n_ctx}, depth {args.depth}, context {backbone.context_length}:", end=" "
-    )
-    print(", ".join(f"{way} {1000 * s:.0f} ms" for way, s in medians.items()), end="; ")
-    print(f"ratio {statistics.median(ratios):.1f} ({min(ratios):.1f}–{max(ratios):.1f}); differ by {difference:.1g}")
+    row = {
+        "backbone": args.backbone,
+        "classes": args.classes,
+        "n_ctx": args.n_ctx,
+        "depth": args.depth,
+        "context_length": backbone.context_length,
+        "median_s": {way: statistics.median(s) for way, s in seconds.items()},
+        "ratio": {"median": statistics.median(ratios), "range": [min(ratios), max(ratios)]},
+        "difference": difference,
+        "seconds": seconds,
+    }
+    return {"environment": machine(backbone), "rows": [row]}
 
 
-if __name__ == "__main__":
-    main()
+def table(result: dict[str, Any]) -> str:
+    """A line for each row."""
+    lines = [
+        "| backbone | context length | classes | prompts | plain, ms | packed, ms | plain ÷ packed | differ by |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in result["rows"]:
+        low, high = r["ratio"]["range"]
+        lines.append(
+            f"| {r['backbone']} | {r['context_length']} | {r['classes']} | {r['n_ctx']} tokens, depth {r['depth']} | "
+            f"{1000 * r['median_s']['plain']:.0f} | {1000 * r['median_s']['packed']:.0f} | "
+            f"{r['ratio']['median']:.1f} ({low:.1f}–{high:.1f}) | {r['difference']:.1g} |"
+        )
+    return "\n".join(lines)
