@@ -46,6 +46,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=numbers, default=(1, 4, 8, 16, 32), metavar="N,N,…")
     parser.add_argument("--regions", type=numbers, default=(5, 50, 500), metavar="N,N,…")
     parser.add_argument("--ways", default="plain,default", help="which of plain,default,bank")
+    parser.add_argument("--text-chunk", type=int, help="measure the default with train.text_chunk at this too")
     parser.add_argument("--plain-most", type=int, default=1000, help="the plain way is not measured for more classes")
     hardware(parser)
 
@@ -64,17 +65,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     backbone = load(args.backbone, args.device, args.precision)
     rows: list[dict[str, Any]] = []
     for method in args.methods or METHODS[:1]:
-        for way in ways_of(method, backbone, tuple(args.ways.split(","))):
-            work = Work(method, way, args.backbone, 0, 1, args.device, args.precision)
+        works = [
+            Work(method, way, args.backbone, 0, 1, args.device, args.precision)
+            for way in ways_of(method, backbone, tuple(args.ways.split(",")))
+        ]
+        if args.text_chunk:
+            chunk = (("train.text_chunk", args.text_chunk),)
+            works.append(Work(method, "default", args.backbone, 0, 1, args.device, args.precision, chunk))
+        for work in works:
+            way = work.way + "".join(f", {key.rpartition('.')[2]}={value}" for key, value in work.settings)
             for axis, sizes in (("classes", args.classes), ("images", args.images)):
                 if axis not in along:
                     continue
-                works = [
+                of_sizes = [
                     replace(work, classes=n) if axis == "classes" else replace(work, classes=10, batch_size=n)
                     for n in sizes
                     if axis == "images" or way != "plain" or n <= args.plain_most
                 ]
-                points = [in_a_process(each, axis, args.clock == "cpu") for each in works]
+                points = [in_a_process(each, axis, args.clock == "cpu") for each in of_sizes]
                 rows.append({"method": method, "way": way, "along": axis, **fitted(points, sizes)})
                 print(f"{method}, {way}, {axis}: done", file=sys.stderr)
     banks = [bank_of(n, backbone, args) for n in args.regions] if "regions" in along else []
