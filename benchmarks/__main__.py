@@ -7,11 +7,11 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import bank, growth, short, step, text
+from benchmarks import bank, growth, short, show, step, text
 from vlprompt.errors import VlpromptError
 from vlprompt.files import write_atomically
 
-COMMANDS = {"step": step, "growth": growth, "text": text, "bank": bank, "short": short}
+COMMANDS = {"step": step, "growth": growth, "text": text, "bank": bank, "short": short, "show": show}
 
 
 def main() -> int:
@@ -27,7 +27,7 @@ def main() -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.arguments(sub)
-        if module is not short:
+        if module not in (short, show):
             sub.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     args = parser.parse_args()
     module = COMMANDS[args.command]
