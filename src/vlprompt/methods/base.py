@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.backbones.towers import Prompts
 from vlprompt.errors import ConfigError, DataError, unknown
-from vlprompt.prompting.text import TextContext, encode_classes
+from vlprompt.prompting.text import TextContext, encode_classes, encode_in_parts
 
 Count = Annotated[int, Ge(1)]
 Weight = Annotated[float, Ge(0)]
@@ -99,6 +99,10 @@ class Method(nn.Module):
 
     transductive: ClassVar[bool] = False
     """Whether it learns from the unlabelled images that it is tested on; tables mark it."""
+    needs_all_texts: ClassVar[bool] = False
+    """Whether the texts of all classes are encoded at once, whatever ``text_chunk`` says."""
+    text_chunk: int | None = None
+    """Classes whose texts are encoded at once, to need less memory; all if not given."""
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
 
@@ -149,8 +153,10 @@ class Method(nn.Module):
         """Class features under a learned context; see :func:`vlprompt.prompting.text.encode_classes`."""
         if context.class_specific and tuple(class_names) != self.class_names:
             raise DataError(f"{self.name} learned a context for each of its classes: it has none for other classes")
-        packed = context.packed(self.backbone, class_names)
-        return encode_classes(self.backbone.text_tower, context.prompts(bias), packed)
+        tower, prompts, at_once = self.backbone.text_tower, context.prompts(bias), self.text_chunk
+        if at_once is not None and at_once < len(class_names):
+            return encode_in_parts(tower, prompts, context.packed_parts(self.backbone, class_names, at_once), at_once)
+        return encode_classes(tower, prompts, context.packed(self.backbone, class_names))
 
     def logits(self, image_features: Tensor, class_features: Tensor) -> Tensor:
         """[B, C] logits of normalised features."""

@@ -35,6 +35,7 @@ class DPL(Method):
     paper, year = "Xu et al., arXiv", 2023
     learns = "deep text and visual prompts under decoupled attention"
     parity = "reconstructed"
+    needs_all_texts = True
     settings = IVLP.settings
     presets = {"textual": {"method.branches": "textual", "optim.lr": 0.002}}
 

@@ -56,6 +56,7 @@ class DroPLe(IVLP):
 
     paper, year, learns = "arXiv 2512.07234, AAAI", 2026, "deep text and visual prompts under token dropout"
     needs = frozenset({"frozen_image_features", "second_view"})
+    needs_all_texts = True
     settings = {
         "optim.name": "adamw",
         "optim.lr": 2e-4,

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.backbones.packing import Attention, PackedText, pack
@@ -118,7 +119,7 @@ class TextContext(nn.Module):
         self.vectors = nn.Parameter(vectors)
         deep = INIT_STD * torch.randn(depth - 1, n_ctx, width)
         self.deep = nn.Parameter(deep) if depth > 1 else None
-        self._packed: dict[tuple[tuple[str, ...], bool, torch.device], PackedText] = {}
+        self._packed: dict[tuple[tuple[str, ...], int, bool, torch.device], list[PackedText]] = {}
 
     def prompts(self, bias: Tensor | None = None) -> Prompts:
         """The learned tokens per layer; ``bias`` [B, D] moves those of the first layer per image (CoCoOp)."""
@@ -131,11 +132,18 @@ class TextContext(nn.Module):
         Without ``share`` every text has tokens of its own from the first on: for states that differ between texts, and
         attention functions that know of no shared prefix.
         """
-        key = tuple(class_names), share, backbone.device
+        return self.packed_parts(backbone, class_names, len(class_names), share)[0]
+
+    def packed_parts(
+        self, backbone: Backbone, class_names: Sequence[str], at_once: int, share: bool = True
+    ) -> list[PackedText]:
+        """The same in parts of ``at_once`` classes, the last of which may hold fewer."""
+        key = tuple(class_names), at_once, share, backbone.device
         if key not in self._packed:
             if len(self._packed) == LISTS_KEPT:
                 del self._packed[next(iter(self._packed))]
-            self._packed[key] = self.pack(backbone, class_names, share).to(backbone.device)
+            parts = [class_names[i : i + at_once] for i in range(0, len(class_names), at_once)]
+            self._packed[key] = [self.pack(backbone, part, share).to(backbone.device) for part in parts]
         return self._packed[key]
 
     def pack(self, backbone: Backbone, class_names: Sequence[str], share: bool) -> PackedText:
@@ -168,6 +176,23 @@ def encode_classes(
     features = text_tower(class_tokens, prompts, attention)
     features = features if len(features) > 1 or _per_image(prompts) else features[0]
     return unit(features) if normalise else features
+
+
+def encode_in_parts(text_tower: TextTower, prompts: Prompts, parts: Sequence[PackedText], at_once: int) -> Tensor:
+    """:func:`encode_classes` of parts of ``at_once`` classes, one after the other, each computed again on the way back.
+
+    Exact, and no more than one part's states are in memory; the forward pass is computed twice.
+    """
+
+    def encode(part: PackedText, *layers: Tensor) -> Tensor:
+        return encode_classes(text_tower, Prompts(layers, prompts.mode), part)
+
+    features = []
+    for i, part in enumerate(parts):
+        own = slice(i * at_once, (i + 1) * at_once)  # of the classes, where each has learned tokens of its own
+        layers = [layer[own] if layer.ndim == 3 else layer for layer in prompts.layers]
+        features.append(checkpoint(encode, part, *layers, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(features, -2)
 
 
 def _per_image(prompts: Prompts | None) -> bool:

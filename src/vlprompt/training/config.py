@@ -118,6 +118,8 @@ class TrainConfig:
     """Precision of the frozen towers; prompts are fp32."""
     accumulate: Annotated[int, Ge(1)] = 1
     """Parts that each batch is computed in, one after the other, to need less memory; the step is the same."""
+    text_chunk: Annotated[int, Ge(1)] | None = None
+    """Classes whose texts are encoded at once, and again on the way back, to need less memory; all if not given."""
     graphs: bool = False
     """Whether steps are recorded as CUDA graphs and replayed: the same results, faster where a model is small."""
     select: Literal["last", "val"] = "last"

@@ -111,6 +111,9 @@ class Training:
         self.sums: dict[str, float] = {}
         """Sums of the loss terms over these steps."""
         self._check_parts()
+        if config.text_chunk is not None and method.needs_all_texts:
+            raise ConfigError(f"train.text_chunk: method '{method.name}' encodes the texts of all classes at once")
+        method.text_chunk = config.text_chunk
 
     def run(
         self,

@@ -1,0 +1,52 @@
+"""``python -m benchmarks COMMAND``: measure, print a table, write JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from benchmarks import bank, growth, short, show, step, text
+from vlprompt.errors import VlpromptError
+from vlprompt.files import write_atomically
+
+COMMANDS = {"step": step, "growth": growth, "text": text, "bank": bank, "short": short, "show": show}
+
+
+def main() -> int:
+    """Run one command; bad input is one line and exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=sys.modules["benchmarks"].__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        assert module.__doc__
+        sub = commands.add_parser(
+            name,
+            help=module.__doc__.split("\n")[0],
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.arguments(sub)
+        if module not in (short, show):
+            sub.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    args = parser.parse_args()
+    module = COMMANDS[args.command]
+    try:
+        result = module.run(args)
+        print(module.table(result))
+        if getattr(args, "json", None):
+            write_atomically(args.json, as_json(result, args))
+    except VlpromptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def as_json(result: dict, args: argparse.Namespace) -> str:
+    """The figures with the command's options."""
+    settings = {k: v for k, v in vars(args).items() if k != "json"}
+    return json.dumps({"settings": settings, **result}, indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
