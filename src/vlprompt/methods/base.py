@@ -30,7 +30,7 @@ Template = Annotated[str, AfterValidator(_check_template)]
 
 
 def small_backbone(lr: float, epochs: int, min_scale: float, **own: Any) -> dict[str, Any]:
-    """A preset ``mini``: settings found on validation images of openmoji by ``tools/search.py``, for small backbones."""
+    """A preset ``mini``, for small backbones: found on validation images of openmoji by ``tools/search.py``."""
     return {
         "optim.lr": lr,
         "optim.warmup_epochs": 0,

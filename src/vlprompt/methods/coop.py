@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from vlprompt.methods.base import Batch, Count, Method, MethodConfig, register
+from vlprompt.methods.base import Batch, Count, Method, MethodConfig, register, small_backbone
 from vlprompt.prompting.text import TextContext
 
 SGD = {"optim.name": "sgd", "optim.lr": 0.002, "optim.warmup_epochs": 1}
@@ -32,6 +32,7 @@ class CoOp(Method):
         "few-shot-2": {"train.epochs": 100},
         "few-shot-1": {"train.epochs": 50},
         "cross-dataset": {"method.n_ctx": 4, "method.init": "a photo of a"},
+        "mini": small_backbone(lr=0.006, epochs=8, min_scale=0.6, n_ctx=8),
     }
 
     @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from vlprompt.backbones.backbone import unit
 from vlprompt.backbones.towers import ImageTower, Prompts, TextTower
-from vlprompt.methods.base import Batch, Method, Template, Weight, register
+from vlprompt.methods.base import Batch, Method, Template, Weight, register, small_backbone
 from vlprompt.methods.ivlp import IVLP, deep_context
 from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.prompting.decoupled import SentencePrompts, SubProcesses, image_attention, text_attention
@@ -37,7 +37,12 @@ class DPL(Method):
     parity = "reconstructed"
     needs_all_texts = True
     settings = IVLP.settings
-    presets = {"textual": {"method.branches": "textual", "optim.lr": 0.002}}
+    presets = {
+        "textual": {"method.branches": "textual", "optim.lr": 0.002},
+        "mini": small_backbone(
+            lr=0.0075, epochs=4, min_scale=0.08, n_ctx_text=4, n_ctx_vision=4, depth_text=6, depth_vision=6
+        ),
+    }
 
     @dataclass(frozen=True)
     class Config(IVLP.Config):

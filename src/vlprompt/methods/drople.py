@@ -17,7 +17,7 @@ from vlprompt.backbones.backbone import unit
 from vlprompt.backbones.packing import Attention, packed_attention
 from vlprompt.backbones.towers import AfterBlock, plain_attention
 from vlprompt.errors import ConfigError
-from vlprompt.methods.base import Batch, Count, Weight, register
+from vlprompt.methods.base import Batch, Count, Weight, register, small_backbone
 from vlprompt.methods.ivlp import IVLP, deep_context
 from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.prompting.attention import packed_with_maps, with_maps
@@ -71,6 +71,9 @@ class DroPLe(IVLP):
         "cross-dataset": {"train.epochs": 3},
         "few-shot": {"train.epochs": 50},
         "long-tail": {"data.shots": 16, "data.imbalance": 10},
+        "mini": small_backbone(
+            lr=0.0002, epochs=8, min_scale=0.6, n_ctx_text=2, n_ctx_vision=2, depth_text=12, depth_vision=12
+        ),
     }
     rates = {"lora.": 0.1}
 

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from vlprompt.methods.base import Batch, Count, register
+from vlprompt.methods.base import Batch, Count, register, small_backbone
 from vlprompt.methods.coop import CoOp
 from vlprompt.methods.kdpl import Distilled, divergences
 from vlprompt.methods.promptsrc import PromptSRC
@@ -56,7 +56,7 @@ class FDBPLCoOp(Distilled, CoOp):
     """
 
     paper, year, learns = "Zhang et al., arXiv", 2025, "positive and negative text context"
-    presets = {}
+    presets = {"mini": small_backbone(lr=0.02, epochs=4, min_scale=0.08, n_ctx=2)}
 
     @dataclass(frozen=True)
     class Config(Distilled.Config, CoOp.Config):
@@ -121,7 +121,19 @@ class FDBPLPromptSRC(Distilled, PromptSRC):
 
     paper, year = "Zhang et al., arXiv", 2025
     needs = Distilled.needs | PromptSRC.needs
-    presets = {"cross-dataset": PromptSRC.presets["cross-dataset"]}
+    presets = {
+        "cross-dataset": PromptSRC.presets["cross-dataset"],
+        "mini": small_backbone(
+            lr=0.025,
+            epochs=8,
+            min_scale=0.08,
+            n_ctx_text=8,
+            n_ctx_vision=8,
+            depth_text=12,
+            depth_vision=12,
+            average_mean=6,
+        ),
+    }
     couples_batch = True
 
     @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlprompt.errors import ConfigError
-from vlprompt.methods.base import Batch, Count, Method, MethodConfig, register
+from vlprompt.methods.base import Batch, Count, Method, MethodConfig, register, small_backbone
 from vlprompt.methods.coop import CoOp
 from vlprompt.methods.maple import MaPLe
 from vlprompt.methods.promptsrc import PromptSRC
@@ -89,7 +89,7 @@ class KDPLCoOp(Distilled, CoOp):
     """
 
     paper, year = "Mistretta et al., ECCV", 2024
-    presets = {}
+    presets = {"mini": small_backbone(lr=0.006, epochs=4, min_scale=0.08, n_ctx=4)}
 
     @dataclass(frozen=True)
     class Config(Distilled.Config, CoOp.Config):
@@ -144,7 +144,19 @@ class KDPLPromptSRC(Distilled, PromptSRC):
 
     paper, year = "Mistretta et al., ECCV", 2024
     needs = Distilled.needs | PromptSRC.needs
-    presets = {"cross-dataset": PromptSRC.presets["cross-dataset"]}
+    presets = {
+        "cross-dataset": PromptSRC.presets["cross-dataset"],
+        "mini": small_backbone(
+            lr=0.025,
+            epochs=8,
+            min_scale=0.08,
+            n_ctx_text=8,
+            n_ctx_vision=8,
+            depth_text=12,
+            depth_vision=12,
+            average_mean=6,
+        ),
+    }
 
     @dataclass(frozen=True)
     class Config(Distilled.Config, PromptSRC.Config):

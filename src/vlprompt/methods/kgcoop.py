@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from vlprompt.methods.base import Batch, Count, Method, MethodConfig, Weight, register
+from vlprompt.methods.base import Batch, Count, Method, MethodConfig, Weight, register, small_backbone
 from vlprompt.methods.coop import SGD
 from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.prompting.text import TextContext
@@ -25,6 +25,7 @@ class KgCoOp(Method):
 
     paper, year, learns = "Yao et al., CVPR", 2023, "text context"
     settings = {**SGD, "data.batch_size": 128, "train.epochs": 100}
+    presets = {"mini": small_backbone(lr=0.006, epochs=4, min_scale=0.08, n_ctx=4)}
 
     @dataclass(frozen=True)
     class Config(MethodConfig):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from vlprompt.backbones.towers import Prompts
-from vlprompt.methods.base import Batch, Count, Method, MethodConfig, register
+from vlprompt.methods.base import Batch, Count, Method, MethodConfig, register, small_backbone
 from vlprompt.methods.ivlp import deep_context
 from vlprompt.prompting.visual import CoupledPrompts
 
@@ -32,7 +32,10 @@ class MaPLe(Method):
         "data.batch_size": 4,
         "train.epochs": 5,
     }
-    presets = {"cross-dataset": {"optim.lr": 0.0026, "train.epochs": 2, "method.depth": 3}}
+    presets = {
+        "cross-dataset": {"optim.lr": 0.0026, "train.epochs": 2, "method.depth": 3},
+        "mini": small_backbone(lr=0.0035, epochs=8, min_scale=0.6, n_ctx=2, depth=12),
+    }
     prompts_images = True
 
     @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from annotated_types import Gt
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
-from vlprompt.methods.base import Batch, Weight, register
+from vlprompt.methods.base import Batch, Weight, register, small_backbone
 from vlprompt.methods.ivlp import IVLP
 from vlprompt.methods.templates import IMAGENET_TEMPLATES
 from vlprompt.methods.zero_shot import frozen_class_features
@@ -47,6 +47,16 @@ class PromptSRC(IVLP):
             "method.average_std": 10,
         },
         "few-shot": {"train.epochs": 50, "method.average_mean": 30, "method.average_std": 30},
+        "mini": small_backbone(
+            lr=0.0025,
+            epochs=8,
+            min_scale=0.6,
+            n_ctx_text=2,
+            n_ctx_vision=2,
+            depth_text=12,
+            depth_vision=12,
+            average_mean=6,
+        ),
     }
 
     @dataclass(frozen=True)
