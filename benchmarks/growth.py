@@ -8,7 +8,6 @@ bytes are what its records take; its build is one frozen pass of the image tower
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 
 from benchmarks.inputs import load, machine
 from benchmarks.parts import Clock
-from benchmarks.step import METHODS, Work, computed, hardware, one_step, resident, training, ways_of
+from benchmarks.step import METHODS, Work, computed, hardware, in_new_process, one_step, resident, training, ways_of
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.data.bank import BankSettings, Features, Labels
 from vlprompt.errors import ConfigError, unknown
@@ -92,8 +91,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def in_a_process(work: Work, axis: str, cpu_clock: bool) -> Point:
     """One step of this size."""
     size = work.classes if axis == "classes" else work.batch_size or 0
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return Point(size, *pool.apply(_measured, (work, cpu_clock, torch.get_num_threads())))
+    return Point(size, *in_new_process(_measured, work, cpu_clock, torch.get_num_threads()))
 
 
 def _measured(work: Work, cpu_clock: bool, threads: int) -> tuple[float, float]:

@@ -12,7 +12,9 @@ import multiprocessing
 import re
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +32,7 @@ from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.towers import ImageConfig, TextConfig
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.views import TrainingViews, Views
-from vlprompt.errors import ConfigError, unknown
+from vlprompt.errors import ConfigError, VlpromptError, unknown
 from vlprompt.methods import Method, find_method
 from vlprompt.methods.templates import IMAGENET_TEMPLATES
 from vlprompt.methods.zero_shot import frozen_class_features
@@ -132,8 +134,18 @@ def ways_of(method: str, backbone: Backbone, asked: tuple[str, ...]) -> list[str
 
 def peak_memory(work: Work) -> dict[str, float]:
     """Bytes of CPU memory that one step needs at most, in a new process, and what it held before the step."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, (work, torch.get_num_threads()))
+    return in_new_process(_peak_memory, work, torch.get_num_threads())
+
+
+def in_new_process(measure: Callable[..., Any], work: Work, *more: Any) -> Any:
+    """What ``measure`` gives for the work there; raises VlpromptError if the process dies (memory full?)."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(measure, work, *more).result()
+        except BrokenProcessPool:
+            raise VlpromptError(
+                f"the process of {work.method}, {work.way}, {work.classes} classes died: was memory full?"
+            ) from None
 
 
 def _peak_memory(work: Work, threads: int) -> dict[str, float]:
