@@ -22,6 +22,7 @@ from vlprompt.options import (
     Shots,
     SkipBad,
     ValFraction,
+    WhichClasses,
     say,
 )
 
@@ -56,9 +57,7 @@ def build(
     root: Root = None,
     shots: Shots = None,
     allow_fewer: AllowFewer = False,
-    classes: Annotated[
-        Classes, typer.Option(help="Half of the data set's classes, or all.", rich_help_panel=DATA)
-    ] = Classes.all,
+    classes: WhichClasses = Classes.all,
     split_file: SplitFile = None,
     val_fraction: ValFraction = None,
     skip_bad: SkipBad = False,

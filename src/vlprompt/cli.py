@@ -54,6 +54,7 @@ from vlprompt.options import (
     TrainPrecision,
     TrainViews,
     ValFraction,
+    WhichClasses,
     say,
 )
 
@@ -225,9 +226,7 @@ def evaluate(
     run: RunFolder,
     data: Data,
     root: Root = None,
-    classes: Annotated[
-        Classes, typer.Option(help="Half of the data set's classes, or all.", rich_help_panel=DATA)
-    ] = Classes.all,
+    classes: WhichClasses = Classes.all,
     split: Annotated[Part, typer.Option(help="Which images.", rich_help_panel=DATA)] = Part.test,
     split_file: SplitFile = None,
     skip_bad: SkipBad = False,

@@ -20,6 +20,7 @@ from vlprompt.options import (
     Shots,
     SplitFile,
     ValFraction,
+    WhichClasses,
     say,
 )
 
@@ -105,9 +106,7 @@ def split(
         float, typer.Option(help="Shots of the first class to those of the last: a long tail.", rich_help_panel=DATA)
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Decides which few.", rich_help_panel=DATA)] = 1,
-    classes: Annotated[
-        Classes, typer.Option(help="Half of the data set's classes, or all.", rich_help_panel=DATA)
-    ] = Classes.all,
+    classes: WhichClasses = Classes.all,
     val_fraction: ValFraction = None,
     split_file: SplitFile = None,
     json_output: Json = False,

@@ -88,6 +88,7 @@ Shots = Annotated[int | None, typer.Option(help="Training images per class; defa
 AllowFewer = Annotated[
     bool, typer.Option("--allow-fewer", help="Classes with fewer images use what they have.", rich_help_panel=DATA)
 ]
+WhichClasses = Annotated[Classes, typer.Option(help="Half of the data set's classes, or all.", rich_help_panel=DATA)]
 TrainClasses = Annotated[Classes | None, typer.Option(help="Default: all.", rich_help_panel=DATA)]
 ValFraction = Annotated[
     float | None,
