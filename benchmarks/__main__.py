@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from benchmarks import bank, growth, short, show, step, text
+from benchmarks.inputs import write_figures
 from vlprompt.errors import VlpromptError
-from vlprompt.files import write_atomically
 
 COMMANDS = {"step": step, "growth": growth, "text": text, "bank": bank, "short": short, "show": show}
 
@@ -35,17 +34,11 @@ def main() -> int:
         result = module.run(args)
         print(module.table(result))
         if getattr(args, "json", None):
-            write_atomically(args.json, as_json(result, args))
+            write_figures(args.json, result, args)
     except VlpromptError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def as_json(result: dict, args: argparse.Namespace) -> str:
-    """The figures with the command's options."""
-    settings = {k: v for k, v in vars(args).items() if k != "json"}
-    return json.dumps({"settings": settings, **result}, indent=2) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""What is measured on: towers of usual sizes with random weights, class names, pictures; and where it was measured."""
+"""What is measured on (random towers of usual sizes, class names, pictures), where, and the figures' files."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 from dataclasses import replace
@@ -18,6 +20,7 @@ from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.towers import ImageConfig, ImageTower, TextConfig, TextTower
 from vlprompt.data.splits import Item, Split
 from vlprompt.errors import BackboneError
+from vlprompt.files import write_atomically
 from vlprompt.training.run import environment
 
 WORDS = ("golden retriever", "sea horse", "water lily", "anchor", "grand piano", "inline skate", "Boeing 737", "tree")
@@ -63,6 +66,12 @@ def machine(backbone: Backbone) -> dict[str, Any]:
     known = {k: v for k, v in environment(backbone).items() if k != "backbone_fingerprint"}
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {**known, "processor": processor(), "cores": os.cpu_count(), "load_average": load}
+
+
+def write_figures(file: Path, result: dict[str, Any], args: argparse.Namespace) -> None:
+    """The figures as JSON, with the options of the command that measured them."""
+    settings = {k: v for k, v in vars(args).items() if k != "json"}
+    write_atomically(file, json.dumps({"settings": settings, **result}, indent=2) + "\n")
 
 
 def processor() -> str:

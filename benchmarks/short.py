@@ -6,11 +6,11 @@ Steps of all methods on mini, two of them on random ViT-B/32, class features, gr
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from benchmarks import bank, growth, step, text
+from benchmarks.inputs import write_figures
 from vlprompt.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,8 +36,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         parser = argparse.ArgumentParser()
         module.arguments(parser)
         own = parser.parse_args([*given, "--device", args.device])
-        results[name] = {"command": f"{module.__name__.rpartition('.')[2]} {' '.join(given)}", **module.run(own)}
-        write_atomically(args.out / f"{name}.json", json.dumps(results[name], indent=2) + "\n")
+        own.command = module.__name__.rpartition(".")[2]
+        results[name] = module.run(own)
+        write_figures(args.out / f"{name}.json", results[name], own)
     write_atomically(args.out / "README.md", table(results) + "\n")
     return results
 
@@ -47,6 +48,7 @@ def table(results: dict[str, Any]) -> str:
     environment = next(iter(results.values()))["environment"]
     lines = ["# Benchmarks, short version", "", "| | |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in environment.items()]
-    for (_, module, _), result in zip(PARTS, results.values(), strict=True):
-        lines += ["", f"## `python -m benchmarks {result['command']}`", "", module.table(result)]
+    for (_, module, given), result in zip(PARTS, results.values(), strict=True):
+        command = " ".join([module.__name__, *given]).replace(".", " ", 1)
+        lines += ["", f"## `python -m {command}`", "", module.table(result)]
     return "\n".join(lines)
