@@ -147,9 +147,13 @@ class Preprocess:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Evaluation view of the whole image, [3, S, S]."""
+        return self.tensor(self.whole(image))
+
+    def whole(self, image: Image.Image) -> Image.Image:
+        """The pixels of the evaluation view, S × S."""
         image, size = to_rgb(image), self.image_size
         if self.resize == "squash":
-            return self.tensor(self._resized(image, size, size))
+            return self._resized(image, size, size)
         image = _without_extreme_ends(image)
         width, height = image.size
         if width <= height:
@@ -157,7 +161,7 @@ class Preprocess:
         else:
             image = self._resized(image, int(size * width / height), size)
         left, top = (image.width - size) // 2, (image.height - size) // 2
-        return self.tensor(image.crop((left, top, left + size, top + size)))
+        return image.crop((left, top, left + size, top + size))
 
     def region(self, image: Image.Image, region: Region) -> Tensor:
         """Training view of one region, [3, S, S]: cropped, resized to a square, perhaps flipped."""
@@ -170,8 +174,8 @@ class Preprocess:
         view = self._resized(crop, self.image_size, self.image_size)
         return ImageOps.mirror(view) if region[4] > 0.5 else view
 
-    def tensor(self, image: Image.Image) -> Tensor:
-        """Pixels of an RGB image, normalised: [3, H, W]."""
+    def tensor(self, image: Image.Image | NDArray[np.uint8]) -> Tensor:
+        """Pixels of an RGB image [H, W, 3], normalised: [3, H, W]."""
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
         return ((pixels - mean[:, None, None]) / std[:, None, None]).contiguous()

@@ -6,7 +6,7 @@ Every view depends on (seed, epoch, image) alone, not on the number of threads o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from itertools import chain, groupby, repeat
@@ -213,15 +213,15 @@ def _collate_visits(visits: Sequence[list[dict[str, Tensor]]]) -> dict[str, Tens
 
 
 def evaluation_batches(
-    paths: Sequence[ImageSource],
-    preprocess: Preprocess,
+    images: Sequence[ImageSource] | NDArray[np.uint8],
+    make: Callable[[Image], Tensor | NDArray],
     batch_size: int = 100,
     workers: int = 2,
     reader: ImageReader | None = None,
 ) -> Iterator[Tensor]:
-    """Evaluation views of the images, [B, 3, S, S] at a time, in order."""
-    order = np.arange(len(paths))
-    batches = [order[i : i + batch_size] for i in range(0, len(paths), batch_size)]
+    """What ``make`` (a :class:`Preprocess`, say) gives for the images, stacked, a batch at a time, in order."""
+    order = np.arange(len(images))
+    batches = [order[i : i + batch_size] for i in range(0, len(images), batch_size)]
     with nullcontext(reader) if reader else ImageReader(workers, room=0) as source:
-        for _, images in source.batches(lambda i: preprocess(source.image(paths[i])), batches):
-            yield images
+        for _, made in source.batches(lambda i: make(source.image(images[i])), batches):
+            yield made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ from vlprompt.experiments.pool import Outcome
 from vlprompt.experiments.protocols import Run, fingerprint, shard
 from vlprompt.experiments.results import RESULTS, Results
 from vlprompt.experiments.runs import check_same_settings, finished
+from vlprompt.experiments.shared import SHARED
 from vlprompt.files import write_atomically
 from vlprompt.training.selection import run_split
 
@@ -78,6 +80,8 @@ def bench(
             if result.kept:
                 say(f"{result.kept} of {len(mine)} runs were finished before")
             _do(outcomes, len(todo), out, result, say, progress)
+        if all(finished(run, out) for run in runs):
+            shutil.rmtree(out / SHARED, ignore_errors=True)
     return result
 
 

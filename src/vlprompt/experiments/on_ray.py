@@ -14,9 +14,6 @@ from vlprompt.errors import ConfigError
 from vlprompt.experiments.pool import Outcome, attempt
 from vlprompt.experiments.protocols import Run
 
-_AGAIN: dict = {}
-"""Test images' frozen features, from run to run of one of Ray's processes."""
-
 
 @contextmanager
 def connected() -> Iterator[None]:
@@ -109,7 +106,7 @@ def _task(run: Run, out: Path, place: Path) -> Outcome:
         os.chdir(place)
     except OSError as error:
         return Outcome(run, failure=f"{place}: {error.strerror} on machine {socket.gethostname()}")
-    return attempt(run, out, _AGAIN)
+    return attempt(run, out)
 
 
 def _outcome(ended: object, run: Run) -> Outcome:

@@ -34,10 +34,10 @@ class Outcome:
     interrupted: bool = False
 
 
-def attempt(run: Run, out: Path, again: dict) -> Outcome:
+def attempt(run: Run, out: Path) -> Outcome:
     """Do a run; what it raises becomes its outcome."""
     try:
-        return Outcome(run, do(run, out, again))
+        return Outcome(run, do(run, out))
     except (KeyboardInterrupt, Interrupted):
         return Outcome(run, interrupted=True)
     except VlpromptError as error:
@@ -50,9 +50,8 @@ def attempt(run: Run, out: Path, again: dict) -> Outcome:
 def outcomes(runs: Sequence[Run], out: Path, workers: int) -> Iterator[Outcome]:
     """The outcome of each run as it ends; after one that was interrupted no other begins."""
     if workers == 1 or len(runs) < 2:
-        again: dict = {}
         for run in runs:
-            outcome = attempt(run, out, again)
+            outcome = attempt(run, out)
             yield outcome
             if outcome.interrupted:
                 return
@@ -173,9 +172,8 @@ def _work(connection: Connection, out: Path, place: int) -> None:
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    again: dict = {}
     with suppress(EOFError, OSError, KeyboardInterrupt):
         while True:
             run = connection.recv()
             spread(run, place)
-            connection.send(attempt(run, out, again))
+            connection.send(attempt(run, out))

@@ -16,12 +16,13 @@ from vlprompt.data.reading import ImageReader, readable
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.experiments.protocols import PROTOCOLS, Measurement, Run, backbone_name, data_name, fingerprint
 from vlprompt.experiments.protocols import result_settings as settings_of
+from vlprompt.experiments.shared import SHARED, SharedImages
 from vlprompt.files import write_atomically
 from vlprompt.methods import Method
 from vlprompt.training.artefact import FILES, load_artefact
 from vlprompt.training.checkpoints import remove_unfinished
 from vlprompt.training.config import RunConfig
-from vlprompt.training.evaluate import Evaluation, EvaluationImages, evaluate
+from vlprompt.training.evaluate import Evaluation, evaluate
 from vlprompt.training.run import saved_config, train
 
 FORMAT_VERSION = 1
@@ -38,11 +39,10 @@ def code_version() -> str:
     return f"{vlprompt.__version__}+{content.hexdigest()[:8]}"
 
 
-def do(run: Run, out: Path, again: dict[Any, EvaluationImages]) -> dict[str, Any]:
+def do(run: Run, out: Path) -> dict[str, Any]:
     """Train a run, or go on with it, and measure what is not measured yet; returns the content of its figures.json.
 
-    ``again`` remembers test images' frozen features from run to run of one process. Raises what
-    :func:`vlprompt.training.run.train` raises, and DataError for data that cannot be measured.
+    Raises what :func:`vlprompt.training.run.train` raises, and DataError for data that cannot be measured.
     """
     folder, config = out / run.folder, run.config
     figures = read_figures(folder) or {
@@ -74,7 +74,7 @@ def do(run: Run, out: Path, again: dict[Any, EvaluationImages]) -> dict[str, Any
             folder, run.config.backbone, run.config.train.device, run.config.train.precision
         )
         began = time.monotonic()
-        score = measure(method.eval(), config, measurement, again)
+        score = measure(method.eval(), config, measurement, out / SHARED)
         row = dict(zip(("data", "classes", "split"), wanted, strict=True)) | {"seconds": time.monotonic() - began}
         figures["measured"].append(row | (described(score, PROTOCOLS[run.protocol].groups) if score else {"n": 0}))
         write_atomically(folder / FIGURES, json.dumps(figures))
@@ -84,9 +84,7 @@ def do(run: Run, out: Path, again: dict[Any, EvaluationImages]) -> dict[str, Any
 _OF_TRAINING = ("epochs", "train_accuracy", "val_accuracy", "trainable_parameters", "seconds")
 
 
-def measure(
-    method: Method, config: RunConfig, measurement: Measurement, again: dict[Any, EvaluationImages]
-) -> Evaluation | None:
+def measure(method: Method, config: RunConfig, measurement: Measurement, shared_folder: Path) -> Evaluation | None:
     """Score a tuned model; None where it cannot be asked about other classes than its own (a linear probe).
 
     Raises DataError where the data set has no such images.
@@ -101,15 +99,11 @@ def measure(
         raise DataError(f"data set '{dataset.name}' has no {measurement.split} images of {measurement.classes} classes")
     if split.class_names != method.class_names and not method.takes_new_classes:
         return None
-    key = (measurement, config.data.root, config.data.split_file if own else None, config.data.val_fraction)
-    if key not in again:
-        labels = [item.label for item in items]
-        kept: Sequence[int] = range(len(paths))
-        if config.data.skip_bad:
-            with ImageReader(config.data.workers, room=0) as reader:
-                kept = readable(paths, reader, True, lambda text: None)
-        again[key] = EvaluationImages([paths[i] for i in kept], [labels[i] for i in kept], config.data.workers)
-    return evaluate(method, again[key], split.class_names)
+    with ImageReader(config.data.workers, room=0) as reader:
+        kept = readable(paths, reader, config.data.skip_bad, lambda text: None)
+    labels = [items[i].label for i in kept]
+    images = SharedImages([paths[i] for i in kept], labels, config.data.workers, shared_folder)
+    return evaluate(method, images, split.class_names)
 
 
 def described(score: Evaluation, groups: bool) -> dict[str, Any]:

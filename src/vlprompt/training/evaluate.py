@@ -35,7 +35,7 @@ class EvaluationImages:
     def features(self, method: Method) -> Iterator[Tensor]:
         """Normalised features with the method's visual prompts, [B, E] at a time."""
         if method.prompts_images:
-            for images in self._batches(method):
+            for images in self.views(method):
                 yield method.encode_images(images)
             return
         yield self.frozen(method)
@@ -44,10 +44,11 @@ class EvaluationImages:
         """Normalised features from the frozen image tower, [n, E]."""
         key = f"{method.backbone.fingerprint} {method.backbone.dtype}"
         if key not in self._frozen:
-            self._frozen[key] = torch.cat([method.backbone.encode_images(images) for images in self._batches(method)])
+            self._frozen[key] = torch.cat([method.backbone.encode_images(images) for images in self.views(method)])
         return self._frozen[key]
 
-    def _batches(self, method: Method) -> Iterator[Tensor]:
+    def views(self, method: Method) -> Iterator[Tensor]:
+        """Evaluation views for the method's backbone, [B, 3, S, S] at a time."""
         return evaluation_batches(self.paths, method.backbone.preprocess, workers=self.workers, reader=self.reader)
 
 

@@ -1,0 +1,130 @@
+"""Test images decoded once for all runs of a bench: their views, and frozen features, in files that processes map."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike, NDArray
+from torch import Tensor
+
+from vlprompt.data.reading import ImageReader
+from vlprompt.data.views import evaluation_batches
+from vlprompt.methods import Method
+from vlprompt.training.evaluate import EvaluationImages
+
+SHARED = ".shared"
+_FREE = 2  # files are written only where the disk has this many times their size left
+
+
+class SharedImages(EvaluationImages):
+    """Images to evaluate on, of which whichever process comes first leaves views and frozen features in ``folder``.
+
+    What is read from there equals what would be computed. Where the disk lacks room it is computed each time.
+    """
+
+    def __init__(self, paths: Sequence[Path], labels: Sequence[int], workers: int, folder: Path) -> None:
+        super().__init__(paths, labels, workers)
+        self.folder = folder
+        self._identity = list(map(_identity, paths))
+
+    def views(self, method: Method) -> Iterator[Tensor]:
+        """Evaluation views [B, 3, S, S] at a time, from the pixels in the file."""
+        preprocess, size = method.backbone.preprocess, method.backbone.preprocess.image_size
+
+        def pixels() -> Iterator[NDArray]:
+            whole = evaluation_batches(
+                self.paths, lambda image: np.array(preprocess.whole(image)), workers=self.workers
+            )
+            yield from (batch.numpy() for batch in whole)
+
+        shape = len(self.paths), size, size, 3
+        kept = computed_once(self._file("views", asdict(preprocess)), shape, np.uint8, pixels)
+        if kept is None:
+            yield from super().views(method)
+            return
+        with ImageReader(self.workers, room=0) as reader:
+            yield from evaluation_batches(kept, preprocess.tensor, reader=reader)
+
+    def frozen(self, method: Method) -> Tensor:
+        """Normalised features from the frozen image tower, [n, E], from the file."""
+        backbone = method.backbone
+        shape = len(self.paths), backbone.embed_dim
+
+        def features() -> Iterator[NDArray]:
+            for images in self.views(method):
+                yield backbone.encode_images(images).cpu().numpy()
+
+        made_by = [backbone.fingerprint, str(backbone.dtype), backbone.device.type]
+        kept = computed_once(self._file("features", made_by), shape, np.float32, features)
+        return super().frozen(method) if kept is None else torch.from_numpy(np.array(kept)).to(backbone.device)
+
+    def _file(self, what: str, made_by: object) -> Path:
+        identity = json.dumps([made_by, self._identity])
+        return self.folder / f"{what}-{sha256(identity.encode(errors='surrogateescape')).hexdigest()[:16]}.npy"
+
+
+def computed_once(
+    file: Path, shape: tuple[int, ...], dtype: DTypeLike, compute: Callable[[], Iterable[NDArray]]
+) -> NDArray | None:
+    """The array in a file, mapped; the first of several processes computes it, a part at a time, the others wait.
+
+    None if the file cannot be written.
+    """
+    dtype = np.dtype(dtype)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(file.with_suffix(".lock")):
+            if not file.is_file():
+                if shutil.disk_usage(file.parent).free < _FREE * math.prod(shape) * dtype.itemsize:
+                    return None
+                _write(file, shape, dtype, compute())
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        return None
+
+
+def _write(file: Path, shape: tuple[int, ...], dtype: np.dtype, parts: Iterable[NDArray]) -> None:
+    # Not into a mapped file: a disk that fills up would kill the process, where a write raises an error.
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with unfinished.open("wb") as stream:
+            header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(stream, header)
+            for part in parts:
+                stream.write(np.ascontiguousarray(part, dtype).data)
+        os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _identity(path: Path) -> list[str | int]:
+    """What changes when a file does; one that is missing has only its name, and is told of when it is read."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return [str(path)]
+    return [str(path), facts.st_size, facts.st_mtime_ns]
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Hold a lock that ends with the process; without one, where there is none, work is done twice at worst."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with file.open("w") as stream:
+        with suppress(OSError):  # some network file systems know no locks
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
