@@ -39,7 +39,7 @@ def plain(backbone: Backbone, longest: bool = False) -> Iterator[None]:
             ends = [c * n + len(ids) - 1 for c, ids in enumerate(tokens)]
             return replace(text, pooled=torch.tensor(ends))
         # Who asked for texts that share nothing has an attention function of its own: padding is no text of it.
-        text = pack(tokens, *slots, share=False, **how)
+        text = Padded(**vars(pack(tokens, *slots, share=False, **how)))
         rows = (0, max(n * len(tokens) - len(text.tokens), 0))
         return replace(text, tokens=pad(text.tokens, rows), positions=pad(text.positions, rows))
 
@@ -51,6 +51,14 @@ def plain(backbone: Backbone, longest: bool = False) -> Iterator[None]:
         patch.object(TextTower, "forward", image_by_image),
     ):
         yield
+
+
+class Padded(PackedText):
+    """Packed texts with padding behind them, which is none of their tokens."""
+
+    def texts(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Without the padding."""
+        return super().texts(x[:, : sum(g.count * g.length for g in self.groups)])
 
 
 def every_token(block: Block, x: Tensor, attention: Attention, rows: Tensor | None = None) -> Tensor:

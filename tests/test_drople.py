@@ -114,8 +114,9 @@ def test_rows_of_packed_texts() -> None:
     assert [packed.tokens[r[m]].tolist() for r, m in zip(rows, mask, strict=True)] == [texts[c] for c in (1, 2, 0, 1)]
     assert packed.tokens[rows[1]].tolist() == [1, 9, 3, 3, 3]
     states = torch.randn(1, len(packed.tokens), 2)
-    assert [tuple(t.shape) for t in packed.texts(states)] == [(2, 3, 2), (1, 5, 2)]
-    assert torch.equal(torch.cat([t.flatten(0, 1) for t in packed.texts(states)]), states[0])
+    prefix, texts = packed.texts(states)
+    assert [tuple(t.shape) for t in (prefix, *texts)] == [(1, 0, 2), (1, 2, 3, 2), (1, 1, 5, 2)]
+    assert torch.equal(torch.cat([t.flatten(1, 2) for t in texts], 1), states)
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])

@@ -12,7 +12,8 @@ nothing, and a prefix that is the same in all texts has the same states in all o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,15 +49,21 @@ class PackedText:
 
     def to(self, device: torch.device) -> PackedText:
         """The same texts on another device."""
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         groups = tuple(
             Group(g.start, g.count, g.length, None if g.mask is None else g.mask.to(device)) for g in self.groups
         )
-        return PackedText(**(vars(self) | moved | {"groups": groups}))
+        return replace(self, **moved, groups=groups)
 
-    def texts(self, x: Tensor) -> list[Tensor]:
-        """Packed tokens [1, T, D] as the texts of each group, [count, length, D]; without a shared prefix."""
-        return [x[0, g.start : g.start + g.count * g.length].unflatten(0, (g.count, g.length)) for g in self.groups]
+    def texts(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Packed tokens [B, T, D] as the shared prefix [B, P, D] and the texts of each group, [B, count, length, D]."""
+        # One split, not a slice a group: on the way back a slice fills a whole [B, T, D] with zeros.
+        prefix, *texts = x.split([self.prefix, *(g.count * g.length for g in self.groups)], 1)
+        return prefix, [t.unflatten(1, (g.count, g.length)) for t, g in zip(texts, self.groups, strict=True)]
+
+    def last(self, x: Tensor) -> list[Tensor]:
+        """Pooled rows [B, C, D] as one query for each text of a group, [B, count, 1, D]."""
+        return [t[:, :, None] for t in x.split([g.count for g in self.groups], 1)]
 
     def rows(self, texts: Tensor) -> tuple[Tensor, Tensor]:
         """The rows that each of some texts [B] takes, [B, N of the longest], and which of them are its own.
@@ -133,36 +140,30 @@ def packed_attention(text: PackedText, heads: int) -> Attention:
     """Attention among packed tokens [B, T, D]; with fewer queries than keys, the queries are the pooled rows."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch = len(q)
-        pooled = q.shape[1] != k.shape[1]
-        outputs = []
-        if text.prefix and not pooled:
-            p = slice(0, text.prefix)
-            qp, kp, vp = (split_heads(t[:, None, p], heads) for t in (q, k, v))
-            outputs.append(merge_heads(scaled_dot_product_attention(qp, kp, vp, is_causal=True), batch))
-        done = 0
-        for group in text.groups:
-            own = slice(group.start, group.start + group.count * group.length)
-            keys, values = (_with_prefix(t, text.prefix, own, group) for t in (k, v))
-            if pooled:  # the last token of its text: it sees every token of it
-                queries, mask = q[:, done : done + group.count, None], None
-                done += group.count
-            else:
-                queries, mask = q[:, own].unflatten(1, (group.count, group.length)), group.mask
-            qh, kh, vh = (split_heads(t, heads) for t in (queries, keys, values))
+        batch, outputs = len(q), list[Tensor]()
+        (k_prefix, keys), (v_prefix, values) = text.texts(k), text.texts(v)
+        if pooled := q.shape[1] != k.shape[1]:
+            queries = text.last(q)
+        else:
+            q_prefix, queries = text.texts(q)
+            if text.prefix:
+                qp, kp, vp = (split_heads(t[:, None], heads) for t in (q_prefix, k_prefix, v_prefix))
+                outputs.append(merge_heads(scaled_dot_product_attention(qp, kp, vp, is_causal=True), batch))
+        for group, own_q, own_k, own_v in zip(text.groups, queries, keys, values, strict=True):
+            qh = split_heads(own_q, heads)
+            kh, vh = (split_heads(_behind(p, t), heads) for p, t in ((k_prefix, own_k), (v_prefix, own_v)))
+            mask = None if pooled else group.mask  # the last token of a text sees all of it
             outputs.append(merge_heads(scaled_dot_product_attention(qh, kh, vh, attn_mask=mask), batch))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
     return attention
 
 
-def _with_prefix(x: Tensor, prefix: int, own: slice, group: Group) -> Tensor:
-    """Keys or values of a group's texts, the shared prefix in front of each: [B, count, P + length, D]."""
-    texts = x[:, own].unflatten(1, (group.count, group.length))
-    if not prefix:
+def _behind(prefix: Tensor, texts: Tensor) -> Tensor:
+    """A group's texts [B, count, length, D] with the prefix [B, P, D] in front of each: [B, count, P + length, D]."""
+    if not prefix.shape[1]:
         return texts
-    shared = x[:, None, :prefix].expand(-1, group.count, -1, -1)
-    return torch.cat([shared, texts], 2)
+    return torch.cat([prefix[:, None].expand(-1, texts.shape[1], -1, -1), texts], 2)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -230,8 +230,8 @@ class DroPLe(IVLP):
                 return x
             ps, rows = [], []
             columns = torch.arange(positions.start, positions.stop, device=x.device)
-            for group, tokens in zip(text.groups, text.texts(x), strict=True):
-                p = self._probabilities(maps.pop(0) if self._weighs else None, look(keys.detach(), tokens), -1)
+            for group, tokens in zip(text.groups, text.texts(x.detach())[1], strict=True):
+                p = self._probabilities(maps.pop(0) if self._weighs else None, look(keys.detach(), tokens[0]), -1)
                 ps.append(p[:, positions.start : positions.stop].flatten())
                 starts = group.start + group.length * torch.arange(group.count, device=x.device)
                 rows.append((starts[:, None] + columns).flatten())

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlprompt.backbones.backbone import Backbone
-from vlprompt.backbones.packing import Attention, Group, PackedText, merge_heads, pack, split_heads
+from vlprompt.backbones.packing import Attention, PackedText, merge_heads, pack, split_heads
 from vlprompt.backbones.towers import ImageTower, TextTower
 from vlprompt.errors import ConfigError
 from vlprompt.prompting.text import TextContext, check_known, fill
@@ -122,26 +122,21 @@ def text_attention(
     assert not text.prefix
     is_prompt = torch.zeros_like(text.tokens, dtype=torch.bool).index_fill(0, text.slots, True)
     heads = tower.config.heads
-    groups: list[tuple[Group, Tensor, Tensor, Tensor]] = []
+    groups: list[tuple[Tensor, Tensor, Tensor]] = []
     done = 0
     for group in text.groups:
         own = is_prompt[group.start : group.start + group.length]
         visible = own.new_ones(group.length, group.length) if group.mask is None else group.mask
         bias = attention_bias(visible, own, s).to(tower.positions.dtype)
-        groups.append((group, bias, ~own[:, None] & own, text.pooled[done : done + 1] - group.start))
+        groups.append((bias, ~own[:, None] & own, text.pooled[done : done + 1] - group.start))
         done += group.count
 
     def attention(q: Tensor, k: Tensor, v: Tensor, log_odds: Tensor | None = None) -> Tensor:
-        outputs, done = [], 0
-        for group, bias, reads, pooled in groups:
-            shape, rows = (group.count, group.length), slice(group.start, group.start + group.count * group.length)
-            keys, values = (t[:, rows].unflatten(1, shape) for t in (k, v))
-            if q.shape[1] != k.shape[1]:  # the pooled token of each text asks
-                queries, bias, reads = q[:, done : done + group.count, None], bias[pooled], reads[pooled]
-                done += group.count
-            else:
-                queries = q[:, rows].unflatten(1, shape)
-            qh, kh, vh = (split_heads(t, heads) for t in (queries, keys, values))
+        pooled, outputs = q.shape[1] != k.shape[1], []  # pooled: the pooled token of each text alone asks
+        queries = text.last(q) if pooled else text.texts(q)[1]
+        for (bias, reads, row), *of_group in zip(groups, queries, text.texts(k)[1], text.texts(v)[1], strict=True):
+            qh, kh, vh = (split_heads(t, heads) for t in of_group)
+            bias, reads = (bias[row], reads[row]) if pooled else (bias, reads)
             outputs.append(merge_heads(decoupled_attention(qh, kh, vh, bias, reads, s.constant, log_odds), len(q)))
         return torch.cat(outputs, 1)
 
