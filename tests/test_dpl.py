@@ -36,6 +36,7 @@ from vlprompt.backbones.towers import plain_attention
 from vlprompt.errors import BackboneError, ConfigError, DataError
 from vlprompt.listing import listing, table
 from vlprompt.methods import METHODS, Batch, Method, find_method
+from vlprompt.prompting import decoupled
 from vlprompt.prompting.decoupled import (
     SubProcesses,
     attention_bias,
@@ -202,15 +203,31 @@ def sub_processes_of(method: Method, scale: float) -> SubProcesses:
     )
 
 
+def constant_of(method: Method) -> float | None:
+    return method.config.weight if method.config.instance_to_prompt == "constant" else None
+
+
 def plain_tower(
     blocks: nn.ModuleList, heads: int, x: Tensor, where: Sequence[int], prompts: Sequence[Tensor], mode: str,
-    biases: Sequence[Tensor],
+    biases: Sequence[Tensor], constant: float | None,
 ) -> Tensor:  # fmt: skip
     """x [N, D], with the first prompts in it, through every block under its bias [N, N]."""
+    is_prompt = torch.tensor([i in where for i in range(len(x))])
+    reads = ~is_prompt[:, None] & is_prompt
+
+    def mixed(logits: Tensor, dim: int) -> Tensor:
+        """The weights that a constant λ_X gives: of a row that reads no prompt, the instance's."""
+        some = (reads & logits.isfinite()).any(dim, keepdim=True)
+        instance, prompt = logits.masked_fill(reads, -math.inf), logits.masked_fill(some & ~reads, -math.inf)
+        return torch.where(
+            some, (1 - constant) * instance.softmax(dim) + constant * prompt.softmax(dim), instance.softmax(dim)
+        )
+
+    weigh = Tensor.softmax if constant is None else mixed
     for i, block in enumerate(blocks):
         if 0 < i < len(prompts):
             x = write(x, where, prompts[i], mode)
-        x = plain_block(x, block, heads, biases[i])
+        x = plain_block(x, block, heads, biases[i], weigh)
     return x
 
 
@@ -233,7 +250,7 @@ def plain_images(method: Method, images: Tensor) -> Tensor:
         patches = torch.stack([image[:, i : i + size, j : j + size].flatten() for i in side for j in side])
         x = torch.cat([tower.class_token[None], patches @ tower.patches.weight.flatten(1).T]) + tower.positions
         x = plain_norm(torch.cat([x, prompts[0]]), tower.ln_pre)
-        x = plain_tower(tower.blocks, tower.config.heads, x, where, prompts, c.carry, biases)
+        x = plain_tower(tower.blocks, tower.config.heads, x, where, prompts, c.carry, biases, constant_of(method))
         features.append(tower.projection.weight @ plain_norm(x, tower.ln_post)[0])
     return unit(torch.stack(features))
 
@@ -262,14 +279,15 @@ def plain_texts(method: Method, names: Sequence[str]) -> Tensor:
                     visible[i, j] = j <= i if j < n else i in readers
         is_prompt = torch.tensor([i in where for i in range(len(x))])
         biases = biases_of(visible, is_prompt, sub_processes_of(method, c.scale_text), method.log_odds_text)
-        x = plain_tower(tower.blocks, tower.config.heads, x, where, prompts, c.carry, biases)
+        x = plain_tower(tower.blocks, tower.config.heads, x, where, prompts, c.carry, biases, constant_of(method))
         features.append(tower.projection.weight @ plain_norm(x, tower.ln_final)[pooled])
     return unit(torch.stack(features))
 
 
 method_settings = st.fixed_dictionaries(
     {
-        "instance_to_prompt": st.sampled_from(["exact", "scaled", "learned"]),
+        "instance_to_prompt": st.sampled_from(["exact", "scaled", "constant", "learned"]),
+        "weight": st.sampled_from([0.05, 0.6]),
         "prompt_to_prompt": st.sampled_from(["keep", "drop", "identity"]),
         "prompt_to_instance": st.sampled_from(["exact", "scaled"]),
         "carry": st.sampled_from(["replace", "add"]),
@@ -311,6 +329,21 @@ def test_image_features_equal_the_plain_ones(drawn: dict[str, Any]) -> None:
     same_with_gradients(
         method.encode_images(images), plain_images(method, images), dict(method.visual.named_parameters())
     )
+
+
+@pytest.mark.parametrize(("kind", "times"), [("exact", 1), ("scaled", 1), ("learned", 1), ("constant", 2)])
+def test_what_is_but_a_bias_is_one_fused_attention(kind: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    fused = decoupled.scaled_dot_product_attention
+    monkeypatch.setattr(
+        decoupled, "scaled_dot_product_attention", lambda *q, **how: calls.append(1) or fused(*q, **how)
+    )
+    method = make(instance_to_prompt=kind, prompt_to_prompt="identity", prompt_to_instance="scaled")
+    method.encode_images(make_images())
+    assert len(calls) == times * LAYERS
+    calls.clear()
+    method.class_features(["cat", "dog"])  # texts of one length
+    assert len(calls) == times * LAYERS
 
 
 # --- identities of the method ---------------------------------------------------------------------

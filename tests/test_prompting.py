@@ -61,12 +61,12 @@ def plain_norm(x: Tensor, ln: nn.LayerNorm) -> Tensor:
     return centred / (centred.square().mean(-1, keepdim=True) + ln.eps).sqrt() * ln.weight + ln.bias
 
 
-def plain_block(x: Tensor, block: Block, heads: int, mask: Tensor) -> Tensor:
-    """x [N, D] → [N, D]; ``mask`` [N, N] is 0 where a token is seen and −∞ where not."""
+def plain_block(x: Tensor, block: Block, heads: int, mask: Tensor, weigh: Callable = Tensor.softmax) -> Tensor:
+    """x [N, D] → [N, D]; ``mask`` [N, N] is 0 where a token is seen and −∞ where not; ``weigh`` gives its weights."""
     q, k, v = (plain_norm(x, block.ln_1) @ block.qkv.weight.T + block.qkv.bias).chunk(3, -1)
     outputs = []
     for qh, kh, vh in zip(*(t.chunk(heads, -1) for t in (q, k, v)), strict=True):
-        outputs.append((qh @ kh.T / qh.shape[-1] ** 0.5 + mask).softmax(-1) @ vh)
+        outputs.append(weigh(qh @ kh.T / qh.shape[-1] ** 0.5 + mask, -1) @ vh)
     x = x + torch.cat(outputs, -1) @ block.out.weight.T + block.out.bias
     h = plain_norm(x, block.ln_2) @ block.fc_1.weight.T + block.fc_1.bias
     return x + h * torch.sigmoid(1.702 * h) @ block.fc_2.weight.T + block.fc_2.bias
