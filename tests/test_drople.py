@@ -615,7 +615,7 @@ def test_the_artefact_leaves_the_shared_tokens_out(tiny: Backbone, tmp_path: Pat
     assert set(state) == {"context.vectors", "context.deep", "visual.vectors", "logit_scale", "image_keys"}
     loaded = load_artefact(tmp_path)
     for ours, theirs in zip(method.explain(images), loaded.explain(images), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours[:3], theirs[:3], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(ours[:2], theirs[:2], strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ def explain(method: Method, file: Path, seed: int = 0) -> Explanation:
     images = pixels[None].to(method.backbone.device)
     logits = method.logits(method.encode_images(images), method.class_features(method.class_names))
     probability, best = logits[0].double().softmax(-1).max(-1)
-    blocks = [BlockDropout(b.scores.cpu(), b.importance.cpu(), b.p.cpu(), b.reach) for b in method.explain(images)]
+    blocks = [BlockDropout(b.importance.cpu(), b.p.cpu(), b.reach) for b in method.explain(images)]
     generator = torch.Generator().manual_seed(seed)
     hit = []
     for block in blocks:
@@ -193,15 +193,15 @@ def _marked(picture: Image.Image, hit: NDArray[np.bool_], grid: int) -> Image.Im
 
 
 def _prompts(sheet: Sheet, x: int, y: int, values: NDArray, largest: float | None, alive: bool) -> None:
-    """The visual prompts as small boxes; hollow where the next block replaces them."""
-    shown = min(len(values), CELL // (PROMPT + 3))
-    for m, value in enumerate(values[:shown]):
-        left = x + m * (PROMPT + 3)
+    """The visual prompts as small boxes, as wide as there is room; hollow where the next block replaces them."""
+    step = min(1.25 * PROMPT, CELL / max(len(values), 1))
+    for m, value in enumerate(values):
+        left = x + m * step
         if largest is not None:
             red, green, blue = _colours(np.asarray(value / largest)).tolist()
-            sheet.box(left, y, PROMPT, PROMPT, (red, green, blue), FAINT)
+            sheet.box(left, y, 0.8 * step, PROMPT, (red, green, blue), FAINT)
         elif alive:
-            sheet.box(left, y, PROMPT, PROMPT, HIT if value else None, FAINT)
+            sheet.box(left, y, 0.8 * step, PROMPT, HIT if value else None, FAINT)
     if largest is None and not alive:
         sheet.text(x, y + PROMPT - 2, "prompts are replaced", FAINT, 11)
 

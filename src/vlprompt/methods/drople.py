@@ -34,8 +34,6 @@ Probability = Annotated[float, Ge(0), Le(1)]
 class BlockDropout(NamedTuple):
     """What dropout does behind one block of the image tower; tokens are patches, then visual prompts."""
 
-    scores: Tensor
-    """S_self, S_cls and S_cross, [3, B, N − 1]; each sums to 1."""
     importance: Tensor
     """[B, N − 1], 0 to 1."""
     p: Tensor
@@ -219,8 +217,9 @@ class DroPLe(IVLP):
             """Positions that are hit: the context in the last prompted layer, and the start token if by noise."""
             if not self._drops or i >= self.dropped_text:
                 return range(0)
-            last = i == self.config.depth_text - 1
-            return range(int(self.config.mode == "zero"), 1 + self.config.n_ctx_text * last)
+            first = 1 if self.config.mode == "zero" else 0
+            last = self.config.n_ctx_text if i == self.config.depth_text - 1 else 0
+            return range(first, last + 1)
 
         def after_block(i: int, x: Tensor) -> Tensor:
             if i < self.aligned:
@@ -310,9 +309,8 @@ class DroPLe(IVLP):
         def after_block(i: int, x: Tensor) -> Tensor:
             if i < self.dropped_vision:
                 a, m = look(self._keys(), x), maps.pop()
-                s = scores(m, a, 0)
                 p = self._probabilities(m if c.dropout == "importance" else None, a, 0) * (c.dropout != "none")
-                blocks.append(BlockDropout(s, importance(s), p, self._reach(i)))
+                blocks.append(BlockDropout(importance(scores(m, a, 0)), p, self._reach(i)))
             return x
 
         plain, recording = plain_attention(tower.config.heads), with_maps(tower.config.heads, maps)
