@@ -79,13 +79,13 @@ def bench(
             result = Done(str(out / RESULTS), len(mine), kept=len(mine) - len(todo))
             if result.kept:
                 say(f"{result.kept} of {len(mine)} runs were finished before")
-            _do(outcomes, len(todo), out, result, say, progress)
+            _do_all(outcomes, len(todo), out, result, say, progress)
         if all(finished(run, out) for run in runs):
             shutil.rmtree(out / SHARED, ignore_errors=True)
     return result
 
 
-def _do(
+def _do_all(
     outcomes: Iterable[Outcome],
     todo: int,
     out: Path,

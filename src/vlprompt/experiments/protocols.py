@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from vlprompt.data.benchmarks.table import DATASETS, find_dataset
-from vlprompt.errors import ConfigError, unknown
+from vlprompt.errors import ConfigError, first_few, unknown
 from vlprompt.methods import find_method
 from vlprompt.training.config import RunConfig, build_config, parse_yaml
 
@@ -211,6 +211,33 @@ def read_rows(file: Path) -> Rows:
         common = content.get("set") or {} if content.get("method") in (None, method) else {}
         rows[str(name)] = method, common | own
     return rows
+
+
+def choose_rows(rows: Rows, only: Sequence[str]) -> Rows:
+    """The rows that ``only`` names, with commas between or one each; raises ConfigError for a name that is no row."""
+    kept = [text for text in only if text in rows]  # a name may have commas in it
+    kept += split_values("--only", [text for text in only if text not in rows]) if len(kept) < len(only) else []
+    if missing := [name for name in kept if name not in rows]:
+        raise ConfigError(f"--only: no row '{missing[0]}' (allowed: {', '.join(rows)})")
+    return {name: row for name, row in rows.items() if name in kept}
+
+
+def split_values(option: str, given: Sequence[str] | None) -> list[str]:
+    """Values of an option given with commas, or several times; raises ConfigError for empty or repeated ones."""
+    values = [part.strip() for text in given or [] for part in text.split(",")]
+    if twice := sorted({value for value in values if values.count(value) > 1}):
+        raise ConfigError(f"{option}: given twice: {first_few(twice)}")
+    if not all(values):
+        raise ConfigError(f"{option}: there is an empty name between commas")
+    return values
+
+
+def split_numbers(option: str, given: Sequence[str]) -> list[int]:
+    """The same for whole numbers."""
+    values = split_values(option, given)
+    if strange := [value for value in values if not value.isdecimal()]:
+        raise ConfigError(f"{option} {strange[0]} (allowed: whole numbers with commas between)")
+    return [int(value) for value in values]
 
 
 def shard(runs: Sequence[Run], part: str | None) -> list[Run]:

@@ -39,7 +39,7 @@ def code_version() -> str:
     return f"{vlprompt.__version__}+{content.hexdigest()[:8]}"
 
 
-def do(run: Run, out: Path) -> dict[str, Any]:
+def do_run(run: Run, out: Path) -> dict[str, Any]:
     """Train a run, or go on with it, and measure what is not measured yet; returns the content of its figures.json.
 
     Raises what :func:`vlprompt.training.run.train` raises, and DataError for data that cannot be measured.
