@@ -110,6 +110,65 @@ def test_runs_that_were_planned_are_missing_too(tmp_path: Path) -> None:
     assert "72.00 ± 2.00 (3 of 4 seeds)" in markdown([section])
 
 
+def planned(place: Path, protocol: str, data: list[str], split: str = "test", shots: tuple[int, ...] = ()) -> None:
+    note_planned(plan(Asked(protocol, {"coop": ("coop", {})}, data, [1, 2], shots, split=split)), place)
+
+
+def test_a_target_without_any_result_is_a_column_of_missing_values(tmp_path: Path) -> None:
+    """It was asked for, so the average over the other targets must not pass for the average of all."""
+    planned(tmp_path, "cross-dataset", ["imagenet", "sun397", "dtd", "eurosat"])
+    for gone, average in ((set(), "missing"), ({"sun397"}, "46.00 ± 1.41")):
+        file = tmp_path / "cross-dataset" / "planned.json"
+        runs = json.loads(file.read_text())
+        for run in runs.values():
+            run["measured"] = [m for m in run["measured"] if m["data"] not in gone]
+        file.write_text(json.dumps(runs))
+        ((table,),) = (s.tables for s in read_sections(folder(tmp_path, transfer())))
+        targets = [t for t in ("sun397", "dtd", "eurosat") if t not in gone]
+        assert table.head == ("imagenet (source)", *targets, "average of targets", "train, s")
+        line = dict(zip(table.head, map(str, table.lines[0][1]), strict=True))
+        assert line["average of targets"] == average
+        assert line.get("sun397", "missing") == "missing"
+    one = [r for r in transfer() if (r.measured_on, r.seed) != ("eurosat", 2)]
+    assert "| 45.00 (1 of 2 seeds) |" in markdown(read_sections(folder(tmp_path, one)))
+
+
+def test_planned_runs_are_missing_where_they_were_asked_for(tmp_path: Path) -> None:
+    """What was asked on val images is not missing among the test images, and a protocol without results is shown."""
+    rows = [r for r in base_to_novel() if r.name == "coop" and r.seed < 3]
+    planned(tmp_path, "base-to-novel", ["dtd", "eurosat"])
+    planned(tmp_path, "base-to-novel", ["dtd", "eurosat", "food101"], "val")
+    planned(tmp_path, "few-shot", ["dtd"], shots=(1, 2))
+    planned(tmp_path, "long-tail", ["dtd"])
+    sections = read_sections(folder(tmp_path, rows))
+    assert [s.study.title for s in sections] == [
+        "base-to-novel, mini, 16 shots", "base-to-novel, mini, 16 shots, val images", "few-shot, mini",
+        "long-tail, mini, 16 shots",
+    ]  # fmt: skip
+    test, val, shots, tail = sections
+    assert "missing" not in markdown([test])
+    assert [t.title for t in test.tables] == ["Average over 2 data sets", "dtd", "eurosat"]
+    assert "| coop | missing | missing | missing | missing |" in markdown([val])
+    assert len(val.tables) == 4
+    assert "There are no results yet." in markdown([val])
+    assert "| coop | missing | missing | missing |" in markdown([shots])
+    assert "| coop | missing | missing | missing | missing | missing |" in markdown([tail])
+
+
+def test_a_plan_of_an_earlier_version(tmp_path: Path) -> None:
+    """It does not say what was to be measured: its runs belong to every split that has results."""
+    planned(tmp_path, "base-to-novel", ["dtd", "eurosat", "food101"])
+    file = tmp_path / "base-to-novel" / "planned.json"
+    old = {
+        place: {k: v for k, v in run.items() if k != "measured"} for place, run in json.loads(file.read_text()).items()
+    }
+    file.write_text(json.dumps(old | {"broken": {}, "strange": 1}))
+    rows = base_to_novel() + [replace(r, split="val") for r in base_to_novel()]
+    for section in read_sections(folder(tmp_path, rows)):
+        assert section.study.data == ("dtd", "eurosat", "food101")
+        assert "| coop | missing | missing | missing |" in markdown([section])
+
+
 def test_what_a_method_cannot_be_asked_is_not_missing() -> None:
     rows = base_to_novel()
     probe = [
@@ -161,6 +220,14 @@ def test_long_tail_has_groups() -> None:
     line = cells(long_tail(), "dtd")["coop"]
     shown = {k: str(c) for k, c in line.items()}
     assert shown == {"many": "80.00", "medium": "60.00", "few": "40.00", "all": "60.00", "train, s": "2"}
+
+
+def test_a_group_without_images_is_not_a_missing_run() -> None:
+    """With two classes none is in the last third."""
+    line = cells([r for r in long_tail() if r.classes != "few"], "dtd")["coop"]
+    assert [str(c) for c in line.values()] == ["80.00", "60.00", "–", "60.00", "2"]
+    more = [r for r in long_tail() if r.classes != "few"] + [replace(r, name="gone", data="x") for r in long_tail()]
+    assert {str(c) for c in list(cells(more, "dtd")["gone"].values())[:4]} == {"missing"}
 
 
 def test_studies_are_apart_by_backbone_shots_and_split() -> None:

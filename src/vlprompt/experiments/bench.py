@@ -17,7 +17,7 @@ from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError, 
 from vlprompt.experiments import on_ray, pool
 from vlprompt.experiments.lock import folder_lock
 from vlprompt.experiments.pool import Outcome
-from vlprompt.experiments.protocols import Run, fingerprint, shard
+from vlprompt.experiments.protocols import Run, data_name, fingerprint, shard
 from vlprompt.experiments.results import RESULTS, Results
 from vlprompt.experiments.runs import check_same_settings, finished
 from vlprompt.experiments.shared import SHARED
@@ -25,6 +25,7 @@ from vlprompt.files import write_atomically
 from vlprompt.training.selection import run_split
 
 PLANNED = "planned.json"
+_OF_A_RUN = {"data", "name", "backbone", "shots", "seed"}
 
 
 @dataclass
@@ -167,24 +168,32 @@ def check_data(runs: Sequence[Run]) -> None:
 
 
 def note_planned(runs: Sequence[Run], out: Path) -> None:
-    """Add to ``PROTOCOL/planned.json`` which runs there should be, so that a report can say which are missing."""
+    """Add to ``PROTOCOL/planned.json`` which runs and measurements there should be, so that none is missing unseen."""
     file = out / runs[0].protocol / PLANNED
     known = read_planned(file)
     for run in runs:
-        known[run.folder.relative_to(run.protocol).as_posix()] = {
+        place = run.folder.relative_to(run.protocol).as_posix()
+        before = known.get(place, {}).get("measured", [])
+        asked = [{"data": data_name(m.data), "classes": m.classes, "split": m.split} for m in run.measurements]
+        known[place] = {
             "data": run.data,
             "name": run.name,
             "backbone": run.folder.parts[3],
             "shots": run.config.data.shots,
             "seed": run.config.seed,
+            "measured": before + [m for m in asked if m not in before],
         }
     write_atomically(file, json.dumps(known, indent=1))
 
 
 def read_planned(file: Path) -> dict[str, Any]:
-    """The planned runs by folder; none if the file cannot be read, as it only serves to name what is missing."""
+    """The planned runs by folder; none if the file cannot be read, as it only serves to name what is missing.
+
+    Those of earlier versions lack what was to be measured (``measured``).
+    """
     try:
         content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    runs = content.items() if isinstance(content, dict) else ()
+    return {place: run for place, run in runs if isinstance(run, dict) and run.keys() >= _OF_A_RUN}

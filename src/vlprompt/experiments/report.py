@@ -36,7 +36,10 @@ CONVENTIONS = (
     "accuracy. Differences are paired by seed (of HM: of each seed's HM); p is two-sided, of a t-test over seeds. "
     "“–”: the method cannot be asked. train, s: seconds that a run trained."
 )
-GROUP_NOTE = "many, medium and few are the thirds of the classes by number of training images."
+GROUP_NOTE = (
+    "many, medium and few are the thirds of the classes by number of training images; “–”: no test image is of a class "
+    "in that third."
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def read_sections(folder: Path, reference: str | None = None) -> list[Section]:
         codes = sorted({row.code for row in study.rows})
         notes = [PROTOCOLS[study.protocol].about] if study.protocol in PROTOCOLS else []
         notes += [GROUP_NOTE] if study.protocol == "long-tail" else []
-        notes += [f"Code version {', '.join(codes)}." + (" Versions differ between runs." if len(codes) > 1 else "")]
+        notes += [f"Code version {', '.join(codes)}."] if codes else ["There are no results yet."]
+        notes += ["Versions differ between runs."] if len(codes) > 1 else []
         sections.append(Section(study, compared, made, drawn, tuple(notes)))
     return sections
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from vlprompt.errors import ConfigError, DataError, first_few, unknown
 from vlprompt.experiments.protocols import PROTOCOLS
@@ -124,6 +125,8 @@ class Study:
     names: tuple[str, ...]
     data: tuple[str, ...]
     seeds: tuple[int, ...]
+    measured: tuple[tuple[str, str], ...]
+    """Data sets that are trained on, each with one that is measured then."""
     rows: tuple[Row, ...]
 
     @property
@@ -155,32 +158,40 @@ class Study:
 def studies(rows: Sequence[Row], planned: Iterable[dict] = ()) -> list[Study]:
     """The results by protocol, backbone, shots and split, in the order of protocols.
 
-    ``planned`` are runs that there should be (protocol, data, name, backbone, shots, seed), in the order of the tables:
-    without results they are shown as missing. Raises DataError where runs of one cell have different settings.
+    ``planned`` are runs that there should be (protocol, data, name, backbone, shots, seed, and measured: data, classes
+    and split of each measurement), in the order of the tables: without results they are shown as missing. Those of
+    earlier versions do not say what is measured, and belong to every split that has results. Raises DataError where
+    runs of one cell have different settings.
     """
-    keys: dict[tuple, list[Row]] = {}
+    found: dict[tuple, list[Row]] = {}
     for row in rows:
-        keys.setdefault((row.protocol, row.backbone, _shots(row.protocol, row.shots), row.split), []).append(row)
-    wanted = list(planned)
-    result = []
-    for (protocol, backbone, shots, split), found in keys.items():
-        _check_settings(found)
-        runs = [
-            run
-            for run in wanted
-            if (run["protocol"], run["backbone"], _shots(protocol, run["shots"])) == (protocol, backbone, shots)
+        found.setdefault(_key(vars(row), row.split), []).append(row)
+    wanted: dict[tuple, list[dict]] = {}
+    for run in planned:
+        measured = run.get("measured") or [
+            {"data": run["data"], "split": key[-1]} for key in found if key == _key(run, key[-1])
         ]
-        runs += [vars(row) for row in found]
+        for m in measured:
+            wanted.setdefault(_key(run, m["split"]), []).append({**run, "measured_on": m["data"]})
+    result = []
+    for key in {**wanted, **found}:
+        protocol, backbone, _, split = key
+        there = found.get(key, [])
+        _check_settings(there)
+        runs = wanted.get(key, []) + [vars(row) for row in there]
         names, data = _distinct(run["name"] for run in runs), _distinct(run["data"] for run in runs)
-        every = tuple(sorted({run["shots"] for run in runs}))
+        shots = tuple(sorted({run["shots"] for run in runs}))
         seeds = tuple(sorted({run["seed"] for run in runs}))
-        result.append(Study(protocol, backbone, every, split, names, data, seeds, tuple(found)))
+        measured_on = tuple(dict.fromkeys((run["data"], run["measured_on"]) for run in runs))
+        result.append(Study(protocol, backbone, shots, split, names, data, seeds, measured_on, tuple(there)))
     order = list(PROTOCOLS)
     return sorted(result, key=lambda s: (order.index(s.protocol) if s.protocol in order else len(order), s.title))
 
 
-def _shots(protocol: str, shots: int) -> int | None:
-    return None if protocol == "few-shot" else shots
+def _key(run: Mapping[str, Any], split: str) -> tuple:
+    """What the runs of one study have in common."""
+    shots = None if run["protocol"] == "few-shot" else run["shots"]
+    return run["protocol"], run["backbone"], shots, split
 
 
 def _distinct(values: Iterable[str]) -> tuple[str, ...]:
@@ -256,7 +267,7 @@ def _few_shot(study: Study, data: Sequence[str]) -> Columns:
 
 
 def _transfer(study: Study, data: Sequence[str]) -> Columns:
-    targets = _distinct(row.measured_on for row in study.rows if row.data in data and row.measured_on not in data)
+    targets = _distinct(on for trained, on in study.measured if trained in data and on not in data)
 
     def of(on: str) -> Callable[[str], Cell]:
         return lambda name: study.figure(name, data, on, "all", study.shots[0])
@@ -271,10 +282,18 @@ def _transfer(study: Study, data: Sequence[str]) -> Columns:
 
 
 def _long_tail(study: Study, data: Sequence[str]) -> Columns:
-    def of(classes: str) -> Callable[[str], Cell]:
-        return lambda name: study.figure(name, data, None, classes, study.shots[0])
+    def every(name: str) -> Cell:
+        return study.figure(name, data, None, "all", study.shots[0])
 
-    return {classes: of(classes) for classes in (*GROUPS, "all")}
+    def of(group: str) -> Callable[[str], Cell]:
+        def cell(name: str) -> Cell:
+            found, whole = study.figure(name, data, None, group, study.shots[0]), every(name)
+            # What is measured as a whole but not in a group: no class, or no image, is in that group.
+            return replace(found, not_asked=whole.mean is not None or whole.not_asked) if not found.values else found
+
+        return cell
+
+    return {**{group: of(group) for group in GROUPS}, "all": every}
 
 
 def _table(study: Study, title: str, data: Sequence[str], columns: Columns, reference: str) -> Table:
