@@ -62,6 +62,18 @@ def test_a_harmonic_mean_is_that_of_the_means() -> None:
     assert str(coop["HM"]) == f"{harmonic_mean(72, 42):.2f}"
 
 
+def test_a_harmonic_mean_is_over_the_seeds_that_have_both(tmp_path: Path) -> None:
+    """Seed 1 lacks the novel classes: its base accuracy is not in the harmonic mean either."""
+    rows = [r for r in base_to_novel() if (r.name, r.data, r.classes, r.seed) != ("coop", "dtd", "novel", 1)]
+    coop = cells(rows, "dtd")["coop"]
+    assert coop["HM"].mean == pytest.approx(harmonic_mean(73, 43))
+    assert str(coop["HM"]) == f"{harmonic_mean(73, 43):.2f} (2 of 3 seeds)"
+    apart = [r for r in base_to_novel() if r.data == "dtd" and (r.seed == 1) == (r.classes == "base")]
+    assert str(cells(apart, "dtd")["coop"]["HM"]) == "missing"
+    (section,) = read_sections(folder(tmp_path, apart))
+    assert list(section.plots) == ["Base and novel accuracy: dtd"]
+
+
 def test_an_average_is_over_data_sets_then_seeds() -> None:
     coop = cells(base_to_novel(), "Average over 2 data sets")["coop"]
     by_seed = [75.0, 77.5, 78.5]
@@ -312,6 +324,14 @@ def figures(place: Path, name: str, seed: int, accuracy: dict[str, float], backb
     measured = [{"data": "dtd", "classes": "base", "split": "test", "per_class": accuracy}]
     content = {"format_version": 1, "data": "dtd", "name": name, "measured": measured}
     (run / "figures.json").write_text(json.dumps(content))
+
+
+def test_gains_of_classes_are_paired_by_seed(tmp_path: Path) -> None:
+    """A seed that only one of the two rows has does not count."""
+    for name, seed, accuracy in (("zero_shot", 1, 50.0), ("coop", 1, 60.0), ("coop", 2, 100.0), ("zero_shot", 3, 0.0)):
+        figures(tmp_path, name, seed, {"dotted": accuracy})
+    (section,) = read_sections(folder(tmp_path, [r for r in base_to_novel() if r.data == "dtd"]))
+    assert "+10.0" in texts(section.plots["Gain of each class, in points: coop over zero_shot on dtd"])
 
 
 def test_the_command_writes_three_forms(vlprompt, tmp_path: Path) -> None:

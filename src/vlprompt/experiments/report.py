@@ -33,8 +33,8 @@ from vlprompt.files import write_atomically
 CONVENTIONS = (
     "Accuracy in percent: the mean over seeds ± its sample standard deviation, of the last epoch. An average over data "
     "sets counts the seeds that all of them have. HM is the harmonic mean of the mean base and the mean novel "
-    "accuracy. Differences are paired by seed (of HM: of each seed's HM); p is two-sided, of a t-test over seeds. "
-    "“–”: the method cannot be asked. train, s: seconds that a run trained."
+    "accuracy, of the seeds that have both. Differences are paired by seed (of HM: of each seed's HM); p is two-sided, "
+    "of a t-test over seeds. “–”: the method cannot be asked. train, s: seconds that a run trained."
 )
 GROUP_NOTE = (
     "many, medium and few are the thirds of the classes by number of training images; “–”: no test image is of a class "
@@ -104,24 +104,34 @@ def _beside_published(study: Study, average: Table) -> Table:
     return replace(average, head=(*average.head, "published HM"), lines=lines, best=(*average.best, None), note=note)
 
 
-def per_class(folder: Path, study: Study) -> dict[str, dict[str, dict[str, float]]]:
-    """Accuracy of each class on the data set that was trained on, the mean over seeds: data set → row → class.
+PerClass = dict[str, dict[str, dict[str, dict[str, float]]]]
+"""Accuracy of each class: data set → row → seed → class."""
+
+
+def per_class(folder: Path, study: Study) -> PerClass:
+    """Accuracy of each class on the data set that was trained on.
 
     Empty where the run folders are not at hand. In few-shot, of the most shots.
     """
-    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    found: PerClass = {}
     place = f"{study.protocol}/*/*/{study.backbone}/shots_{study.shots[-1]}/*/{FIGURES}"
     for file in sorted(folder.glob(place)):
         figures = read_figures(file.parent) or {}
         for measured in figures["measured"]:
             if measured["data"] == figures["data"] and measured["split"] == study.split:
-                classes = found.setdefault(figures["data"], {}).setdefault(figures["name"], {})
-                for name, accuracy in measured.get("per_class", {}).items():
-                    classes.setdefault(name, []).append(accuracy)
-    return {
-        data: {row: {c: statistics.mean(v) for c, v in classes.items()} for row, classes in rows.items()}
-        for data, rows in found.items()
-    }
+                seeds = found.setdefault(figures["data"], {}).setdefault(figures["name"], {})
+                seeds.setdefault(file.parent.name, {}).update(measured.get("per_class", {}))
+    return found
+
+
+def gains(own: Mapping[str, Mapping[str, float]], other: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Each class's gain in points, paired by seed: the mean over the seeds that both rows have it for."""
+    found: dict[str, list[float]] = {}
+    for seed, classes in own.items():
+        for name, accuracy in classes.items():
+            if name in other.get(seed, {}):
+                found.setdefault(name, []).append(accuracy - other[seed][name])
+    return {name: statistics.mean(values) for name, values in found.items()}
 
 
 def _plots(
@@ -129,7 +139,7 @@ def _plots(
     made: Sequence[Table],
     reference: str,
     colour: Mapping[str, str],
-    classes: Mapping[str, Mapping[str, Mapping[str, float]]],
+    classes: PerClass,
 ) -> dict[str, str]:
     """Of the first table (the average, or the only data set), and of each data set's classes."""
     first, drawn = made[0], {}
@@ -142,8 +152,9 @@ def _plots(
     if study.protocol == "base-to-novel":
         base, novel = means("base"), means("novel")
         points = {name: (base[name], novel[name]) for name in base if name in novel}
-        if points:
+        if means("HM"):
             drawn[f"Harmonic mean: {first.title}"] = plots.bars(means("HM"), colour, "Harmonic mean")
+        if points:
             drawn[f"Base and novel accuracy: {first.title}"] = plots.base_and_novel(points, colour, "Base and novel")
     elif study.protocol == "few-shot":
         lines: dict[str, dict[int, tuple[float, float]]] = {}
@@ -155,10 +166,8 @@ def _plots(
             drawn[f"Accuracy and shots: {first.title}"] = plots.curves(lines, colour, "Accuracy and shots")
     for data, rows in classes.items():
         for name in study.names:
-            if name != reference and name in rows and reference in rows:
-                gain = {c: rows[name][c] - rows[reference][c] for c in rows[name] if c in rows[reference]}
-                if not gain:
-                    continue
+            gain = gains(rows.get(name, {}), rows.get(reference, {}))
+            if name != reference and gain:
                 caption = f"Gain of each class, in points: {name} over {reference} on {data}"
                 drawn[caption] = plots.gains(gain, caption)
     return drawn

@@ -251,10 +251,11 @@ def _base_to_novel(study: Study, data: Sequence[str]) -> Columns:
     def both(name: str) -> Cell:
         base, novel = of("base")(name), of("novel")(name)
         shared = [seed for seed in base.values if seed in novel.values]
-        if base.mean is None or novel.mean is None:
+        if not shared:
             return Cell(seeds=base.seeds, not_asked=novel.not_asked)
         values = {seed: harmonic_mean(base.values[seed], novel.values[seed]) for seed in shared}
-        return Cell(values, base.seeds, mean_of=harmonic_mean(base.mean, novel.mean))
+        means = (statistics.mean(cell.values[seed] for seed in shared) for cell in (base, novel))
+        return Cell(values, base.seeds, mean_of=harmonic_mean(*means))
 
     return {"base": of("base"), "novel": of("novel"), "HM": both}
 
