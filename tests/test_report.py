@@ -397,8 +397,17 @@ def test_transductive_methods_are_marked(vlprompt, tmp_path: Path, monkeypatch) 
 def test_names_are_escaped(tmp_path: Path) -> None:
     rows = [replace(r, name=f"a|b & 50% {r.name}") for r in base_to_novel()]
     sections = read_sections(folder(tmp_path, rows))
-    assert r"a|b \& 50\% coop &" in latex(sections)
+    assert r"a\textbar{}b \& 50\% coop &" in latex(sections)
     assert "| a/b & 50% coop |" in markdown(sections)
+
+
+def test_a_small_p_in_latex(tmp_path: Path) -> None:
+    """A bare < is printed as ¡ in LaTeX's usual font encoding."""
+    rows = [replace(r, accuracy=70 + r.seed * 1e-3 if r.name == "coop" else 50.0) for r in base_to_novel()]
+    text = latex(read_sections(folder(tmp_path, rows)))
+    assert "(p $<$ 0.001)" in text
+    assert "<" not in text.replace("$<$", "")
+    assert r"a $>$ b" in latex(read_sections(folder(tmp_path, [replace(r, name=f"a > b {r.name}") for r in rows])))
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ def _is_best(cell: AnyCell, best: float | None) -> bool:
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "–": "--", "“": "``", "”": "''",
-    "→": r"$\rightarrow$", "†": r"$^\dagger$", "×": r"$\times$",
+    "<": "$<$", ">": "$>$", "|": r"\textbar{}", "→": r"$\rightarrow$", "†": r"$^\dagger$", "×": r"$\times$",
 }  # fmt: skip
 
 
