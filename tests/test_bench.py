@@ -433,6 +433,16 @@ def test_two_shards_share_a_folder(bench, photos: Path, tmp_path: Path) -> None:
     assert len(read_results(tmp_path / "out" / "results.csv")) == 6
 
 
+def test_figures_of_another_shard_that_are_corrupt(bench, photos: Path, tmp_path: Path) -> None:
+    """They hinder results.csv, as is told; what this shard did is done."""
+    assert bench("base-to-novel", *GIVEN, "--data", photos, "--shard", "1/2")[0] == 0
+    next((tmp_path / "out").glob("*/*/*/*/*/*/figures.json")).write_text("{")
+    code, out, _ = bench("base-to-novel", *GIVEN, "--data", photos, "--shard", "2/2", "--json")
+    assert code == 1
+    assert json.loads(out)["done"] == 1
+    assert list(json.loads(out)["failed"]) == ["results.csv"]
+
+
 def test_workers_and_one_of_them_killed(bench, photos: Path, tmp_path: Path) -> None:
     """The run of the killed process is reported, and another process takes its place."""
     killed = []

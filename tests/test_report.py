@@ -263,6 +263,25 @@ def test_a_reference_that_is_no_row(tmp_path: Path) -> None:
         read_sections(folder(tmp_path, base_to_novel()), "cop")
 
 
+def test_a_reference_that_one_study_lacks(tmp_path: Path) -> None:
+    """The others are compared with it all the same; that one says what it is compared with."""
+    first, second = read_sections(folder(tmp_path, base_to_novel() + few_shot()), "zero_shot")
+    assert (first.reference, second.reference) == ("zero_shot", "coop")
+    assert "There is no row" not in " ".join(first.notes)
+    assert "There is no row 'zero_shot' here: the others are compared with coop." in second.notes
+
+
+@pytest.mark.parametrize("key", ["data", "name", "measured"])
+def test_figures_of_a_run_without_its_name(vlprompt, tmp_path: Path, key: str) -> None:
+    figures(folder(tmp_path, base_to_novel()), "coop", 1, {"dotted": 50.0})
+    file = next(tmp_path.rglob("figures.json"))
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != key}))
+    code, out, err = vlprompt("report", tmp_path)
+    assert (code, out) == (2, "")
+    assert err.endswith(f"{file} lacks figures: '{key}'\n")
+    assert err.count("\n") == 1
+
+
 def test_published_figures_stand_beside_ours_in_the_same_setting_only(tmp_path: Path) -> None:
     rows = [
         replace(r, data=data, measured_on=data, name=name, backbone="openai-clip-vit-base-patch16")

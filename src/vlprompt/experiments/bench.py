@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -81,8 +81,9 @@ def bench(
             if result.kept:
                 say(f"{result.kept} of {len(mine)} runs were finished before")
             _do_all(outcomes, len(todo), out, result, say, progress)
-        if all(finished(run, out) for run in runs):
-            shutil.rmtree(out / SHARED, ignore_errors=True)
+        with suppress(DataError):  # figures of another shard that cannot be read hinder nothing that was done here
+            if all(finished(run, out) for run in runs):
+                shutil.rmtree(out / SHARED, ignore_errors=True)
     return result
 
 

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from vlprompt.errors import DataError
+from vlprompt.errors import ConfigError, DataError, unknown
 from vlprompt.experiments import plots
 from vlprompt.experiments.bench import PLANNED, read_planned
 from vlprompt.experiments.protocols import PROTOCOLS
@@ -57,7 +57,7 @@ def read_sections(folder: Path, reference: str | None = None) -> list[Section]:
     """What there is to report of a benchmark's folder, or of one that holds a results.csv only.
 
     Raises DataError for results that are not there, cannot be read or do not belong together, ConfigError for a
-    reference that is no row.
+    reference that is no row of any study; where one study lacks it, a note says so.
     """
     rows = read_results(folder / RESULTS)
     if not rows:
@@ -69,8 +69,10 @@ def read_sections(folder: Path, reference: str | None = None) -> list[Section]:
     ]
     sections, every = [], studies(rows, planned)
     names = list(dict.fromkeys(name for study in every for name in study.names))
+    if reference is not None and reference not in names:
+        raise ConfigError(unknown("reference", reference, names))
     for study in every:
-        compared = find_reference(study, reference)
+        compared = find_reference(study, reference if reference in study.names else None)
         first, *others = tables(study, compared)
         made = [_beside_published(study, first), *others]
         drawn = _plots(study, made, compared, plots.colours(names, compared), per_class(folder, study))
@@ -79,6 +81,8 @@ def read_sections(folder: Path, reference: str | None = None) -> list[Section]:
         notes += [GROUP_NOTE] if study.protocol == "long-tail" else []
         notes += [f"Code version {', '.join(codes)}."] if codes else ["There are no results yet."]
         notes += ["Versions differ between runs."] if len(codes) > 1 else []
+        if reference not in (None, compared):
+            notes.append(f"There is no row '{reference}' here: the others are compared with {compared}.")
         sections.append(Section(study, compared, made, drawn, tuple(notes)))
     return sections
 

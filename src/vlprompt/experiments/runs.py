@@ -147,7 +147,7 @@ def read_figures(folder: Path) -> dict[str, Any] | None:
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise DataError(f"{file} has format_version {version}; this vlprompt reads up to {FORMAT_VERSION}: update it")
     try:
-        set(map(_key, figures["measured"]))
+        _ = figures["data"], figures["name"], set(map(_key, figures["measured"]))
     except (KeyError, TypeError) as error:
         raise DataError(f"{file} lacks figures: {error}") from None
     return figures
