@@ -284,21 +284,30 @@ def test_figures_of_a_run_without_its_name(vlprompt, tmp_path: Path, key: str) -
 
 def test_published_figures_stand_beside_ours_in_the_same_setting_only(tmp_path: Path) -> None:
     rows = [
-        replace(r, data=data, measured_on=data, name=name, backbone="openai-clip-vit-base-patch16")
+        replace(r, data=data, measured_on=data, name=name, method=method, backbone="openai-clip-vit-base-patch16")
         for r in base_to_novel()
         if (r.name, r.data) == ("coop", "dtd")
         for data in ELEVEN
-        for name in ("coop", "fdbpl_coop")
+        for name, method in (("coop", "coop"), ("fdbpl_coop", "fdbpl_coop"), ("maple", "coop"), ("n", "drople"))
     ]
     text = markdown(read_sections(folder(tmp_path, rows)))
     assert "| coop | **72.00 ± 2.00** | **42.00 ± 2.65** | **53.05** | – | 2 | 71.66 |" in text
     assert "| fdbpl_coop | **72.00 ± 2.00** | **42.00 ± 2.65** | **53.05** | +0.00 ± 0.00 | 2 | – |" in text
-    assert "Published figures: coop: Zhou et al., CVPR 2022." in text
+    assert "Published with OpenAI's CLIP ViT-B/16, 16 shots and the paper's own settings, on " in text
+    assert "test images: coop: Zhou et al., CVPR 2022; maple: Zhou et al., CVPR 2022; n: arXiv 2512.07234 " in text
+    assert [line[-7:] for line in text.splitlines() if line.startswith(("| maple |", "| n |"))][:2] == [
+        "71.66 |",
+        "82.10 |",
+    ]
     assert text.count("published HM") == 1
-    other = {"backbone": ("mini", rows), "shots": (4, rows), "data": (None, [r for r in rows if r.data != "dtd"])}
-    for key, (value, some) in other.items():
-        changed = some if value is None else [replace(r, **{key: value}) for r in some]
-        assert "published" not in markdown(read_sections(folder(tmp_path, changed)))
+    assert "published HM" in markdown(
+        read_sections(folder(tmp_path, [replace(r, backbone="open_clip-ViT-B-16-openai") for r in rows]))
+    )
+    weights = ("mini", "open_clip-ViT-B-16-laion2b_s34b_b88k", "my-vitb16", "google-vit-base-patch16-224")
+    changes = [*({"backbone": name} for name in weights), {"shots": 4}, {"split": "val"}, {"method": "kdpl_coop"}]
+    others = [[replace(r, **change) for r in rows] for change in changes] + [[r for r in rows if r.data != "dtd"]]
+    for other in others:
+        assert "ublished" not in markdown(read_sections(folder(tmp_path, other)))
 
 
 def test_the_page_about_reproducing_has_the_same_published_figures() -> None:

@@ -14,7 +14,7 @@ from vlprompt.errors import ConfigError, DataError, unknown
 from vlprompt.experiments import plots
 from vlprompt.experiments.bench import PLANNED, read_planned
 from vlprompt.experiments.protocols import PROTOCOLS
-from vlprompt.experiments.published import Published, published
+from vlprompt.experiments.published import SETTING, Published, published
 from vlprompt.experiments.results import RESULTS, read_results
 from vlprompt.experiments.runs import FIGURES, read_figures
 from vlprompt.experiments.tables import (
@@ -98,13 +98,14 @@ def write_report(folder: Path, reference: str | None = None) -> str:
 
 
 def _beside_published(study: Study, average: Table) -> Table:
-    """The table with what papers report in the same setting, where they do."""
-    known = published(study.protocol, study.backbone, study.shots[0], study.data)
-    if not known.keys() & set(study.names):
+    """The table with what papers report of the rows' methods in the same setting, where they do."""
+    known = published(study.protocol, study.backbone, study.split, study.shots[0], study.data)
+    beside = {row.name: known[row.method] for row in study.rows if row.method in known}
+    if not beside:
         return average
-    lines = tuple((name, (*cells, known.get(name, Published()))) for name, cells in average.lines)
-    sources = "; ".join(f"{name}: {known[name].source}" for name in study.names if name in known)
-    note = f"{average.note} Published figures: {sources}.".strip()
+    lines = tuple((name, (*cells, beside.get(name, Published()))) for name, cells in average.lines)
+    sources = "; ".join(f"{name}: {beside[name].source}" for name in study.names if name in beside)
+    note = f"{average.note} {SETTING}: {sources}.".strip()
     return replace(average, head=(*average.head, "published HM"), lines=lines, best=(*average.best, None), note=note)
 
 
