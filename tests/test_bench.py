@@ -22,7 +22,7 @@ from vlprompt.experiments import runs as runs_module
 from vlprompt.experiments.lock import folder_lock
 from vlprompt.experiments.pool import spread
 from vlprompt.experiments.protocols import PROTOCOLS, Asked, fingerprint, plan, read_rows, shard
-from vlprompt.experiments.results import Row, read_results, to_csv
+from vlprompt.experiments.results import Row, read_results, rows_of, to_csv
 from vlprompt.experiments.runs import group_figures
 from vlprompt.methods import METHODS
 from vlprompt.training.config import build_config
@@ -307,6 +307,42 @@ def test_finished_runs_are_kept(bench, photos: Path, trained, tmp_path: Path) ->
     assert bench("base-to-novel", *GIVEN, "--data", photos, "--skip-existing", "--split", "val")[0] == 0
     assert len(trained) == 3  # other images, the same runs
     assert len(read_results(tmp_path / "out" / "results.csv")) == 12
+
+
+def test_each_measurement_has_the_code_version_that_made_it(bench, photos: Path, tmp_path: Path, monkeypatch) -> None:
+    given = ("--methods", "zero_shot", "--seeds", "1", "--shots", "2", "--data", photos, "--skip-existing")
+    assert bench("few-shot", *given)[0] == 0
+    first = runs_module.code_version()
+    monkeypatch.setattr(runs_module, "code_version", lambda: "0.2.0+changed")
+    assert bench("few-shot", *given, "--split", "val")[0] == 0
+    rows = read_results(tmp_path / "out" / "results.csv")
+    assert {r.split: r.code for r in rows} == {"test": first, "val": "0.2.0+changed"}
+    file = next((tmp_path / "out").glob("*/*/*/*/*/*/figures.json"))
+    content = json.loads(file.read_text())
+    assert content["code"] == first  # what trained it
+    old = [{k: v for k, v in m.items() if k != "code"} for m in content["measured"]]
+    assert [r.code for r in rows_of(content | {"measured": old})] == [first, first]
+
+
+def test_a_changed_file_changes_the_code_version(tmp_path: Path, monkeypatch) -> None:
+    version = runs_module.code_version.__wrapped__
+    package = tmp_path / "package"
+    (package / "part").mkdir(parents=True)
+    for name in ("__init__.py", "part/one.py"):
+        (package / name).write_text("a = 1\n")
+    monkeypatch.setattr("vlprompt.__file__", str(package / "__init__.py"))
+    seen = [version()]
+    for change in (
+        lambda: (package / "part" / "one.py").write_text("a = 2\n"),
+        lambda: (package / "part" / "two.py").write_text(""),
+        lambda: (package / "part" / "two.py").unlink(),
+    ):
+        change()
+        seen.append(version())
+    assert len(set(seen)) == 3
+    assert seen[1] == seen[3]
+    (package / "notes.txt").write_text("no code")
+    assert version() == seen[3]
 
 
 def test_results_from_other_settings_are_refused(bench, photos: Path, trained) -> None:

@@ -75,7 +75,8 @@ def do_run(run: Run, out: Path) -> dict[str, Any]:
         )
         began = time.monotonic()
         score = measure(method.eval(), config, measurement, out / SHARED)
-        row = dict(zip(("data", "classes", "split"), wanted, strict=True)) | {"seconds": time.monotonic() - began}
+        row: dict[str, Any] = dict(zip(("data", "classes", "split"), wanted, strict=True))
+        row |= {"code": code_version(), "seconds": time.monotonic() - began}
         figures["measured"].append(row | (described(score, PROTOCOLS[run.protocol].groups) if score else {"n": 0}))
         write_atomically(folder / FIGURES, json.dumps(figures))
     return figures
