@@ -25,6 +25,7 @@ from vlprompt.experiments.protocols import PROTOCOLS, Asked, fingerprint, plan, 
 from vlprompt.experiments.results import Row, read_results, rows_of, to_csv
 from vlprompt.experiments.runs import group_figures
 from vlprompt.methods import METHODS
+from vlprompt.training.bank_build import bank_config, build_bank
 from vlprompt.training.config import build_config
 
 QUICK = ("--backbone", str(TINY), "epochs=1", "warmup_epochs=0", "data.workers=0", "data.batch_size=2")
@@ -134,6 +135,24 @@ def test_fingerprints_tell_settings_apart_but_not_seeds_and_places() -> None:
     assert len({of(), of(lr=1), of(n_ctx=4), of(backbone="y"), of(precision="bf16")}) == 5
     one, two = plan(asked("base-to-novel", seeds=[1, 2]))
     assert fingerprint(one.config) == fingerprint(two.config)
+
+
+def test_where_files_lie_is_no_setting(tmp_path: Path, monkeypatch) -> None:
+    """The same weights, split file or bank elsewhere, or by another way of writing the path."""
+    monkeypatch.chdir(tmp_path)
+
+    def of(**settings) -> str:
+        given = {k.replace("__", "."): str(v) for k, v in settings.items()}
+        (run,) = plan(Asked("base-to-novel", {"k": ("kdpl_coop", {})}, ["x"], [1], settings=given))
+        return fingerprint(run.config)
+
+    for folder in ("one", "two"):
+        shutil.copytree(TINY, tmp_path / folder / "clip")
+    for key in ("backbone", "teacher__backbone"):
+        assert len({of(**{key: p}) for p in ("one/clip", "./one/clip", tmp_path / "two" / "clip")}) == 1, key
+        assert of(**{key: "one/clip"}) != of(**{key: "mini"})
+    for key in ("split_file", "data__bank"):
+        assert of(**{key: "one/file"}) == of(**{key: tmp_path / "two" / "file"}) != of(**{key: "one/other"})
 
 
 def test_shards_are_disjoint_and_together_all() -> None:
@@ -351,6 +370,85 @@ def test_results_from_other_settings_are_refused(bench, photos: Path, trained) -
     assert code == 2
     assert "seed_1 holds results from other settings (method.n_ctx = 16, now 4; optim.lr = 0.002, now 1.0)" in err
     assert len(trained) == 3
+
+
+def test_results_from_other_images_are_refused(bench, photos: Path, trained, tmp_path: Path) -> None:
+    """Of the same name and place: what has been added, taken away, or moved to another class since."""
+    data = tmp_path / "pictures"
+    shutil.copytree(photos, data)
+    given = ("base-to-novel", "--methods", "zero_shot", "--seeds", "1", "--shots", "4", "--data", data)
+    assert bench(*given)[0] == 0
+    assert bench(*given, "--skip-existing")[0] == 0
+    folder = "base-to-novel/pictures/zero_shot/backbone/shots_4/seed_1"
+    picture = data / "train" / "cat" / "0.png"
+    for new, message in (
+        (data / "train" / "cat" / "extra.png", "was trained on other images than pictures has now"),
+        (data / "test" / "cat" / "extra.png", "was measured on other images than pictures has now"),
+        (data / "test" / "sea horse" / "extra.png", "was measured on other images than pictures has now"),
+    ):
+        for _ in range(2):  # a draw of 4 of 6 is another one than that of 4, whatever the names
+            shutil.copy(picture, new.with_stem(new.stem + str(_)))
+        code, out, err = bench(*given, "--skip-existing")
+        assert (code, out) == (2, ""), new
+        assert f"{folder} {message}: choose another --out" in err
+        for _ in range(2):
+            new.with_stem(new.stem + str(_)).unlink()
+    assert bench(*given, "--skip-existing")[0] == 0
+    (data / "test" / "cat" / "0.png").rename(data / "test" / "dog" / "9.png")
+    assert "was measured on other images" in bench(*given, "--skip-existing")[2]
+    assert len(trained) == 1
+
+
+def test_an_edited_split_file_is_other_data(bench, photos: Path, tmp_path: Path) -> None:
+    file = tmp_path / "split.json"
+
+    def write(first: int) -> None:
+        rows = {
+            part: [[f"{part}/{name}/{i}.png", c, name] for c, name in enumerate(CLASSES) for i in images]
+            for part, images in (("train", range(first, first + 2)), ("test", range(2)))
+        }
+        file.write_text(json.dumps(rows))
+
+    write(0)
+    given = ("few-shot", "--methods", "zero_shot", "--seeds", "1", "--shots", "2", "--data", photos)
+    assert bench(*given, f"split_file={file}")[0] == 0
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(file, elsewhere)
+    code, out, _ = bench(*given, f"split_file={elsewhere / 'split.json'}", "--skip-existing", "--json")
+    assert (code, json.loads(out)["kept"]) == (0, 1)  # where it lies does not count
+    write(1)
+    code, _, err = bench(*given, f"split_file={file}", "--skip-existing")
+    assert code == 2
+    assert "was trained on other images than photos has now" in err
+
+
+def test_another_bank_of_the_same_name_is_other_data(bench, photos: Path, tmp_path: Path) -> None:
+    for folder, regions in (("one", 2), ("two", 3)):
+        given = {"data.name": str(photos), "regions": regions, "data.workers": 0, "backbone": str(TINY)}
+        build_bank(bank_config(given), tmp_path / folder / "b")
+    given = ("few-shot", "--methods", "coop", "--seeds", "1", "--shots", "2", "--data", photos)
+    assert bench(*given, f"bank={tmp_path / 'one' / 'b'}")[0] == 0
+    shutil.copytree(tmp_path / "one" / "b", tmp_path / "moved" / "b")
+    assert bench(*given, f"bank={tmp_path / 'moved' / 'b'}", "--skip-existing")[0] == 0
+    code, _, err = bench(*given, f"bank={tmp_path / 'two' / 'b'}", "--skip-existing")
+    assert code == 2
+    assert f"was trained on another region bank than {tmp_path / 'two' / 'b'}" in err
+
+
+def test_the_report_tells_other_weights_and_images(bench, vlprompt, photos: Path, tmp_path: Path) -> None:
+    given = ("--methods", "zero_shot", "--seeds", "1,2", "--shots", "2", "--data", photos)
+    assert bench("base-to-novel", *given)[0] == 0
+    assert "differ between runs" not in vlprompt("report", tmp_path / "out")[1]
+    file = next((tmp_path / "out").glob("*/*/*/*/*/seed_2/figures.json"))
+    content = json.loads(file.read_text())
+    content["weights"]["backbone"] = "0"
+    content["measured"][0]["images_fingerprint"] = "0"
+    file.write_text(json.dumps(content))
+    text = vlprompt("report", tmp_path / "out")[1]
+    assert "Weights of the backbone differ between runs." in text
+    assert "Test images of photos, base classes, differ between runs." in text
+    assert text.count("differ between runs") == 2
 
 
 def test_a_failed_run_is_reported_and_the_rest_goes_on(bench, photos: Path, trained, tmp_path: Path) -> None:

@@ -256,6 +256,10 @@ def data_name(data: str) -> str:
     return dataset.name if dataset else Path(data).expanduser().resolve().name.removesuffix(".csv")
 
 
+def _last_part(path: str | None) -> str | None:
+    return path and Path(path).expanduser().resolve().name
+
+
 def backbone_name(backbone: str) -> str:
     """A backbone as folders and tables name it: of a local one, the last part of its path."""
     path = Path(backbone).expanduser()
@@ -267,8 +271,16 @@ _NOT_THE_RESULT = ("data.root", "data.workers", "train.device", "train.graphs", 
 
 
 def result_settings(config: RunConfig) -> dict[str, Any]:
-    """Every setting that decides a result, flat, except the seed: what runs that are averaged must have in common."""
-    config = replace(config, data=replace(config.data, name=data_name(config.data.name)))
+    """Every setting that decides a result, flat, except the seed: what runs that are averaged must have in common.
+
+    Data, backbones, banks and split files are there by name, wherever they lie.
+    """
+    data, teacher = config.data, config.teacher.backbone
+    data = replace(data, name=data_name(data.name), split_file=_last_part(data.split_file), bank=_last_part(data.bank))
+    config = replace(
+        config, backbone=backbone_name(config.backbone), data=data,
+        teacher=replace(config.teacher, backbone=teacher and backbone_name(teacher)),
+    )  # fmt: skip
     flat: dict[str, Any] = {}
     for key, value in config.to_dict().items():
         flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -73,14 +73,16 @@ def read_sections(folder: Path, reference: str | None = None) -> list[Section]:
         raise ConfigError(unknown("reference", reference, names))
     for study in every:
         compared = find_reference(study, reference if reference in study.names else None)
+        runs = read_runs(folder, study)
         first, *others = tables(study, compared)
         made = [_beside_published(study, first), *others]
-        drawn = _plots(study, made, compared, plots.colours(names, compared), per_class(folder, study))
-        codes = sorted({row.code for row in study.rows})
+        drawn = _plots(study, made, compared, plots.colours(names, compared), per_class(runs, study))
         notes = [PROTOCOLS[study.protocol].about] if study.protocol in PROTOCOLS else []
         notes += [GROUP_NOTE] if study.protocol == "long-tail" else []
+        codes = sorted({row.code for row in study.rows})
         notes += [f"Code version {', '.join(codes)}."] if codes else ["There are no results yet."]
         notes += ["Versions differ between runs."] if len(codes) > 1 else []
+        notes += unlike(runs.values(), study)
         if reference not in (None, compared):
             notes.append(f"There is no row '{reference}' here: the others are compared with {compared}.")
         sections.append(Section(study, compared, made, drawn, tuple(notes)))
@@ -113,20 +115,38 @@ PerClass = dict[str, dict[str, dict[str, dict[str, float]]]]
 """Accuracy of each class: data set → row → seed → class."""
 
 
-def per_class(folder: Path, study: Study) -> PerClass:
-    """Accuracy of each class on the data set that was trained on.
+def read_runs(folder: Path, study: Study) -> dict[Path, dict[str, Any]]:
+    """What the run folders of a study hold, by folder; none where they are not at hand."""
+    places = [f"{study.protocol}/*/*/{study.backbone}/shots_{shots}/*/{FIGURES}" for shots in study.shots]
+    return {file.parent: read_figures(file.parent) or {} for place in places for file in sorted(folder.glob(place))}
 
-    Empty where the run folders are not at hand. In few-shot, of the most shots.
-    """
+
+def per_class(runs: Mapping[Path, Mapping[str, Any]], study: Study) -> PerClass:
+    """Accuracy of each class on the data set that was trained on; in few-shot, of the most shots."""
     found: PerClass = {}
-    place = f"{study.protocol}/*/*/{study.backbone}/shots_{study.shots[-1]}/*/{FIGURES}"
-    for file in sorted(folder.glob(place)):
-        figures = read_figures(file.parent) or {}
-        for measured in figures["measured"]:
+    for folder, figures in runs.items():
+        for measured in figures["measured"] if folder.parent.name == f"shots_{study.shots[-1]}" else ():
             if measured["data"] == figures["data"] and measured["split"] == study.split:
                 seeds = found.setdefault(figures["data"], {}).setdefault(figures["name"], {})
-                seeds.setdefault(file.parent.name, {}).update(measured.get("per_class", {}))
+                seeds.setdefault(folder.name, {}).update(measured.get("per_class", {}))
     return found
+
+
+def unlike(runs: Iterable[Mapping[str, Any]], study: Study) -> list[str]:
+    """Notes on weights and images that should be the same in runs of a study and are not."""
+    found: dict[str, set[str]] = {}
+    for figures in runs:
+        weights = figures.get("weights", {})
+        same = {"Weights of the backbone": weights.get("backbone")}
+        same[f"Weights of the teacher of {figures['name']}"] = weights.get("teacher")
+        for m in figures["measured"]:
+            if m["split"] == study.split:
+                same[f"{study.split.capitalize()} images of {m['data']}, {m['classes']} classes,"] = m.get(
+                    "images_fingerprint"
+                )
+        for what, value in same.items():
+            found.setdefault(what, set()).update([value] if value else [])
+    return [f"{what} differ between runs." for what, values in found.items() if len(values) > 1]
 
 
 def gains(own: Mapping[str, Mapping[str, float]], other: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
