@@ -683,6 +683,35 @@ def test_a_lock_of_another_machine_or_unreadable_is_not_taken_over(tmp_path: Pat
         pass
 
 
+@pytest.mark.parametrize("place", ["boot_id", "pid"])
+def test_a_lock_of_another_container_or_start_of_the_same_name_is_not_taken_over(
+    tmp_path: Path, monkeypatch, place: str
+) -> None:
+    """A process number says nothing there, even where it is our own."""
+    read_text, readlink = Path.read_text, os.readlink
+    if place == "boot_id":
+        monkeypatch.setattr(Path, "read_text", lambda p, *a: "1\n" if p.name == place else read_text(p, *a))
+    else:
+        monkeypatch.setattr(
+            os, "readlink", lambda p, **k: "pid:[1]" if str(p).endswith("/ns/pid") else readlink(p, **k)
+        )
+    there = folder_lock(tmp_path, "p", None)
+    there.__enter__()
+    (file,) = tmp_path.iterdir()
+    process = other_process()
+    process.communicate(b"\n")
+    ended = tmp_path / ".bench-ended.json"
+    ended.write_text(json.dumps(json.loads(file.read_text()) | {"pid": process.pid}))
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="in use: process"), folder_lock(tmp_path, "p", None):
+        pass
+    ended.unlink()
+    with pytest.raises(ConfigError, match="in use: process"), folder_lock(tmp_path, "p", None):
+        pass
+    assert list(tmp_path.iterdir()) == [file]
+    there.__exit__(None, None, None)
+
+
 def test_a_second_bench_is_refused(bench, photos: Path, tmp_path: Path) -> None:
     process = other_process()
     (tmp_path / "out").mkdir()
