@@ -16,11 +16,12 @@ from scipy.stats import ttest_rel
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.experiments import plots
 from vlprompt.experiments.bench import note_planned
+from vlprompt.experiments.cells import Cell, Difference
 from vlprompt.experiments.protocols import Asked, plan
 from vlprompt.experiments.published import BASE_TO_NOVEL_HM, ELEVEN
 from vlprompt.experiments.report import latex, markdown, read_sections
 from vlprompt.experiments.results import Row, to_csv
-from vlprompt.experiments.tables import Cell, Difference, studies, tables
+from vlprompt.experiments.tables import studies, tables
 from vlprompt.methods import METHODS
 from vlprompt.training.evaluate import harmonic_mean
 
