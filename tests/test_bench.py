@@ -22,9 +22,10 @@ from vlprompt.experiments import runs as runs_module
 from vlprompt.experiments.lock import folder_lock
 from vlprompt.experiments.pool import spread
 from vlprompt.experiments.protocols import PROTOCOLS, Asked, fingerprint, plan, read_rows, shard
-from vlprompt.experiments.results import Row, read_results, to_csv
+from vlprompt.experiments.results import Row, read_results, rows_of, to_csv
 from vlprompt.experiments.runs import group_figures
 from vlprompt.methods import METHODS
+from vlprompt.training.bank_build import bank_config, build_bank
 from vlprompt.training.config import build_config
 
 QUICK = ("--backbone", str(TINY), "epochs=1", "warmup_epochs=0", "data.workers=0", "data.batch_size=2")
@@ -134,6 +135,24 @@ def test_fingerprints_tell_settings_apart_but_not_seeds_and_places() -> None:
     assert len({of(), of(lr=1), of(n_ctx=4), of(backbone="y"), of(precision="bf16")}) == 5
     one, two = plan(asked("base-to-novel", seeds=[1, 2]))
     assert fingerprint(one.config) == fingerprint(two.config)
+
+
+def test_where_files_lie_is_no_setting(tmp_path: Path, monkeypatch) -> None:
+    """The same weights, split file or bank elsewhere, or by another way of writing the path."""
+    monkeypatch.chdir(tmp_path)
+
+    def of(**settings) -> str:
+        given = {k.replace("__", "."): str(v) for k, v in settings.items()}
+        (run,) = plan(Asked("base-to-novel", {"k": ("kdpl_coop", {})}, ["x"], [1], settings=given))
+        return fingerprint(run.config)
+
+    for folder in ("one", "two"):
+        shutil.copytree(TINY, tmp_path / folder / "clip")
+    for key in ("backbone", "teacher__backbone"):
+        assert len({of(**{key: p}) for p in ("one/clip", "./one/clip", tmp_path / "two" / "clip")}) == 1, key
+        assert of(**{key: "one/clip"}) != of(**{key: "mini"})
+    for key in ("split_file", "data__bank"):
+        assert of(**{key: "one/file"}) == of(**{key: tmp_path / "two" / "file"}) != of(**{key: "one/other"})
 
 
 def test_shards_are_disjoint_and_together_all() -> None:
@@ -309,12 +328,127 @@ def test_finished_runs_are_kept(bench, photos: Path, trained, tmp_path: Path) ->
     assert len(read_results(tmp_path / "out" / "results.csv")) == 12
 
 
+def test_each_measurement_has_the_code_version_that_made_it(bench, photos: Path, tmp_path: Path, monkeypatch) -> None:
+    given = ("--methods", "zero_shot", "--seeds", "1", "--shots", "2", "--data", photos, "--skip-existing")
+    assert bench("few-shot", *given)[0] == 0
+    first = runs_module.code_version()
+    monkeypatch.setattr(runs_module, "code_version", lambda: "0.2.0+changed")
+    assert bench("few-shot", *given, "--split", "val")[0] == 0
+    rows = read_results(tmp_path / "out" / "results.csv")
+    assert {r.split: r.code for r in rows} == {"test": first, "val": "0.2.0+changed"}
+    file = next((tmp_path / "out").glob("*/*/*/*/*/*/figures.json"))
+    content = json.loads(file.read_text())
+    assert content["code"] == first  # what trained it
+    old = [{k: v for k, v in m.items() if k != "code"} for m in content["measured"]]
+    assert [r.code for r in rows_of(content | {"measured": old})] == [first, first]
+
+
+def test_a_changed_file_changes_the_code_version(tmp_path: Path, monkeypatch) -> None:
+    version = runs_module.code_version.__wrapped__
+    package = tmp_path / "package"
+    (package / "part").mkdir(parents=True)
+    for name in ("__init__.py", "part/one.py"):
+        (package / name).write_text("a = 1\n")
+    monkeypatch.setattr("vlprompt.__file__", str(package / "__init__.py"))
+    seen = [version()]
+    for change in (
+        lambda: (package / "part" / "one.py").write_text("a = 2\n"),
+        lambda: (package / "part" / "two.py").write_text(""),
+        lambda: (package / "part" / "two.py").unlink(),
+    ):
+        change()
+        seen.append(version())
+    assert len(set(seen)) == 3
+    assert seen[1] == seen[3]
+    (package / "notes.txt").write_text("no code")
+    assert version() == seen[3]
+
+
 def test_results_from_other_settings_are_refused(bench, photos: Path, trained) -> None:
     assert bench("base-to-novel", *GIVEN, "--data", photos)[0] == 0
     code, _, err = bench("base-to-novel", *GIVEN, "--data", photos, "--skip-existing", "lr=1", "n_ctx=4")
     assert code == 2
     assert "seed_1 holds results from other settings (method.n_ctx = 16, now 4; optim.lr = 0.002, now 1.0)" in err
     assert len(trained) == 3
+
+
+def test_results_from_other_images_are_refused(bench, photos: Path, trained, tmp_path: Path) -> None:
+    """Of the same name and place: what has been added, taken away, or moved to another class since."""
+    data = tmp_path / "pictures"
+    shutil.copytree(photos, data)
+    given = ("base-to-novel", "--methods", "zero_shot", "--seeds", "1", "--shots", "4", "--data", data)
+    assert bench(*given)[0] == 0
+    assert bench(*given, "--skip-existing")[0] == 0
+    folder = "base-to-novel/pictures/zero_shot/backbone/shots_4/seed_1"
+    picture = data / "train" / "cat" / "0.png"
+    for new, message in (
+        (data / "train" / "cat" / "extra.png", "was trained on other images than pictures has now"),
+        (data / "test" / "cat" / "extra.png", "was measured on other images than pictures has now"),
+        (data / "test" / "sea horse" / "extra.png", "was measured on other images than pictures has now"),
+    ):
+        for _ in range(2):  # a draw of 4 of 6 is another one than that of 4, whatever the names
+            shutil.copy(picture, new.with_stem(new.stem + str(_)))
+        code, out, err = bench(*given, "--skip-existing")
+        assert (code, out) == (2, ""), new
+        assert f"{folder} {message}: choose another --out" in err
+        for _ in range(2):
+            new.with_stem(new.stem + str(_)).unlink()
+    assert bench(*given, "--skip-existing")[0] == 0
+    (data / "test" / "cat" / "0.png").rename(data / "test" / "dog" / "9.png")
+    assert "was measured on other images" in bench(*given, "--skip-existing")[2]
+    assert len(trained) == 1
+
+
+def test_an_edited_split_file_is_other_data(bench, photos: Path, tmp_path: Path) -> None:
+    file = tmp_path / "split.json"
+
+    def write(first: int) -> None:
+        rows = {
+            part: [[f"{part}/{name}/{i}.png", c, name] for c, name in enumerate(CLASSES) for i in images]
+            for part, images in (("train", range(first, first + 2)), ("test", range(2)))
+        }
+        file.write_text(json.dumps(rows))
+
+    write(0)
+    given = ("few-shot", "--methods", "zero_shot", "--seeds", "1", "--shots", "2", "--data", photos)
+    assert bench(*given, f"split_file={file}")[0] == 0
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(file, elsewhere)
+    code, out, _ = bench(*given, f"split_file={elsewhere / 'split.json'}", "--skip-existing", "--json")
+    assert (code, json.loads(out)["kept"]) == (0, 1)  # where it lies does not count
+    write(1)
+    code, _, err = bench(*given, f"split_file={file}", "--skip-existing")
+    assert code == 2
+    assert "was trained on other images than photos has now" in err
+
+
+def test_another_bank_of_the_same_name_is_other_data(bench, photos: Path, tmp_path: Path) -> None:
+    for folder, regions in (("one", 2), ("two", 3)):
+        given = {"data.name": str(photos), "regions": regions, "data.workers": 0, "backbone": str(TINY)}
+        build_bank(bank_config(given), tmp_path / folder / "b")
+    given = ("few-shot", "--methods", "coop", "--seeds", "1", "--shots", "2", "--data", photos)
+    assert bench(*given, f"bank={tmp_path / 'one' / 'b'}")[0] == 0
+    shutil.copytree(tmp_path / "one" / "b", tmp_path / "moved" / "b")
+    assert bench(*given, f"bank={tmp_path / 'moved' / 'b'}", "--skip-existing")[0] == 0
+    code, _, err = bench(*given, f"bank={tmp_path / 'two' / 'b'}", "--skip-existing")
+    assert code == 2
+    assert f"was trained on another region bank than {tmp_path / 'two' / 'b'}" in err
+
+
+def test_the_report_tells_other_weights_and_images(bench, vlprompt, photos: Path, tmp_path: Path) -> None:
+    given = ("--methods", "zero_shot", "--seeds", "1,2", "--shots", "2", "--data", photos)
+    assert bench("base-to-novel", *given)[0] == 0
+    assert "differ between runs" not in vlprompt("report", tmp_path / "out")[1]
+    file = next((tmp_path / "out").glob("*/*/*/*/*/seed_2/figures.json"))
+    content = json.loads(file.read_text())
+    content["weights"]["backbone"] = "0"
+    content["measured"][0]["images_fingerprint"] = "0"
+    file.write_text(json.dumps(content))
+    text = vlprompt("report", tmp_path / "out")[1]
+    assert "Weights of the backbone differ between runs." in text
+    assert "Test images of photos, base classes, differ between runs." in text
+    assert text.count("differ between runs") == 2
 
 
 def test_a_failed_run_is_reported_and_the_rest_goes_on(bench, photos: Path, trained, tmp_path: Path) -> None:
@@ -433,6 +567,16 @@ def test_two_shards_share_a_folder(bench, photos: Path, tmp_path: Path) -> None:
     assert len(read_results(tmp_path / "out" / "results.csv")) == 6
 
 
+def test_figures_of_another_shard_that_are_corrupt(bench, photos: Path, tmp_path: Path) -> None:
+    """They hinder results.csv, as is told; what this shard did is done."""
+    assert bench("base-to-novel", *GIVEN, "--data", photos, "--shard", "1/2")[0] == 0
+    next((tmp_path / "out").glob("*/*/*/*/*/*/figures.json")).write_text("{")
+    code, out, _ = bench("base-to-novel", *GIVEN, "--data", photos, "--shard", "2/2", "--json")
+    assert code == 1
+    assert json.loads(out)["done"] == 1
+    assert list(json.loads(out)["failed"]) == ["results.csv"]
+
+
 def test_workers_and_one_of_them_killed(bench, photos: Path, tmp_path: Path) -> None:
     """The run of the killed process is reported, and another process takes its place."""
     killed = []
@@ -537,6 +681,35 @@ def test_a_lock_of_another_machine_or_unreadable_is_not_taken_over(tmp_path: Pat
     file.write_text("{")
     with pytest.raises(ConfigError, match="remove it if no bench is at work there"), folder_lock(tmp_path, "p", None):
         pass
+
+
+@pytest.mark.parametrize("place", ["boot_id", "pid"])
+def test_a_lock_of_another_container_or_start_of_the_same_name_is_not_taken_over(
+    tmp_path: Path, monkeypatch, place: str
+) -> None:
+    """A process number says nothing there, even where it is our own."""
+    read_text, readlink = Path.read_text, os.readlink
+    if place == "boot_id":
+        monkeypatch.setattr(Path, "read_text", lambda p, *a: "1\n" if p.name == place else read_text(p, *a))
+    else:
+        monkeypatch.setattr(
+            os, "readlink", lambda p, **k: "pid:[1]" if str(p).endswith("/ns/pid") else readlink(p, **k)
+        )
+    there = folder_lock(tmp_path, "p", None)
+    there.__enter__()
+    (file,) = tmp_path.iterdir()
+    process = other_process()
+    process.communicate(b"\n")
+    ended = tmp_path / ".bench-ended.json"
+    ended.write_text(json.dumps(json.loads(file.read_text()) | {"pid": process.pid}))
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="in use: process"), folder_lock(tmp_path, "p", None):
+        pass
+    ended.unlink()
+    with pytest.raises(ConfigError, match="in use: process"), folder_lock(tmp_path, "p", None):
+        pass
+    assert list(tmp_path.iterdir()) == [file]
+    there.__exit__(None, None, None)
 
 
 def test_a_second_bench_is_refused(bench, photos: Path, tmp_path: Path) -> None:

@@ -105,7 +105,10 @@ def many() -> list[Row]:
     rng = np.random.default_rng(0)
     rows = []
     for name in (*METHODS, "settings of its own with a name that does not end", "words"):
-        good, common = rng.uniform(30, 90), replace(PLAIN, name=name, method="coop", backbone="openai-clip-vit-b16")
+        good, common = (
+            rng.uniform(30, 90),
+            replace(PLAIN, name=name, method="coop", backbone="openai-clip-vit-base-patch16"),
+        )
         for seed in (1, 2, 3):
             for protocol, data, measured_on, classes, shots in [
                 *(("base-to-novel", d, d, c, 16) for d in sorted(ELEVEN) for c in ("base", "novel")),
@@ -124,7 +127,7 @@ def test_a_large_report(tmp_path: Path) -> None:
     (tmp_path / "results.csv").write_text(to_csv(many()))
     for name, good in (("zero_shot", 50.0), ("coop", 40.0)):
         classes = {f"class {i} with a name that is quite long": good + (i % 7) * (name == "coop") for i in range(60)}
-        figures(tmp_path, name, 1, classes, "openai-clip-vit-b16")
+        figures(tmp_path, name, 1, classes, "openai-clip-vit-base-patch16")
     write_report(tmp_path)
     assert probed(tmp_path / "report.html") == {"plots": 4, "faults": [], "requests": []}
 

@@ -16,11 +16,12 @@ from scipy.stats import ttest_rel
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.experiments import plots
 from vlprompt.experiments.bench import note_planned
+from vlprompt.experiments.cells import Cell, Difference
 from vlprompt.experiments.protocols import Asked, plan
 from vlprompt.experiments.published import BASE_TO_NOVEL_HM, ELEVEN
 from vlprompt.experiments.report import latex, markdown, read_sections
 from vlprompt.experiments.results import Row, to_csv
-from vlprompt.experiments.tables import Cell, Difference, studies, tables
+from vlprompt.experiments.tables import studies, tables
 from vlprompt.methods import METHODS
 from vlprompt.training.evaluate import harmonic_mean
 
@@ -60,6 +61,18 @@ def test_a_harmonic_mean_is_that_of_the_means() -> None:
     assert str(coop["novel"]) == f"42.00 ± {statistics.stdev((40, 41, 45)):.2f}"
     assert coop["HM"].mean == pytest.approx(harmonic_mean(72, 42))
     assert str(coop["HM"]) == f"{harmonic_mean(72, 42):.2f}"
+
+
+def test_a_harmonic_mean_is_over_the_seeds_that_have_both(tmp_path: Path) -> None:
+    """Seed 1 lacks the novel classes: its base accuracy is not in the harmonic mean either."""
+    rows = [r for r in base_to_novel() if (r.name, r.data, r.classes, r.seed) != ("coop", "dtd", "novel", 1)]
+    coop = cells(rows, "dtd")["coop"]
+    assert coop["HM"].mean == pytest.approx(harmonic_mean(73, 43))
+    assert str(coop["HM"]) == f"{harmonic_mean(73, 43):.2f} (2 of 3 seeds)"
+    apart = [r for r in base_to_novel() if r.data == "dtd" and (r.seed == 1) == (r.classes == "base")]
+    assert str(cells(apart, "dtd")["coop"]["HM"]) == "missing"
+    (section,) = read_sections(folder(tmp_path, apart))
+    assert list(section.plots) == ["Base and novel accuracy: dtd"]
 
 
 def test_an_average_is_over_data_sets_then_seeds() -> None:
@@ -108,6 +121,65 @@ def test_runs_that_were_planned_are_missing_too(tmp_path: Path) -> None:
     assert [t.title for t in section.tables] == ["Average over 2 data sets", "eurosat", "dtd"]
     assert "| maple | missing | missing | missing | – | missing |" in markdown([section])
     assert "72.00 ± 2.00 (3 of 4 seeds)" in markdown([section])
+
+
+def planned(place: Path, protocol: str, data: list[str], split: str = "test", shots: tuple[int, ...] = ()) -> None:
+    note_planned(plan(Asked(protocol, {"coop": ("coop", {})}, data, [1, 2], shots, split=split)), place)
+
+
+def test_a_target_without_any_result_is_a_column_of_missing_values(tmp_path: Path) -> None:
+    """It was asked for, so the average over the other targets must not pass for the average of all."""
+    planned(tmp_path, "cross-dataset", ["imagenet", "sun397", "dtd", "eurosat"])
+    for gone, average in ((set(), "missing"), ({"sun397"}, "46.00 ± 1.41")):
+        file = tmp_path / "cross-dataset" / "planned.json"
+        runs = json.loads(file.read_text())
+        for run in runs.values():
+            run["measured"] = [m for m in run["measured"] if m["data"] not in gone]
+        file.write_text(json.dumps(runs))
+        ((table,),) = (s.tables for s in read_sections(folder(tmp_path, transfer())))
+        targets = [t for t in ("sun397", "dtd", "eurosat") if t not in gone]
+        assert table.head == ("imagenet (source)", *targets, "average of targets", "train, s")
+        line = dict(zip(table.head, map(str, table.lines[0][1]), strict=True))
+        assert line["average of targets"] == average
+        assert line.get("sun397", "missing") == "missing"
+    one = [r for r in transfer() if (r.measured_on, r.seed) != ("eurosat", 2)]
+    assert "| 45.00 (1 of 2 seeds) |" in markdown(read_sections(folder(tmp_path, one)))
+
+
+def test_planned_runs_are_missing_where_they_were_asked_for(tmp_path: Path) -> None:
+    """What was asked on val images is not missing among the test images, and a protocol without results is shown."""
+    rows = [r for r in base_to_novel() if r.name == "coop" and r.seed < 3]
+    planned(tmp_path, "base-to-novel", ["dtd", "eurosat"])
+    planned(tmp_path, "base-to-novel", ["dtd", "eurosat", "food101"], "val")
+    planned(tmp_path, "few-shot", ["dtd"], shots=(1, 2))
+    planned(tmp_path, "long-tail", ["dtd"])
+    sections = read_sections(folder(tmp_path, rows))
+    assert [s.study.title for s in sections] == [
+        "base-to-novel, mini, 16 shots", "base-to-novel, mini, 16 shots, val images", "few-shot, mini",
+        "long-tail, mini, 16 shots",
+    ]  # fmt: skip
+    test, val, shots, tail = sections
+    assert "missing" not in markdown([test])
+    assert [t.title for t in test.tables] == ["Average over 2 data sets", "dtd", "eurosat"]
+    assert "| coop | missing | missing | missing | missing |" in markdown([val])
+    assert len(val.tables) == 4
+    assert "There are no results yet." in markdown([val])
+    assert "| coop | missing | missing | missing |" in markdown([shots])
+    assert "| coop | missing | missing | missing | missing | missing |" in markdown([tail])
+
+
+def test_a_plan_of_an_earlier_version(tmp_path: Path) -> None:
+    """It does not say what was to be measured: its runs belong to every split that has results."""
+    planned(tmp_path, "base-to-novel", ["dtd", "eurosat", "food101"])
+    file = tmp_path / "base-to-novel" / "planned.json"
+    old = {
+        place: {k: v for k, v in run.items() if k != "measured"} for place, run in json.loads(file.read_text()).items()
+    }
+    file.write_text(json.dumps(old | {"broken": {}, "strange": 1}))
+    rows = base_to_novel() + [replace(r, split="val") for r in base_to_novel()]
+    for section in read_sections(folder(tmp_path, rows)):
+        assert section.study.data == ("dtd", "eurosat", "food101")
+        assert "| coop | missing | missing | missing |" in markdown([section])
 
 
 def test_what_a_method_cannot_be_asked_is_not_missing() -> None:
@@ -163,6 +235,14 @@ def test_long_tail_has_groups() -> None:
     assert shown == {"many": "80.00", "medium": "60.00", "few": "40.00", "all": "60.00", "train, s": "2"}
 
 
+def test_a_group_without_images_is_not_a_missing_run() -> None:
+    """With two classes none is in the last third."""
+    line = cells([r for r in long_tail() if r.classes != "few"], "dtd")["coop"]
+    assert [str(c) for c in line.values()] == ["80.00", "60.00", "–", "60.00", "2"]
+    more = [r for r in long_tail() if r.classes != "few"] + [replace(r, name="gone", data="x") for r in long_tail()]
+    assert {str(c) for c in list(cells(more, "dtd")["gone"].values())[:4]} == {"missing"}
+
+
 def test_studies_are_apart_by_backbone_shots_and_split() -> None:
     rows = base_to_novel()
     more = [replace(r, **change) for r in rows for change in ({"backbone": "b"}, {"shots": 4}, {"split": "val"})]
@@ -184,23 +264,51 @@ def test_a_reference_that_is_no_row(tmp_path: Path) -> None:
         read_sections(folder(tmp_path, base_to_novel()), "cop")
 
 
+def test_a_reference_that_one_study_lacks(tmp_path: Path) -> None:
+    """The others are compared with it all the same; that one says what it is compared with."""
+    first, second = read_sections(folder(tmp_path, base_to_novel() + few_shot()), "zero_shot")
+    assert (first.reference, second.reference) == ("zero_shot", "coop")
+    assert "There is no row" not in " ".join(first.notes)
+    assert "There is no row 'zero_shot' here: the others are compared with coop." in second.notes
+
+
+@pytest.mark.parametrize("key", ["data", "name", "measured"])
+def test_figures_of_a_run_without_its_name(vlprompt, tmp_path: Path, key: str) -> None:
+    figures(folder(tmp_path, base_to_novel()), "coop", 1, {"dotted": 50.0})
+    file = next(tmp_path.rglob("figures.json"))
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != key}))
+    code, out, err = vlprompt("report", tmp_path)
+    assert (code, out) == (2, "")
+    assert err.endswith(f"{file} lacks figures: '{key}'\n")
+    assert err.count("\n") == 1
+
+
 def test_published_figures_stand_beside_ours_in_the_same_setting_only(tmp_path: Path) -> None:
     rows = [
-        replace(r, data=data, measured_on=data, name=name, backbone="openai-clip-vit-base-patch16")
+        replace(r, data=data, measured_on=data, name=name, method=method, backbone="openai-clip-vit-base-patch16")
         for r in base_to_novel()
         if (r.name, r.data) == ("coop", "dtd")
         for data in ELEVEN
-        for name in ("coop", "fdbpl_coop")
+        for name, method in (("coop", "coop"), ("fdbpl_coop", "fdbpl_coop"), ("maple", "coop"), ("n", "drople"))
     ]
     text = markdown(read_sections(folder(tmp_path, rows)))
     assert "| coop | **72.00 ± 2.00** | **42.00 ± 2.65** | **53.05** | – | 2 | 71.66 |" in text
     assert "| fdbpl_coop | **72.00 ± 2.00** | **42.00 ± 2.65** | **53.05** | +0.00 ± 0.00 | 2 | – |" in text
-    assert "Published figures: coop: Zhou et al., CVPR 2022." in text
+    assert "Published with OpenAI's CLIP ViT-B/16, 16 shots and the paper's own settings, on " in text
+    assert "test images: coop: Zhou et al., CVPR 2022; maple: Zhou et al., CVPR 2022; n: arXiv 2512.07234 " in text
+    assert [line[-7:] for line in text.splitlines() if line.startswith(("| maple |", "| n |"))][:2] == [
+        "71.66 |",
+        "82.10 |",
+    ]
     assert text.count("published HM") == 1
-    other = {"backbone": ("mini", rows), "shots": (4, rows), "data": (None, [r for r in rows if r.data != "dtd"])}
-    for key, (value, some) in other.items():
-        changed = some if value is None else [replace(r, **{key: value}) for r in some]
-        assert "published" not in markdown(read_sections(folder(tmp_path, changed)))
+    assert "published HM" in markdown(
+        read_sections(folder(tmp_path, [replace(r, backbone="open_clip-ViT-B-16-openai") for r in rows]))
+    )
+    weights = ("mini", "open_clip-ViT-B-16-laion2b_s34b_b88k", "my-vitb16", "google-vit-base-patch16-224")
+    changes = [*({"backbone": name} for name in weights), {"shots": 4}, {"split": "val"}, {"method": "kdpl_coop"}]
+    others = [[replace(r, **change) for r in rows] for change in changes] + [[r for r in rows if r.data != "dtd"]]
+    for other in others:
+        assert "ublished" not in markdown(read_sections(folder(tmp_path, other)))
 
 
 def test_the_page_about_reproducing_has_the_same_published_figures() -> None:
@@ -245,6 +353,14 @@ def figures(place: Path, name: str, seed: int, accuracy: dict[str, float], backb
     measured = [{"data": "dtd", "classes": "base", "split": "test", "per_class": accuracy}]
     content = {"format_version": 1, "data": "dtd", "name": name, "measured": measured}
     (run / "figures.json").write_text(json.dumps(content))
+
+
+def test_gains_of_classes_are_paired_by_seed(tmp_path: Path) -> None:
+    """A seed that only one of the two rows has does not count."""
+    for name, seed, accuracy in (("zero_shot", 1, 50.0), ("coop", 1, 60.0), ("coop", 2, 100.0), ("zero_shot", 3, 0.0)):
+        figures(tmp_path, name, seed, {"dotted": accuracy})
+    (section,) = read_sections(folder(tmp_path, [r for r in base_to_novel() if r.data == "dtd"]))
+    assert "+10.0" in texts(section.plots["Gain of each class, in points: coop over zero_shot on dtd"])
 
 
 def test_the_command_writes_three_forms(vlprompt, tmp_path: Path) -> None:
@@ -310,8 +426,17 @@ def test_transductive_methods_are_marked(vlprompt, tmp_path: Path, monkeypatch) 
 def test_names_are_escaped(tmp_path: Path) -> None:
     rows = [replace(r, name=f"a|b & 50% {r.name}") for r in base_to_novel()]
     sections = read_sections(folder(tmp_path, rows))
-    assert r"a|b \& 50\% coop &" in latex(sections)
+    assert r"a\textbar{}b \& 50\% coop &" in latex(sections)
     assert "| a/b & 50% coop |" in markdown(sections)
+
+
+def test_a_small_p_in_latex(tmp_path: Path) -> None:
+    """A bare < is printed as ¡ in LaTeX's usual font encoding."""
+    rows = [replace(r, accuracy=70 + r.seed * 1e-3 if r.name == "coop" else 50.0) for r in base_to_novel()]
+    text = latex(read_sections(folder(tmp_path, rows)))
+    assert "(p $<$ 0.001)" in text
+    assert "<" not in text.replace("$<$", "")
+    assert r"a $>$ b" in latex(read_sections(folder(tmp_path, [replace(r, name=f"a > b {r.name}") for r in rows])))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vlprompt.errors import ConfigError, first_few
+from vlprompt.errors import ConfigError
 from vlprompt.options import (
     DATA,
     MODEL,
@@ -98,20 +98,16 @@ def bench(
     the end (exit code 1) while the others go on. `vlprompt report OUT` prints the tables.
     """
     from vlprompt.experiments.bench import bench as run_bench
-    from vlprompt.experiments.protocols import Asked, plan, read_rows
+    from vlprompt.experiments.protocols import Asked, choose_rows, plan, read_rows, split_numbers, split_values
     from vlprompt.experiments.protocols import shard as share
     from vlprompt.progress import CountBar
     from vlprompt.training.config import parse_override
 
     if (methods is None) == (rows is None):
         raise ConfigError("give either --methods or --rows")
-    chosen = read_rows(rows) if rows else {name: (name, {}) for name in _split("--methods", methods)}
+    chosen = read_rows(rows) if rows else {name: (name, {}) for name in split_values("--methods", methods)}
     if only is not None:
-        kept = [text for text in only if text in chosen]  # a name may have commas in it
-        kept += _split("--only", [text for text in only if text not in chosen]) if len(kept) < len(only) else []
-        if missing := [name for name in kept if name not in chosen]:
-            raise ConfigError(f"--only: no row '{missing[0]}' (allowed: {', '.join(chosen)})")
-        chosen = {name: row for name, row in chosen.items() if name in kept}
+        chosen = choose_rows(chosen, only)
     given = {
         "backbone": backbone,
         "data.root": root and str(root.expanduser()),
@@ -121,8 +117,8 @@ def bench(
     every = dict(parse_override(text) for text in settings or [])
     every |= {key: value for key, value in given.items() if value is not None}
     asked = Asked(
-        protocol, chosen, _split("--data", data), _numbers("--seeds", seeds or ["1,2,3"]),
-        _numbers("--shots", shots or []), every, teacher, split.value,
+        protocol, chosen, split_values("--data", data), split_numbers("--seeds", seeds or ["1,2,3"]),
+        split_numbers("--shots", shots or []), every, teacher, split.value,
     )  # fmt: skip
     runs = plan(asked)
     if dry_run:
@@ -141,23 +137,6 @@ def bench(
         print(json.dumps(vars(done)))
     if done.failed:
         raise typer.Exit(FAILED)
-
-
-def _split(option: str, given: list[str] | None) -> list[str]:
-    """Values of an option that is given with commas, or several times."""
-    values = [part.strip() for text in given or [] for part in text.split(",")]
-    if twice := sorted({value for value in values if values.count(value) > 1}):
-        raise ConfigError(f"{option}: given twice: {first_few(twice)}")
-    if not all(values):
-        raise ConfigError(f"{option}: there is an empty name between commas")
-    return values
-
-
-def _numbers(option: str, given: list[str]) -> list[int]:
-    values = _split(option, given) if given else []
-    if strange := [value for value in values if not value.isdecimal()]:
-        raise ConfigError(f"{option} {strange[0]} (allowed: whole numbers with commas between)")
-    return [int(value) for value in values]
 
 
 def report(

@@ -6,25 +6,27 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-from vlprompt.data.datasets import LoadedDataset, load_dataset
+from vlprompt.data.datasets import load_dataset
 from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError, first_few
 from vlprompt.experiments import on_ray, pool
 from vlprompt.experiments.lock import folder_lock
 from vlprompt.experiments.pool import Outcome
-from vlprompt.experiments.protocols import Run, fingerprint, shard
+from vlprompt.experiments.protocols import Run, data_name, fingerprint, shard
 from vlprompt.experiments.results import RESULTS, Results
-from vlprompt.experiments.runs import check_same_settings, finished
+from vlprompt.experiments.runs import Load, check_same_data, check_same_settings, finished, measured_split
 from vlprompt.experiments.shared import SHARED
 from vlprompt.files import write_atomically
 from vlprompt.training.selection import run_split
 
 PLANNED = "planned.json"
+_OF_A_RUN = {"data", "name", "backbone", "shots", "seed"}
 
 
 @dataclass
@@ -56,9 +58,9 @@ def bench(
 
     ``workers`` are runs at once: one if not given, on ``ray`` as many as it has room for. With ``skip_existing``
     finished runs are kept and begun ones gone on with. Raises ConfigError before anything is done if a run's folder is
-    there already (without it) or holds results from other settings, if another bench is at work in ``out``, or if there
-    is no Ray; DataError for data sets that are not there or too small; Interrupted after Ctrl-C, when the runs at work
-    have saved a checkpoint.
+    there already (without it) or holds results from other settings or data, if another bench is at work in ``out``, or
+    if there is no Ray; DataError for data sets that are not there or too small; Interrupted after Ctrl-C, when the runs
+    at work have saved a checkpoint.
     """
     mine = shard(runs, part)
     identity = json.dumps([(run.folder.as_posix(), fingerprint(run.config)) for run in runs])
@@ -68,10 +70,12 @@ def bench(
         ]
         if there and not skip_existing:
             raise ConfigError(f"{out} holds {first_few(there)}: --skip-existing keeps what is finished and goes on")
+        load = cache(load_dataset)  # each data set once
         for run in mine:
             check_same_settings(run, out)
+            check_same_data(run, out, load)
         todo = [run for run in mine if not finished(run, out)]
-        check_data(todo)
+        check_data(todo, load)
         elsewhere = engine == "ray" and bool(todo)
         with on_ray.connected() if elsewhere else nullcontext():
             outcomes = on_ray.outcomes(todo, out, workers) if elsewhere else pool.outcomes(todo, out, workers or 1)
@@ -79,13 +83,14 @@ def bench(
             result = Done(str(out / RESULTS), len(mine), kept=len(mine) - len(todo))
             if result.kept:
                 say(f"{result.kept} of {len(mine)} runs were finished before")
-            _do(outcomes, len(todo), out, result, say, progress)
-        if all(finished(run, out) for run in runs):
-            shutil.rmtree(out / SHARED, ignore_errors=True)
+            _do_all(outcomes, len(todo), out, result, say, progress)
+        with suppress(DataError):  # figures of another shard that cannot be read hinder nothing that was done here
+            if all(finished(run, out) for run in runs):
+                shutil.rmtree(out / SHARED, ignore_errors=True)
     return result
 
 
-def _do(
+def _do_all(
     outcomes: Iterable[Outcome],
     todo: int,
     out: Path,
@@ -141,16 +146,8 @@ def _span(seconds: float) -> str:
     return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
 
 
-def check_data(runs: Sequence[Run]) -> None:
+def check_data(runs: Sequence[Run], load: Load = load_dataset) -> None:
     """Raise DataError if a data set of a run is not there, or has too few images to train or none to measure on."""
-    loaded: dict[tuple, LoadedDataset] = {}
-
-    def load(data: str, root: str | None, split_file: str | None) -> LoadedDataset:
-        key = data, root, split_file
-        if key not in loaded:
-            loaded[key] = load_dataset(*key)
-        return loaded[key]
-
     drawn = set()
     for run in runs:
         data = run.config.data
@@ -160,31 +157,36 @@ def check_data(runs: Sequence[Run]) -> None:
         drawn.add(images)
         run_split(run.config, load(data.name, data.root, data.split_file))
         for m in run.measurements:
-            dataset = load(m.data, data.root, data.split_file if m.data == data.name else None)
-            split = dataset.split.subset(m.classes)
-            if not split.items(m.split) and not (m.split == "val" and data.val_fraction):
-                raise DataError(f"data set '{dataset.name}' has no {m.split} images of {m.classes} classes")
+            measured_split(run.config, m, load)
 
 
 def note_planned(runs: Sequence[Run], out: Path) -> None:
-    """Add to ``PROTOCOL/planned.json`` which runs there should be, so that a report can say which are missing."""
+    """Add to ``PROTOCOL/planned.json`` which runs and measurements there should be, so that none is missing unseen."""
     file = out / runs[0].protocol / PLANNED
     known = read_planned(file)
     for run in runs:
-        known[run.folder.relative_to(run.protocol).as_posix()] = {
+        place = run.folder.relative_to(run.protocol).as_posix()
+        before = known.get(place, {}).get("measured", [])
+        asked = [{"data": data_name(m.data), "classes": m.classes, "split": m.split} for m in run.measurements]
+        known[place] = {
             "data": run.data,
             "name": run.name,
             "backbone": run.folder.parts[3],
             "shots": run.config.data.shots,
             "seed": run.config.seed,
+            "measured": before + [m for m in asked if m not in before],
         }
     write_atomically(file, json.dumps(known, indent=1))
 
 
 def read_planned(file: Path) -> dict[str, Any]:
-    """The planned runs by folder; none if the file cannot be read, as it only serves to name what is missing."""
+    """The planned runs by folder; none if the file cannot be read, as it only serves to name what is missing.
+
+    Those of earlier versions lack what was to be measured (``measured``).
+    """
     try:
         content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    runs = content.items() if isinstance(content, dict) else ()
+    return {place: run for place, run in runs if isinstance(run, dict) and run.keys() >= _OF_A_RUN}

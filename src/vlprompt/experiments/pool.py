@@ -17,7 +17,7 @@ from typing import Any
 
 from vlprompt.errors import Interrupted, VlpromptError
 from vlprompt.experiments.protocols import Run
-from vlprompt.experiments.runs import do
+from vlprompt.experiments.runs import do_run
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Outcome:
 def attempt(run: Run, out: Path) -> Outcome:
     """Do a run; what it raises becomes its outcome."""
     try:
-        return Outcome(run, do(run, out))
+        return Outcome(run, do_run(run, out))
     except (KeyboardInterrupt, Interrupted):
         return Outcome(run, interrupted=True)
     except VlpromptError as error:
@@ -117,8 +117,9 @@ def _in_processes(runs: Sequence[Run], out: Path, workers: int) -> Iterator[Outc
             except KeyboardInterrupt:
                 stopping = True
                 for worker in busy.values():  # each saves a checkpoint and says that it was interrupted
+                    assert worker.process.pid is not None  # 0 would be our own process group
                     with suppress(OSError):
-                        os.kill(worker.process.pid or 0, signal.SIGINT)
+                        os.kill(worker.process.pid, signal.SIGINT)
                 continue
             for connection in ready:
                 assert isinstance(connection, Connection)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from vlprompt.data.benchmarks.table import DATASETS, find_dataset
-from vlprompt.errors import ConfigError, unknown
+from vlprompt.errors import ConfigError, first_few, unknown
 from vlprompt.methods import find_method
 from vlprompt.training.config import RunConfig, build_config, parse_yaml
 
@@ -213,6 +213,33 @@ def read_rows(file: Path) -> Rows:
     return rows
 
 
+def choose_rows(rows: Rows, only: Sequence[str]) -> Rows:
+    """The rows that ``only`` names, with commas between or one each; raises ConfigError for a name that is no row."""
+    kept = [text for text in only if text in rows]  # a name may have commas in it
+    kept += split_values("--only", [text for text in only if text not in rows]) if len(kept) < len(only) else []
+    if missing := [name for name in kept if name not in rows]:
+        raise ConfigError(f"--only: no row '{missing[0]}' (allowed: {', '.join(rows)})")
+    return {name: row for name, row in rows.items() if name in kept}
+
+
+def split_values(option: str, given: Sequence[str] | None) -> list[str]:
+    """Values of an option given with commas, or several times; raises ConfigError for empty or repeated ones."""
+    values = [part.strip() for text in given or [] for part in text.split(",")]
+    if twice := sorted({value for value in values if values.count(value) > 1}):
+        raise ConfigError(f"{option}: given twice: {first_few(twice)}")
+    if not all(values):
+        raise ConfigError(f"{option}: there is an empty name between commas")
+    return values
+
+
+def split_numbers(option: str, given: Sequence[str]) -> list[int]:
+    """The same for whole numbers."""
+    values = split_values(option, given)
+    if strange := [value for value in values if not value.isdecimal()]:
+        raise ConfigError(f"{option} {strange[0]} (allowed: whole numbers with commas between)")
+    return [int(value) for value in values]
+
+
 def shard(runs: Sequence[Run], part: str | None) -> list[Run]:
     """The ``i``-th of ``n`` equal shares of the runs, for ``part`` = "i/n"; raises ConfigError for what is none."""
     if part is None:
@@ -229,6 +256,10 @@ def data_name(data: str) -> str:
     return dataset.name if dataset else Path(data).expanduser().resolve().name.removesuffix(".csv")
 
 
+def _last_part(path: str | None) -> str | None:
+    return path and Path(path).expanduser().resolve().name
+
+
 def backbone_name(backbone: str) -> str:
     """A backbone as folders and tables name it: of a local one, the last part of its path."""
     path = Path(backbone).expanduser()
@@ -240,8 +271,16 @@ _NOT_THE_RESULT = ("data.root", "data.workers", "train.device", "train.graphs", 
 
 
 def result_settings(config: RunConfig) -> dict[str, Any]:
-    """Every setting that decides a result, flat, except the seed: what runs that are averaged must have in common."""
-    config = replace(config, data=replace(config.data, name=data_name(config.data.name)))
+    """Every setting that decides a result, flat, except the seed: what runs that are averaged must have in common.
+
+    Data, backbones, banks and split files are there by name, wherever they lie.
+    """
+    data, teacher = config.data, config.teacher.backbone
+    data = replace(data, name=data_name(data.name), split_file=_last_part(data.split_file), bank=_last_part(data.bank))
+    config = replace(
+        config, backbone=backbone_name(config.backbone), data=data,
+        teacher=replace(config.teacher, backbone=teacher and backbone_name(teacher)),
+    )  # fmt: skip
     flat: dict[str, Any] = {}
     for key, value in config.to_dict().items():
         flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}

@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from vlprompt.errors import DataError
+from vlprompt.errors import ConfigError, DataError, unknown
 from vlprompt.experiments import plots
 from vlprompt.experiments.bench import PLANNED, read_planned
+from vlprompt.experiments.cells import AnyCell, Cell, Difference, Seconds
+from vlprompt.experiments.details import PerClass, gains, per_class, read_runs, unlike
 from vlprompt.experiments.protocols import PROTOCOLS
-from vlprompt.experiments.published import Published, published
+from vlprompt.experiments.published import SETTING, Published, published
 from vlprompt.experiments.results import RESULTS, read_results
-from vlprompt.experiments.runs import FIGURES, read_figures
-from vlprompt.experiments.tables import (
-    AnyCell,
-    Cell,
-    Difference,
-    Seconds,
-    Study,
-    Table,
-    find_reference,
-    studies,
-    tables,
-)
+from vlprompt.experiments.tables import Study, Table, find_reference, studies, tables
 from vlprompt.files import write_atomically
 
 CONVENTIONS = (
     "Accuracy in percent: the mean over seeds ± its sample standard deviation, of the last epoch. An average over data "
     "sets counts the seeds that all of them have. HM is the harmonic mean of the mean base and the mean novel "
-    "accuracy. Differences are paired by seed (of HM: of each seed's HM); p is two-sided, of a t-test over seeds. "
-    "“–”: the method cannot be asked. train, s: seconds that a run trained."
+    "accuracy, of the seeds that have both. Differences are paired by seed (of HM: of each seed's HM); p is two-sided, "
+    "of a t-test over seeds. “–”: the method cannot be asked. train, s: seconds that a run trained."
 )
-GROUP_NOTE = "many, medium and few are the thirds of the classes by number of training images."
+GROUP_NOTE = (
+    "many, medium and few are the thirds of the classes by number of training images; “–”: no test image is of a class "
+    "in that third."
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,7 @@ def read_sections(folder: Path, reference: str | None = None) -> list[Section]:
     """What there is to report of a benchmark's folder, or of one that holds a results.csv only.
 
     Raises DataError for results that are not there, cannot be read or do not belong together, ConfigError for a
-    reference that is no row.
+    reference that is no row of any study; where one study lacks it, a note says so.
     """
     rows = read_results(folder / RESULTS)
     if not rows:
@@ -66,15 +59,22 @@ def read_sections(folder: Path, reference: str | None = None) -> list[Section]:
     ]
     sections, every = [], studies(rows, planned)
     names = list(dict.fromkeys(name for study in every for name in study.names))
+    if reference is not None and reference not in names:
+        raise ConfigError(unknown("reference", reference, names))
     for study in every:
-        compared = find_reference(study, reference)
+        compared = find_reference(study, reference if reference in study.names else None)
+        runs = read_runs(folder, study)
         first, *others = tables(study, compared)
         made = [_beside_published(study, first), *others]
-        drawn = _plots(study, made, compared, plots.colours(names, compared), per_class(folder, study))
-        codes = sorted({row.code for row in study.rows})
+        drawn = _plots(study, made, compared, plots.colours(names, compared), per_class(runs, study))
         notes = [PROTOCOLS[study.protocol].about] if study.protocol in PROTOCOLS else []
         notes += [GROUP_NOTE] if study.protocol == "long-tail" else []
-        notes += [f"Code version {', '.join(codes)}." + (" Versions differ between runs." if len(codes) > 1 else "")]
+        codes = sorted({row.code for row in study.rows})
+        notes += [f"Code version {', '.join(codes)}."] if codes else ["There are no results yet."]
+        notes += ["Versions differ between runs."] if len(codes) > 1 else []
+        notes += unlike(runs.values(), study)
+        if reference not in (None, compared):
+            notes.append(f"There is no row '{reference}' here: the others are compared with {compared}.")
         sections.append(Section(study, compared, made, drawn, tuple(notes)))
     return sections
 
@@ -90,34 +90,15 @@ def write_report(folder: Path, reference: str | None = None) -> str:
 
 
 def _beside_published(study: Study, average: Table) -> Table:
-    """The table with what papers report in the same setting, where they do."""
-    known = published(study.protocol, study.backbone, study.shots[0], study.data)
-    if not known.keys() & set(study.names):
+    """The table with what papers report of the rows' methods in the same setting, where they do."""
+    known = published(study.protocol, study.backbone, study.split, study.shots[0], study.data)
+    beside = {row.name: known[row.method] for row in study.rows if row.method in known}
+    if not beside:
         return average
-    lines = tuple((name, (*cells, known.get(name, Published()))) for name, cells in average.lines)
-    sources = "; ".join(f"{name}: {known[name].source}" for name in study.names if name in known)
-    note = f"{average.note} Published figures: {sources}.".strip()
+    lines = tuple((name, (*cells, beside.get(name, Published()))) for name, cells in average.lines)
+    sources = "; ".join(f"{name}: {beside[name].source}" for name in study.names if name in beside)
+    note = f"{average.note} {SETTING}: {sources}.".strip()
     return replace(average, head=(*average.head, "published HM"), lines=lines, best=(*average.best, None), note=note)
-
-
-def per_class(folder: Path, study: Study) -> dict[str, dict[str, dict[str, float]]]:
-    """Accuracy of each class on the data set that was trained on, the mean over seeds: data set → row → class.
-
-    Empty where the run folders are not at hand. In few-shot, of the most shots.
-    """
-    found: dict[str, dict[str, dict[str, list[float]]]] = {}
-    place = f"{study.protocol}/*/*/{study.backbone}/shots_{study.shots[-1]}/*/{FIGURES}"
-    for file in sorted(folder.glob(place)):
-        figures = read_figures(file.parent) or {}
-        for measured in figures["measured"]:
-            if measured["data"] == figures["data"] and measured["split"] == study.split:
-                classes = found.setdefault(figures["data"], {}).setdefault(figures["name"], {})
-                for name, accuracy in measured.get("per_class", {}).items():
-                    classes.setdefault(name, []).append(accuracy)
-    return {
-        data: {row: {c: statistics.mean(v) for c, v in classes.items()} for row, classes in rows.items()}
-        for data, rows in found.items()
-    }
 
 
 def _plots(
@@ -125,7 +106,7 @@ def _plots(
     made: Sequence[Table],
     reference: str,
     colour: Mapping[str, str],
-    classes: Mapping[str, Mapping[str, Mapping[str, float]]],
+    classes: PerClass,
 ) -> dict[str, str]:
     """Of the first table (the average, or the only data set), and of each data set's classes."""
     first, drawn = made[0], {}
@@ -138,8 +119,9 @@ def _plots(
     if study.protocol == "base-to-novel":
         base, novel = means("base"), means("novel")
         points = {name: (base[name], novel[name]) for name in base if name in novel}
-        if points:
+        if means("HM"):
             drawn[f"Harmonic mean: {first.title}"] = plots.bars(means("HM"), colour, "Harmonic mean")
+        if points:
             drawn[f"Base and novel accuracy: {first.title}"] = plots.base_and_novel(points, colour, "Base and novel")
     elif study.protocol == "few-shot":
         lines: dict[str, dict[int, tuple[float, float]]] = {}
@@ -151,10 +133,8 @@ def _plots(
             drawn[f"Accuracy and shots: {first.title}"] = plots.curves(lines, colour, "Accuracy and shots")
     for data, rows in classes.items():
         for name in study.names:
-            if name != reference and name in rows and reference in rows:
-                gain = {c: rows[name][c] - rows[reference][c] for c in rows[name] if c in rows[reference]}
-                if not gain:
-                    continue
+            gain = gains(rows.get(name, {}), rows.get(reference, {}))
+            if name != reference and gain:
                 caption = f"Gain of each class, in points: {name} over {reference} on {data}"
                 drawn[caption] = plots.gains(gain, caption)
     return drawn
@@ -187,7 +167,7 @@ def _is_best(cell: AnyCell, best: float | None) -> bool:
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "–": "--", "“": "``", "”": "''",
-    "→": r"$\rightarrow$", "†": r"$^\dagger$", "×": r"$\times$",
+    "<": "$<$", ">": "$>$", "|": r"\textbar{}", "→": r"$\rightarrow$", "†": r"$^\dagger$", "×": r"$\times$",
 }  # fmt: skip
 
 

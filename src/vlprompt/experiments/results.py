@@ -47,7 +47,7 @@ class Row:
     settings: str
     """Fingerprint of every setting that decides the result, except the seed."""
     code: str
-    """Version, and a fingerprint of the package's files."""
+    """What measured it: version, and a fingerprint of the package's files."""
 
 
 _COLUMNS = [field.name for field in fields(Row)]
@@ -57,11 +57,12 @@ _TYPES = {field.name: str(field.type) for field in fields(Row)}
 def rows_of(figures: Mapping[str, Any]) -> list[Row]:
     """The rows of one run's figures.json."""
     common = {key: figures[key] for key in ("protocol", "data", "name", "method", "backbone", "shots", "seed")}
-    common |= {"settings": figures["settings"], "code": figures["code"], "epochs": figures["epochs"]}
+    common |= {"settings": figures["settings"], "epochs": figures["epochs"]}
     common |= {"learned_parameters": figures["trainable_parameters"], "train_seconds": round(figures["seconds"], 3)}
     rows = []
     for measured in figures["measured"]:
         place = {"measured_on": measured["data"], "split": measured["split"]}
+        place["code"] = measured["code"] if "code" in measured else figures["code"]  # older files name one for all
         place["measure_seconds"] = round(measured["seconds"], 3)
         parts = {measured["classes"]: measured, **measured.get("groups", {})}
         for classes, score in parts.items():

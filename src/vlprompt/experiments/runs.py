@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import vlprompt
-from vlprompt.data.datasets import load_dataset
+from vlprompt.data.bank import read_manifest
+from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.reading import ImageReader, readable
+from vlprompt.data.splits import Split, in_order, read_split
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.experiments.protocols import PROTOCOLS, Measurement, Run, backbone_name, data_name, fingerprint
 from vlprompt.experiments.protocols import result_settings as settings_of
@@ -24,10 +26,14 @@ from vlprompt.training.checkpoints import remove_unfinished
 from vlprompt.training.config import RunConfig
 from vlprompt.training.evaluate import Evaluation, evaluate
 from vlprompt.training.run import saved_config, train
+from vlprompt.training.selection import run_split
 
 FORMAT_VERSION = 1
 FIGURES = "figures.json"
 GROUPS = ("many", "medium", "few")
+
+Load = Callable[[str, str | None, str | None], LoadedDataset]
+"""``load_dataset``, or one that remembers."""
 
 
 @lru_cache(1)
@@ -39,7 +45,7 @@ def code_version() -> str:
     return f"{vlprompt.__version__}+{content.hexdigest()[:8]}"
 
 
-def do(run: Run, out: Path) -> dict[str, Any]:
+def do_run(run: Run, out: Path) -> dict[str, Any]:
     """Train a run, or go on with it, and measure what is not measured yet; returns the content of its figures.json.
 
     Raises what :func:`vlprompt.training.run.train` raises, and DataError for data that cannot be measured.
@@ -66,6 +72,8 @@ def do(run: Run, out: Path) -> dict[str, Any]:
             remove_unfinished(folder)  # killed before it wrote anything
         method, _ = train(config, folder, resume=begun)
     figures |= {k: v for k, v in _read_json(folder / "metrics.json").items() if k in _OF_TRAINING}
+    environment = _read_json(folder / "environment.json")
+    figures["weights"] = {k: environment[f"{k}_fingerprint"] for k in _WEIGHTS if f"{k}_fingerprint" in environment}
     for measurement in run.measurements:
         wanted = (data_name(measurement.data), measurement.classes, measurement.split)
         if wanted in done:
@@ -74,31 +82,43 @@ def do(run: Run, out: Path) -> dict[str, Any]:
             folder, run.config.backbone, run.config.train.device, run.config.train.precision
         )
         began = time.monotonic()
-        score = measure(method.eval(), config, measurement, out / SHARED)
-        row = dict(zip(("data", "classes", "split"), wanted, strict=True)) | {"seconds": time.monotonic() - began}
+        split = measured_split(config, measurement)
+        images = images_fingerprint(split, measurement.split)
+        score = measure(method.eval(), config, split, measurement.split, out / SHARED)
+        row: dict[str, Any] = dict(zip(("data", "classes", "split"), wanted, strict=True))
+        row |= {"code": code_version(), "seconds": time.monotonic() - began, "images_fingerprint": images}
         figures["measured"].append(row | (described(score, PROTOCOLS[run.protocol].groups) if score else {"n": 0}))
         write_atomically(folder / FIGURES, json.dumps(figures))
     return figures
 
 
 _OF_TRAINING = ("epochs", "train_accuracy", "val_accuracy", "trainable_parameters", "seconds")
+_WEIGHTS = ("backbone", "teacher")
 
 
-def measure(method: Method, config: RunConfig, measurement: Measurement, shared_folder: Path) -> Evaluation | None:
-    """Score a tuned model; None where it cannot be asked about other classes than its own (a linear probe).
-
-    Raises DataError where the data set has no such images.
-    """
-    own = measurement.data == config.data.name
-    dataset = load_dataset(measurement.data, config.data.root, config.data.split_file if own else None)
+def measured_split(config: RunConfig, measurement: Measurement, load: Load = load_dataset) -> Split:
+    """The classes and images that a run is measured on; raises DataError if there are none."""
+    data = config.data
+    dataset = load(measurement.data, data.root, data.split_file if measurement.data == data.name else None)
     split = dataset.split.subset(measurement.classes)
-    if config.data.val_fraction and not split.val and measurement.split == "val":
-        split = split.with_val(config.data.val_fraction)
-    items, paths = split.items(measurement.split), split.paths(measurement.split)
-    if not items:
+    if data.val_fraction and not split.val and measurement.split == "val":
+        split = split.with_val(data.val_fraction)
+    if not split.items(measurement.split):
         raise DataError(f"data set '{dataset.name}' has no {measurement.split} images of {measurement.classes} classes")
+    return split
+
+
+def images_fingerprint(split: Split, part: str) -> str:
+    """Twelve hexadecimal digits that stand for a part's images by name, their labels, and the class names."""
+    content = json.dumps([split.class_names, [(item.path, item.label) for item in in_order(split.items(part))]])
+    return sha256(content.encode()).hexdigest()[:12]
+
+
+def measure(method: Method, config: RunConfig, split: Split, part: str, shared_folder: Path) -> Evaluation | None:
+    """Score a tuned model; None where it cannot be asked about other classes than its own (a linear probe)."""
     if split.class_names != method.class_names and not method.takes_new_classes:
         return None
+    items, paths = split.items(part), split.paths(part)
     with ImageReader(config.data.workers, room=0) as reader:
         kept = readable(paths, reader, config.data.skip_bad, lambda text: None)
     labels = [items[i].label for i in kept]
@@ -147,7 +167,7 @@ def read_figures(folder: Path) -> dict[str, Any] | None:
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise DataError(f"{file} has format_version {version}; this vlprompt reads up to {FORMAT_VERSION}: update it")
     try:
-        set(map(_key, figures["measured"]))
+        _ = figures["data"], figures["name"], set(map(_key, figures["measured"]))
     except (KeyError, TypeError) as error:
         raise DataError(f"{file} lacks figures: {error}") from None
     return figures
@@ -177,6 +197,33 @@ def check_same_settings(run: Run, out: Path) -> None:
             f"{folder} holds results from other settings ({'; '.join(differ[:3])}{more}): choose another --out, "
             "or remove it"
         )
+
+
+def check_same_data(run: Run, out: Path, load: Load = load_dataset) -> None:
+    """Raise ConfigError if a run in the folder was trained or measured on other images than its data have now.
+
+    Images count by name, label and class name, not by their pixels; where a run left out unreadable ones, those that it
+    was trained on are not compared. A region bank counts by its settings. Runs that are not trained yet look themselves
+    when they are gone on with.
+    """
+    folder, data = out / run.folder, run.config.data
+    if not _trained(folder):
+        return
+    advice = "has now: choose another --out, or remove it"
+    if not _read_json(folder / "metrics.json").get("skipped") and (folder / "split.json").is_file():
+        now = run_split(run.config, load(data.name, data.root, data.split_file))
+        before = read_split(folder / "split.json", now.root)
+        if (before.class_names, before.train, before.val) != (now.class_names, now.train, now.val):
+            raise ConfigError(f"{folder} was trained on other images than {run.data} {advice}")
+    bank = _read_json(folder / "environment.json").get("bank_fingerprint")
+    if bank and data.bank and bank != read_manifest(Path(data.bank).expanduser()).settings.fingerprint:
+        raise ConfigError(f"{folder} was trained on another region bank than {data.bank}: choose another --out")
+    known = {_key(m): m.get("images_fingerprint") for m in (read_figures(folder) or {"measured": []})["measured"]}
+    for m in run.measurements:
+        name = data_name(m.data)
+        images = known.get((name, m.classes, m.split))
+        if images and images != images_fingerprint(measured_split(run.config, m, load), m.split):
+            raise ConfigError(f"{folder} was measured on other images than {name} {advice}")
 
 
 def _trained(folder: Path) -> bool:

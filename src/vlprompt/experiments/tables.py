@@ -2,97 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from vlprompt.errors import ConfigError, DataError, first_few, unknown
+from vlprompt.experiments.cells import MISSING, AnyCell, Cell, Difference, Seconds
 from vlprompt.experiments.protocols import PROTOCOLS
-from vlprompt.experiments.published import Published
 from vlprompt.experiments.results import Row
 from vlprompt.experiments.runs import GROUPS
 from vlprompt.methods import METHODS
 from vlprompt.training.evaluate import harmonic_mean
 
-MISSING, NOT_ASKED = "missing", "–"
 DAGGER = "†"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A figure by seed, in percent."""
-
-    values: dict[int, float] = field(default_factory=dict)
-    seeds: int = 0
-    """How many there should be."""
-    not_asked: bool = False
-    """Whether the method cannot be asked: a linear probe about novel classes."""
-    mean_of: float | None = None
-    """The figure where it is not the mean over seeds: a harmonic mean of means."""
-
-    @property
-    def mean(self) -> float | None:
-        """Over the seeds there are; None if there are none."""
-        if not self.values:
-            return None
-        return statistics.mean(self.values.values()) if self.mean_of is None else self.mean_of
-
-    @property
-    def std(self) -> float | None:
-        """Sample standard deviation over seeds; None for fewer than two."""
-        return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
-
-    def __str__(self) -> str:
-        if self.mean is None:
-            return NOT_ASKED if self.not_asked else MISSING
-        spread = "" if self.std is None or self.mean_of is not None else f" ± {self.std:.2f}"
-        few = f" ({len(self.values)} of {self.seeds} seeds)" if len(self.values) < self.seeds else ""
-        return f"{self.mean:.2f}{spread}{few}"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A method's figure minus the reference's, seed by seed, in points."""
-
-    values: tuple[float, ...]
-
-    def __str__(self) -> str:
-        if not self.values:
-            return NOT_ASKED
-        mean, p = statistics.mean(self.values), self.p
-        spread = f" ± {statistics.stdev(self.values):.2f}" if len(self.values) > 1 else ""
-        chance = "" if p is None else " (p < 0.001)" if p < 0.001 else f" (p = {p:.3f})"
-        return f"{mean:+.2f}{spread}{chance}".replace("-", "−")
-
-    @property
-    def p(self) -> float | None:
-        """Two-sided p of a paired t-test over seeds; None where the differences are all equal or fewer than two."""
-        from scipy.special import stdtr  # comes with scikit-learn
-
-        n = len(self.values)
-        spread = statistics.stdev(self.values) if n > 1 else 0.0
-        if spread < 1e-9:
-            return None
-        return float(2 * stdtr(n - 1, -abs(statistics.mean(self.values)) / (spread / math.sqrt(n))))
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """How long training took, run by run."""
-
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float | None:
-        """Over runs; None if there are none."""
-        return statistics.mean(self.values) if self.values else None
-
-    def __str__(self) -> str:
-        return MISSING if self.mean is None else f"{self.mean:.0f}"
-
-
-AnyCell = Cell | Difference | Seconds | Published
 
 
 @dataclass(frozen=True)
@@ -124,6 +47,8 @@ class Study:
     names: tuple[str, ...]
     data: tuple[str, ...]
     seeds: tuple[int, ...]
+    measured: tuple[tuple[str, str], ...]
+    """Data sets that are trained on, each with one that is measured then."""
     rows: tuple[Row, ...]
 
     @property
@@ -155,32 +80,40 @@ class Study:
 def studies(rows: Sequence[Row], planned: Iterable[dict] = ()) -> list[Study]:
     """The results by protocol, backbone, shots and split, in the order of protocols.
 
-    ``planned`` are runs that there should be (protocol, data, name, backbone, shots, seed), in the order of the tables:
-    without results they are shown as missing. Raises DataError where runs of one cell have different settings.
+    ``planned`` are runs that there should be (protocol, data, name, backbone, shots, seed, and measured: data, classes
+    and split of each measurement), in the order of the tables: without results they are shown as missing. Those of
+    earlier versions do not say what is measured, and belong to every split that has results. Raises DataError where
+    runs of one cell have different settings.
     """
-    keys: dict[tuple, list[Row]] = {}
+    found: dict[tuple, list[Row]] = {}
     for row in rows:
-        keys.setdefault((row.protocol, row.backbone, _shots(row.protocol, row.shots), row.split), []).append(row)
-    wanted = list(planned)
-    result = []
-    for (protocol, backbone, shots, split), found in keys.items():
-        _check_settings(found)
-        runs = [
-            run
-            for run in wanted
-            if (run["protocol"], run["backbone"], _shots(protocol, run["shots"])) == (protocol, backbone, shots)
+        found.setdefault(_key(vars(row), row.split), []).append(row)
+    wanted: dict[tuple, list[dict]] = {}
+    for run in planned:
+        measured = run.get("measured") or [
+            {"data": run["data"], "split": key[-1]} for key in found if key == _key(run, key[-1])
         ]
-        runs += [vars(row) for row in found]
+        for m in measured:
+            wanted.setdefault(_key(run, m["split"]), []).append({**run, "measured_on": m["data"]})
+    result = []
+    for key in {**wanted, **found}:
+        protocol, backbone, _, split = key
+        there = found.get(key, [])
+        _check_settings(there)
+        runs = wanted.get(key, []) + [vars(row) for row in there]
         names, data = _distinct(run["name"] for run in runs), _distinct(run["data"] for run in runs)
-        every = tuple(sorted({run["shots"] for run in runs}))
+        shots = tuple(sorted({run["shots"] for run in runs}))
         seeds = tuple(sorted({run["seed"] for run in runs}))
-        result.append(Study(protocol, backbone, every, split, names, data, seeds, tuple(found)))
+        measured_on = tuple(dict.fromkeys((run["data"], run["measured_on"]) for run in runs))
+        result.append(Study(protocol, backbone, shots, split, names, data, seeds, measured_on, tuple(there)))
     order = list(PROTOCOLS)
     return sorted(result, key=lambda s: (order.index(s.protocol) if s.protocol in order else len(order), s.title))
 
 
-def _shots(protocol: str, shots: int) -> int | None:
-    return None if protocol == "few-shot" else shots
+def _key(run: Mapping[str, Any], split: str) -> tuple:
+    """What the runs of one study have in common."""
+    shots = None if run["protocol"] == "few-shot" else run["shots"]
+    return run["protocol"], run["backbone"], shots, split
 
 
 def _distinct(values: Iterable[str]) -> tuple[str, ...]:
@@ -240,10 +173,11 @@ def _base_to_novel(study: Study, data: Sequence[str]) -> Columns:
     def both(name: str) -> Cell:
         base, novel = of("base")(name), of("novel")(name)
         shared = [seed for seed in base.values if seed in novel.values]
-        if base.mean is None or novel.mean is None:
+        if not shared:
             return Cell(seeds=base.seeds, not_asked=novel.not_asked)
         values = {seed: harmonic_mean(base.values[seed], novel.values[seed]) for seed in shared}
-        return Cell(values, base.seeds, mean_of=harmonic_mean(base.mean, novel.mean))
+        means = (statistics.mean(cell.values[seed] for seed in shared) for cell in (base, novel))
+        return Cell(values, base.seeds, mean_of=harmonic_mean(*means))
 
     return {"base": of("base"), "novel": of("novel"), "HM": both}
 
@@ -256,7 +190,7 @@ def _few_shot(study: Study, data: Sequence[str]) -> Columns:
 
 
 def _transfer(study: Study, data: Sequence[str]) -> Columns:
-    targets = _distinct(row.measured_on for row in study.rows if row.data in data and row.measured_on not in data)
+    targets = _distinct(on for trained, on in study.measured if trained in data and on not in data)
 
     def of(on: str) -> Callable[[str], Cell]:
         return lambda name: study.figure(name, data, on, "all", study.shots[0])
@@ -271,10 +205,18 @@ def _transfer(study: Study, data: Sequence[str]) -> Columns:
 
 
 def _long_tail(study: Study, data: Sequence[str]) -> Columns:
-    def of(classes: str) -> Callable[[str], Cell]:
-        return lambda name: study.figure(name, data, None, classes, study.shots[0])
+    def every(name: str) -> Cell:
+        return study.figure(name, data, None, "all", study.shots[0])
 
-    return {classes: of(classes) for classes in (*GROUPS, "all")}
+    def of(group: str) -> Callable[[str], Cell]:
+        def cell(name: str) -> Cell:
+            found, whole = study.figure(name, data, None, group, study.shots[0]), every(name)
+            # What is measured as a whole but not in a group: no class, or no image, is in that group.
+            return replace(found, not_asked=whole.mean is not None or whole.not_asked) if not found.values else found
+
+        return cell
+
+    return {**{group: of(group) for group in GROUPS}, "all": every}
 
 
 def _table(study: Study, title: str, data: Sequence[str], columns: Columns, reference: str) -> Table:
