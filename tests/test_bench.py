@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 
 from small_run import CLASSES, TINY, make_pictures
+from vlprompt.data.reading import CACHE_BYTES, ImageReader
 from vlprompt.data.splits import long_tail
 from vlprompt.errors import ConfigError, DataError, OutputError
+from vlprompt.experiments import pool
 from vlprompt.experiments import runs as runs_module
 from vlprompt.experiments.lock import folder_lock
 from vlprompt.experiments.pool import spread
@@ -462,6 +464,56 @@ def test_workers_and_one_of_them_killed(bench, photos: Path, tmp_path: Path) -> 
     assert code == 0
     assert json.loads(out)["kept"] == done["done"]
     assert len(read_results(tmp_path / "out" / "results.csv")) == 6
+
+
+@pytest.mark.parametrize("when", ["while they start", "at work"])
+def test_workers_that_are_interrupted_go_on(bench, photos: Path, tmp_path: Path, monkeypatch, when: str) -> None:
+    """A terminal's Ctrl-C goes to all its processes; later the workers are in a group of their own."""
+    original, given = pool.wait, [*GIVEN, "--data", photos, "--workers", "2", "epochs=30"]
+
+    def logs() -> list[Path]:
+        return sorted((tmp_path / "out").glob("*/*/*/*/*/*/log.jsonl"))
+
+    def wait(connections):
+        monkeypatch.setattr(pool, "wait", original)
+        if when == "at work":
+            ends = time.monotonic() + 120
+            while len(logs()) < 2 and time.monotonic() < ends:
+                time.sleep(0.002)
+        else:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(pool, "wait", wait)
+    code, _, err = bench("base-to-novel", *given)
+    assert code == 130
+    assert err.splitlines()[-1] == "interrupted; 0 of 3 runs are finished; to go on: --skip-existing"
+    assert not [line for line in err.splitlines() if "FAILED" in line or "Traceback" in line]
+    before = {log: log.read_text() for log in logs()}
+    assert len(before) == (2 if when == "at work" else 0)
+    if when == "at work":
+        assert bench("base-to-novel", *given, "--skip-existing")[0] == 0
+        assert len(logs()) == 3
+        assert all(log.read_text().startswith(rows) for log, rows in before.items())
+        assert len(read_results(tmp_path / "out" / "results.csv")) == 6
+
+
+class Room:
+    """In place of a run: it fails, and says how many bytes of images its process would keep."""
+
+    config = build_config("zero_shot")
+
+    @property
+    def folder(self) -> Path:
+        with ImageReader(0) as reader:
+            raise DataError(f"{reader.room} bytes")
+
+
+@pytest.mark.parametrize(("workers", "share"), [(1, CACHE_BYTES), (2, CACHE_BYTES // 2), (3, CACHE_BYTES // 2)])
+def test_workers_share_the_memory_for_images(tmp_path: Path, workers: int, share: int) -> None:
+    told = [outcome.failure for outcome in pool.outcomes([Room(), Room()], tmp_path, workers)]
+    assert told == [f"{share} bytes"] * 2
 
 
 @pytest.mark.parametrize(
