@@ -1,7 +1,7 @@
 """Random search for a method's settings on a small backbone: the same space and number of trials for every method.
 
     python tools/search.py rows --methods coop maple --trials 8 > rows.yaml
-    vlprompt bench base-to-novel --rows rows.yaml --data openmoji --seeds 1 --split val --out runs/search
+    vlprompt bench base-to-novel --rows rows.yaml --data openmoji --allow-fewer --seeds 1 --split val --out runs/search
     python tools/search.py best rows.yaml runs/search
 
 Trials differ in learning rate (a factor on the official one), epochs, smallest crop and, where the method has them,
