@@ -75,6 +75,7 @@ def test_base_to_novel_trains_on_base_and_measures_both() -> None:
         assert measured(run) == [(run.config.data.name, "base"), (run.config.data.name, "novel")]
         assert run.config == build_config(
             run.config.method,
+            "base-to-novel" if run.config.method == "coop" else None,
             overrides={"data.name": run.config.data.name, "classes": "base", "shots": 16, "seed": run.config.seed},
         )
 
@@ -218,6 +219,8 @@ def test_a_row_with_a_preset_of_its_own() -> None:
     rows = {"a": ("coop", {"preset": "few-shot-4", "n_ctx": 2}), "b": ("coop", {})}
     (own, protocols) = plan(Asked("few-shot", rows, ["x"], [1], [16]))
     assert (own.config.train.epochs, own.config.settings.n_ctx, protocols.config.train.epochs) == (100, 2, 200)
+    (none,) = plan(Asked("base-to-novel", {"a": ("coop", {"preset": None})}, ["x"], [1]))
+    assert (none.config.settings.n_ctx, none.config.settings.init) == (16, None)
     with pytest.raises(ConfigError, match="unknown preset of coop 'fewshot': did you mean 'few-shot'"):
         plan(Asked("few-shot", {"a": ("coop", {"preset": "fewshot"})}, ["x"], [1]))
 
@@ -253,7 +256,7 @@ def test_a_bench_from_end_to_end(bench, vlprompt, photos: Path, tmp_path: Path) 
         assert row.accuracy == pytest.approx(expected["accuracy"])
         assert row.calibration_error == pytest.approx(expected["calibration_error"], abs=1e-5)
         assert row.macro_accuracy == pytest.approx(sum(expected["per_class"].values()) / len(expected["per_class"]))
-        assert (row.images, row.epochs, row.learned_parameters) == (expected["n"], 1, 16 * 128)
+        assert (row.images, row.epochs, row.learned_parameters) == (expected["n"], 1, 4 * 128)
     assert by["linear_probe", 2, 1, "photos", "novel"] is None
     assert by["zero_shot", 2, 1, "photos", "novel"] == by["zero_shot", 2, 2, "photos", "novel"]
     assert len({r.settings for r in rows}) == 3
@@ -313,9 +316,9 @@ def test_finished_runs_are_kept(bench, photos: Path, trained, tmp_path: Path) ->
 
 def test_results_from_other_settings_are_refused(bench, photos: Path, trained) -> None:
     assert bench("base-to-novel", *GIVEN, "--data", photos)[0] == 0
-    code, _, err = bench("base-to-novel", *GIVEN, "--data", photos, "--skip-existing", "lr=1", "n_ctx=4")
+    code, _, err = bench("base-to-novel", *GIVEN, "--data", photos, "--skip-existing", "lr=1", "n_ctx=8")
     assert code == 2
-    assert "seed_1 holds results from other settings (method.n_ctx = 16, now 4; optim.lr = 0.002, now 1.0)" in err
+    assert "seed_1 holds results from other settings (method.n_ctx = 4, now 8; optim.lr = 0.002, now 1.0)" in err
     assert len(trained) == 3
 
 

@@ -24,6 +24,7 @@ from vlprompt.training.config import build_config, parse_override
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+PRECISE = ("train", "evaluate", "bench")
 PLACEHOLDERS = {"METHOD": "coop", "SEED": "1"}
 COLOURS = {"forget-me-not": (90, 120, 240), "otter": (120, 90, 60), "red_rose": (220, 40, 60)}
 
@@ -99,6 +100,12 @@ def test_commands_are_valid(page: Path, words: list[str]) -> None:
     if words[0] == "train" and given["resume"] is None:
         settings = dict(parse_override(text) for text in given["settings"] or [])
         build_config(given["method"], given["preset"], overrides=settings)
+
+
+def test_every_method_is_reproduced_in_one_precision() -> None:
+    given = [words for page, words in commands() if name(page) == "docs/reproduce.md"]
+    assert {words[1] for words in given if words[0] == "train"} == set(METHODS)
+    assert all(words[words.index("--precision") + 1] == "fp16" for words in given if words[0] in PRECISE)
 
 
 def benches() -> Iterator[tuple[str, list[str]]]:
