@@ -76,6 +76,8 @@ def bench(
         with on_ray.connected() if elsewhere else nullcontext():
             outcomes = on_ray.outcomes(todo, out, workers) if elsewhere else pool.outcomes(todo, out, workers or 1)
             note_planned(runs, out)
+            for note in gaps(todo):
+                say(note)
             result = Done(str(out / RESULTS), len(mine), kept=len(mine) - len(todo))
             if result.kept:
                 say(f"{result.kept} of {len(mine)} runs were finished before")
@@ -188,3 +190,17 @@ def read_planned(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def gaps(runs: Sequence[Run]) -> list[str]:
+    """A line for each choice of images that the runs are measured on in which some of its classes have none."""
+    found: dict[str, None] = {}
+    loaded: dict[tuple, LoadedDataset] = {}
+    for run in runs:
+        data = run.config.data
+        for m in run.measurements:
+            key = m.data, data.root, data.split_file if m.data == data.name else None
+            if key not in loaded:
+                loaded[key] = load_dataset(*key)
+            found[loaded[key].gap(m.split, m.classes)] = None
+    return list(filter(None, found))
