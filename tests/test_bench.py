@@ -19,7 +19,7 @@ from small_run import CLASSES, TINY, make_pictures
 from vlprompt.data.reading import CACHE_BYTES, ImageReader
 from vlprompt.data.splits import long_tail
 from vlprompt.errors import ConfigError, DataError, OutputError
-from vlprompt.experiments import pool
+from vlprompt.experiments import on_ray, pool
 from vlprompt.experiments import runs as runs_module
 from vlprompt.experiments.lock import folder_lock
 from vlprompt.experiments.pool import spread
@@ -517,6 +517,14 @@ class Room:
 def test_workers_share_the_memory_for_images(tmp_path: Path, workers: int, share: int) -> None:
     told = [outcome.failure for outcome in pool.outcomes([Room(), Room()], tmp_path, workers)]
     assert told == [f"{share} bytes"] * 2
+
+
+def test_tasks_of_ray_share_the_memory_for_images(tmp_path: Path, monkeypatch) -> None:
+    """As many as a machine has CPUs, at most."""
+    monkeypatch.setattr("vlprompt.data.reading._sharing", 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    for at_once, share in ((2, CACHE_BYTES // 2), (40, CACHE_BYTES // 4)):
+        assert on_ray._task(Room(), tmp_path, Path.cwd(), at_once).failure == f"{share} bytes"
 
 
 @pytest.mark.parametrize(
