@@ -134,7 +134,7 @@ def test_fingerprints_tell_settings_apart_but_not_seeds_and_places() -> None:
         return fingerprint(run.config)
 
     assert of() == of(data__root="/elsewhere") == of(data__workers=0)
-    assert len({of(), of(lr=1), of(n_ctx=4), of(backbone="y"), of(precision="bf16")}) == 5
+    assert len({of(), of(lr=1), of(n_ctx=8), of(backbone="y"), of(precision="bf16")}) == 5
     one, two = plan(asked("base-to-novel", seeds=[1, 2]))
     assert fingerprint(one.config) == fingerprint(two.config)
 
