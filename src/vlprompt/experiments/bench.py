@@ -183,19 +183,10 @@ def note_planned(runs: Sequence[Run], out: Path) -> None:
     write_atomically(file, json.dumps(known, indent=1))
 
 
-def read_planned(file: Path) -> dict[str, Any]:
-    """The planned runs by folder; none if the file cannot be read, as it only serves to name what is missing."""
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def gaps(runs: Sequence[Run]) -> list[str]:
     """A line for each choice of images that the runs are measured on in which some of its classes have none."""
     found: dict[str, None] = {}
-    loaded: dict[tuple, LoadedDataset] = {}
+    loaded: dict[tuple, Any] = {}
     for run in runs:
         data = run.config.data
         for m in run.measurements:
@@ -204,3 +195,12 @@ def gaps(runs: Sequence[Run]) -> list[str]:
                 loaded[key] = load_dataset(*key)
             found[loaded[key].gap(m.split, m.classes)] = None
     return list(filter(None, found))
+
+
+def read_planned(file: Path) -> dict[str, Any]:
+    """The planned runs by folder; none if the file cannot be read, as it only serves to name what is missing."""
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
