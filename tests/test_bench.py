@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 
 from small_run import CLASSES, TINY, make_pictures
+from vlprompt.data.reading import CACHE_BYTES, ImageReader
 from vlprompt.data.splits import long_tail
 from vlprompt.errors import ConfigError, DataError, OutputError
+from vlprompt.experiments import on_ray, pool
 from vlprompt.experiments import runs as runs_module
 from vlprompt.experiments.lock import folder_lock
 from vlprompt.experiments.pool import spread
@@ -74,6 +76,7 @@ def test_base_to_novel_trains_on_base_and_measures_both() -> None:
         assert measured(run) == [(run.config.data.name, "base"), (run.config.data.name, "novel")]
         assert run.config == build_config(
             run.config.method,
+            "base-to-novel" if run.config.method == "coop" else None,
             overrides={"data.name": run.config.data.name, "classes": "base", "shots": 16, "seed": run.config.seed},
         )
 
@@ -132,7 +135,7 @@ def test_fingerprints_tell_settings_apart_but_not_seeds_and_places() -> None:
         return fingerprint(run.config)
 
     assert of() == of(data__root="/elsewhere") == of(data__workers=0)
-    assert len({of(), of(lr=1), of(n_ctx=4), of(backbone="y"), of(precision="bf16")}) == 5
+    assert len({of(), of(lr=1), of(n_ctx=8), of(backbone="y"), of(precision="bf16")}) == 5
     one, two = plan(asked("base-to-novel", seeds=[1, 2]))
     assert fingerprint(one.config) == fingerprint(two.config)
 
@@ -235,6 +238,8 @@ def test_a_row_with_a_preset_of_its_own() -> None:
     rows = {"a": ("coop", {"preset": "few-shot-4", "n_ctx": 2}), "b": ("coop", {})}
     (own, protocols) = plan(Asked("few-shot", rows, ["x"], [1], [16]))
     assert (own.config.train.epochs, own.config.settings.n_ctx, protocols.config.train.epochs) == (100, 2, 200)
+    (none,) = plan(Asked("base-to-novel", {"a": ("coop", {"preset": None})}, ["x"], [1]))
+    assert (none.config.settings.n_ctx, none.config.settings.init) == (16, None)
     with pytest.raises(ConfigError, match="unknown preset of coop 'fewshot': did you mean 'few-shot'"):
         plan(Asked("few-shot", {"a": ("coop", {"preset": "fewshot"})}, ["x"], [1]))
 
@@ -270,7 +275,7 @@ def test_a_bench_from_end_to_end(bench, vlprompt, photos: Path, tmp_path: Path) 
         assert row.accuracy == pytest.approx(expected["accuracy"])
         assert row.calibration_error == pytest.approx(expected["calibration_error"], abs=1e-5)
         assert row.macro_accuracy == pytest.approx(sum(expected["per_class"].values()) / len(expected["per_class"]))
-        assert (row.images, row.epochs, row.learned_parameters) == (expected["n"], 1, 16 * 128)
+        assert (row.images, row.epochs, row.learned_parameters) == (expected["n"], 1, 4 * 128)
     assert by["linear_probe", 2, 1, "photos", "novel"] is None
     assert by["zero_shot", 2, 1, "photos", "novel"] == by["zero_shot", 2, 2, "photos", "novel"]
     assert len({r.settings for r in rows}) == 3
@@ -366,9 +371,9 @@ def test_a_changed_file_changes_the_code_version(tmp_path: Path, monkeypatch) ->
 
 def test_results_from_other_settings_are_refused(bench, photos: Path, trained) -> None:
     assert bench("base-to-novel", *GIVEN, "--data", photos)[0] == 0
-    code, _, err = bench("base-to-novel", *GIVEN, "--data", photos, "--skip-existing", "lr=1", "n_ctx=4")
+    code, _, err = bench("base-to-novel", *GIVEN, "--data", photos, "--skip-existing", "lr=1", "n_ctx=8")
     assert code == 2
-    assert "seed_1 holds results from other settings (method.n_ctx = 16, now 4; optim.lr = 0.002, now 1.0)" in err
+    assert "seed_1 holds results from other settings (method.n_ctx = 4, now 8; optim.lr = 0.002, now 1.0)" in err
     assert len(trained) == 3
 
 
@@ -606,6 +611,64 @@ def test_workers_and_one_of_them_killed(bench, photos: Path, tmp_path: Path) -> 
     assert code == 0
     assert json.loads(out)["kept"] == done["done"]
     assert len(read_results(tmp_path / "out" / "results.csv")) == 6
+
+
+@pytest.mark.parametrize("when", ["while they start", "at work"])
+def test_workers_that_are_interrupted_go_on(bench, photos: Path, tmp_path: Path, monkeypatch, when: str) -> None:
+    """A terminal's Ctrl-C goes to all its processes; later the workers are in a group of their own."""
+    original, given = pool.wait, [*GIVEN, "--data", photos, "--workers", "2", "epochs=30"]
+
+    def logs() -> list[Path]:
+        return sorted((tmp_path / "out").glob("*/*/*/*/*/*/log.jsonl"))
+
+    def wait(connections):
+        monkeypatch.setattr(pool, "wait", original)
+        if when == "at work":
+            ends = time.monotonic() + 120
+            while len(logs()) < 2 and time.monotonic() < ends:
+                time.sleep(0.002)
+        else:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(pool, "wait", wait)
+    code, _, err = bench("base-to-novel", *given)
+    assert code == 130
+    assert err.splitlines()[-1] == "interrupted; 0 of 3 runs are finished; to go on: --skip-existing"
+    assert not [line for line in err.splitlines() if "FAILED" in line or "Traceback" in line]
+    before = {log: log.read_text() for log in logs()}
+    assert len(before) == (2 if when == "at work" else 0)
+    if when == "at work":
+        assert bench("base-to-novel", *given, "--skip-existing")[0] == 0
+        assert len(logs()) == 3
+        assert all(log.read_text().startswith(rows) for log, rows in before.items())
+        assert len(read_results(tmp_path / "out" / "results.csv")) == 6
+
+
+class Room:
+    """In place of a run: it fails, and says how many bytes of images its process would keep."""
+
+    config = build_config("zero_shot")
+
+    @property
+    def folder(self) -> Path:
+        with ImageReader(0) as reader:
+            raise DataError(f"{reader.room} bytes")
+
+
+@pytest.mark.parametrize(("workers", "share"), [(1, CACHE_BYTES), (2, CACHE_BYTES // 2), (3, CACHE_BYTES // 2)])
+def test_workers_share_the_memory_for_images(tmp_path: Path, workers: int, share: int) -> None:
+    told = [outcome.failure for outcome in pool.outcomes([Room(), Room()], tmp_path, workers)]
+    assert told == [f"{share} bytes"] * 2
+
+
+def test_tasks_of_ray_share_the_memory_for_images(tmp_path: Path, monkeypatch) -> None:
+    """As many as a machine has CPUs, at most."""
+    monkeypatch.setattr("vlprompt.data.reading._sharing", 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    for at_once, share in ((2, CACHE_BYTES // 2), (40, CACHE_BYTES // 4)):
+        assert on_ray._task(Room(), tmp_path, Path.cwd(), at_once).failure == f"{share} bytes"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -356,12 +357,29 @@ def test_the_commands_shown_put_the_layout_right(vlprompt, tmp_path: Path, sized
 
 
 def test_val_images_in_one_folder_without_a_table(tmp_path: Path) -> None:
-    val = build(tmp_path, "imagenet") / "images" / "val"
-    flatten(val)
-    report = check("imagenet", tmp_path)
+    """The moves that the usual script lists are done, and nothing else that it may hold."""
+    root, fetched = tmp_path / "my data", tmp_path / "programs" / "curl"
+    val = build(root, "imagenet") / "images" / "val"
+    images = {image: val / f"ILSVRC2012_val_{i:08}.JPEG" for i, image in enumerate(sorted(val.glob("*/*")), 1)}
+    for image, target in images.items():
+        image.rename(target)
+    for folder in {image.parent for image in images}:
+        folder.rmdir()
+    report = check("imagenet", root)
     assert report.fault == f"{val} has no class folders with images"
-    assert [command.split()[:2] for command in report.fixes] == [["cd", str(val)]]
-    assert "valprep.sh" in report.fixes[0]
+    (command,) = report.fixes
+    assert "valprep.sh" in command
+    lines = [f"mkdir -p {image.parent.name}\nmv {target.name} {image.parent.name}/" for image, target in images.items()]
+    evil = ["touch evil", "mv ILSVRC2012_val_00000001.JPEG n01440764/; touch evil", "mv ../classnames.txt n01440764/"]
+    fetched.parent.mkdir()
+    fetched.write_text("\n".join(["#!/bin/sh", "cat <<'end'", *evil, *lines, "end\n"]))
+    fetched.chmod(0o755)
+    search = f"{fetched.parent}:{os.environ['PATH']}"
+    subprocess.run(["sh", "-c", command], check=True, cwd=tmp_path, env={"PATH": search})
+    found = {path.relative_to(val).as_posix() for path in val.rglob("*.JPEG")}
+    assert found == {f"{image.parent.name}/{target.name}" for image, target in images.items()}
+    assert not list(tmp_path.rglob("evil"))
+    assert check("imagenet", root, decode=False).fixes == []
 
 
 def test_what_is_nowhere_is_to_be_fetched(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,16 @@ from PIL import Image
 from hub import Hub
 from vlprompt.cli import app
 from vlprompt.data.benchmarks.table import DATASETS
+from vlprompt.data.openmoji import CLASSES, pictures
+from vlprompt.data.splits import PARTS, Item, Split
 from vlprompt.methods import METHODS
 from vlprompt.training.config import build_config, parse_override
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+PRECISE = ("train", "evaluate", "bench")
 PLACEHOLDERS = {"METHOD": "coop", "SEED": "1"}
-CLASSES = {"forget-me-not": (90, 120, 240), "otter": (120, 90, 60), "red_rose": (220, 40, 60)}
+COLOURS = {"forget-me-not": (90, 120, 240), "otter": (120, 90, 60), "red_rose": (220, 40, 60)}
 
 
 def name(page: Path) -> str:
@@ -41,7 +44,7 @@ def blocks(page: Path, *languages: str) -> list[str]:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the photographs that the pages speak of, to run them in."""
     rng = np.random.default_rng(0)
-    for folder, colour in CLASSES.items():
+    for folder, colour in COLOURS.items():
         for i in range(8):
             pixels = (np.array(colour) + rng.integers(-40, 40, (64, 64, 3))).clip(0, 255).astype(np.uint8)
             file = tmp_path / "photos" / folder / f"{i}.png"
@@ -96,6 +99,47 @@ def test_commands_are_valid(page: Path, words: list[str]) -> None:
     if words[0] == "train" and given["resume"] is None:
         settings = dict(parse_override(text) for text in given["settings"] or [])
         build_config(given["method"], given["preset"], overrides=settings)
+
+
+def test_every_method_is_reproduced_in_one_precision() -> None:
+    given = [words for page, words in commands() if name(page) == "docs/reproduce.md"]
+    assert {words[1] for words in given if words[0] == "train"} == set(METHODS)
+    assert all(words[words.index("--precision") + 1] == "fp16" for words in given if words[0] in PRECISE)
+
+
+def benches() -> Iterator[tuple[str, list[str]]]:
+    """Every ``vlprompt bench`` of the pages and of the tables in ``tools``, if its file of rows is there."""
+    every = [(name(page), words) for page, words in commands()]
+    for file in sorted((REPOSITORY / "tools").rglob("*.yaml")):
+        lines = re.findall(r"^# +vlprompt (.+)$", file.read_text("utf-8"), re.MULTILINE)
+        every += [(name(file), shlex.split(line)) for line in lines]
+    for where, words in every:
+        rows = words[words.index("--rows") + 1] if "--rows" in words else None
+        if words[0] == "bench" and (rows is None or (REPOSITORY / rows).is_file()):
+            yield where, words
+
+
+@pytest.mark.parametrize(("where", "words"), [pytest.param(w, b, id=f"{w}: {' '.join(b)}") for w, b in benches()])
+def test_benches_can_begin(
+    vlprompt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, words: list[str]
+) -> None:
+    """Their runs can be planned and, with the data set that is everywhere, have images enough."""
+    given = [*words, "--out", str(tmp_path / "out")]
+    if words[words.index("--data") + 1] != "openmoji":
+        given.append("--dry-run")
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr("vlprompt.experiments.pool.outcomes", lambda runs, out, workers: [])
+    monkeypatch.setattr("vlprompt.data.datasets.absent", lambda split: [])  # nothing is drawn
+    for key in (key for key in DATASETS if key.startswith("openmoji")):
+        monkeypatch.setitem(DATASETS, key, replace(DATASETS[key], make=openmoji))
+    code, _, err = vlprompt(*given)
+    assert code == 0, err
+
+
+def openmoji(folder: Path) -> Split:
+    """The data set's split, without its pictures."""
+    items = {part: [Item(p.path, CLASSES.index(p.class_name)) for p in pictures() if p.split == part] for part in PARTS}
+    return Split(folder, CLASSES, *(tuple(items[part]) for part in PARTS))
 
 
 # --- links and settings ---------------------------------------------------------------------------

@@ -8,8 +8,10 @@ import hashlib
 import io
 import json
 import os
+import struct
 import tarfile
 import threading
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -390,6 +392,13 @@ def bomb(compression: int) -> bytes:
     return stream.getvalue()
 
 
+def understated(compression: int) -> bytes:
+    """The same, with 10 bytes announced."""
+    size = struct.pack("<I", 32 << 20)
+    assert bomb(compression).count(size) == 2  # before the content and in the directory
+    return bomb(compression).replace(size, struct.pack("<I", 10))
+
+
 def lying_bomb() -> bytes:
     """A tar whose header announces a name of 8 MiB, which a reader would put into memory."""
     info = tarfile.TarInfo("././@LongLink")
@@ -413,7 +422,10 @@ HARMFUL = {
     "a symbolic link in a zip": (lambda: zip_link("dtd/images", "/"), "'dtd/images' is neither a file nor a folder"),
     "a file twice": (lambda: tar_of(entry("dtd/a.jpg"), entry("dtd/a.jpg")), "'dtd/a.jpg' is in it twice"),
     "1,000 times smaller": (lambda: bomb(zipfile.ZIP_DEFLATED), "it unpacks to more than 100 times its size"),
-    "100,000 times smaller": (lambda: bomb(zipfile.ZIP_BZIP2), "it unpacks to more than 100 times its size"),
+    "100,000 times smaller": (lambda: bomb(zipfile.ZIP_BZIP2), "'dtd/images/x.jpg' is compressed in another way than"),
+    "a size that is a lie": (lambda: understated(zipfile.ZIP_DEFLATED), "is damaged: Bad CRC-32"),
+    "a size that is a lie, bzip2": (lambda: understated(zipfile.ZIP_BZIP2), "in another way than deflate"),
+    "a size that is a lie, LZMA": (lambda: understated(zipfile.ZIP_LZMA), "in another way than deflate"),
     "a tar 1,000 times smaller": (
         lambda: tar_of(entry("dtd/images/x.jpg"), content=bytes(8 << 20)), "it unpacks to more than 100 times its size",
     ),
@@ -448,6 +460,19 @@ def test_harmful_archives_leave_nothing(
 def test_the_bombs_are_as_small_as_they_say() -> None:
     assert (32 << 20) / len(bomb(zipfile.ZIP_BZIP2)) > 100_000
     assert (32 << 20) / len(bomb(zipfile.ZIP_DEFLATED)) > 900
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_size_that_is_a_lie_takes_no_memory(tmp_path: Path, compression: int) -> None:
+    (tmp_path / "lie.zip").write_bytes(understated(compression))
+    tracemalloc.start()
+    try:
+        with fails("lie.zip is "):
+            unpack.unpack(tmp_path / "lie.zip", tmp_path / "out")
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 8 << 20
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -511,6 +511,7 @@ OFFICIAL: Mapping[str, Mapping[str, Any]] = {
     "coop few-shot-4": {"train.epochs": 100},
     "coop few-shot-2": {"train.epochs": 100},
     "coop few-shot-1": {"train.epochs": 50},
+    "coop base-to-novel": {"method.n_ctx": 4, "method.init": WORDS, "optim.lr": 0.002, "train.epochs": 50},
     "coop cross-dataset": {"method.n_ctx": 4, "method.init": WORDS, "optim.lr": 0.002, "train.epochs": 50},
     "cocoop": {
         "method.n_ctx": 4, "method.init": WORDS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from conftest import SHARED
+from small_run import TINY
 from vlprompt.data import images, reading
 from vlprompt.data.benchmarks.table import DATASETS
 from vlprompt.data.datasets import LoadedDataset, load_dataset
@@ -132,6 +134,35 @@ def test_a_split_file_replaces_the_split_of_any_data_set(photos, tmp_path, monke
     monkeypatch.setitem(DATASETS, "dtd", replace(DATASETS["dtd"], folder="photos", images=""))
     loaded = load_dataset("dtd", tmp_path, file)
     assert (loaded.split, loaded.template) == (split, "{} texture.")
+
+
+def test_a_split_file_that_does_not_test_a_class(photos, tmp_path, monkeypatch):
+    """A benchmark's must, as its own split does; that of one's own images need not."""
+    file = tmp_path / "split.json"
+    split = from_folder(photos)
+    split = replace(split, test=tuple(item for item in split.test if item.label < 2))
+    write_split(split, file)
+    monkeypatch.setitem(DATASETS, "dtd", replace(DATASETS["dtd"], folder="photos", images=""))
+    with fails(r"split file .*split\.json: train and test have different classes: 1 only in train \(horse\)"):
+        load_dataset("dtd", tmp_path, file)
+    assert load_dataset(photos, split_file=file).split == split
+
+
+def test_classes_without_images_are_named(vlprompt, photos, tmp_path):
+    """In the parts that have images of other classes, wherever they are read; nothing fails for that."""
+    for part in ("train", "val", "test"):
+        for name in NAMES[: 3 if part == "train" else 1]:
+            shutil.copytree(photos / name, tmp_path / "own" / part / name)
+    given = ("--backbone", TINY, "data.workers=0")
+    note = "note: data set 'own' has no {} images of 2 of 3 classes (dog, horse)"
+    code, _, err = vlprompt("train", "zero_shot", tmp_path / "own", *given, "--out", tmp_path / "run")
+    assert (code, [err.count(note.format(part)) for part in ("val", "test")]) == (0, [1, 1])
+    code, out, err = vlprompt("evaluate", tmp_path / "run", tmp_path / "own", "--json")
+    assert (code, err, list(json.loads(out)["per_class"])) == (0, note.format("test") + "\n", ["cat"])
+    assert vlprompt("evaluate", tmp_path / "run", photos)[2] == ""
+    bench = ("bench", "few-shot", "--methods", "zero_shot", "--seeds", "1,2", "--shots", "2", "--out", tmp_path / "out")
+    code, _, err = vlprompt(*bench, "--data", f"{tmp_path / 'own'},{photos}", *given)
+    assert (code, err.count("note: "), err.count(note.format("test"))) == (0, 1, 1)
 
 
 def test_split_files_that_do_not_fit(photos, tmp_path):

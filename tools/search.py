@@ -1,11 +1,12 @@
 """Random search for a method's settings on a small backbone: the same space and number of trials for every method.
 
     python tools/search.py rows --methods coop maple --trials 8 > rows.yaml
-    vlprompt bench base-to-novel --rows rows.yaml --data openmoji --seeds 1 --split val --out runs/search
+    vlprompt bench base-to-novel --rows rows.yaml --data openmoji --allow-fewer --seeds 1 --split val --out runs/search
     python tools/search.py best rows.yaml runs/search
 
-Trials differ in learning rate (a factor on the official one), epochs, smallest crop and, where the method has them,
-number of prompt tokens and depth; all have batches of 16. The best has the highest harmonic mean on validation images.
+Trials start from the official settings without a preset. They differ in learning rate (a factor on the official one),
+epochs, smallest crop and, where the method has them, number of prompt tokens and depth; all have batches of 16. The
+best has the highest harmonic mean on validation images.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def rows(methods: list[str], trials: int, seed: int) -> dict[str, Any]:
     points = list(zip(*(draw.sample(column, trials) for column in columns), strict=True))
     return {
         "rows": {
-            f"{method}-{k}": {"method": method} | trial(method, *point)
+            f"{method}-{k}": {"method": method, "preset": None} | trial(method, *point)
             for method in methods
             for k, point in enumerate(points, 1)
         }

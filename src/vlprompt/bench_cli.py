@@ -14,6 +14,7 @@ from vlprompt.options import (
     MODEL,
     OUTPUT,
     RUN,
+    AllowFewer,
     Engine,
     Json,
     Part,
@@ -61,6 +62,7 @@ def bench(
     shots: Annotated[
         ListOf, typer.Option(help="Training images per class; default: the protocol's.", rich_help_panel=RUN)
     ] = None,
+    allow_fewer: AllowFewer = False,
     split: Annotated[
         Part, typer.Option(help="Images that are measured; choose settings on val.", rich_help_panel=DATA)
     ] = Part.test,
@@ -111,6 +113,7 @@ def bench(
     given = {
         "backbone": backbone,
         "data.root": root and str(root.expanduser()),
+        "data.allow_fewer": allow_fewer or None,
         "train.device": device,
         "train.precision": precision,
     }

@@ -246,6 +246,8 @@ def evaluate(
     items, paths = chosen.items(split.value), chosen.paths(split.value)
     if not items:
         raise DataError(f"data set '{dataset.name}' has no {split.value} images")
+    if note := dataset.gap(split.value, classes.value):  # type: ignore[arg-type]
+        say(note)
     method = _load(run, backbone, device, precision)
     with ImageReader(room=CACHE_BYTES if skip_bad else 0) as reader:
         kept = readable(paths, reader, skip_bad, say)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from vlprompt.data.benchmarks.table import DATASETS, DEFAULT_TEMPLATE, Dataset, find_dataset
 from vlprompt.data.folders import from_csv, from_folder
@@ -20,6 +21,16 @@ class LoadedDataset:
     split: Split
     template: str
     """With ``{}`` where the class name goes."""
+
+    def gap(self, part: str, classes: Literal["base", "novel", "all"] = "all") -> str:
+        """A line about the classes without images in a part, where others have some; empty if there are none."""
+        split = self.split.subset(classes)
+        there = set(split.labels(part))
+        names = [name for label, name in enumerate(split.class_names) if label not in there]
+        if not there or not names:
+            return ""
+        of = f"{len(names)} of {len(split.class_names)} classes"
+        return f"note: data set '{self.name}' has no {part} images of {of} ({first_few(names)})"
 
 
 def load_dataset(
@@ -37,7 +48,7 @@ def load_dataset(
     set's own classes and parts. A run's file holds the classes of that run only.
 
     Raises DataError for what does not exist, naming the path looked for or the nearest name: all images of a split must
-    be there. A benchmark's training and test images must be of the same classes.
+    be there. A benchmark's training and test images must be of the same classes, those of ``split_file`` too.
     """
     data, file = os.fspath(data), None if split_file is None else Path(split_file).expanduser()
     if dataset := find_dataset(data):
@@ -82,17 +93,21 @@ def read_benchmark(dataset: Dataset, folder: Path, file: Path | None = None) -> 
     It is not looked whether the images exist. Raises DataError for folders and lists that do not, and for training and
     test images of different classes.
     """
+    source = f"data set '{dataset.name}'"
     if dataset.make is not None:
-        made = dataset.make(folder)
-        return (made, f"data set '{dataset.name}'") if file is None else (read_split(file, made.root), _named(file))
-    images = folder / dataset.images
-    for place in (folder, *(images / sub for sub in dataset.subfolders)):
-        if not place.is_dir():
-            raise missing(f"data set '{dataset.name}': folder", place)
+        split = dataset.make(folder)
+        images = split.root
+    else:
+        images = folder / dataset.images
+        for place in (folder, *(images / sub for sub in dataset.subfolders)):
+            if not place.is_dir():
+                raise missing(f"{source}: folder", place)
+        if dataset.read is None:
+            file = file or folder / dataset.split_file
+        elif file is None:
+            split = dataset.read(folder, images)
     if file is not None:
-        return read_split(file, images), _named(file)
-    source = f"data set '{dataset.name}'" if dataset.read else _named(folder / dataset.split_file)
-    split = dataset.read(folder, images) if dataset.read else read_split(folder / dataset.split_file, images)
+        split, source = read_split(file, images), _named(file)
     _same_classes(split, source)
     return split, source
 

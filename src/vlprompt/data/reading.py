@@ -20,17 +20,28 @@ from vlprompt.errors import DataError, first_few
 CACHE_BYTES = 2 << 30  # decoded images kept in memory; the rest is decoded again when it is needed again
 AHEAD = 4  # batches being made while one is used
 
+_sharing = 1  # processes that CACHE_BYTES are for
+
+
+def share_memory(processes: int) -> None:
+    """Leave to this process's readers their part of CACHE_BYTES: it is one of so many that read at once."""
+    global _sharing
+    _sharing = processes
+
 
 class ImageReader:
     """Decoded images, kept while there is room, and threads that make batches of them ahead of their use.
 
     Pillow decodes and resizes outside Python's lock, so threads are enough: they start at once and share the decoded
-    images. ``workers`` = 0 does all work in the calling thread. Close it, or use it in a ``with`` statement.
+    images. ``workers`` = 0 does all work in the calling thread. ``room`` is in bytes, by default this process's part of
+    CACHE_BYTES. Close it, or use it in a ``with`` statement.
     """
 
-    def __init__(self, workers: int = 2, room: int = CACHE_BYTES) -> None:
+    def __init__(self, workers: int = 2, room: int | None = None) -> None:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="vlprompt-images") if workers else None
-        self._room, self._full = room, False
+        self.room = CACHE_BYTES // _sharing if room is None else room
+        """Bytes of decoded images that it may still keep."""
+        self._full = False
         self._kept: dict[Path, Image.Image] = {}
         self._lock = Lock()
 
@@ -56,9 +67,9 @@ class ImageReader:
         image = load_image(path)
         size = 3 * image.width * image.height
         with self._lock:
-            self._full = self._full or size > self._room
-            if size <= self._room and path not in self._kept:
-                self._room -= size
+            self._full = self._full or size > self.room
+            if size <= self.room and path not in self._kept:
+                self.room -= size
                 self._kept[path] = image
         return image
 

@@ -80,6 +80,8 @@ def bench(
         with on_ray.connected() if elsewhere else nullcontext():
             outcomes = on_ray.outcomes(todo, out, workers) if elsewhere else pool.outcomes(todo, out, workers or 1)
             note_planned(runs, out)
+            for note in gaps(todo):
+                say(note)
             result = Done(str(out / RESULTS), len(mine), kept=len(mine) - len(todo))
             if result.kept:
                 say(f"{result.kept} of {len(mine)} runs were finished before")
@@ -177,6 +179,20 @@ def note_planned(runs: Sequence[Run], out: Path) -> None:
             "measured": before + [m for m in asked if m not in before],
         }
     write_atomically(file, json.dumps(known, indent=1))
+
+
+def gaps(runs: Sequence[Run]) -> list[str]:
+    """A line for each choice of images that the runs are measured on in which some of its classes have none."""
+    found: dict[str, None] = {}
+    loaded: dict[tuple, Any] = {}
+    for run in runs:
+        data = run.config.data
+        for m in run.measurements:
+            key = m.data, data.root, data.split_file if m.data == data.name else None
+            if key not in loaded:
+                loaded[key] = load_dataset(*key)
+            found[loaded[key].gap(m.split, m.classes)] = None
+    return list(filter(None, found))
 
 
 def read_planned(file: Path) -> dict[str, Any]:

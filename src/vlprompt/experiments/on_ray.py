@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
+from vlprompt.data.reading import share_memory
 from vlprompt.errors import ConfigError
 from vlprompt.experiments.pool import Outcome, attempt
 from vlprompt.experiments.protocols import Run
@@ -63,7 +64,7 @@ def _outcomes(runs: Sequence[Run], out: Path, at_once: int, gpus: float) -> Iter
         while True:
             while waiting and not stopping and len(busy) < at_once:
                 run = waiting.pop(0)
-                busy[task.remote(run, out, Path.cwd())] = run
+                busy[task.remote(run, out, Path.cwd(), at_once)] = run
             if not busy:
                 break
             try:
@@ -97,11 +98,12 @@ def _gpu_share(runs: Sequence[Run], gpus: int, workers: int | None) -> float:
     return math.floor(10_000 / max(1, math.ceil((workers or gpus) / gpus))) / 10_000
 
 
-def _task(run: Run, out: Path, place: Path) -> Outcome:
+def _task(run: Run, out: Path, place: Path, at_once: int) -> Outcome:
     """What one of Ray's processes does for a run; ``place`` is the folder that paths of the bench start from."""
     import torch
 
     torch.set_num_threads(1)
+    share_memory(min(at_once, os.cpu_count() or 1))  # a machine has no more of them than CPUs
     try:
         os.chdir(place)
     except OSError as error:

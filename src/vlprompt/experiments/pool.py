@@ -10,11 +10,13 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from vlprompt.data.reading import share_memory
 from vlprompt.errors import Interrupted, VlpromptError
 from vlprompt.experiments.protocols import Run
 from vlprompt.experiments.runs import do_run
@@ -60,13 +62,14 @@ def outcomes(runs: Sequence[Run], out: Path, workers: int) -> Iterator[Outcome]:
 
 
 class _Worker:
-    """A process that does one run after another, each as it is told to."""
+    """A process that does one run after another, each as it is told to; number ``place`` of ``workers``, from 0."""
 
-    def __init__(self, out: Path, place: int) -> None:
+    def __init__(self, out: Path, place: int, workers: int) -> None:
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
         self.connection, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_work, args=(theirs, out, place), daemon=True)
-        self.process.start()
+        self.process: BaseProcess = context.Process(target=_work, args=(theirs, out, place, workers), daemon=True)
+        with _one_thread(), _interrupts_held():
+            self.process.start()
         theirs.close()
         self.run: Run | None = None
 
@@ -97,15 +100,13 @@ class _Worker:
 
 def _in_processes(runs: Sequence[Run], out: Path, workers: int) -> Iterator[Outcome]:
     waiting, stopping = list(runs), False
-    with _one_thread():
-        pool = [_Worker(out, place) for place in range(workers)]
+    pool = [_Worker(out, place, workers) for place in range(workers)]
     try:
         while True:
             for place, worker in enumerate(pool):
                 if worker.run is None and waiting and not stopping:
                     if not worker.process.is_alive():
-                        with _one_thread():
-                            worker = pool[place] = _Worker(out, place)
+                        worker = pool[place] = _Worker(out, place, workers)
                     worker.give(waiting.pop(0))
             busy = {worker.connection: worker for worker in pool if worker.run is not None}
             if not busy:
@@ -149,6 +150,33 @@ def _one_thread() -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Inside, Ctrl-C waits until the end, and in processes that are started inside until they let it come."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # before a first process Python starts it, and lets Ctrl-C come then
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _interrupts_let_in() -> Iterator[None]:
+    """Inside, Ctrl-C comes: at once, if it has waited."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+
+
 def spread(run: Run, place: int) -> None:
     """Let a run that asks for ``cuda`` without a number use this machine's GPU number ``place``, counted round."""
     import torch
@@ -158,8 +186,8 @@ def spread(run: Run, place: int) -> None:
         torch.cuda.set_device(place % gpus)
 
 
-def _work(connection: Connection, out: Path, place: int) -> None:
-    """What a worker's process does until its parent hangs up; ``place`` is its number among the workers, from 0."""
+def _work(connection: Connection, out: Path, place: int, workers: int) -> None:
+    """What a worker's process does until its parent hangs up. It is started with Ctrl-C held."""
     import torch
 
     if hasattr(os, "setpgrp"):
@@ -173,8 +201,17 @@ def _work(connection: Connection, out: Path, place: int) -> None:
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    share_memory(workers)
     with suppress(EOFError, OSError, KeyboardInterrupt):
         while True:
             run = connection.recv()
             spread(run, place)
-            connection.send(attempt(run, out))
+            connection.send(_attempt_interruptibly(run, out))
+
+
+def _attempt_interruptibly(run: Run, out: Path) -> Outcome:
+    try:
+        with _interrupts_let_in():
+            return attempt(run, out)
+    except KeyboardInterrupt:  # before the run began, or after it had ended
+        return Outcome(run, interrupted=True)

@@ -44,7 +44,8 @@ class Protocol:
 
 PROTOCOLS: dict[str, Protocol] = {
     "base-to-novel": Protocol(
-        "Do prompts tuned on half of the classes serve the other half?", train="base", measured=("base", "novel")
+        "Do prompts tuned on half of the classes serve the other half?", train="base", measured=("base", "novel"),
+        preset="base-to-novel",
     ),
     "few-shot": Protocol(
         "How much do a few images a class bring?", shots=(1, 2, 4, 8, 16), preset="few-shot",

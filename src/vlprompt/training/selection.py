@@ -8,7 +8,7 @@ from typing import Protocol
 
 from vlprompt.data.datasets import LoadedDataset
 from vlprompt.data.reading import ImageReader, name_skipped, unusable
-from vlprompt.data.splits import Split, repeated
+from vlprompt.data.splits import PARTS, Split, repeated
 from vlprompt.errors import ConfigError, DataError, first_few
 from vlprompt.training.config import DataConfig
 
@@ -71,6 +71,9 @@ def choose_images(
         bad |= found
     if config.data.val_fraction and dataset.split.val:
         say(f"data set '{dataset.name}' has val images: data.val_fraction is not used")
+    for part in PARTS[1:]:
+        if note := dataset.gap(part, config.data.classes):
+            say(note)
     if twice := repeated(split.class_names):
         say(f"several classes have the same name, so nothing tells them apart: {', '.join(twice)}")
     return split, len(bad)

@@ -211,7 +211,11 @@ def _into_class_folders(place: Path, dataset: Dataset, root: Path) -> list[str]:
             to = f"{there}/${{box%% *}}"
             loop = f"while IFS=, read -r image box; do mkdir -p {to} && mv {there}/$image.JPEG {to}; done"
             return [f"tail -n +2 {quote(str(table))} | {loop}"]
-    return [f"cd {there} && curl -LO {_VALPREP} && sh valprep.sh"]
+    # The usual script is a list of moves: read as one, whatever else it may hold by now.
+    moves = r"sed -nE 's|^mv (ILSVRC2012_val_[0-9]{8}[.]JPEG) (n[0-9]{8})/?$|\1 \2|p'"
+    to = f"{there}/$class"
+    loop = f"while read -r image class; do mkdir -p {to} && mv {there}/$image {to}; done"
+    return [f"curl -fsSL {_VALPREP} | {moves} | {loop}"]
 
 
 def _move(source: Path, target: Path) -> list[str]:

@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
-from lzma import LZMAError
 from pathlib import Path, PureWindowsPath
 from typing import IO, NamedTuple, cast
 
@@ -24,8 +23,8 @@ RATIO = 100
 ROOM = 1 << 20  # bytes that even a tiny archive may unpack to
 
 _DAMAGED = (
-    tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, LZMAError, EOFError, NotImplementedError,
-    RuntimeError, ValueError,
+    tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, NotImplementedError, RuntimeError,
+    ValueError,
 )  # fmt: skip
 
 
@@ -42,8 +41,8 @@ def unpack(archive: Path, folder: Path) -> None:
     """Unpack a ``.zip``, ``.tar`` or ``.tar.gz`` into ``folder``, which must be new; permissions are not taken over.
 
     Raises DataError, with what was written so far left in ``folder``, for an archive that is damaged, or has paths that
-    lead elsewhere, links, a file twice, more than a million members, or more than a hundred times its own size in it;
-    OutputError if the disk does not take it.
+    lead elsewhere, links, a file twice, more than a million members, or more than a hundred times its own size in it,
+    and for a zip compressed in another way than deflate; OutputError if the disk does not take it.
     """
     limit = ROOM + RATIO * archive.stat().st_size
     written = 0
@@ -88,6 +87,10 @@ def _members(archive: Path, limit: int) -> Iterator[_Member]:
         if start == b"PK":
             with zipfile.ZipFile(raw) as zipped:
                 for info in zipped.infolist():
+                    # Of what these give, Python makes no more at once than is asked for, and no more at all than the
+                    # directory says; what bzip2 and LZMA give it makes whole, whatever its size.
+                    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                        raise _refused(archive, f"'{info.filename}' is compressed in another way than deflate")
                     plain = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
                     yield _Member(info.filename, info.is_dir(), plain, info.file_size, partial(zipped.open, info))
             return
