@@ -80,7 +80,7 @@ def bench(
         with on_ray.connected() if elsewhere else nullcontext():
             outcomes = on_ray.outcomes(todo, out, workers) if elsewhere else pool.outcomes(todo, out, workers or 1)
             note_planned(runs, out)
-            for note in gaps(todo):
+            for note in gaps(todo, load):
                 say(note)
             result = Done(str(out / RESULTS), len(mine), kept=len(mine) - len(todo))
             if result.kept:
@@ -181,17 +181,14 @@ def note_planned(runs: Sequence[Run], out: Path) -> None:
     write_atomically(file, json.dumps(known, indent=1))
 
 
-def gaps(runs: Sequence[Run]) -> list[str]:
+def gaps(runs: Sequence[Run], load: Load = load_dataset) -> list[str]:
     """A line for each choice of images that the runs are measured on in which some of its classes have none."""
     found: dict[str, None] = {}
-    loaded: dict[tuple, Any] = {}
     for run in runs:
         data = run.config.data
         for m in run.measurements:
-            key = m.data, data.root, data.split_file if m.data == data.name else None
-            if key not in loaded:
-                loaded[key] = load_dataset(*key)
-            found[loaded[key].gap(m.split, m.classes)] = None
+            dataset = load(m.data, data.root, data.split_file if m.data == data.name else None)
+            found[dataset.gap(m.split, m.classes)] = None
     return list(filter(None, found))
 
 
