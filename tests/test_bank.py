@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -39,6 +40,7 @@ from vlprompt.data.reading import ImageReader
 from vlprompt.data.regions import Crops, content_hash, restored, stored
 from vlprompt.data.views import BankViews, Views
 from vlprompt.errors import ArtefactError, ConfigError, DataError, Interrupted
+from vlprompt.files import is_unfinished, write_atomically
 from vlprompt.methods import METHODS, Batch
 from vlprompt.training.bank_build import bank_config, build_bank
 from vlprompt.training.config import OptimConfig, TrainConfig
@@ -285,6 +287,26 @@ def test_a_bank_without_all_its_parts_is_not_read(pictures, bank, tmp_path) -> N
 def test_a_part_with_nothing_to_do(pictures, tmp_path) -> None:
     built = build(pictures, tmp_path / "bank", part=(7, 7))
     assert (built.built, built.finished) == (0, False)
+
+
+def test_processes_of_one_number_on_two_machines_write_beside_each_other(tmp_path, monkeypatch) -> None:
+    written: list[Path] = []
+    replace = os.replace
+
+    def other_machine(unfinished: Path, file: Path) -> None:
+        written.append(unfinished)
+        if len(written) == 1:
+            write_atomically(file, "other")
+        assert unfinished.read_text() == ("own" if unfinished == written[0] else "other")
+        replace(unfinished, file)
+
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    monkeypatch.setattr(os, "replace", other_machine)
+    write_atomically(tmp_path / "file", "own")
+    assert content(tmp_path) == {"file": b"own"}
+    assert len(set(written)) == 2
+    assert all(map(is_unfinished, written))
+    assert not is_unfinished(tmp_path / "file")
 
 
 def test_an_image_that_changes_while_a_bank_is_unfinished_is_named(pictures, tmp_path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.views import evaluation_batches
+from vlprompt.files import unfinished_name
 from vlprompt.methods import Method
 from vlprompt.training.evaluate import EvaluationImages
 
@@ -95,14 +95,14 @@ def computed_once(
 
 def _write(file: Path, shape: tuple[int, ...], dtype: np.dtype, parts: Iterable[NDArray]) -> None:
     # Not into a mapped file: a disk that fills up would kill the process, where a write raises an error.
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished = unfinished_name(file)
     try:
         with unfinished.open("wb") as stream:
             header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(stream, header)
             for part in parts:
                 stream.write(np.ascontiguousarray(part, dtype).data)
-        os.replace(unfinished, file)
+        unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -36,7 +36,7 @@ from vlprompt.data.reading import ImageReader
 from vlprompt.data.regions import Crops, content_hash, restored, stored
 from vlprompt.data.splits import Split
 from vlprompt.errors import ConfigError, DataError, VlpromptError
-from vlprompt.files import cannot_write, write_atomically
+from vlprompt.files import cannot_write, is_unfinished, write_atomically
 from vlprompt.training.card import public_name
 from vlprompt.training.config import DataConfig, TeacherConfig, checked
 from vlprompt.training.selection import choose_images
@@ -218,14 +218,9 @@ def _begun(out: Path) -> Manifest | None:
     """What an earlier build has begun in the folder; raises ConfigError if something else is in it."""
     if not out.exists():
         return None
-    if not out.is_dir() or (any(not unfinished(file) for file in out.iterdir()) and not (out / MANIFEST).exists()):
+    if not out.is_dir() or (any(not is_unfinished(file) for file in out.iterdir()) and not (out / MANIFEST).exists()):
         raise ConfigError(f"output folder {out} is already in use: choose another with --out")
     return read_manifest(out) if (out / MANIFEST).exists() else None
-
-
-def unfinished(file: Path) -> bool:
-    """Whether a killed process was writing this file."""
-    return re.fullmatch(r"\..+\.\d+", file.name) is not None
 
 
 def _load_towers(config: BankConfig, split: Split, template: str) -> Towers:
@@ -288,7 +283,7 @@ def _finish(out: Path, manifest: Manifest, new: Sequence[int], alone: bool) -> b
     )
     replace(manifest, shards=shards).write(out)
     try:
-        for file in filter(unfinished, out.glob(".*" if alone else ".regions-*")):
+        for file in filter(is_unfinished, out.glob(".*" if alone else ".regions-*")):
             file.unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(out, error) from error
