@@ -8,7 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -920,9 +920,21 @@ def test_towers_of_other_precisions_fill_a_bank(precision, pictures, bank, tmp_p
 
 def test_fingerprints_cover_every_setting() -> None:
     base = BankSettings(teacher=Labels("t", "f", "{}", 1.0, ("a", "b"), 1), features=Features("s", "f", 4))
-    assert asdict(base)  # a copy of one other value in each field gives another fingerprint
+    teacher, features = base.teacher, base.features
     others = [
         replace(base, regions=1), replace(base, crops=Crops(flip=0)), replace(base, teacher=None),
         replace(base, features=None), replace(base, batch_size=1), replace(base, precision="fp16"),
+        *(replace(base, teacher=replace(teacher, **{key: value})) for key, value in [
+            ("fingerprint", "g"), ("template", "a {}"), ("logit_scale", 2.0), ("class_names", ("b", "a")), ("top_k", 2),
+        ]),
+        *(replace(base, features=replace(features, **{key: value})) for key, value in [
+            ("fingerprint", "g"), ("embed_dim", 5), ("dtype", "fp16"),
+        ]),
     ]  # fmt: skip
-    assert len({s.fingerprint for s in (base, *others)}) == 7
+    assert len({s.fingerprint for s in (base, *others)}) == 15
+
+
+def test_a_fingerprint_does_not_cover_under_which_names_models_lie() -> None:
+    base = BankSettings(teacher=Labels("t", "f", "{}", 1.0, ("a", "b"), 1), features=Features("s", "f", 4))
+    moved = replace(base, teacher=replace(base.teacher, name="u"), features=replace(base.features, name="v"))
+    assert moved.fingerprint == base.fingerprint

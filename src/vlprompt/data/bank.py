@@ -90,8 +90,9 @@ class BankSettings:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the settings: with an image's content they decide its numbers."""
-        return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """SHA-256 over the settings: with an image's content they decide its numbers. Names of models do not."""
+        decides = asdict(self, dict_factory=lambda items: {key: value for key, value in items if key != "name"})
+        return sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
