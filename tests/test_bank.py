@@ -155,6 +155,18 @@ def test_a_teacher_that_is_nearly_sure_leaves_the_others_possible() -> None:
     assert read[1, 1:].sum() < 1e-6
 
 
+def test_many_classes_share_a_small_rest() -> None:
+    p = torch.zeros(2, 20_000)
+    p[0] = 1e-6 / 19_999  # each share is far below what fp16 can tell from 0
+    p[0, 7] = 1 - 1e-6
+    p[1, 7] = 1
+    read = labelled(p, 10)
+    assert 1 - read[0, 7] == pytest.approx(1e-6, rel=0.5)
+    assert (read > 0).all()
+    assert read[1].sum() - read[1, 7] < 1e-6
+    torch.testing.assert_close(read.sum(-1), torch.ones(2))
+
+
 def test_bytes_per_image() -> None:
     def size(n_classes: int, features: str | None = None) -> int:
         labels = Labels("t", "f", "{}", 100.0, tuple(map(str, range(n_classes))), 10)

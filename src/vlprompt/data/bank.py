@@ -225,10 +225,13 @@ class Bank:
         """The teacher's distribution over all its classes, [n, C] in fp32: the classes not kept share the rest."""
         assert self.settings.teacher is not None
         n_classes = len(self.settings.teacher.class_names)
-        kept = torch.from_numpy(records["probabilities"].astype(np.float32))
+        # Zeros as they were stored: a class's share of the rest may be smaller than any number of fp16.
+        kept, rest = (
+            torch.from_numpy(records[key].astype(np.float32)).clamp_min(FLOOR) for key in ("probabilities", "rest")
+        )
         classes = torch.from_numpy(records["classes"].astype(np.int64))
-        rest = torch.from_numpy(records["rest"].astype(np.float32)) / max(n_classes - kept.shape[1], 1)
-        full = rest[:, None].repeat(1, n_classes).scatter(1, classes, kept).clamp_min(FLOOR)
+        share = rest / max(n_classes - kept.shape[1], 1)
+        full = share[:, None].repeat(1, n_classes).scatter(1, classes, kept)
         return full / full.sum(-1, keepdim=True)
 
     def _open(self, i: int) -> NDArray[np.void]:
