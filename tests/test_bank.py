@@ -375,7 +375,7 @@ def test_another_teacher_and_other_classes_are_named(pictures, bank, tmp_path) -
         ("kdpl_coop", {"teacher.backbone": str(TINY)}, r"built with teacher 'mini' \(\w{12}…\), not 'backbone' \("),
         ("kdpl_coop", {"teacher.template": "a {}."}, r"with teacher.template = 'a photo of a \{\}.', not 'a \{\}.'"),
         ("kdpl_coop", {"teacher.logit_scale": 1.0}, r"built with teacher.logit_scale = [\d.]+, not 1.0"),
-        ("coop", {"data.classes": "base"}, r"built with other classes \(it has 3, not 2: 'sea horse' is one more\)"),
+        ("kdpl_coop", {"data.classes": "base"}, r"other classes \(it has 3, not 2: 'sea horse' is one more\)"),
         ("coop", {"data.min_scale": 0.5}, r"built with crops.min_scale = 0.08, not 0.5"),
         ("coop", {"backbone": TEACHER}, r"built with features 'backbone' \(\w{12}…\), not 'mini' \(\w{12}…\)"),
         ("coop", {"data.regions_per_image": 3}, r"data.regions_per_image = 3 \(allowed with batches of 4: 1, 2, 4\)"),
@@ -392,6 +392,19 @@ def test_a_run_that_does_not_fit_is_refused(method, more, says, pictures, bank, 
     with pytest.raises((ConfigError, DataError), match=says):
         train(from_bank(pictures, bank, method, **more), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_method_does_not_read_of_a_bank_need_not_fit(pictures, bank, tmp_path) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("owl\nfox\n")
+    build(pictures, tmp_path / "words", **{"teacher.class_names_file": str(words)})
+    once = {"train.epochs": 1}
+    train(from_bank(pictures, tmp_path / "words", "coop", **once), tmp_path / "labels")
+    train(from_bank(pictures, bank, "vpt", backbone=TEACHER, **once), tmp_path / "features")
+    one_branch = {"backbone": TEACHER, "method.branches": "textual", **once}
+    with pytest.raises(ConfigError, match="built with features 'backbone'"):
+        train(from_bank(pictures, bank, "dpl", **one_branch), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "1.5", "all", "3x", "true"])
@@ -793,14 +806,14 @@ def test_the_scikit_learn_shell_trains_from_a_bank(pictures, bank) -> None:
     ours, theirs = shell.model_.method.state_dict(), fitted(pictures, bank, "coop").state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     with pytest.raises(ConfigError, match=r"built with other classes \('0' is not among its 3\)$"):
-        PromptClassifier("coop", str(TINY), settings=settings).fit(paths, labels)
+        PromptClassifier("kdpl_coop", str(TINY), settings=settings).fit(paths, labels)
 
 
 @pytest.mark.parametrize(
     ("name", "more", "says"),
     [
         ("kdpl_coop", {"teacher": str(TINY)}, r"built with teacher 'mini' \(\w{12}…\), not 'backbone' \("),
-        ("coop", {"class_names": ("cat", "dog", "owl")}, r"built with other classes \('owl' is not among its 3"),
+        ("kdpl_coop", {"class_names": ("cat", "dog", "owl")}, r"built with other classes \('owl' is not among its 3"),
         ("coop", {"min_scale": 0.5}, r"built with crops.min_scale = 0.08, not 0.5$"),
         ("coop", {"backbone": TEACHER}, r"built with features 'backbone' \(\w{12}…\), not 'mini' \(\w{12}…\)$"),
         ("coop", {"regions_per_image": 3}, r"^data.regions_per_image = 3 \(allowed with batches of 4: 1, 2, 4\)$"),
@@ -831,7 +844,7 @@ def test_text_methods_train_without_images_image_tower_and_teacher(method, pictu
 
     assert find_teacher(config, CLASSES, "{}", tiny) is None
     split = replace(split, val=())
-    opened = find_bank(config, CLASSES, tiny)
+    opened = find_bank(config, CLASSES)
     session = Session(config, Path("unused"), own, split, Processes(), reader, Silent(), None, opened)
     monkeypatch.setattr(reader, "image", None)
     monkeypatch.setattr(tiny, "image_tower", None)

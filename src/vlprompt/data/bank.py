@@ -327,8 +327,10 @@ def differences(built: Mapping[str, Any], wanted: Mapping[str, Any], section: st
 
 def _shown(value: object) -> str:
     if isinstance(value, Mapping):
-        return f"'{value['name']}'"
-    return "none" if value is None else f"'{value}'" if isinstance(value, str) else str(value)
+        value = str(value["name"])
+    if isinstance(value, str):
+        return f"'{value}'"
+    return "none" if value is None else str(value)
 
 
 def _class_difference(old: Sequence[str], new: Sequence[str]) -> str:
