@@ -740,7 +740,9 @@ def test_any_method_trains_from_a_bank(method, pictures, bank, tiny, tmp_path, m
     tuned, result = train(from_bank(pictures, bank, method), tmp_path / "run", say=said.append)
     taught = "teacher_probabilities" in METHODS[method].needs
     assert result.teacher == (TEACHER if taught else None)
-    assert (f", labelled by {TEACHER}, " in said[0]) == taught
+    scale = Bank(bank).settings.teacher.logit_scale
+    taught_by = f", labelled by {TEACHER} with 'a photo of a {{}}.' and logit scale {scale:g}, "
+    assert (taught_by in said[0]) == taught
     assert f"10 regions of each image, {'labelled' if taught else ''}"[:26] in said[0]
     assert "| views | fixed regions, of region bank `bank` |" in (tmp_path / "run" / "README.md").read_text("utf-8")
     assert "bank_fingerprint" in (tmp_path / "run" / "environment.json").read_text()

@@ -162,10 +162,10 @@ def _opening(
     if teacher:
         lines.insert(1, f"taught by {teacher.backbone.name}: {len(teacher.class_names)} classes, '{teacher.template}'")
     if bank:
-        labels, features = read_by(method, bank)
+        (labels, features), t = read_by(method, bank), bank.settings.teacher
         used, there = regions_used(config.data, bank), bank.settings.regions
         what = [f"{f'{used} of ' if used < there else ''}{there} regions of each image"]
-        what += [f"labelled by {bank.settings.teacher.name}"] if labels and bank.settings.teacher else []
+        what += [f"labelled by {t.name} with '{t.template}' and logit scale {t.logit_scale:g}"] if labels and t else []
         what += ["with frozen features"] if features else []
         lines.insert(1, f"{', '.join(what)}, from {bank.folder}")
     return "\n".join(lines)
