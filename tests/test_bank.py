@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -33,7 +34,18 @@ from test_distributed import processes
 from vlprompt import PromptClassifier, build_method, fit
 from vlprompt.backbones.load import load_backbone
 from vlprompt.data.augment import augment_patches
-from vlprompt.data.bank import FLOOR, Bank, BankSettings, Features, Labels, describe, read_manifest, top_k, verify
+from vlprompt.data.bank import (
+    FLOOR,
+    SHARD_IMAGES,
+    Bank,
+    BankSettings,
+    Features,
+    Labels,
+    describe,
+    read_manifest,
+    top_k,
+    verify,
+)
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.images import load_image, pixel_box, random_regions
 from vlprompt.data.reading import ImageReader
@@ -65,11 +77,11 @@ def tiny():
     return load_backbone(str(TINY))
 
 
-def build(pictures: Path, out: Path, **more: Any):
+def build(pictures: Path, out: Path, progress=lambda done, of: None, **more: Any):
     """A bank of ten regions, with labels and features unless told otherwise."""
     given = {"data.name": str(pictures), "data.workers": 0, "teacher.backbone": TEACHER, "backbone": str(TINY)}
     given |= {"regions": REGIONS, "top_k": TOP_K, "batch_size": BATCH}
-    return build_bank(bank_config({k: v for k, v in (given | more).items() if v is not None}), out)
+    return build_bank(bank_config({k: v for k, v in (given | more).items() if v is not None}), out, progress=progress)
 
 
 @pytest.fixture(scope="module")
@@ -251,22 +263,25 @@ def test_a_killed_build_resumes_to_the_same_bytes(pictures, tmp_path) -> None:
         # Before its 1st file, the manifest; after manifest and a file of regions; behind the next; before the last.
         "files": [1, 3, -1, 2],
     }
-    runs = [
-        {
-            "out": str(tmp_path / name),
-            "deaths": d,
-            "argv": ["bank", "build", str(pictures), "--out", str(tmp_path / name), *GIVEN],
-        }
-        for name, d in deaths.items()
-    ]
+
+    def run(name: str, deaths: list, *more: str) -> dict[str, Any]:
+        out = str(tmp_path / name)
+        return {"out": out, "deaths": deaths, "argv": ["bank", "build", str(pictures), "--out", out, *GIVEN, *more]}
+
+    runs = [run(name, d) for name, d in deaths.items()]
+    runs += [run("parts", [1, -1], "--part", "2/2"), run("parts", [1, 2, -2], "--part", "1/2")]
+    runs += [run(name, [], "--shots", "3") for name in ("grown", "grown often")]
+    runs += [run("grown", []), run("grown often", [1, -1, 2])]
     helper = [sys.executable, str(Path(__file__).parent / "kill_often.py"), json.dumps(runs)]
     done = subprocess.run(helper, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    none, times, files = json.loads(done.stdout)
+    none, times, files, *others = json.loads(done.stdout)
     assert (none, files) == (0, len(deaths["files"]))
     assert times >= 2
-    for name in ("times", "files"):
+    assert others == [2, 3, 0, 0, 0, 3]
+    for name in ("times", "files", "parts"):
         assert content(tmp_path / name) == content(tmp_path / "whole")
+    assert content(tmp_path / "grown often") == content(tmp_path / "grown")
 
 
 def test_parts_in_several_processes_give_the_same_bytes(pictures, bank, tmp_path) -> None:
@@ -321,13 +336,164 @@ def test_processes_of_one_number_on_two_machines_write_beside_each_other(tmp_pat
     assert not is_unfinished(tmp_path / "file")
 
 
-def test_an_image_that_changes_while_a_bank_is_unfinished_is_named(pictures, tmp_path) -> None:
-    shutil.copytree(pictures, tmp_path / "p")
-    build(tmp_path / "p", tmp_path / "bank", part=(1, 3))
-    _, path = read_manifest(tmp_path / "bank").images[-1]  # of the third part
-    Image.new("RGB", (40, 40)).save(tmp_path / "p" / path)
-    with pytest.raises(DataError, match=rf"cannot go on: image {path}, which the bank lacks still, is not among the"):
-        build(tmp_path / "p", tmp_path / "bank")
+def same_numbers(one: Path, other: Path) -> bool:
+    """Whether all images of a bank are in another one with the same numbers, wherever they lie."""
+    a, b = Bank(one), Bank(other)
+    contents = [content for content, _ in a.manifest.images]
+    read = ([x.read(np.full(REGIONS, x._row[c]), np.arange(REGIONS)) for c in contents] for x in (a, b))
+    return all(np.array_equal(m, n) for m, n in zip(*read, strict=True))
+
+
+def cut_off(file: Path, images: list[Path], shard: int) -> None:
+    """Take so much of an image away that it cannot be read and comes, by its new content, into a bank's i-th file."""
+    whole, others = file.read_bytes(), [content_hash(image) for image in images if image != file]
+    for n in range(40, 1000):
+        file.write_bytes(whole[:-n])
+        if sum(other < content_hash(file) for other in others) // SHARD_IMAGES == shard:
+            return
+    raise AssertionError("no such place")
+
+
+@pytest.mark.parametrize(
+    ("shard", "remedy"),
+    [(0, "repaired"), (1, "repaired"), (0, "removed"), (1, "removed"), (2, "removed"), (1, "skipped")],
+)
+def test_a_build_that_an_image_stopped_goes_on(shard, remedy, pictures, bank, tmp_path) -> None:
+    images, out = damaged(pictures, tmp_path / "p"), tmp_path / "bank"
+    file = images / "train" / "dog" / "3.png"
+    cut_off(file, load_dataset(images).split.paths("train"), shard)
+    with pytest.raises(DataError, match=r"dog/3\.png"):
+        build(images, out)
+    assert len(list(out.glob("*.npy"))) == shard
+    if remedy != "skipped":
+        file.unlink()
+    if remedy == "repaired":
+        shutil.copy(pictures / "train" / "dog" / "3.png", file)
+    more = {"data.skip_bad": remedy == "skipped"}
+    built = build(images, out, **more)
+    assert (built.finished, built.images) == (True, 18 if remedy == "repaired" else 17)
+    verify(out, images)
+    assert same_numbers(out, bank)
+    assert build(images, out, **more).built == 0
+
+
+def test_other_seeds_of_a_half_built_bank_go_on_with_it(pictures, bank, tmp_path) -> None:
+    out, seeds = tmp_path / "bank", [{"data.shots": 4, "seed": seed} for seed in (1, 2)]
+    assert not build(pictures, out, part=(1, 2), **seeds[0]).finished
+    assert build(pictures, out, **seeds[1]).finished
+    assert build(pictures, out, **seeds[0]).finished
+    assert build(pictures, out).images == 18
+    assert same_numbers(out, bank)
+
+
+def test_a_refused_command_leaves_a_half_built_bank_as_it_was(pictures, bank, tmp_path) -> None:
+    out = tmp_path / "bank"
+    build(pictures, out, part=(2, 3))
+    (out / ".lock").unlink()
+    before = content(out)
+    for more in ({"batch_size": 5}, {"top_k": 1, "data.shots": 1}):
+        with pytest.raises(ConfigError, match="cannot go on: it was begun with"):
+            build(pictures, out, **more)
+        assert content(out) == before
+    assert build(pictures, out).finished
+    assert content(out) == content(bank)
+
+
+@pytest.mark.parametrize("more", [{"batch_size": 5}, {"teacher.backbone": None}, {"data.shots": 1}])
+def test_a_bank_without_any_file_is_not_begun(more, pictures, bank, tmp_path) -> None:
+    assert build(pictures, tmp_path / "bank", part=(7, 7), **more).built == 0
+    assert build(pictures, tmp_path / "bank").finished
+    assert content(tmp_path / "bank") == content(bank)
+
+
+def test_a_file_whose_images_are_all_gone_is_empty(pictures, bank, tmp_path) -> None:
+    images, out = damaged(pictures, tmp_path / "p"), damaged(bank, tmp_path / "bank")
+    one, other = (images / "train" / "cat" / name for name in ("one.png", "other.png"))
+    Image.new("RGB", (40, 40), "red").save(one)
+    build(images, out, part=(9, 9))
+    Image.new("RGB", (40, 40), "blue").save(other)
+    assert not build(images, out, part=(5, 5)).finished
+    one.unlink()
+    assert build(images, out).finished
+    assert [shard.images for shard in verify(out, images).shards] == [8, 8, 2, 0, 1]
+    build(images, tmp_path / "fresh")
+    assert same_numbers(out, tmp_path / "fresh")
+    train(from_bank(images, out, **{"train.epochs": 1}), tmp_path / "run")
+
+
+def test_a_lost_file_of_images_that_are_gone_is_named(pictures, bank, tmp_path) -> None:
+    images, out = damaged(pictures, tmp_path / "p"), damaged(bank, tmp_path / "bank")
+    (out / "regions-00001.npy").unlink()
+    path = read_manifest(bank).images[9][1]
+    Image.new("RGB", (40, 40)).save(images / path)
+    before = content(out)
+    says = rf"cannot go on: regions-00001.npy is lost, and image {path} of it is not among the data, or has changed$"
+    with pytest.raises(DataError, match=says):
+        build(images, out)
+    assert content(out) == before
+    shutil.copy(pictures / path, images / path)
+    assert build(images, out).finished
+    assert content(out) == content(bank)
+
+
+@pytest.mark.parametrize("more", [{"seed": 2}, {"batch_size": 5}, {"teacher.template": "one {}."}])
+def test_of_two_builds_that_differ_and_begin_together_one_is_refused(more, pictures, tmp_path) -> None:
+    out, few = tmp_path / "bank", {"data.shots": 4}
+
+    def meanwhile(done: int, of: int) -> None:
+        if done == 1:
+            build(pictures, out, part=(2, 2), **few, **more)
+
+    with pytest.raises(
+        ConfigError, match=r"cannot go on: another build has begun there meanwhile, with other images or"
+    ):
+        build(pictures, out, meanwhile, part=(1, 2), **few)
+    with pytest.raises(DataError, match="is not finished"):
+        Bank(out)
+    assert build(pictures, out, part=(1, 2), **few, **more).finished
+    build(pictures, tmp_path / "alone", **few, **more)
+    assert content(out) == content(tmp_path / "alone")
+
+
+def test_other_images_while_a_bank_is_built_do_not_mix_with_it(pictures, bank, tmp_path) -> None:
+    out, seeds = tmp_path / "bank", [{"data.shots": 4, "seed": seed} for seed in (1, 2)]
+
+    def meanwhile(done: int, of: int) -> None:
+        if done == 9:  # after its first file
+            with pytest.raises(ConfigError, match="it was begun with batch_size = 4, not 5"):
+                build(pictures, out, batch_size=5, **seeds[0])
+            build(pictures, out, **seeds[1])
+
+    with pytest.raises(ConfigError, match="cannot go on: another build has begun there meanwhile"):
+        build(pictures, out, meanwhile, **seeds[0])
+    assert Bank(out)  # the other one's
+    build(pictures, out, **seeds[0])
+    assert build(pictures, out).images == 18
+    assert same_numbers(out, bank)
+
+
+def test_builds_write_one_at_a_time(pictures, tmp_path, monkeypatch) -> None:
+    out, replace, written = tmp_path / "bank", os.replace, []
+
+    def alone(unfinished: Path, file: Path) -> None:
+        with (out / ".lock").open("w") as stream, pytest.raises(BlockingIOError):
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        written.append(file.name)
+        replace(unfinished, file)
+
+    monkeypatch.setattr(os, "replace", alone)
+    build(pictures, out, **{"data.shots": 1})
+    assert written == ["manifest.json", "regions-00000.npy", "manifest.json"]
+    assert {file.name for file in out.iterdir()} == set(written)
+
+
+def test_what_killed_parts_left_is_gone_when_the_bank_is_complete(pictures, bank, tmp_path) -> None:
+    out = tmp_path / "bank"
+    build(pictures, out, part=(1, 2))
+    for name in (".manifest.json.1", ".regions-00001.npy.2"):
+        (out / name).write_text("half")
+    build(pictures, out, part=(2, 2))
+    assert content(out) == content(bank)
 
 
 # --- refused --------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vlprompt.errors import OutputError
@@ -25,6 +27,23 @@ def write_atomically(file: Path, content: str | bytes) -> None:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(file, error) from error
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Hold the lock file, which is made, against other processes; it is free again when the process ends.
+
+    Where the system or the file system knows no locks, nothing is held.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with lock.open("w") as stream:
+        with suppress(OSError):  # some network file systems know no locks
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def unfinished_name(file: Path) -> Path:
