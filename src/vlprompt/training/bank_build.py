@@ -229,9 +229,9 @@ def _begun(out: Path) -> Manifest | None:
     """What an earlier build has begun in the folder; raises ConfigError if something else is in it."""
     if not out.exists():
         return None
-    if not out.is_dir() or not (
-        (out / MANIFEST).exists() or all(is_unfinished(file) or file.name == LOCK for file in out.iterdir())
-    ):
+    # First what is in it: another part may be putting its manifest there.
+    ours = out.is_dir() and all(is_unfinished(file) or file.name == LOCK for file in out.iterdir())
+    if not ours and not (out / MANIFEST).exists():
         raise ConfigError(f"output folder {out} is already in use: choose another with --out")
     return read_manifest(out) if (out / MANIFEST).exists() else None
 
@@ -254,8 +254,8 @@ def _plan(out: Path, settings: BankSettings, paths: Mapping[str, str]) -> tuple[
     if different:
         raise ConfigError(f"{out} cannot go on: it was begun with {'; '.join(different)}")
     starts = began.starts()
-    for s in built:
-        for content, path in () if there[s] else began.images[starts[s] : starts[s + 1]]:
+    for s in (s for s in built if not there[s]):
+        for content, path in began.images[starts[s] : starts[s + 1]]:
             if content not in paths:
                 raise DataError(
                     f"{out} cannot go on: {files[s].name} is lost, and image {path} of it is not among the data, or "
