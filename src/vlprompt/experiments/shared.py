@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -101,7 +102,7 @@ def _write(file: Path, shape: tuple[int, ...], dtype: np.dtype, parts: Iterable[
             np.lib.format.write_array_header_1_0(stream, header)
             for part in parts:
                 stream.write(np.ascontiguousarray(part, dtype).data)
-        unfinished.replace(file)
+        os.replace(unfinished, file)
     finally:
         unfinished.unlink(missing_ok=True)
 
