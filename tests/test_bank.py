@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,25 @@ from test_distributed import processes
 from vlprompt import PromptClassifier, build_method, fit
 from vlprompt.backbones.load import load_backbone
 from vlprompt.data.augment import augment_patches
-from vlprompt.data.bank import FLOOR, Bank, BankSettings, Features, Labels, describe, read_manifest, top_k, verify
+from vlprompt.data.bank import (
+    FLOOR,
+    SHARD_IMAGES,
+    Bank,
+    BankSettings,
+    Features,
+    Labels,
+    describe,
+    read_manifest,
+    top_k,
+    verify,
+)
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.images import load_image, pixel_box, random_regions
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.regions import Crops, content_hash, restored, stored
 from vlprompt.data.views import BankViews, Views
 from vlprompt.errors import ArtefactError, ConfigError, DataError, Interrupted
+from vlprompt.files import is_unfinished, write_atomically
 from vlprompt.methods import METHODS, Batch
 from vlprompt.training.bank_build import bank_config, build_bank
 from vlprompt.training.config import OptimConfig, TrainConfig
@@ -63,11 +77,11 @@ def tiny():
     return load_backbone(str(TINY))
 
 
-def build(pictures: Path, out: Path, **more: Any):
+def build(pictures: Path, out: Path, progress=lambda done, of: None, **more: Any):
     """A bank of ten regions, with labels and features unless told otherwise."""
     given = {"data.name": str(pictures), "data.workers": 0, "teacher.backbone": TEACHER, "backbone": str(TINY)}
     given |= {"regions": REGIONS, "top_k": TOP_K, "batch_size": BATCH}
-    return build_bank(bank_config({k: v for k, v in (given | more).items() if v is not None}), out)
+    return build_bank(bank_config({k: v for k, v in (given | more).items() if v is not None}), out, progress=progress)
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +165,18 @@ def test_a_teacher_that_is_nearly_sure_leaves_the_others_possible() -> None:
     assert read[0, 1:].tolist() == pytest.approx([1e-5] * 3, rel=1e-2)  # 1 − 0.99997 would be 0 in fp16
     assert (read[1, 1:] > 0).all()
     assert read[1, 1:].sum() < 1e-6
+
+
+def test_many_classes_share_a_small_rest() -> None:
+    p = torch.zeros(2, 20_000)
+    p[0] = 1e-6 / 19_999  # each share is far below what fp16 can tell from 0
+    p[0, 7] = 1 - 1e-6
+    p[1, 7] = 1
+    read = labelled(p, 10)
+    assert 1 - read[0, 7] == pytest.approx(1e-6, rel=0.5)
+    assert (read > 0).all()
+    assert read[1].sum() - read[1, 7] < 1e-6
+    torch.testing.assert_close(read.sum(-1), torch.ones(2))
 
 
 def test_bytes_per_image() -> None:
@@ -237,22 +263,25 @@ def test_a_killed_build_resumes_to_the_same_bytes(pictures, tmp_path) -> None:
         # Before its 1st file, the manifest; after manifest and a file of regions; behind the next; before the last.
         "files": [1, 3, -1, 2],
     }
-    runs = [
-        {
-            "out": str(tmp_path / name),
-            "deaths": d,
-            "argv": ["bank", "build", str(pictures), "--out", str(tmp_path / name), *GIVEN],
-        }
-        for name, d in deaths.items()
-    ]
+
+    def run(name: str, deaths: list, *more: str) -> dict[str, Any]:
+        out = str(tmp_path / name)
+        return {"out": out, "deaths": deaths, "argv": ["bank", "build", str(pictures), "--out", out, *GIVEN, *more]}
+
+    runs = [run(name, d) for name, d in deaths.items()]
+    runs += [run("parts", [1, -1], "--part", "2/2"), run("parts", [1, 2, -2], "--part", "1/2")]
+    runs += [run(name, [], "--shots", "3") for name in ("grown", "grown often")]
+    runs += [run("grown", []), run("grown often", [1, -1, 2])]
     helper = [sys.executable, str(Path(__file__).parent / "kill_often.py"), json.dumps(runs)]
     done = subprocess.run(helper, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    none, times, files = json.loads(done.stdout)
+    none, times, files, *others = json.loads(done.stdout)
     assert (none, files) == (0, len(deaths["files"]))
     assert times >= 2
-    for name in ("times", "files"):
+    assert others == [2, 3, 0, 0, 0, 3]
+    for name in ("times", "files", "parts"):
         assert content(tmp_path / name) == content(tmp_path / "whole")
+    assert content(tmp_path / "grown often") == content(tmp_path / "grown")
 
 
 def test_parts_in_several_processes_give_the_same_bytes(pictures, bank, tmp_path) -> None:
@@ -287,13 +316,184 @@ def test_a_part_with_nothing_to_do(pictures, tmp_path) -> None:
     assert (built.built, built.finished) == (0, False)
 
 
-def test_an_image_that_changes_while_a_bank_is_unfinished_is_named(pictures, tmp_path) -> None:
-    shutil.copytree(pictures, tmp_path / "p")
-    build(tmp_path / "p", tmp_path / "bank", part=(1, 3))
-    _, path = read_manifest(tmp_path / "bank").images[-1]  # of the third part
-    Image.new("RGB", (40, 40)).save(tmp_path / "p" / path)
-    with pytest.raises(DataError, match=rf"cannot go on: image {path}, which the bank lacks still, is not among the"):
-        build(tmp_path / "p", tmp_path / "bank")
+def test_processes_of_one_number_on_two_machines_write_beside_each_other(tmp_path, monkeypatch) -> None:
+    written: list[Path] = []
+    replace = os.replace
+
+    def other_machine(unfinished: Path, file: Path) -> None:
+        written.append(unfinished)
+        if len(written) == 1:
+            write_atomically(file, "other")
+        assert unfinished.read_text() == ("own" if unfinished == written[0] else "other")
+        replace(unfinished, file)
+
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    monkeypatch.setattr(os, "replace", other_machine)
+    write_atomically(tmp_path / "file", "own")
+    assert content(tmp_path) == {"file": b"own"}
+    assert len(set(written)) == 2
+    assert all(map(is_unfinished, written))
+    assert not is_unfinished(tmp_path / "file")
+
+
+def same_numbers(one: Path, other: Path) -> bool:
+    """Whether all images of a bank are in another one with the same numbers, wherever they lie."""
+    a, b = Bank(one), Bank(other)
+    contents = [content for content, _ in a.manifest.images]
+    read = ([x.read(np.full(REGIONS, x._row[c]), np.arange(REGIONS)) for c in contents] for x in (a, b))
+    return all(np.array_equal(m, n) for m, n in zip(*read, strict=True))
+
+
+def cut_off(file: Path, images: list[Path], shard: int) -> None:
+    """Take so much of an image away that it cannot be read and comes, by its new content, into a bank's i-th file."""
+    whole, others = file.read_bytes(), [content_hash(image) for image in images if image != file]
+    for n in range(40, 1000):
+        file.write_bytes(whole[:-n])
+        if sum(other < content_hash(file) for other in others) // SHARD_IMAGES == shard:
+            return
+    raise AssertionError("no such place")
+
+
+@pytest.mark.parametrize(
+    ("shard", "remedy"),
+    [(0, "repaired"), (1, "repaired"), (0, "removed"), (1, "removed"), (2, "removed"), (1, "skipped")],
+)
+def test_a_build_that_an_image_stopped_goes_on(shard, remedy, pictures, bank, tmp_path) -> None:
+    images, out = damaged(pictures, tmp_path / "p"), tmp_path / "bank"
+    file = images / "train" / "dog" / "3.png"
+    cut_off(file, load_dataset(images).split.paths("train"), shard)
+    with pytest.raises(DataError, match=r"dog/3\.png"):
+        build(images, out)
+    assert len(list(out.glob("*.npy"))) == shard
+    if remedy != "skipped":
+        file.unlink()
+    if remedy == "repaired":
+        shutil.copy(pictures / "train" / "dog" / "3.png", file)
+    more = {"data.skip_bad": remedy == "skipped"}
+    built = build(images, out, **more)
+    assert (built.finished, built.images) == (True, 18 if remedy == "repaired" else 17)
+    verify(out, images)
+    assert same_numbers(out, bank)
+    assert build(images, out, **more).built == 0
+
+
+def test_other_seeds_of_a_half_built_bank_go_on_with_it(pictures, bank, tmp_path) -> None:
+    out, seeds = tmp_path / "bank", [{"data.shots": 4, "seed": seed} for seed in (1, 2)]
+    assert not build(pictures, out, part=(1, 2), **seeds[0]).finished
+    assert build(pictures, out, **seeds[1]).finished
+    assert build(pictures, out, **seeds[0]).finished
+    assert build(pictures, out).images == 18
+    assert same_numbers(out, bank)
+
+
+def test_a_refused_command_leaves_a_half_built_bank_as_it_was(pictures, bank, tmp_path) -> None:
+    out = tmp_path / "bank"
+    build(pictures, out, part=(2, 3))
+    (out / ".lock").unlink()
+    before = content(out)
+    for more in ({"batch_size": 5}, {"top_k": 1, "data.shots": 1}):
+        with pytest.raises(ConfigError, match="cannot go on: it was begun with"):
+            build(pictures, out, **more)
+        assert content(out) == before
+    assert build(pictures, out).finished
+    assert content(out) == content(bank)
+
+
+@pytest.mark.parametrize("more", [{"batch_size": 5}, {"teacher.backbone": None}, {"data.shots": 1}])
+def test_a_bank_without_any_file_is_not_begun(more, pictures, bank, tmp_path) -> None:
+    assert build(pictures, tmp_path / "bank", part=(7, 7), **more).built == 0
+    assert build(pictures, tmp_path / "bank").finished
+    assert content(tmp_path / "bank") == content(bank)
+
+
+def test_a_file_whose_images_are_all_gone_is_empty(pictures, bank, tmp_path) -> None:
+    images, out = damaged(pictures, tmp_path / "p"), damaged(bank, tmp_path / "bank")
+    one, other = (images / "train" / "cat" / name for name in ("one.png", "other.png"))
+    Image.new("RGB", (40, 40), "red").save(one)
+    build(images, out, part=(9, 9))
+    Image.new("RGB", (40, 40), "blue").save(other)
+    assert not build(images, out, part=(5, 5)).finished
+    one.unlink()
+    assert build(images, out).finished
+    assert [shard.images for shard in verify(out, images).shards] == [8, 8, 2, 0, 1]
+    build(images, tmp_path / "fresh")
+    assert same_numbers(out, tmp_path / "fresh")
+    train(from_bank(images, out, **{"train.epochs": 1}), tmp_path / "run")
+
+
+def test_a_lost_file_of_images_that_are_gone_is_named(pictures, bank, tmp_path) -> None:
+    images, out = damaged(pictures, tmp_path / "p"), damaged(bank, tmp_path / "bank")
+    (out / "regions-00001.npy").unlink()
+    path = read_manifest(bank).images[9][1]
+    Image.new("RGB", (40, 40)).save(images / path)
+    before = content(out)
+    says = rf"cannot go on: regions-00001.npy is lost, and image {path} of it is not among the data, or has changed$"
+    with pytest.raises(DataError, match=says):
+        build(images, out)
+    assert content(out) == before
+    shutil.copy(pictures / path, images / path)
+    assert build(images, out).finished
+    assert content(out) == content(bank)
+
+
+@pytest.mark.parametrize("more", [{"seed": 2}, {"batch_size": 5}, {"teacher.template": "one {}."}])
+def test_of_two_builds_that_differ_and_begin_together_one_is_refused(more, pictures, tmp_path) -> None:
+    out, few = tmp_path / "bank", {"data.shots": 4}
+
+    def meanwhile(done: int, of: int) -> None:
+        if done == 1:
+            build(pictures, out, part=(2, 2), **few, **more)
+
+    with pytest.raises(
+        ConfigError, match=r"cannot go on: another build has begun there meanwhile, with other images or"
+    ):
+        build(pictures, out, meanwhile, part=(1, 2), **few)
+    with pytest.raises(DataError, match="is not finished"):
+        Bank(out)
+    assert build(pictures, out, part=(1, 2), **few, **more).finished
+    build(pictures, tmp_path / "alone", **few, **more)
+    assert content(out) == content(tmp_path / "alone")
+
+
+def test_other_images_while_a_bank_is_built_do_not_mix_with_it(pictures, bank, tmp_path) -> None:
+    out, seeds = tmp_path / "bank", [{"data.shots": 4, "seed": seed} for seed in (1, 2)]
+
+    def meanwhile(done: int, of: int) -> None:
+        if done == 9:  # after its first file
+            with pytest.raises(ConfigError, match="it was begun with batch_size = 4, not 5"):
+                build(pictures, out, batch_size=5, **seeds[0])
+            build(pictures, out, **seeds[1])
+
+    with pytest.raises(ConfigError, match="cannot go on: another build has begun there meanwhile"):
+        build(pictures, out, meanwhile, **seeds[0])
+    assert Bank(out)  # the other one's
+    build(pictures, out, **seeds[0])
+    assert build(pictures, out).images == 18
+    assert same_numbers(out, bank)
+
+
+def test_builds_write_one_at_a_time(pictures, tmp_path, monkeypatch) -> None:
+    out, replace, written = tmp_path / "bank", os.replace, []
+
+    def alone(unfinished: Path, file: Path) -> None:
+        with (out / ".lock").open("w") as stream, pytest.raises(BlockingIOError):
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        written.append(file.name)
+        replace(unfinished, file)
+
+    monkeypatch.setattr(os, "replace", alone)
+    build(pictures, out, **{"data.shots": 1})
+    assert written == ["manifest.json", "regions-00000.npy", "manifest.json"]
+    assert {file.name for file in out.iterdir()} == set(written)
+
+
+def test_what_killed_parts_left_is_gone_when_the_bank_is_complete(pictures, bank, tmp_path) -> None:
+    out = tmp_path / "bank"
+    build(pictures, out, part=(1, 2))
+    for name in (".manifest.json.1", ".regions-00001.npy.2"):
+        (out / name).write_text("half")
+    build(pictures, out, part=(2, 2))
+    assert content(out) == content(bank)
 
 
 # --- refused --------------------------------------------------------------------------------------
@@ -341,7 +541,7 @@ def test_another_teacher_and_other_classes_are_named(pictures, bank, tmp_path) -
         ("kdpl_coop", {"teacher.backbone": str(TINY)}, r"built with teacher 'mini' \(\w{12}…\), not 'backbone' \("),
         ("kdpl_coop", {"teacher.template": "a {}."}, r"with teacher.template = 'a photo of a \{\}.', not 'a \{\}.'"),
         ("kdpl_coop", {"teacher.logit_scale": 1.0}, r"built with teacher.logit_scale = [\d.]+, not 1.0"),
-        ("coop", {"data.classes": "base"}, r"built with other classes \(it has 3, not 2: 'sea horse' is one more\)"),
+        ("kdpl_coop", {"data.classes": "base"}, r"other classes \(it has 3, not 2: 'sea horse' is one more\)"),
         ("coop", {"data.min_scale": 0.5}, r"built with crops.min_scale = 0.08, not 0.5"),
         ("coop", {"backbone": TEACHER}, r"built with features 'backbone' \(\w{12}…\), not 'mini' \(\w{12}…\)"),
         ("coop", {"data.regions_per_image": 3}, r"data.regions_per_image = 3 \(allowed with batches of 4: 1, 2, 4\)"),
@@ -358,6 +558,19 @@ def test_a_run_that_does_not_fit_is_refused(method, more, says, pictures, bank, 
     with pytest.raises((ConfigError, DataError), match=says):
         train(from_bank(pictures, bank, method, **more), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_method_does_not_read_of_a_bank_need_not_fit(pictures, bank, tmp_path) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("owl\nfox\n")
+    build(pictures, tmp_path / "words", **{"teacher.class_names_file": str(words)})
+    once = {"train.epochs": 1}
+    train(from_bank(pictures, tmp_path / "words", "coop", **once), tmp_path / "labels")
+    train(from_bank(pictures, bank, "vpt", backbone=TEACHER, **once), tmp_path / "features")
+    one_branch = {"backbone": TEACHER, "method.branches": "textual", **once}
+    with pytest.raises(ConfigError, match="built with features 'backbone'"):
+        train(from_bank(pictures, bank, "dpl", **one_branch), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "1.5", "all", "3x", "true"])
@@ -693,7 +906,9 @@ def test_any_method_trains_from_a_bank(method, pictures, bank, tiny, tmp_path, m
     tuned, result = train(from_bank(pictures, bank, method), tmp_path / "run", say=said.append)
     taught = "teacher_probabilities" in METHODS[method].needs
     assert result.teacher == (TEACHER if taught else None)
-    assert (f", labelled by {TEACHER}, " in said[0]) == taught
+    scale = Bank(bank).settings.teacher.logit_scale
+    taught_by = f", labelled by {TEACHER} with 'a photo of a {{}}.' and logit scale {scale:g}, "
+    assert (taught_by in said[0]) == taught
     assert f"10 regions of each image, {'labelled' if taught else ''}"[:26] in said[0]
     assert "| views | fixed regions, of region bank `bank` |" in (tmp_path / "run" / "README.md").read_text("utf-8")
     assert "bank_fingerprint" in (tmp_path / "run" / "environment.json").read_text()
@@ -759,14 +974,14 @@ def test_the_scikit_learn_shell_trains_from_a_bank(pictures, bank) -> None:
     ours, theirs = shell.model_.method.state_dict(), fitted(pictures, bank, "coop").state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     with pytest.raises(ConfigError, match=r"built with other classes \('0' is not among its 3\)$"):
-        PromptClassifier("coop", str(TINY), settings=settings).fit(paths, labels)
+        PromptClassifier("kdpl_coop", str(TINY), settings=settings).fit(paths, labels)
 
 
 @pytest.mark.parametrize(
     ("name", "more", "says"),
     [
         ("kdpl_coop", {"teacher": str(TINY)}, r"built with teacher 'mini' \(\w{12}…\), not 'backbone' \("),
-        ("coop", {"class_names": ("cat", "dog", "owl")}, r"built with other classes \('owl' is not among its 3"),
+        ("kdpl_coop", {"class_names": ("cat", "dog", "owl")}, r"built with other classes \('owl' is not among its 3"),
         ("coop", {"min_scale": 0.5}, r"built with crops.min_scale = 0.08, not 0.5$"),
         ("coop", {"backbone": TEACHER}, r"built with features 'backbone' \(\w{12}…\), not 'mini' \(\w{12}…\)$"),
         ("coop", {"regions_per_image": 3}, r"^data.regions_per_image = 3 \(allowed with batches of 4: 1, 2, 4\)$"),
@@ -797,7 +1012,7 @@ def test_text_methods_train_without_images_image_tower_and_teacher(method, pictu
 
     assert find_teacher(config, CLASSES, "{}", tiny) is None
     split = replace(split, val=())
-    opened = find_bank(config, CLASSES, tiny)
+    opened = find_bank(config, CLASSES)
     session = Session(config, Path("unused"), own, split, Processes(), reader, Silent(), None, opened)
     monkeypatch.setattr(reader, "image", None)
     monkeypatch.setattr(tiny, "image_tower", None)
@@ -898,9 +1113,21 @@ def test_towers_of_other_precisions_fill_a_bank(precision, pictures, bank, tmp_p
 
 def test_fingerprints_cover_every_setting() -> None:
     base = BankSettings(teacher=Labels("t", "f", "{}", 1.0, ("a", "b"), 1), features=Features("s", "f", 4))
-    assert asdict(base)  # a copy of one other value in each field gives another fingerprint
+    teacher, features = base.teacher, base.features
     others = [
         replace(base, regions=1), replace(base, crops=Crops(flip=0)), replace(base, teacher=None),
         replace(base, features=None), replace(base, batch_size=1), replace(base, precision="fp16"),
+        *(replace(base, teacher=replace(teacher, **{key: value})) for key, value in [
+            ("fingerprint", "g"), ("template", "a {}"), ("logit_scale", 2.0), ("class_names", ("b", "a")), ("top_k", 2),
+        ]),
+        *(replace(base, features=replace(features, **{key: value})) for key, value in [
+            ("fingerprint", "g"), ("embed_dim", 5), ("dtype", "fp16"),
+        ]),
     ]  # fmt: skip
-    assert len({s.fingerprint for s in (base, *others)}) == 7
+    assert len({s.fingerprint for s in (base, *others)}) == 15
+
+
+def test_a_fingerprint_does_not_cover_under_which_names_models_lie() -> None:
+    base = BankSettings(teacher=Labels("t", "f", "{}", 1.0, ("a", "b"), 1), features=Features("s", "f", 4))
+    moved = replace(base, teacher=replace(base.teacher, name="u"), features=replace(base.features, name="v"))
+    assert moved.fingerprint == base.fingerprint

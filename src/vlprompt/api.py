@@ -27,7 +27,7 @@ from vlprompt.errors import ConfigError, DataError, unknown
 from vlprompt.methods import Method, find_method
 from vlprompt.training import evaluate as evaluation
 from vlprompt.training.artefact import load_artefact, read_artefact_config, save_artefact
-from vlprompt.training.bank import find_bank, takes_no_bank
+from vlprompt.training.bank import cannot_use_bank, find_bank
 from vlprompt.training.config import OptimConfig, RunConfig, build_config
 from vlprompt.training.evaluate import Evaluation, EvaluationImages
 from vlprompt.training.export import export_classes
@@ -130,10 +130,10 @@ def fit_configured(
     if not method.trains and any(True for _ in method.parameters()):
         raise ConfigError(f"{method.name} is frozen, as loaded models are: build a new one to fit it")
     with ImageReader(config.data.workers) as reader, torch.random.fork_rng(devices=[]):
-        bank = find_bank(config, method.class_names, method.backbone)
+        bank = find_bank(config, method.class_names)
         if not method.trains:
             if bank:
-                raise takes_no_bank(method)
+                raise cannot_use_bank(method)
             seen = EvaluationImages(images, indices, reader=reader)
             method.fit_features(seen.frozen(method), seen.labels)
             return method.eval()

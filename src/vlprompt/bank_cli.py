@@ -101,7 +101,8 @@ def build(
 
     A build that was stopped, even killed, goes on where it was when the same command is given again. Builds with
     --part 1/N … N/N, on as many processes or machines as there are, fill one folder; the one that ends last completes
-    it. Images that an existing bank does not have are added to it.
+    it. Images that an existing bank does not have are added to it; those that are not computed yet and not among the
+    data any more are left out.
     """
     from vlprompt.progress import CountBar
     from vlprompt.training.bank_build import bank_config, build_bank, parse_part

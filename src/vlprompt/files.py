@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vlprompt.errors import OutputError
@@ -13,7 +17,7 @@ def write_atomically(file: Path, content: str | bytes) -> None:
 
     Raises OutputError, and leaves what was there before, if that is not possible (a full disk, no permission).
     """
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished = unfinished_name(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -23,6 +27,33 @@ def write_atomically(file: Path, content: str | bytes) -> None:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(file, error) from error
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Hold the lock file, which is made, against other processes; it is free again when the process ends.
+
+    Where the system or the file system knows no locks, nothing is held.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with lock.open("w") as stream:
+        with suppress(OSError):  # some network file systems know no locks
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def unfinished_name(file: Path) -> Path:
+    """Where to write what becomes ``file``: a name that no other process takes, on any machine that sees the folder."""
+    return file.with_name(f".{file.name}.{secrets.randbits(64)}")
+
+
+def is_unfinished(file: Path) -> bool:
+    """Whether it has such a name: a process is writing it, or was killed while it did."""
+    return re.fullmatch(r"\..+\.\d+", file.name) is not None
 
 
 def cannot_write(place: Path, error: OSError) -> OutputError:

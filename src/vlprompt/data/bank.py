@@ -7,11 +7,12 @@ which says how they were made and which image is where. Images are known by thei
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from hashlib import sha256
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -90,16 +91,17 @@ class BankSettings:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the settings: with an image's content they decide its numbers."""
-        return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """SHA-256 over the settings: with an image's content they decide its numbers. Names of models do not."""
+        decides = asdict(self, dict_factory=lambda items: {key: value for key, value in items if key != "name"})
+        return sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Shard:
     """One file of a bank."""
 
-    images: Annotated[int, Ge(1)]
-    """The next so many of the bank's images."""
+    images: Annotated[int, Ge(0)]
+    """The next so many of the bank's images; none if they were taken out of the data before they were computed."""
     sha256: str | None = None
     """None while it is not known to be there."""
 
@@ -118,12 +120,24 @@ class Manifest:
         """Whether every file is there."""
         return all(shard.sha256 for shard in self.shards)
 
-    def extended(self, images: Mapping[str, str]) -> Manifest:
-        """With those of the images (path by content) that it does not have yet, in files of their own."""
-        known = {content for content, _ in self.images}
+    @property
+    def plan(self) -> Manifest:
+        """What it is to hold, whether that is there or not."""
+        return replace(self, shards=tuple(Shard(shard.images) for shard in self.shards))
+
+    def with_images(self, images: Mapping[str, str], built: Container[int]) -> Manifest:
+        """With these images (path by content), and those of the files that are ``built``.
+
+        New ones come in files of their own. Others are taken out of the file that they were for, which keeps its
+        number.
+        """
+        rows = [self.images[start:end] for start, end in pairwise(self.starts())]
+        kept = [r if i in built else [row for row in r if row[0] in images] for i, r in enumerate(rows)]
+        known = {content for r in kept for content, _ in r}
         new = [(content, path) for content, path in images.items() if content not in known]
-        sizes = [len(new[i : i + SHARD_IMAGES]) for i in range(0, len(new), SHARD_IMAGES)]
-        return Manifest(self.settings, (*self.images, *new), (*self.shards, *map(Shard, sizes)))
+        shards = [replace(shard, images=len(r)) for shard, r in zip(self.shards, kept, strict=True)]
+        shards += [Shard(len(new[i : i + SHARD_IMAGES])) for i in range(0, len(new), SHARD_IMAGES)]
+        return Manifest(self.settings, (*chain(*kept), *new), tuple(shards))
 
     def starts(self) -> NDArray[np.int64]:
         """The first image of each file, and behind the last one the number of images."""
@@ -224,10 +238,13 @@ class Bank:
         """The teacher's distribution over all its classes, [n, C] in fp32: the classes not kept share the rest."""
         assert self.settings.teacher is not None
         n_classes = len(self.settings.teacher.class_names)
-        kept = torch.from_numpy(records["probabilities"].astype(np.float32))
+        # Zeros as they were stored: a class's share of the rest may be smaller than any number of fp16.
+        kept, rest = (
+            torch.from_numpy(records[key].astype(np.float32)).clamp_min(FLOOR) for key in ("probabilities", "rest")
+        )
         classes = torch.from_numpy(records["classes"].astype(np.int64))
-        rest = torch.from_numpy(records["rest"].astype(np.float32)) / max(n_classes - kept.shape[1], 1)
-        full = rest[:, None].repeat(1, n_classes).scatter(1, classes, kept).clamp_min(FLOOR)
+        share = rest / max(n_classes - kept.shape[1], 1)
+        full = share[:, None].repeat(1, n_classes).scatter(1, classes, kept)
         return full / full.sum(-1, keepdim=True)
 
     def _open(self, i: int) -> NDArray[np.void]:
@@ -323,8 +340,10 @@ def differences(built: Mapping[str, Any], wanted: Mapping[str, Any], section: st
 
 def _shown(value: object) -> str:
     if isinstance(value, Mapping):
-        return f"'{value['name']}'"
-    return "none" if value is None else f"'{value}'" if isinstance(value, str) else str(value)
+        value = str(value["name"])
+    if isinstance(value, str):
+        return f"'{value}'"
+    return "none" if value is None else str(value)
 
 
 def _class_difference(old: Sequence[str], new: Sequence[str]) -> str:

@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.views import evaluation_batches
+from vlprompt.files import alone, unfinished_name
 from vlprompt.methods import Method
 from vlprompt.training.evaluate import EvaluationImages
 
@@ -83,7 +83,7 @@ def computed_once(
     dtype = np.dtype(dtype)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(file.with_suffix(".lock")):
+        with alone(file.with_suffix(".lock")):  # without locks, work is done twice at worst
             if not file.is_file():
                 if shutil.disk_usage(file.parent).free < _FREE * math.prod(shape) * dtype.itemsize:
                     return None
@@ -95,7 +95,7 @@ def computed_once(
 
 def _write(file: Path, shape: tuple[int, ...], dtype: np.dtype, parts: Iterable[NDArray]) -> None:
     # Not into a mapped file: a disk that fills up would kill the process, where a write raises an error.
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished = unfinished_name(file)
     try:
         with unfinished.open("wb") as stream:
             header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
@@ -114,17 +114,3 @@ def _identity(path: Path) -> list[str | int]:
     except OSError:
         return [str(path)]
     return [str(path), facts.st_size, facts.st_mtime_ns]
-
-
-@contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process; without one, where there is none, work is done twice at worst."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with file.open("w") as stream:
-        with suppress(OSError):  # some network file systems know no locks
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield

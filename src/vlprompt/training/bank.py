@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.data.bank import Bank, differences
 from vlprompt.data.images import ImageSource
@@ -23,11 +22,11 @@ from vlprompt.training.config import DataConfig, RunConfig, TeacherConfig
 REGIONS_PER_IMAGE, IMAGES_AT_LEAST = 4, 8  # of a batch, unless the configuration says otherwise
 
 
-def find_bank(config: RunConfig, class_names: Sequence[str], student: Backbone) -> Bank | None:
-    """The configured bank, if it fits the run; None if the run has none.
+def find_bank(config: RunConfig, class_names: Sequence[str]) -> Bank | None:
+    """The configured bank, if its regions and the labels that the run reads fit; None if the run has none.
 
     ``class_names`` are the data set's. Raises ConfigError saying what differs, or what the method needs that a bank
-    does not have.
+    does not have. Features are compared by :func:`bank_views`: whether they are read depends on the built method.
     """
     data, cls = config.data, find_method(config.method)
     if data.bank is None:
@@ -38,19 +37,24 @@ def find_bank(config: RunConfig, class_names: Sequence[str], student: Backbone) 
     bank = Bank(Path(data.bank).expanduser())
     built = bank.settings
     wanted: dict[str, Any] = {"crops": {"min_scale": data.min_scale}}
-    if built.teacher:
+    if "teacher_probabilities" in cls.needs:
+        if not built.teacher:
+            raise ConfigError(
+                f"region bank {data.bank} has no teacher's labels, which method '{cls.name}' learns from: "
+                "build one with --teacher"
+            )
         wanted["teacher"] = _wanted_teacher(config.teacher, class_names)
-    elif "teacher_probabilities" in cls.needs:
-        raise ConfigError(
-            f"region bank {data.bank} has no teacher's labels, which method '{cls.name}' learns from: "
-            "build one with --teacher"
-        )
-    if built.features:
-        wanted["features"] = {"name": public_name(student.name), "fingerprint": student.fingerprint}
-    if different := differences(asdict(built), wanted):
-        raise ConfigError(f"region bank {data.bank} does not fit this run: it was built with {'; '.join(different)}")
-    _regions_per_image(data, regions_used(data, bank))
+    _compare(bank, wanted)
+    m, allowed = data.regions_per_image, _divisors(data, regions_used(data, bank))
+    if m is not None and m not in allowed:
+        numbers = ", ".join(map(str, allowed))
+        raise ConfigError(f"data.regions_per_image = {m} (allowed with batches of {data.batch_size}: {numbers})")
     return bank
+
+
+def _compare(bank: Bank, wanted: Mapping[str, Any]) -> None:
+    if different := differences(asdict(bank.settings), wanted):
+        raise ConfigError(f"region bank {bank.folder} does not fit this run: it was built with {'; '.join(different)}")
 
 
 def _wanted_teacher(given: TeacherConfig, class_names: Sequence[str]) -> dict[str, Any]:
@@ -75,14 +79,15 @@ def regions_used(data: DataConfig, bank: Bank) -> int:
 
 def _regions_per_image(data: DataConfig, regions: int) -> int:
     """The regions that a batch holds of each of its images: as configured, or by the rule."""
-    size, m = data.batch_size, data.regions_per_image
-    divisors = [d for d in range(1, min(size, regions) + 1) if size % d == 0]
-    if m is None:
-        return max(d for d in divisors if d <= max(min(REGIONS_PER_IMAGE, size // IMAGES_AT_LEAST), 1))
-    if m not in divisors:
-        allowed = ", ".join(map(str, divisors))
-        raise ConfigError(f"data.regions_per_image = {m} (allowed with batches of {size}: {allowed})")
-    return m
+    if data.regions_per_image is not None:
+        return data.regions_per_image
+    most = max(min(REGIONS_PER_IMAGE, data.batch_size // IMAGES_AT_LEAST), 1)
+    return max(d for d in _divisors(data, regions) if d <= most)
+
+
+def _divisors(data: DataConfig, regions: int) -> list[int]:
+    """What ``data.regions_per_image`` may be."""
+    return [d for d in range(1, min(data.batch_size, regions) + 1) if data.batch_size % d == 0]
 
 
 def read_by(method: Method, bank: Bank) -> tuple[bool, bool]:
@@ -91,7 +96,7 @@ def read_by(method: Method, bank: Bank) -> tuple[bool, bool]:
     return labels, features and ("frozen_image_features" in method.needs or not method.prompts_images)
 
 
-def takes_no_bank(method: Method) -> ConfigError:
+def cannot_use_bank(method: Method) -> ConfigError:
     """The error for a bank that is given to a method without training steps."""
     return ConfigError(f"method '{method.name}' takes no training steps: it reads no region bank (--bank)")
 
@@ -107,12 +112,16 @@ def bank_views(
 ) -> BankViews:
     """Training views from a bank; images are decoded only if the method reads more of them than the bank has.
 
-    Raises DataError if images are not files, or the bank does not have them.
+    Raises DataError if images are not files, or the bank does not have them, and ConfigError if the features that the
+    method reads are another backbone's.
     """
     files = [Path(image) for image in images if isinstance(image, (str, PathLike))]
     if len(files) < len(images):
         raise DataError(f"region bank {bank.folder} knows images by their files: it has none that are in memory")
     reads_labels, reads_features = read_by(method, bank)
+    if reads_features:
+        student = method.backbone
+        _compare(bank, {"features": {"name": public_name(student.name), "fingerprint": student.fingerprint}})
     regions = regions_used(data, bank)
     decodes = method.prompts_images or not reads_features or method.patch_size is not None
     return BankViews(

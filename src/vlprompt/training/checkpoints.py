@@ -6,7 +6,6 @@ One file, ``checkpoints/last.safetensors``, replaced as a whole: tensors, and th
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 
 import vlprompt
 from vlprompt.errors import ArtefactError
-from vlprompt.files import write_atomically
+from vlprompt.files import is_unfinished, write_atomically
 from vlprompt.training.loop import LossScale, Training
 
 FORMAT_VERSION = 1
@@ -113,9 +112,8 @@ def load_checkpoint(run: Path, training: Training) -> History:
 def remove_unfinished(run: Path) -> None:
     """Take away files that a killed process was writing."""
     for folder in (run, run / "checkpoints"):
-        for file in folder.glob(".*"):
-            if re.fullmatch(r"\..+\.\d+", file.name):
-                file.unlink(missing_ok=True)
+        for file in filter(is_unfinished, folder.glob(".*")):
+            file.unlink(missing_ok=True)
 
 
 def _group(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError
 from vlprompt.files import cannot_write, write_atomically
 from vlprompt.methods import Method, find_method
 from vlprompt.training.artefact import save_artefact
-from vlprompt.training.bank import find_bank, read_by, regions_used, takes_no_bank
+from vlprompt.training.bank import cannot_use_bank, find_bank, read_by, regions_used
 from vlprompt.training.card import public_name
 from vlprompt.training.checkpoints import History, checkpoint_file, remove_unfinished
 from vlprompt.training.config import RunConfig, build_config, read_config
@@ -82,7 +82,7 @@ def train(
             split, skipped = choose_images(config, dataset, reader, say)
             backbone = load_backbone(config.backbone, processes.device, config.train.precision)
             teacher = find_teacher(config, split.class_names, dataset.template, backbone)
-            bank = find_bank(config, split.class_names, backbone)
+            bank = find_bank(config, split.class_names)
         torch.manual_seed(config.seed)
         cls = find_method(config.method)
         labels = bank.settings.teacher if bank and "teacher_probabilities" in cls.needs else None
@@ -97,7 +97,7 @@ def train(
             else None
         )
         if bank and not session:
-            raise takes_no_bank(method)
+            raise cannot_use_bank(method)
         if resume:
             _check_images(out, split)
         processes.wait()  # all have seen that the folder can be used
@@ -162,10 +162,10 @@ def _opening(
     if teacher:
         lines.insert(1, f"taught by {teacher.backbone.name}: {len(teacher.class_names)} classes, '{teacher.template}'")
     if bank:
-        labels, features = read_by(method, bank)
+        (labels, features), t = read_by(method, bank), bank.settings.teacher
         used, there = regions_used(config.data, bank), bank.settings.regions
         what = [f"{f'{used} of ' if used < there else ''}{there} regions of each image"]
-        what += [f"labelled by {bank.settings.teacher.name}"] if labels and bank.settings.teacher else []
+        what += [f"labelled by {t.name} with '{t.template}' and logit scale {t.logit_scale:g}"] if labels and t else []
         what += ["with frozen features"] if features else []
         lines.insert(1, f"{', '.join(what)}, from {bank.folder}")
     return "\n".join(lines)
