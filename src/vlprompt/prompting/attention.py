@@ -18,7 +18,7 @@ def with_maps(heads: int, maps: list[Tensor], mask: Tensor | None = None) -> Att
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         qh, kh, vh = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, H, N, D/H]
-        logits = qh @ kh.mT / math.sqrt(qh.shape[-1])
+        logits = qh / math.sqrt(qh.shape[-1]) @ kh.mT
         if mask is not None:
             logits = logits.masked_fill(~mask, -torch.inf)
         weights = logits.softmax(-1)
