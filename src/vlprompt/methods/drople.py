@@ -350,7 +350,7 @@ def objective(
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Of vectors [..., D]: dot product by norms, which on the way back costs half of torch's, that divides both first."""
+    """Of vectors [..., D]; torch's divides both by their norms first, and takes twice as long on the way back."""
     norms = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
     return (a * b).sum(-1) / norms.clamp_min(1e-8)
 
