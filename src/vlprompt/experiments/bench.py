@@ -20,7 +20,14 @@ from vlprompt.experiments.lock import folder_lock
 from vlprompt.experiments.pool import Outcome
 from vlprompt.experiments.protocols import Run, data_name, fingerprint, shard
 from vlprompt.experiments.results import RESULTS, Results
-from vlprompt.experiments.runs import Load, check_same_data, check_same_settings, finished, measured_split
+from vlprompt.experiments.runs import (
+    Load,
+    check_same_data,
+    check_same_settings,
+    finished,
+    measured_dataset,
+    measured_split,
+)
 from vlprompt.experiments.shared import SHARED
 from vlprompt.files import write_atomically
 from vlprompt.training.selection import run_split
@@ -185,10 +192,8 @@ def gaps(runs: Sequence[Run], load: Load = load_dataset) -> list[str]:
     """A line for each choice of images that the runs are measured on in which some of its classes have none."""
     found: dict[str, None] = {}
     for run in runs:
-        data = run.config.data
         for m in run.measurements:
-            dataset = load(m.data, data.root, data.split_file if m.data == data.name else None)
-            found[dataset.gap(m.split, m.classes)] = None
+            found[measured_dataset(run.config, m, load).gap(m.split, m.classes)] = None
     return list(filter(None, found))
 
 

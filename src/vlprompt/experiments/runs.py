@@ -96,10 +96,15 @@ _OF_TRAINING = ("epochs", "train_accuracy", "val_accuracy", "trainable_parameter
 _WEIGHTS = ("backbone", "teacher")
 
 
+def measured_dataset(config: RunConfig, measurement: Measurement, load: Load = load_dataset) -> LoadedDataset:
+    """The data set that a run is measured on; a split file is of the one that it is trained on."""
+    own = measurement.data == config.data.name
+    return load(measurement.data, config.data.root, config.data.split_file if own else None)
+
+
 def measured_split(config: RunConfig, measurement: Measurement, load: Load = load_dataset) -> Split:
     """The classes and images that a run is measured on; raises DataError if there are none."""
-    data = config.data
-    dataset = load(measurement.data, data.root, data.split_file if measurement.data == data.name else None)
+    data, dataset = config.data, measured_dataset(config, measurement, load)
     split = dataset.split.subset(measurement.classes)
     if data.val_fraction and not split.val and measurement.split == "val":
         split = split.with_val(data.val_fraction)
