@@ -20,6 +20,7 @@ from vlprompt.data import reading
 from vlprompt.data.datasets import load_dataset
 from vlprompt.errors import DataError
 from vlprompt.experiments import shared
+from vlprompt.experiments.results import read_results
 from vlprompt.experiments.shared import SHARED, SharedImages, computed_once
 from vlprompt.methods import Method, find_method
 from vlprompt.training.evaluate import EvaluationImages, predict_logits
@@ -88,6 +89,15 @@ def test_the_runs_of_a_bench_decode_test_images_once(vlprompt, photos: Path, tmp
     tested = [file for file in decoded if file.startswith("test/")]
     assert sorted(tested) == sorted(f"test/{c}/{i}.png" for c in CLASSES for i in range(2))
     assert not (tmp_path / "out" / SHARED).exists()
+
+
+def test_unreadable_test_images_are_looked_for_once(vlprompt, photos: Path, tmp_path: Path, decoded) -> None:
+    (photos / "test" / CLASSES[0] / "0.png").write_bytes(b"no picture")
+    given = ["--methods", "zero_shot", "--data", photos, "--seeds", "1,2,3", "--shots", "2", "--backbone", TINY]
+    assert vlprompt("bench", "few-shot", *given, "skip_bad=true", "--out", tmp_path / "out")[0] == 0
+    assert {row.images for row in read_results(tmp_path / "out" / "results.csv")} == {5}
+    tested = [file for file in decoded if file.startswith("test/")]
+    assert len(tested) == 6 + 5  # once to see whether they can be read, once to be measured
 
 
 def test_what_is_shared_stays_until_all_runs_are_finished(vlprompt, photos: Path, tmp_path: Path, decoded) -> None:

@@ -124,11 +124,17 @@ def measure(method: Method, config: RunConfig, split: Split, part: str, shared_f
     if split.class_names != method.class_names and not method.takes_new_classes:
         return None
     items, paths = split.items(part), split.paths(part)
-    with ImageReader(config.data.workers, room=0) as reader:
-        kept = readable(paths, reader, config.data.skip_bad, lambda text: None)
+    kept = _readable(tuple(paths), config.data.workers) if config.data.skip_bad else range(len(paths))
     labels = [items[i].label for i in kept]
     images = SharedImages([paths[i] for i in kept], labels, config.data.workers, shared_folder)
     return evaluate(method, images, split.class_names)
+
+
+@lru_cache(32)
+def _readable(paths: tuple[Path, ...], workers: int) -> Sequence[int]:
+    """Which images can be decoded: all are, so once for the runs of a process."""
+    with ImageReader(workers, room=0) as reader:
+        return readable(paths, reader, True, lambda text: None)
 
 
 def described(score: Evaluation, groups: bool) -> dict[str, Any]:
