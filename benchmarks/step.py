@@ -170,7 +170,7 @@ def data_seconds(method: Method, way: str, batch_size: int, folder: Path, clock:
     if way == "bank" and not method.prompts_images:
         return 0.0  # features and labels are read from a memory-mapped file
     split = pictures(folder, batch_size, PICTURE, 1)
-    with ImageReader(0, **({"room": 0} if way == "plain" else {})) as reader:
+    with ImageReader(0, room=0 if way == "plain" else None) as reader:
         labels, preprocess = split.labels("train"), method.backbone.preprocess
         views = TrainingViews(
             split.paths("train"), labels, preprocess, batch_size, 1, reader=reader, patch_size=method.patch_size

@@ -1,4 +1,4 @@
-"""Test images that the runs of a bench share: decoded once, read back as they were, done without on a full disk."""
+"""Images that the runs of a bench share: decoded once, read back as they were, done without on a full disk."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from small_run import CLASSES, TINY, make_pictures
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.data import reading
 from vlprompt.data.datasets import load_dataset
+from vlprompt.data.images import load_image
 from vlprompt.errors import DataError
 from vlprompt.experiments import shared
 from vlprompt.experiments.results import read_results
-from vlprompt.experiments.shared import SHARED, SharedImages, computed_once
+from vlprompt.experiments.shared import SHARED, SharedImages, computed_once, decoded_once
 from vlprompt.methods import Method, find_method
 from vlprompt.training.evaluate import EvaluationImages, predict_logits
 
@@ -45,7 +47,8 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return original(source)
 
     original = reading.load_image
-    monkeypatch.setattr(reading, "load_image", load)
+    for module in (reading, shared):
+        monkeypatch.setattr(module, "load_image", load)
     return noted
 
 
@@ -82,13 +85,33 @@ def test_other_images_and_backbones_are_not_taken_for_the_same(tiny: Backbone, p
     assert len(list(folder.glob("*.npy"))) == n + 1  # the features; the views serve any precision
 
 
-def test_the_runs_of_a_bench_decode_test_images_once(vlprompt, photos: Path, tmp_path: Path, decoded) -> None:
+def test_the_runs_of_a_bench_decode_images_once(vlprompt, photos: Path, tmp_path: Path, decoded) -> None:
     given = ["--methods", "zero_shot,coop,maple", "--data", photos, "--seeds", "1,2", "--shots", "2"]
     quick = ["--backbone", TINY, "epochs=1", "warmup_epochs=0", "data.workers=0", "data.batch_size=2"]
     assert vlprompt("bench", "few-shot", *given, *quick, "--out", tmp_path / "out")[0] == 0
-    tested = [file for file in decoded if file.startswith("test/")]
-    assert sorted(tested) == sorted(f"test/{c}/{i}.png" for c in CLASSES for i in range(2))
+    assert sorted(file for file in decoded if file.startswith("test/")) == sorted(
+        f"test/{c}/{i}.png" for c in CLASSES for i in range(2)
+    )
+    trained = [file for file in decoded if file.startswith("train/")]
+    assert len(trained) == len(set(trained)) > 2 * len(CLASSES)  # two seeds draw others
     assert not (tmp_path / "out" / SHARED).exists()
+
+
+def test_decoded_images_are_read_back_as_they_were(photos: Path, tmp_path: Path, decoded, monkeypatch) -> None:
+    files, folder = sorted((photos / "train").glob("*/*.png")), tmp_path / "s"
+    Image.new("LA", (3, 5), (7, 128)).save(files[0])
+    once, again = ([decoded_once(folder)(file) for file in files] for _ in range(2))
+    assert len(decoded) == len(files)
+    for file, first, second in zip(files, once, again, strict=True):
+        assert second.mode == "RGB"
+        assert second.size == first.size
+        assert second.tobytes() == first.tobytes() == load_image(file).tobytes()
+    Image.new("RGB", (9, 4)).save(files[0])
+    assert decoded_once(folder)(files[0]).size == (9, 4)
+    usage = namedtuple("usage", "free total")
+    monkeypatch.setattr(shared.shutil, "disk_usage", lambda folder: usage(10**6, 10**7))
+    assert decoded_once(tmp_path / "full")(files[0]).size == (9, 4)
+    assert not list((tmp_path / "full").iterdir())
 
 
 def test_unreadable_test_images_are_looked_for_once(vlprompt, photos: Path, tmp_path: Path, decoded) -> None:

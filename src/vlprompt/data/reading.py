@@ -34,14 +34,17 @@ class ImageReader:
 
     Pillow decodes and resizes outside Python's lock, so threads are enough: they start at once and share the decoded
     images. ``workers`` = 0 does all work in the calling thread. ``room`` is in bytes, by default this process's part of
-    CACHE_BYTES. Close it, or use it in a ``with`` statement.
+    CACHE_BYTES. ``decode`` replaces :func:`load_image` for files. Close it, or use it in a ``with`` statement.
     """
 
-    def __init__(self, workers: int = 2, room: int | None = None) -> None:
+    def __init__(
+        self, workers: int = 2, room: int | None = None, decode: Callable[[Path], Image.Image] | None = None
+    ) -> None:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="vlprompt-images") if workers else None
         self.room = CACHE_BYTES // _sharing if room is None else room
         """Bytes of decoded images that it may still keep."""
         self._full = False
+        self._decode = decode
         self._kept: dict[Path, Image.Image] = {}
         self._lock = Lock()
 
@@ -64,7 +67,7 @@ class ImageReader:
         path = Path(source)
         if path in self._kept:
             return self._kept[path]
-        image = load_image(path)
+        image = (self._decode or load_image)(path)
         size = 3 * image.width * image.height
         with self._lock:
             self._full = self._full or size > self.room

@@ -18,7 +18,7 @@ from vlprompt.data.splits import Split, in_order, read_split
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.experiments.protocols import PROTOCOLS, Measurement, Run, backbone_name, data_name, fingerprint
 from vlprompt.experiments.protocols import result_settings as settings_of
-from vlprompt.experiments.shared import SHARED, SharedImages
+from vlprompt.experiments.shared import SHARED, SharedImages, decoded_once
 from vlprompt.files import write_atomically
 from vlprompt.methods import Method
 from vlprompt.training.artefact import FILES, load_artefact
@@ -70,7 +70,7 @@ def do_run(run: Run, out: Path) -> dict[str, Any]:
         begun = (folder / "config.yaml").exists()
         if folder.is_dir() and not begun:
             remove_unfinished(folder)  # killed before it wrote anything
-        method, _ = train(config, folder, resume=begun)
+        method, _ = train(config, folder, resume=begun, decode=decoded_once(out / SHARED))
     figures |= {k: v for k, v in _read_json(folder / "metrics.json").items() if k in _OF_TRAINING}
     environment = _read_json(folder / "environment.json")
     figures["weights"] = {k: environment[f"{k}_fingerprint"] for k in _WEIGHTS if f"{k}_fingerprint" in environment}

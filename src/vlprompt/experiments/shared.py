@@ -1,4 +1,4 @@
-"""Test images decoded once for all runs of a bench: their views, and frozen features, in files that processes map."""
+"""Images decoded once for all runs of a bench, and of test images their views and frozen features: in files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -14,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
+from PIL import Image
 from torch import Tensor
 
+from vlprompt.data.images import load_image
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.views import evaluation_batches
 from vlprompt.files import alone, unfinished_name
@@ -24,6 +27,7 @@ from vlprompt.training.evaluate import EvaluationImages
 
 SHARED = ".shared"
 _FREE = 2  # files are written only where the disk has this many times their size left
+_LEFT = 0.1  # and decoded images only where this share of the disk is free
 
 
 class SharedImages(EvaluationImages):
@@ -69,8 +73,28 @@ class SharedImages(EvaluationImages):
         return super().frozen(method) if kept is None else torch.from_numpy(np.array(kept)).to(backbone.device)
 
     def _file(self, what: str, made_by: object) -> Path:
-        identity = json.dumps([made_by, self._identity])
-        return self.folder / f"{what}-{sha256(identity.encode(errors='surrogateescape')).hexdigest()[:16]}.npy"
+        return self.folder / f"{what}-{_digest([made_by, self._identity])}.npy"
+
+
+def decoded_once(folder: Path) -> Callable[[Path], Image.Image]:
+    """A :func:`load_image` for files: the process that comes first leaves the pixels in ``folder`` for the others.
+
+    Two that come at the same moment both decode. Where the disk lacks room an image is decoded each time.
+    """
+
+    def decode(path: Path) -> Image.Image:
+        file = folder / f"image-{_digest(_identity(path))}.npy"
+        with suppress(OSError):
+            return Image.fromarray(np.load(file, allow_pickle=False))
+        image = load_image(path)
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels, disk = np.asarray(image), shutil.disk_usage(folder)
+            if disk.free - pixels.nbytes > _LEFT * disk.total:
+                _write(file, pixels.shape, pixels.dtype, [pixels])
+        return image
+
+    return decode
 
 
 def computed_once(
@@ -105,6 +129,10 @@ def _write(file: Path, shape: tuple[int, ...], dtype: np.dtype, parts: Iterable[
         os.replace(unfinished, file)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _digest(content: object) -> str:
+    return sha256(json.dumps(content).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _identity(path: Path) -> list[str | int]:

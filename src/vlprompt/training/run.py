@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 
 import vlprompt
 from vlprompt.backbones.backbone import Backbone
@@ -64,17 +65,19 @@ def train(
     say: Callable[[str], None] = lambda text: None,
     *,
     resume: bool = False,
+    decode: Callable[[Path], Image] | None = None,
 ) -> tuple[Method, Result]:
     """Train as configured and write the run folder ``out``, or ``resume`` the run that is in it.
 
     A resumed run ends as if it had never stopped (bit by bit on the same machine's CPU). Input that cannot be used
     leaves no new folder behind. Ctrl-C finishes the step, saves a checkpoint and raises Interrupted, which says how
-    to resume. Raises ConfigError if the folder is in use, or its run cannot be resumed with this data.
+    to resume. ``decode`` opens the images in place of :func:`vlprompt.data.images.load_image`. Raises ConfigError if
+    the folder is in use, or its run cannot be resumed with this data.
     """
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"output folder {out} is already in use: choose another with --out, or see --resume")
     began = time.monotonic()
-    with join_processes(config.train.device) as processes, ImageReader(config.data.workers) as reader:
+    with join_processes(config.train.device) as processes, ImageReader(config.data.workers, decode=decode) as reader:
         if not processes.first:
             progress, say = None, lambda text: None
         with processes.first_alone():
