@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy, normalize
 from transformers import (
     CLIPConfig,
@@ -37,6 +38,7 @@ from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.convert import convert
 from vlprompt.backbones.load import BESIDE, EMBEDDED, load_backbone
 from vlprompt.backbones.tokenizer import load_clip_tokenizer
+from vlprompt.backbones.towers import quick_gelu
 from vlprompt.errors import BackboneError, DataError
 from vlprompt.methods import find_method
 
@@ -284,6 +286,20 @@ def test_hugging_face_clip(tmp_path: Path, act: str, storage: dict) -> None:
     folder = write_hf(tmp_path, clip(act), **storage)
     assert (folder / "model.safetensors").is_file() == ("shard" not in storage)
     check_parity(load_backbone(str(folder)), clip(act), clip_ids(folder))
+
+
+def test_quick_gelu_keeps_its_argument_alone() -> None:
+    torch.manual_seed(0)
+    x = (5 * torch.randn(1000, dtype=torch.double)).requires_grad_()
+    kept: list[Tensor] = []
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = quick_gelu(x)
+    defined = x * torch.sigmoid(1.702 * x)
+    assert torch.equal(y, defined)
+    weights = torch.randn_like(x)
+    slopes = [torch.autograd.grad((weights * out).sum(), x)[0] for out in (y, defined)]
+    torch.testing.assert_close(*slopes, rtol=0, atol=1e-12)
+    assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
 
 
 @pytest.mark.parametrize("legacy", [False, True])

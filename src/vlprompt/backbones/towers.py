@@ -9,18 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from vlprompt.backbones.packing import Attention, PackedText, packed_attention
 
 
+class _QuickGELU(torch.autograd.Function):
+    """x · σ(1.702 x), with nothing but x kept for the way back: its slope there is that of SiLU, at 1.702 x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return (1.702 * x).sigmoid_().mul_(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return torch.ops.aten.silu_backward(gradient, 1.702 * ctx.saved_tensors[0])
+
+
 def quick_gelu(x: Tensor) -> Tensor:
     """The sigmoid approximation of GELU that OpenAI's CLIP was trained with."""
-    return x * torch.sigmoid(1.702 * x)
+    return _QuickGELU.apply(x)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
