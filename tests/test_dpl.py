@@ -16,6 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from test_prompting import (
     LAYERS,
@@ -117,7 +119,7 @@ def recombined(
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes, which of N tokens are prompts (never the first, which everyone sees), and who sees whom."""
+    """Sizes, which of N tokens are prompts (some, never the first, which everyone sees), and who sees whom."""
 
     heads: int
     width: int
@@ -139,7 +141,7 @@ shape = st.builds(
     Shape,
     heads=st.integers(1, 3),
     width=st.integers(1, 5),
-    is_prompt=st.lists(st.booleans(), min_size=1, max_size=8),
+    is_prompt=st.lists(st.booleans(), min_size=1, max_size=8).filter(any),
     density=st.sampled_from([0.0, 0.5, 1.0]),
     seed=st.integers(0, 1000),
 )
@@ -162,7 +164,7 @@ def test_the_four_pieces_recombined_are_softmax_attention(drawn: Shape) -> None:
     pieces = recombined(q[0], k[0], v[0], visible, is_prompt, exact, torch.ones(drawn.heads))
     same("pieces", pieces, softmax_attention(q[0], k[0], v[0], visible))
     bias, reads = attention_bias(visible, is_prompt, exact), ~is_prompt[:, None] & is_prompt
-    same("fused", decoupled_attention(q, k, v, bias, reads)[0], pieces)
+    same("fused", decoupled_attention(q, k, v, bias, reads, is_prompt.nonzero()[:, 0])[0], pieces)
 
 
 @quick
@@ -171,12 +173,13 @@ def test_fused_attention_equals_the_four_weighted_pieces(drawn: Shape, s: SubPro
     q, k, v, visible, is_prompt = drawn.tensors()
     odds = torch.rand(drawn.heads, dtype=torch.float64) + 0.5
     bias, reads = attention_bias(visible, is_prompt, s), ~is_prompt[:, None] & is_prompt
+    prompts = is_prompt.nonzero()[:, 0]
     weight = s.weight if s.instance_to_prompt == "constant" else None
     log_odds = odds.log() if s.instance_to_prompt == "learned" else None
-    fused = decoupled_attention(q, k, v, bias, reads, weight, log_odds)[0]
+    fused = decoupled_attention(q, k, v, bias, reads, prompts, weight, log_odds)[0]
     same("pieces", fused, recombined(q[0], k[0], v[0], visible, is_prompt, s, odds))
     row = torch.tensor([drawn.seed % len(is_prompt)])  # one query asks, as in the last block
-    alone = decoupled_attention(q[:, :, row], k, v, bias[row], reads[row], weight, log_odds)[0]
+    alone = decoupled_attention(q[:, :, row], k, v, bias[row], reads[row], prompts, weight, log_odds)[0]
     same("one row", alone, fused[:, row])
 
 
@@ -185,11 +188,12 @@ def test_a_scale_multiplies_the_odds() -> None:
     torch.manual_seed(0)
     q, k = (torch.randn(1, 1, 7, 4, dtype=torch.float64) for _ in range(2))
     is_prompt = torch.arange(7) > 4
+    reads, prompts = ~is_prompt[:, None] & is_prompt, is_prompt.nonzero()[:, 0]
     v = is_prompt.double().expand(1, 1, 4, 7).transpose(-1, -2)
     shares = []
     for s in (SubProcesses(), SubProcesses("scaled", scale=5.0)):
         bias = attention_bias(torch.ones(7, 7, dtype=torch.bool), is_prompt, s)
-        shares.append(decoupled_attention(q, k, v, bias, ~is_prompt[:, None] & is_prompt)[0, 0, :5, 0])
+        shares.append(decoupled_attention(q, k, v, bias, reads, prompts)[0, 0, :5, 0])
     same("share", shares[1], 5 * shares[0] / (5 * shares[0] + 1 - shares[0]))
 
 
@@ -685,3 +689,17 @@ def test_image_attention_takes_the_class_token_alone_in_the_last_block() -> None
     same("class token", attention(q[:, :1], k, v), attention(q, k, v)[:, :1])
     other = image_attention(tower, 2, replace(s, scale=4.0))
     assert not torch.allclose(other(q, k, v), attention(q, k, v))
+
+
+def test_a_constant_weight_takes_a_second_attention_to_the_prompts_alone() -> None:
+    tower, n_ctx = small_backbone().image_tower, 2
+    n = len(tower.positions) + n_ctx
+    x = torch.zeros(1, n, tower.config.width, dtype=torch.float64)
+
+    def operations(s: SubProcesses) -> int:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            image_attention(tower, n_ctx, s)(x, x, x)
+        return counter.get_total_flops()
+
+    exact = operations(SubProcesses())
+    assert operations(SubProcesses("constant", weight=0.3)) == exact + exact * n_ctx // n > exact

@@ -74,24 +74,27 @@ def decoupled_attention(
     v: Tensor,
     bias: Tensor,
     reads: Tensor,
+    prompts: Tensor,
     weight: float | None = None,
     log_odds: Tensor | None = None,
 ) -> Tensor:
     """Attention of q [B, H, K, D/H] to k and v [B, H, N, D/H] under ``bias`` [K, N], shaped like q.
 
-    ``reads`` [K, N] marks instance→prompt. Its weight λ_X is the softmax's own under the bias, with ``log_odds`` [H]
-    added to its log-odds; or the constant ``weight``, which is no bias and costs a second attention.
+    ``reads`` [K, N] marks instance→prompt, ``prompts`` [M] are the keys of prompts. The weight λ_X is the softmax's own
+    under the bias, with ``log_odds`` [H] added to its log-odds; or the constant ``weight``, which is no bias and takes
+    a second attention, to the prompts alone.
     """
     if log_odds is not None:
         bias = bias + log_odds[:, None, None] * reads
     bias = bias.to(q.dtype)
     if weight is None:
         return scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    seen = reads & bias.isfinite()
+    seen = (reads & bias.isfinite())[:, prompts]
     some = seen.any(-1, keepdim=True)  # [K, 1]
     instance = scaled_dot_product_attention(q, k, v, attn_mask=bias.masked_fill(reads, -math.inf))
+    k, v = k.index_select(2, prompts), v.index_select(2, prompts)
     prompt = scaled_dot_product_attention(q, k, v, attn_mask=seen | ~some)  # no row may see nothing
-    return torch.where(some, (1 - weight) * instance + weight * prompt, instance)
+    return instance.lerp(prompt, weight * some.to(q.dtype))
 
 
 def image_attention(
@@ -101,13 +104,14 @@ def image_attention(
     n = len(tower.positions)
     is_prompt = torch.arange(n + n_ctx, device=tower.positions.device) >= n
     bias = attention_bias(torch.ones_like(is_prompt).expand(n + n_ctx, -1), is_prompt, s).to(tower.positions.dtype)
-    reads = ~is_prompt[:, None] & is_prompt
+    reads, prompts = ~is_prompt[:, None] & is_prompt, torch.arange(n, n + n_ctx, device=is_prompt.device)
     heads = tower.config.heads
 
     def attention(q: Tensor, k: Tensor, v: Tensor, log_odds: Tensor | None = None) -> Tensor:
         rows = slice(q.shape[1])  # in the last block the class token alone, which stands first
         qh, kh, vh = (split_heads(t[:, None], heads) for t in (q, k, v))
-        return merge_heads(decoupled_attention(qh, kh, vh, bias[rows], reads[rows], s.constant, log_odds), len(q))
+        out = decoupled_attention(qh, kh, vh, bias[rows], reads[rows], prompts, s.constant, log_odds)
+        return merge_heads(out, len(q))
 
     return _per_block(attention, log_odds)
 
@@ -122,22 +126,26 @@ def text_attention(
     assert not text.prefix
     is_prompt = torch.zeros_like(text.tokens, dtype=torch.bool).index_fill(0, text.slots, True)
     heads = tower.config.heads
-    groups: list[tuple[Tensor, Tensor, Tensor]] = []
+    slots = text.slots.unflatten(0, (len(text.order), -1))  # [C, M], in the order of the rows
+    groups: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     done = 0
     for group in text.groups:
         own = is_prompt[group.start : group.start + group.length]
         visible = own.new_ones(group.length, group.length) if group.mask is None else group.mask
         bias = attention_bias(visible, own, s).to(tower.positions.dtype)
-        groups.append((bias, ~own[:, None] & own, text.pooled[done : done + 1] - group.start))
+        prompts, pooled = slots[done] - group.start, text.pooled[done : done + 1] - group.start
+        groups.append((bias, ~own[:, None] & own, prompts, pooled))
         done += group.count
 
     def attention(q: Tensor, k: Tensor, v: Tensor, log_odds: Tensor | None = None) -> Tensor:
         pooled, outputs = q.shape[1] != k.shape[1], []  # pooled: the pooled token of each text alone asks
         queries = text.last(q) if pooled else text.texts(q)[1]
-        for (bias, reads, row), *of_group in zip(groups, queries, text.texts(k)[1], text.texts(v)[1], strict=True):
+        of_groups = zip(groups, queries, text.texts(k)[1], text.texts(v)[1], strict=True)
+        for (bias, reads, prompts, row), *of_group in of_groups:
             qh, kh, vh = (split_heads(t, heads) for t in of_group)
             bias, reads = (bias[row], reads[row]) if pooled else (bias, reads)
-            outputs.append(merge_heads(decoupled_attention(qh, kh, vh, bias, reads, s.constant, log_odds), len(q)))
+            out = decoupled_attention(qh, kh, vh, bias, reads, prompts, s.constant, log_odds)
+            outputs.append(merge_heads(out, len(q)))
         return torch.cat(outputs, 1)
 
     return _per_block(attention, log_odds)
