@@ -1,8 +1,8 @@
 """The plain path: what the official implementations compute for the same result, swapped in beneath the methods.
 
-Every text is padded to the context length and no prefix is shared, every block runs for all tokens, and a method whose
-class features depend on the image runs the text tower once for each image. Frozen features of texts stay remembered:
-the official code keeps them too.
+Every text is padded to the context length and no prefix is shared, every block runs for all tokens, QuickGELU is a
+product, and a method whose class features depend on the image runs the text tower once for each image. Frozen features
+of texts stay remembered: the official code keeps them too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.packing import Attention, PackedText, pack
-from vlprompt.backbones.towers import Block, Prompts, TextTower
+from vlprompt.backbones.towers import Block, Prompts, QuickGELU, TextTower
 
 block_forward, text_forward = Block.forward, TextTower.forward
 
@@ -48,6 +48,7 @@ def plain(backbone: Backbone, longest: bool = False) -> Iterator[None]:
         patch(users[0], padded),
         patch(users[1], padded),
         patch.object(Block, "forward", every_token),
+        patch.object(QuickGELU, "apply", lambda x: x * torch.sigmoid(1.702 * x)),
         patch.object(TextTower, "forward", image_by_image),
     ):
         yield

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from vlprompt.backbones.packing import Attention, PackedText, packed_attention
 
 
-class _QuickGELU(torch.autograd.Function):
+class QuickGELU(torch.autograd.Function):
     """x · σ(1.702 x), with nothing but x kept for the way back: its slope there is that of SiLU, at 1.702 x."""
 
     @staticmethod
@@ -35,7 +35,7 @@ class _QuickGELU(torch.autograd.Function):
 
 def quick_gelu(x: Tensor) -> Tensor:
     """The sigmoid approximation of GELU that OpenAI's CLIP was trained with."""
-    return _QuickGELU.apply(x)
+    return QuickGELU.apply(x)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
