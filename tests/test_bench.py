@@ -91,6 +91,15 @@ def test_few_shot_has_five_numbers_of_shots_and_its_preset() -> None:
     assert [r.config.data.shots for r in plan(asked("few-shot", shots=[3]))] == [3]
 
 
+def test_a_data_set_may_have_a_preset_of_its_own() -> None:
+    for name in ("imagenet", "ImageNet"):
+        assert {r.config.train.epochs for r in plan(asked("few-shot", data=(name,)))} == {50}
+    runs = plan(asked("base-to-novel", "drople", ("imagenet", "dtd")))
+    assert [(r.data, r.config.train.epochs) for r in runs] == [("imagenet", 5), ("dtd", 20)]
+    (run,) = plan(asked("cross-dataset", "drople", ("imagenet", "dtd")))
+    assert run.config.train.epochs == 3
+
+
 @pytest.mark.parametrize("protocol", ["cross-dataset", "domain-generalization"])
 def test_the_first_data_set_is_trained_on_and_all_are_measured(protocol: str) -> None:
     (run,) = plan(asked(protocol, "maple", ("imagenet", "dtd", "Flowers102")))

@@ -35,7 +35,8 @@ class Protocol:
     shots: tuple[int, ...] = (16,)
     """Training images a class: a run each."""
     preset: str | None = None
-    """The preset of a method's official settings for it, if it has one; for N shots, ``PRESET-N`` comes first."""
+    """The preset of a method's official settings for it, if it has one; before it come those for what is trained on, the
+    data set's ``PRESET-NAME`` and then, for N shots, ``PRESET-N``."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of all its runs."""
     groups: bool = False
@@ -169,7 +170,8 @@ def _configure(
     asked: Asked, protocol: Protocol, method: str, own: Mapping[str, Any], data: str, shots: int, seed: int
 ) -> RunConfig:
     cls, own = find_method(method), dict(own)
-    official = next((p for p in (f"{protocol.preset}-{shots}", protocol.preset) if p in cls.presets), None)
+    closest = (f"{protocol.preset}-{data_name(data)}", f"{protocol.preset}-{shots}", protocol.preset)
+    official = next((p for p in closest if p in cls.presets), None)
     preset = own.pop("preset", official)
     decided = {"data.name": data, "data.classes": protocol.train, "data.shots": shots, "seed": seed}
     taught = {"teacher.backbone": asked.teacher} if asked.teacher and "teacher_probabilities" in cls.needs else {}
