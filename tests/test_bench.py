@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,8 @@ def test_shards_are_disjoint_and_together_all() -> None:
         (asked("few-shot", settings={"classes": "base"}), "data.classes = base: the protocol"),
         (asked("few-shot", seeds=[]), "--seeds: there must be at least one"),
         (asked("few-shot", data=("a/x", "b/x")), "two runs would be few-shot/x/coop"),
+        (asked("cross-dataset", data=("x", "a/y", "b/y")), "two data sets would be 'y' in the tables"),
+        (asked("cross-dataset", data=("dtd", "DTD", "x")), "two data sets would be 'dtd' in the tables"),
         (asked("cross-dataset"), "cross-dataset: --data x needs the data sets to test on"),
         (asked("domain-generalization", data=("dtd",)), "known without: those of imagenet, openmoji"),
         (Asked("few-shot", {"a/b": ("coop", {})}, ["x"], [1]), "row 'a/b' is no name of a folder"),
@@ -805,11 +808,12 @@ ROW = Row(
     "few-shot", "dtd", "coop", "coop", "mini", 1, 2, "dtd", "all", "test",
     10, 50.0, 40.0, None, 5, 8, 1.5, 0.1, "f", "1",
 )  # fmt: skip
+OTHER = replace(ROW, seed=3)
 
 
 def test_results_read_back(tmp_path: Path) -> None:
-    (tmp_path / "results.csv").write_text(to_csv([ROW, ROW]))
-    assert read_results(tmp_path / "results.csv") == [ROW, ROW]
+    (tmp_path / "results.csv").write_text(to_csv([ROW, OTHER]))
+    assert read_results(tmp_path / "results.csv") == [ROW, OTHER]
 
 
 @pytest.mark.parametrize(
@@ -823,10 +827,11 @@ def test_results_read_back(tmp_path: Path) -> None:
         (lambda t: t.replace("few-shot,", ",", 1), "line 2: protocol is empty"),
         (lambda t: t.replace("accuracy,", "", 1), "line 1: it lacks the columns accuracy"),
         (lambda t: "", "line 1: it lacks the columns protocol"),
+        (lambda t: t + t.splitlines()[1].replace(",50.0,", ",60.0,"), "line 4: it is of the same run and images as"),
     ],
 )
 def test_corrupt_rows_are_named_by_line(tmp_path: Path, change, message: str) -> None:
-    (tmp_path / "results.csv").write_text(change(to_csv([ROW, ROW])))
+    (tmp_path / "results.csv").write_text(change(to_csv([ROW, OTHER])))
     with pytest.raises(DataError) as error:
         read_results(tmp_path / "results.csv")
     assert message in str(error.value)

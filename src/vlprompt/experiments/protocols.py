@@ -35,8 +35,8 @@ class Protocol:
     shots: tuple[int, ...] = (16,)
     """Training images a class: a run each."""
     preset: str | None = None
-    """The preset of a method's official settings for it, if it has one; before it come those for what is trained on, the
-    data set's ``PRESET-NAME`` and then, for N shots, ``PRESET-N``."""
+    """The preset of a method's official settings for it, if it has one; before it come ``PRESET-NAME``, for the data
+    set of that name, and ``PRESET-N``, for N shots."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of all its runs."""
     groups: bool = False
@@ -126,7 +126,8 @@ def plan(asked: Asked) -> list[Run]:
     """The runs, data set by data set, method by method.
 
     Raises ConfigError before anything is run: for a protocol, method, preset or setting that does not exist, for
-    settings that the protocol decides, for two runs in one folder, and where no target data sets are known.
+    settings that the protocol decides, for two runs in one folder or two data sets in one column of the tables, and
+    where no target data sets are known.
     """
     if asked.protocol not in PROTOCOLS:
         raise ConfigError(unknown("protocol", asked.protocol, PROTOCOLS))
@@ -138,6 +139,9 @@ def plan(asked: Asked) -> list[Run]:
     runs: dict[Path, Run] = {}
     for data in sources:
         measured = [(data, classes) for classes in protocol.measured] + [(t, "all") for t in targets]
+        named = [(data_name(d), classes) for d, classes in measured]
+        if twice := [name for name, _ in named if named.count((name, "all")) > 1]:
+            raise ConfigError(f"--data: two data sets would be '{twice[0]}' in the tables: each is given once")
         measurements = tuple(Measurement(d, classes, asked.split) for d, classes in measured)  # type: ignore[arg-type]
         for name, (method, own) in asked.rows.items():
             if not name or Path(name).name != name or name.startswith("."):
