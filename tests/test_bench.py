@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from miniature import build
 from small_run import CLASSES, TINY, make_pictures
+from vlprompt.data.benchmarks.table import DATASETS
 from vlprompt.data.reading import CACHE_BYTES, ImageReader
 from vlprompt.data.splits import long_tail
 from vlprompt.errors import ConfigError, DataError, OutputError
@@ -28,9 +30,11 @@ from vlprompt.experiments.pool import spread
 from vlprompt.experiments.protocols import PROTOCOLS, Asked, fingerprint, plan, read_rows, shard
 from vlprompt.experiments.results import Row, read_results, rows_of, to_csv
 from vlprompt.experiments.runs import group_figures
-from vlprompt.methods import METHODS
+from vlprompt.methods import METHODS, Method
+from vlprompt.training import evaluate as evaluate_module
 from vlprompt.training.bank_build import bank_config, build_bank
 from vlprompt.training.config import build_config
+from vlprompt.training.evaluate import Evaluation, EvaluationImages, evaluate
 
 QUICK = ("--backbone", str(TINY), "epochs=1", "warmup_epochs=0", "data.workers=0", "data.batch_size=2")
 ABLATIONS = sorted((Path(__file__).parents[1] / "tools" / "ablations").glob("*.yaml"))
@@ -312,6 +316,28 @@ def test_targets_and_groups(bench, photos: Path, tmp_path: Path) -> None:
         ("cross-dataset", "photos", "all", 6), ("cross-dataset", "other", "all", 12), ("long-tail", "photos", "all", 6),
         ("long-tail", "photos", "many", 2), ("long-tail", "photos", "medium", 2), ("long-tail", "photos", "few", 2),
     }  # fmt: skip
+
+
+def test_zero_shot_reads_the_template_of_what_is_measured(bench, vlprompt, tmp_path: Path, monkeypatch) -> None:
+    def classify(method: Method, images: EvaluationImages, class_names, template: str | None = None) -> Evaluation:
+        score = evaluate(method, images, class_names, template)
+        read.append((method.name, method.template))
+        return score
+
+    read: list[tuple[str, str]] = []
+    for module in (runs_module, evaluate_module):
+        monkeypatch.setattr(module, "evaluate", classify)
+    for name in ("caltech101", "dtd", "eurosat"):
+        build(tmp_path, name)
+    given = ("--root", tmp_path, "--seeds", "1", "--shots", "2")
+    names = "caltech101,dtd,eurosat"
+    assert bench("cross-dataset", "--methods", "zero_shot,coop", "--data", names, *given)[0] == 0
+    own = [DATASETS[name].template for name in names.split(",")]
+    assert read == [("zero_shot", template) for template in own] + [("coop", own[0])] * 3
+    read.clear()
+    run = tmp_path / "out/cross-dataset/caltech101/zero_shot/backbone/shots_2/seed_1"
+    assert vlprompt("evaluate", run, "dtd", "--root", tmp_path)[0] == 0
+    assert read == [("zero_shot", own[1])]
 
 
 @pytest.fixture
