@@ -12,11 +12,14 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from miniature import build
 from small_run import CLASSES, TINY, make_pictures
+from vlprompt.data.benchmarks.table import DATASETS
 from vlprompt.data.reading import CACHE_BYTES, ImageReader
 from vlprompt.data.splits import long_tail
 from vlprompt.errors import ConfigError, DataError, OutputError
@@ -27,9 +30,11 @@ from vlprompt.experiments.pool import spread
 from vlprompt.experiments.protocols import PROTOCOLS, Asked, fingerprint, plan, read_rows, shard
 from vlprompt.experiments.results import Row, read_results, rows_of, to_csv
 from vlprompt.experiments.runs import group_figures
-from vlprompt.methods import METHODS
+from vlprompt.methods import METHODS, Method
+from vlprompt.training import evaluate as evaluate_module
 from vlprompt.training.bank_build import bank_config, build_bank
 from vlprompt.training.config import build_config
+from vlprompt.training.evaluate import Evaluation, EvaluationImages, evaluate
 
 QUICK = ("--backbone", str(TINY), "epochs=1", "warmup_epochs=0", "data.workers=0", "data.batch_size=2")
 ABLATIONS = sorted((Path(__file__).parents[1] / "tools" / "ablations").glob("*.yaml"))
@@ -89,6 +94,15 @@ def test_few_shot_has_five_numbers_of_shots_and_its_preset() -> None:
     assert [r.config.train.epochs for r in plan(asked("few-shot", "coop"))] == [50, 100, 100, 200, 200]
     assert {r.config.train.epochs for r in runs if r.name == "kgcoop"} == {100}  # it has no preset
     assert [r.config.data.shots for r in plan(asked("few-shot", shots=[3]))] == [3]
+
+
+def test_a_data_set_may_have_a_preset_of_its_own() -> None:
+    for name in ("imagenet", "ImageNet"):
+        assert {r.config.train.epochs for r in plan(asked("few-shot", data=(name,)))} == {50}
+    runs = plan(asked("base-to-novel", "drople", ("imagenet", "dtd")))
+    assert [(r.data, r.config.train.epochs) for r in runs] == [("imagenet", 5), ("dtd", 20)]
+    (run,) = plan(asked("cross-dataset", "drople", ("imagenet", "dtd")))
+    assert run.config.train.epochs == 3
 
 
 @pytest.mark.parametrize("protocol", ["cross-dataset", "domain-generalization"])
@@ -179,6 +193,8 @@ def test_shards_are_disjoint_and_together_all() -> None:
         (asked("few-shot", settings={"classes": "base"}), "data.classes = base: the protocol"),
         (asked("few-shot", seeds=[]), "--seeds: there must be at least one"),
         (asked("few-shot", data=("a/x", "b/x")), "two runs would be few-shot/x/coop"),
+        (asked("cross-dataset", data=("x", "a/y", "b/y")), "two data sets would be 'y' in the tables"),
+        (asked("cross-dataset", data=("dtd", "DTD", "x")), "two data sets would be 'dtd' in the tables"),
         (asked("cross-dataset"), "cross-dataset: --data x needs the data sets to test on"),
         (asked("domain-generalization", data=("dtd",)), "known without: those of imagenet, openmoji"),
         (Asked("few-shot", {"a/b": ("coop", {})}, ["x"], [1]), "row 'a/b' is no name of a folder"),
@@ -300,6 +316,28 @@ def test_targets_and_groups(bench, photos: Path, tmp_path: Path) -> None:
         ("cross-dataset", "photos", "all", 6), ("cross-dataset", "other", "all", 12), ("long-tail", "photos", "all", 6),
         ("long-tail", "photos", "many", 2), ("long-tail", "photos", "medium", 2), ("long-tail", "photos", "few", 2),
     }  # fmt: skip
+
+
+def test_zero_shot_reads_the_template_of_what_is_measured(bench, vlprompt, tmp_path: Path, monkeypatch) -> None:
+    def classify(method: Method, images: EvaluationImages, class_names, template: str | None = None) -> Evaluation:
+        score = evaluate(method, images, class_names, template)
+        read.append((method.name, method.template))
+        return score
+
+    read: list[tuple[str, str]] = []
+    for module in (runs_module, evaluate_module):
+        monkeypatch.setattr(module, "evaluate", classify)
+    for name in ("caltech101", "dtd", "eurosat"):
+        build(tmp_path, name)
+    given = ("--root", tmp_path, "--seeds", "1", "--shots", "2")
+    names = "caltech101,dtd,eurosat"
+    assert bench("cross-dataset", "--methods", "zero_shot,coop", "--data", names, *given)[0] == 0
+    own = [DATASETS[name].template for name in names.split(",")]
+    assert read == [("zero_shot", template) for template in own] + [("coop", own[0])] * 3
+    read.clear()
+    run = tmp_path / "out/cross-dataset/caltech101/zero_shot/backbone/shots_2/seed_1"
+    assert vlprompt("evaluate", run, "dtd", "--root", tmp_path)[0] == 0
+    assert read == [("zero_shot", own[1])]
 
 
 @pytest.fixture
@@ -796,11 +834,12 @@ ROW = Row(
     "few-shot", "dtd", "coop", "coop", "mini", 1, 2, "dtd", "all", "test",
     10, 50.0, 40.0, None, 5, 8, 1.5, 0.1, "f", "1",
 )  # fmt: skip
+OTHER = replace(ROW, seed=3)
 
 
 def test_results_read_back(tmp_path: Path) -> None:
-    (tmp_path / "results.csv").write_text(to_csv([ROW, ROW]))
-    assert read_results(tmp_path / "results.csv") == [ROW, ROW]
+    (tmp_path / "results.csv").write_text(to_csv([ROW, OTHER]))
+    assert read_results(tmp_path / "results.csv") == [ROW, OTHER]
 
 
 @pytest.mark.parametrize(
@@ -814,10 +853,11 @@ def test_results_read_back(tmp_path: Path) -> None:
         (lambda t: t.replace("few-shot,", ",", 1), "line 2: protocol is empty"),
         (lambda t: t.replace("accuracy,", "", 1), "line 1: it lacks the columns accuracy"),
         (lambda t: "", "line 1: it lacks the columns protocol"),
+        (lambda t: t + t.splitlines()[1].replace(",50.0,", ",60.0,"), "line 4: it is of the same run and images as"),
     ],
 )
 def test_corrupt_rows_are_named_by_line(tmp_path: Path, change, message: str) -> None:
-    (tmp_path / "results.csv").write_text(change(to_csv([ROW, ROW])))
+    (tmp_path / "results.csv").write_text(change(to_csv([ROW, OTHER])))
     with pytest.raises(DataError) as error:
         read_results(tmp_path / "results.csv")
     assert message in str(error.value)

@@ -276,6 +276,13 @@ def nest(place: Path) -> None:
     place.with_name("inner").rename(place / place.name)
 
 
+def spill(place: Path) -> None:
+    """What is in ``x`` lies beside it, and ``x`` is gone."""
+    for path in list(place.iterdir()):
+        path.rename(place.parent / path.name)
+    place.rmdir()
+
+
 def move(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     source.rename(target)
@@ -305,6 +312,9 @@ def pack_classes(root: Path) -> None:
 
 MISTAKES = {
     "SUN397 in SUN397": ("sun397", lambda r: nest(r / "sun397/SUN397")),
+    "SUN397 without SUN397": ("sun397", lambda r: spill(r / "sun397/SUN397")),
+    "flowers beside their list": ("oxford_flowers", lambda r: spill(r / "oxford_flowers/jpg")),
+    "ImageNet-A without its folder": ("imagenet_a", lambda r: spill(r / "imagenet-adversarial/imagenet-a")),
     "cars in folders of folders": (
         "stanford_cars",
         lambda r: [nest(r / "stanford_cars" / part) for part in ("cars_train", "cars_test")],

@@ -511,6 +511,7 @@ OFFICIAL: Mapping[str, Mapping[str, Any]] = {
     "coop few-shot-4": {"train.epochs": 100},
     "coop few-shot-2": {"train.epochs": 100},
     "coop few-shot-1": {"train.epochs": 50},
+    "coop few-shot-imagenet": {"method.n_ctx": 16, "train.epochs": 50},
     "coop base-to-novel": {"method.n_ctx": 4, "method.init": WORDS, "optim.lr": 0.002, "train.epochs": 50},
     "coop cross-dataset": {"method.n_ctx": 4, "method.init": WORDS, "optim.lr": 0.002, "train.epochs": 50},
     "cocoop": {
@@ -535,6 +536,7 @@ OFFICIAL: Mapping[str, Mapping[str, Any]] = {
     "dpl": {**DEEP, **DECOUPLED},
     "dpl textual": {**DEEP, **DECOUPLED, "method.branches": "textual", "optim.lr": 0.002},
     "drople": DROPPED,
+    "drople base-to-novel-imagenet": {**DROPPED, "train.epochs": 5},
     "drople cross-dataset": {**DROPPED, "train.epochs": 3},
     "drople few-shot": {**DROPPED, "train.epochs": 50},
     "drople long-tail": {**DROPPED, "data.shots": 16, "data.imbalance": 10},

@@ -165,6 +165,24 @@ def test_of_several_at_once_one_computes(tmp_path: Path) -> None:
     assert all(array is not None and array.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]] for array in arrays)
 
 
+@pytest.mark.parametrize("left", [0, 60, -2])
+def test_files_that_a_machine_left_unfinished_are_made_again(photos: Path, tmp_path: Path, left: int) -> None:
+    image = next((photos / "train").glob("*/*.png"))
+    first = decoded_once(tmp_path)(image)
+    (file,) = tmp_path.glob("*.npy")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:left])
+    assert decoded_once(tmp_path)(image).tobytes() == first.tobytes()
+    assert file.read_bytes() == whole
+    computed_once(tmp_path / "x.npy", (3, 3), np.uint8, parts)
+    whole = (tmp_path / "x.npy").read_bytes()
+    (tmp_path / "x.npy").write_bytes(whole[:left])
+    array = computed_once(tmp_path / "x.npy", (3, 3), np.uint8, parts)
+    assert array is not None
+    assert array.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert (tmp_path / "x.npy").read_bytes() == whole
+
+
 def test_without_room_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shared.shutil, "disk_usage", lambda folder: usage(17))

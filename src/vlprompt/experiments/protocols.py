@@ -35,7 +35,8 @@ class Protocol:
     shots: tuple[int, ...] = (16,)
     """Training images a class: a run each."""
     preset: str | None = None
-    """The preset of a method's official settings for it, if it has one; for N shots, ``PRESET-N`` comes first."""
+    """The preset of a method's official settings for it, if it has one; before it come ``PRESET-NAME``, for the data
+    set of that name, and ``PRESET-N``, for N shots."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of all its runs."""
     groups: bool = False
@@ -125,7 +126,8 @@ def plan(asked: Asked) -> list[Run]:
     """The runs, data set by data set, method by method.
 
     Raises ConfigError before anything is run: for a protocol, method, preset or setting that does not exist, for
-    settings that the protocol decides, for two runs in one folder, and where no target data sets are known.
+    settings that the protocol decides, for two runs in one folder or two data sets in one column of the tables, and
+    where no target data sets are known.
     """
     if asked.protocol not in PROTOCOLS:
         raise ConfigError(unknown("protocol", asked.protocol, PROTOCOLS))
@@ -137,6 +139,9 @@ def plan(asked: Asked) -> list[Run]:
     runs: dict[Path, Run] = {}
     for data in sources:
         measured = [(data, classes) for classes in protocol.measured] + [(t, "all") for t in targets]
+        named = [(data_name(d), classes) for d, classes in measured]
+        if twice := [name for name, _ in named if named.count((name, "all")) > 1]:
+            raise ConfigError(f"--data: two data sets would be '{twice[0]}' in the tables: each is given once")
         measurements = tuple(Measurement(d, classes, asked.split) for d, classes in measured)  # type: ignore[arg-type]
         for name, (method, own) in asked.rows.items():
             if not name or Path(name).name != name or name.startswith("."):
@@ -169,7 +174,8 @@ def _configure(
     asked: Asked, protocol: Protocol, method: str, own: Mapping[str, Any], data: str, shots: int, seed: int
 ) -> RunConfig:
     cls, own = find_method(method), dict(own)
-    official = next((p for p in (f"{protocol.preset}-{shots}", protocol.preset) if p in cls.presets), None)
+    closest = (f"{protocol.preset}-{data_name(data)}", f"{protocol.preset}-{shots}", protocol.preset)
+    official = next((p for p in closest if p in cls.presets), None)
     preset = own.pop("preset", official)
     decided = {"data.name": data, "data.classes": protocol.train, "data.shots": shots, "seed": seed}
     taught = {"teacher.backbone": asked.teacher} if asked.teacher and "teacher_probabilities" in cls.needs else {}

@@ -51,6 +51,8 @@ class Row:
 
 
 _COLUMNS = [field.name for field in fields(Row)]
+_MEASURED = ("protocol", "data", "name", "backbone", "shots", "seed", "measured_on", "classes", "split")
+"""What tells rows apart: there is one figure of each."""
 _TYPES = {field.name: str(field.type) for field in fields(Row)}
 
 
@@ -117,7 +119,7 @@ def to_csv(rows: Iterable[Row]) -> str:
 
 
 def read_results(file: Path) -> list[Row]:
-    """The rows of a results.csv. Raises DataError that names the line of the first row that is corrupt."""
+    """The rows of a results.csv. Raises DataError that names the line of the first that is corrupt or repeated."""
     try:
         with file.open(encoding="utf-8", newline="") as stream:
             lines = csv.reader(stream, strict=True)
@@ -125,7 +127,15 @@ def read_results(file: Path) -> list[Row]:
                 lack = [column for column in _COLUMNS if column not in head]
                 reason = f"it lacks the columns {', '.join(lack)}" if lack else "its columns are in another order"
                 raise DataError(f"{file}, line 1: {reason}")
-            return [_row(values, f"{file}, line {lines.line_num}") for values in lines if values]
+            rows: dict[tuple, Row] = {}
+            for values in filter(None, lines):
+                where = f"{file}, line {lines.line_num}"
+                row = _row(values, where)
+                key = tuple(getattr(row, column) for column in _MEASURED)
+                if key in rows:
+                    raise DataError(f"{where}: it is of the same run and images as a line above")
+                rows[key] = row
+            return list(rows.values())
     except FileNotFoundError:
         raise DataError(f"there are no results in {file.parent}: it has no {file.name}") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:

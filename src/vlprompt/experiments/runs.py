@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ def do_run(run: Run, out: Path) -> dict[str, Any]:
         "measured": [],
     }
     done = {_key(m) for m in figures["measured"]}
+    load = cache(load_dataset)
     method: Method | None = None
     if not _trained(folder):
         begun = (folder / "config.yaml").exists()
@@ -82,9 +83,10 @@ def do_run(run: Run, out: Path) -> dict[str, Any]:
             folder, run.config.backbone, run.config.train.device, run.config.train.precision
         )
         began = time.monotonic()
-        split = measured_split(config, measurement)
+        template = measured_dataset(config, measurement, load).template
+        split = measured_split(config, measurement, load)
         images = images_fingerprint(split, measurement.split)
-        score = measure(method.eval(), config, split, measurement.split, out / SHARED)
+        score = measure(method.eval(), config, split, measurement.split, template, out / SHARED)
         row: dict[str, Any] = dict(zip(("data", "classes", "split"), wanted, strict=True))
         row |= {"code": code_version(), "seconds": time.monotonic() - began, "images_fingerprint": images}
         figures["measured"].append(row | (described(score, PROTOCOLS[run.protocol].groups) if score else {"n": 0}))
@@ -119,7 +121,9 @@ def images_fingerprint(split: Split, part: str) -> str:
     return sha256(content.encode()).hexdigest()[:12]
 
 
-def measure(method: Method, config: RunConfig, split: Split, part: str, shared_folder: Path) -> Evaluation | None:
+def measure(
+    method: Method, config: RunConfig, split: Split, part: str, template: str, shared_folder: Path
+) -> Evaluation | None:
     """Score a tuned model; None where it cannot be asked about other classes than its own (a linear probe)."""
     if split.class_names != method.class_names and not method.takes_new_classes:
         return None
@@ -127,7 +131,7 @@ def measure(method: Method, config: RunConfig, split: Split, part: str, shared_f
     kept = _readable(tuple(paths), config.data.workers) if config.data.skip_bad else range(len(paths))
     labels = [items[i].label for i in kept]
     images = SharedImages([paths[i] for i in kept], labels, config.data.workers, shared_folder)
-    return evaluate(method, images, split.class_names)
+    return evaluate(method, images, split.class_names, template)
 
 
 @lru_cache(32)

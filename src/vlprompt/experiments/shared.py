@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -84,8 +85,9 @@ def decoded_once(folder: Path) -> Callable[[Path], Image.Image]:
 
     def decode(path: Path) -> Image.Image:
         file = folder / f"image-{_digest(_identity(path))}.npy"
-        with suppress(OSError):
-            return Image.fromarray(np.load(file, allow_pickle=False))
+        kept = _read(file)
+        if kept is not None:
+            return Image.fromarray(kept)
         image = load_image(path)
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -108,12 +110,22 @@ def computed_once(
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with alone(file.with_suffix(".lock")):  # without locks, work is done twice at worst
-            if not file.is_file():
+            kept = _read(file, "r")
+            if kept is None:
                 if shutil.disk_usage(file.parent).free < _FREE * math.prod(shape) * dtype.itemsize:
                     return None
                 _write(file, shape, dtype, compute())
-        return np.load(file, mmap_mode="r", allow_pickle=False)
+                kept = _read(file, "r")
+        return kept
     except OSError:
+        return None
+
+
+def _read(file: Path, mapped: Literal["r"] | None = None) -> NDArray | None:
+    """The array in a file; None if there is none, or not the whole of it, as a machine that went down may leave it."""
+    try:
+        return np.load(file, mmap_mode=mapped, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
         return None
 
 

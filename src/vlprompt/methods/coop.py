@@ -21,8 +21,9 @@ class CoOp(Method):
 
     Official settings: 16 tokens at random, class name at the end, SGD 0.002, batch 32, 50 epochs (KaiyangZhou's
     CoOp, configs ``vit_b16_ep50``; the paper's few-shot results use 200 epochs for 8 and 16 shots, preset
-    ``few-shot``, and fewer for fewer shots, presets ``few-shot-4`` to ``few-shot-1``). Its figures from base to novel
-    classes and across data sets are the CoCoOp paper's, with 4 tokens that start as "a photo of a" (configs ``ctxv1``).
+    ``few-shot``, and fewer for fewer shots, presets ``few-shot-4`` to ``few-shot-1``; 50 for any shots of ImageNet,
+    ``few-shot-imagenet``). Its figures from base to novel classes and across data sets are the CoCoOp paper's, with 4
+    tokens that start as "a photo of a" (configs ``ctxv1``).
     """
 
     paper, year, learns = "Zhou et al., IJCV", 2022, "text context"
@@ -32,6 +33,7 @@ class CoOp(Method):
         "few-shot-4": {"train.epochs": 100},
         "few-shot-2": {"train.epochs": 100},
         "few-shot-1": {"train.epochs": 50},
+        "few-shot-imagenet": {"train.epochs": 50},
         "base-to-novel": {"method.n_ctx": 4, "method.init": "a photo of a"},
         "cross-dataset": {"method.n_ctx": 4, "method.init": "a photo of a"},
         "mini": small_backbone(lr=0.006, epochs=8, min_scale=0.6, n_ctx=8),

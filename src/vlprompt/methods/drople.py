@@ -66,6 +66,7 @@ class DroPLe(IVLP):
         "train.epochs": 20,
     }
     presets = {
+        "base-to-novel-imagenet": {"train.epochs": 5},
         "cross-dataset": {"train.epochs": 3},
         "few-shot": {"train.epochs": 50},
         "long-tail": {"data.shots": 16, "data.imbalance": 10},

@@ -150,11 +150,11 @@ def layout_fixes(dataset: Dataset, root: Path) -> list[str]:
         nonlocal lacks, fixes
         found = next(candidates, None)
         lacks = lacks or found is None
-        fixes += _move(found, place) if found else []
+        fixes += _move(found, place, lists_of_it) if found else []
         return found or place
 
-    lists = folder
-    for name in filter(None, (dataset.split_file, *dataset.needs)):
+    lists, lists_of_it = folder, list(filter(None, (dataset.split_file, *dataset.needs)))
+    for name in lists_of_it:
         if not (folder / name).is_file() and not (name == CLASS_NAMES and (root / "imagenet" / name).is_file()):
             near = [d for d in _folders(dataset, root) if name != CLASS_NAMES or folder in d.parents]  # many have one
             lists = put(folder / name, (d / name for d in near if (d / name).is_file())).parent
@@ -165,7 +165,7 @@ def layout_fixes(dataset: Dataset, root: Path) -> list[str]:
         if dataset.from_folders and (commands := _into_class_folders(place, dataset, root)):
             fixes += commands
         else:
-            put(place, (d for d in _folders(dataset, root) if d != place and holds(d)))
+            put(place, (d for d in _folders(dataset, root) if d not in (place, root) and holds(d)))
     fixes += [f"vlprompt data get {dataset.name} --root {quote(str(root))}"] if lacks else []
     return list(dict.fromkeys(fixes))  # each folder is made once
 
@@ -177,7 +177,7 @@ def _holds(dataset: Dataset, folder: Path, sub: str, samples: list[str]) -> Call
     def holds(candidate: Path) -> bool:
         here = candidate == place
         if dataset.from_folders:
-            named = here or candidate.name == place.name or (alone and folder in candidate.parents)
+            named = here or candidate.name == place.name or (alone and folder in (candidate, *candidate.parents))
             return named and any(map(_CLASS_FOLDER.fullmatch, _names(candidate, folders=True)))
         if samples:
             return (here or alone or candidate.name == place.name) and any((candidate / s).is_file() for s in samples)
@@ -218,7 +218,14 @@ def _into_class_folders(place: Path, dataset: Dataset, root: Path) -> list[str]:
     return [f"curl -fsSL {_VALPREP} | {moves} | {loop}"]
 
 
-def _move(source: Path, target: Path) -> list[str]:
+def _move(source: Path, target: Path, lists: list[str]) -> list[str]:
+    if source in target.parents:  # what belongs into the folder lies around it, beside the data set's lists
+        there, stay = quote(str(target)), [target.relative_to(source).parts[0], *lists]
+        others = " ".join(f"! -name {quote(name)}" for name in stay)
+        return [
+            f"mkdir -p {there}",
+            f"find {quote(str(source))} -mindepth 1 -maxdepth 1 {others} -exec mv {{}} {there} \\;",
+        ]
     old = target.with_name(f"{target.name}.old")
     commands = [] if target.parent.is_dir() else [f"mkdir -p {quote(str(target.parent))}"]
     if target.exists():
