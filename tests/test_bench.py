@@ -319,8 +319,8 @@ def test_targets_and_groups(bench, photos: Path, tmp_path: Path) -> None:
 
 
 def test_zero_shot_reads_the_template_of_what_is_measured(bench, vlprompt, tmp_path: Path, monkeypatch) -> None:
-    def classify(method: Method, images: EvaluationImages, class_names, template: str | None = None) -> Evaluation:
-        score = evaluate(method, images, class_names, template)
+    def classify(method: Method, images: EvaluationImages, class_names) -> Evaluation:
+        score = evaluate(method, images, class_names)
         read.append((method.name, method.template))
         return score
 

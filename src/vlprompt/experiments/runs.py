@@ -83,10 +83,10 @@ def do_run(run: Run, out: Path) -> dict[str, Any]:
             folder, run.config.backbone, run.config.train.device, run.config.train.precision
         )
         began = time.monotonic()
-        template = measured_dataset(config, measurement, load).template
+        method.take_template(measured_dataset(config, measurement, load).template)
         split = measured_split(config, measurement, load)
         images = images_fingerprint(split, measurement.split)
-        score = measure(method.eval(), config, split, measurement.split, template, out / SHARED)
+        score = measure(method.eval(), config, split, measurement.split, out / SHARED)
         row: dict[str, Any] = dict(zip(("data", "classes", "split"), wanted, strict=True))
         row |= {"code": code_version(), "seconds": time.monotonic() - began, "images_fingerprint": images}
         figures["measured"].append(row | (described(score, PROTOCOLS[run.protocol].groups) if score else {"n": 0}))
@@ -121,9 +121,7 @@ def images_fingerprint(split: Split, part: str) -> str:
     return sha256(content.encode()).hexdigest()[:12]
 
 
-def measure(
-    method: Method, config: RunConfig, split: Split, part: str, template: str, shared_folder: Path
-) -> Evaluation | None:
+def measure(method: Method, config: RunConfig, split: Split, part: str, shared_folder: Path) -> Evaluation | None:
     """Score a tuned model; None where it cannot be asked about other classes than its own (a linear probe)."""
     if split.class_names != method.class_names and not method.takes_new_classes:
         return None
@@ -131,7 +129,7 @@ def measure(
     kept = _readable(tuple(paths), config.data.workers) if config.data.skip_bad else range(len(paths))
     labels = [items[i].label for i in kept]
     images = SharedImages([paths[i] for i in kept], labels, config.data.workers, shared_folder)
-    return evaluate(method, images, split.class_names, template)
+    return evaluate(method, images, split.class_names)
 
 
 @lru_cache(32)

@@ -123,6 +123,11 @@ class Method(nn.Module):
     def build(self) -> None:
         """Create the learned parameters."""
 
+    def take_template(self, template: str) -> None:
+        """Read class names in the template of another data set, unless prompts were learned with the old one."""
+        if next(self.parameters(), None) is None:
+            self.template = template
+
     def class_features(self, class_names: Sequence[str], image_features: Tensor | None = None) -> Tensor:
         """Normalised class features [C, E], or [B, C, E] if they depend on ``image_features`` [B, E]."""
         raise NotImplementedError

@@ -90,16 +90,8 @@ class Evaluation:
         return {k: v for k, v in vars(self).items() if k != "confusion"} | {"classes": list(self.classes)}
 
 
-def evaluate(
-    method: Method, images: EvaluationImages, class_names: Sequence[str], template: str | None = None
-) -> Evaluation:
-    """Evaluate on images labelled by index into ``class_names``, which need not be those trained on.
-
-    ``template`` is that of the images' data set: a method without parameters reads the class names in it from now on.
-    Prompts stay with the template that they were learned with.
-    """
-    if template is not None and not any(True for _ in method.parameters()):
-        method.template = template
+def evaluate(method: Method, images: EvaluationImages, class_names: Sequence[str]) -> Evaluation:
+    """Evaluate on images labelled by index into ``class_names``, which need not be those trained on."""
     logits, labels = predict_logits(method, images.features(method), class_names), images.labels
     return score(logits, labels, class_names)
 
