@@ -600,8 +600,10 @@ def test_adapters_are_saved_and_learn_slowly(tiny: Backbone, tmp_path: Path) -> 
 
 def test_dropout_of_adapters_is_absent_in_evaluation(tiny: Backbone) -> None:
     method, images = moved_lora(tiny, lora_dropout=0.5), pictures(tiny)
-    assert torch.equal(method.encode_images(images), method.encode_images(images))
+    v = method.encode_images(images)
+    assert torch.equal(method.encode_images(images), v)
     method.train()
+    assert torch.equal(method.encode_images(images), v), "nor outside of losses, as after an epoch of fit"
     assert not torch.equal(method._images(images)[0], method._images(images)[0])
 
 
