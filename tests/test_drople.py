@@ -665,3 +665,37 @@ def test_settings_that_do_not_fit_together(tiny: Backbone, setting: dict, says: 
 def test_settings_out_of_range(setting: dict, says: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(says)):
         build_config("drople", overrides=setting)
+
+
+def test_a_run_says_which_of_its_settings_have_no_effect(photos: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    changed = {"method.mode": "zero", "method.sigma": 0.5, "method.lora_alpha": 8, "method.lora_dropout": 0.1}
+    train(configured(photos, "drople", **changed, **{"train.epochs": 1}), tmp_path / "run", say=said.append)
+    assert [line for line in said if "no effect" in line] == [
+        "method.sigma = 0.5 has no effect: method.mode = zero",
+        "method.lora_alpha = 8.0 has no effect: method.lora_rank = 0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "unused"),
+    [
+        ({}, {"lora_alpha": "lora_rank", "lora_dropout": "lora_rank"}),
+        ({"lora_rank": 2, "dropout": "uniform"}, {}),
+        ({"lora_rank": 2, "mode": "zero"}, {"sigma": "mode"}),
+        (
+            {"lora_rank": 2, "mode": "zero", "dropout": "none"},
+            {"mode": "dropout", "p_max": "dropout", "p_min": "dropout", "sigma": "dropout"},
+        ),
+    ],
+)
+def test_settings_without_effect(tiny: Backbone, given: dict, unused: dict) -> None:
+    assert DroPLe.Config(**given).unused() == unused
+    other = {"mode": "zero" if DroPLe.Config(**given).mode == "gaussian" else "gaussian"}
+    other |= {"p_max": 0.9, "p_min": 0.3, "sigma": 0.7, "lora_alpha": 3.0, "lora_dropout": 0.6}
+    batch, losses = batch_of(tiny), []
+    for settings in (given, given | {key: other[key] for key in unused}):
+        method = make(tiny, **settings)
+        torch.manual_seed(1)
+        losses.append(total(method.losses(batch)))
+    assert torch.equal(*losses)

@@ -73,6 +73,17 @@ class DPL(Method):
         scale_prompts: Annotated[float, Gt(0)] = 2.0
         """Factor of the prompt→instance odds, if scaled."""
 
+        def unused(self) -> dict[str, str]:
+            """Scales of weights that are not scaled, and the constant where it is none."""
+            into, back = "instance_to_prompt", "prompt_to_instance"
+            read_with = {
+                "scale_vision": (into, "scaled"),
+                "scale_text": (into, "scaled"),
+                "weight": (into, "constant"),
+                "scale_prompts": (back, "scaled"),
+            }
+            return {key: piece for key, (piece, kind) in read_with.items() if getattr(self, piece) != kind}
+
     def build(self) -> None:
         """Create the prompts of the branches, and factors where they are learned."""
         c, b = self.config, self.backbone

@@ -119,6 +119,14 @@ class DroPLe(IVLP):
         lora_dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
         """Share of the adapters' input channels that a training step leaves out."""
 
+        def unused(self) -> dict[str, str]:
+            """Settings of a dropout, a noise or adapters that there are not."""
+            return (
+                dict.fromkeys(["sigma"] * (self.mode == "zero"), "mode")
+                | dict.fromkeys(["mode", "p_max", "p_min", "sigma"] * (self.dropout == "none"), "dropout")
+                | dict.fromkeys(["lora_alpha", "lora_dropout"] * (self.lora_rank == 0), "lora_rank")
+            )
+
     def build(self) -> None:
         """Create prompts, shared tokens, logit scale and, if asked for, adapters."""
         c, b = self.config, self.backbone
