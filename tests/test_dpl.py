@@ -641,6 +641,15 @@ def test_settings_without_effect(into: str, back: str, unused: set[str]) -> None
         assert same == (key in unused), key
 
 
+@pytest.mark.parametrize("branches", ["visual", "textual", "both"])
+@pytest.mark.parametrize("text", ["sentence", "read-only", "context"])
+def test_a_template_without_effect(branches: str, text: str) -> None:
+    given, template = {"branches": branches, "text": text}, "{}, a kind of thing"
+    plain, changed = make(small_backbone(), **given), make(small_backbone(), **given, template=template)
+    same = torch.equal(plain.class_features(NAMES), changed.class_features(NAMES))
+    assert same == ("template" in changed.config.unused())
+
+
 def test_the_listing_says_how_each_method_is_checked() -> None:
     rows = {row["name"]: row for row in listing("methods")}
     assert rows.keys() == METHODS.keys()

@@ -74,7 +74,7 @@ class DPL(Method):
         """Factor of the prompt→instance odds, if scaled."""
 
         def unused(self) -> dict[str, str]:
-            """Scales of weights that are not scaled, and the constant where it is none."""
+            """Scales of weights that are not scaled, the constant where it is none, a sentence that is not there."""
             into, back = "instance_to_prompt", "prompt_to_instance"
             read_with = {
                 "scale_vision": (into, "scaled"),
@@ -82,7 +82,9 @@ class DPL(Method):
                 "weight": (into, "constant"),
                 "scale_prompts": (back, "scaled"),
             }
-            return {key: piece for key, (piece, kind) in read_with.items() if getattr(self, piece) != kind}
+            unused = {key: piece for key, (piece, kind) in read_with.items() if getattr(self, piece) != kind}
+            no_sentence = self.text == "context" and self.branches != "visual"
+            return unused | dict.fromkeys(["template"] * no_sentence, "text")
 
     def build(self) -> None:
         """Create the prompts of the branches, and factors where they are learned."""
