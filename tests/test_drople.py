@@ -470,6 +470,23 @@ def test_the_learned_branch_alone_sees_the_second_view(tiny: Backbone) -> None:
     assert not torch.equal(method.losses(same)["ce"], method.losses(batch)["ce"])
 
 
+def test_the_frozen_branch_is_the_plain_view_and_the_data_sets_template(double: Backbone) -> None:
+    """What :func:`objective`, which golden cases check, is given."""
+    torch.manual_seed(0)
+    template, batch = "one {}, drawn.", batch_of(double)
+    method = DroPLe(double, NAMES, DroPLe.Config(dropout="none"), template).double()
+    v, t = method.encode_images(batch.second_view), method.class_features(NAMES)
+    v0 = double.encode_images(batch.images)
+    t0 = double.encode_texts([template.replace("{}", name.replace("_", " ")) for name in NAMES])
+    seen = list(zip(method._images(batch.second_view)[1], method._texts(batch.labels)[1], strict=True))
+    method.after_epoch(0, 2)
+    expected = drople.objective(v, t, v0, t0, method.scale(), batch.labels, seen, method.lam, method.config)
+    losses = method.losses(batch)
+    assert losses.keys() == expected.keys()
+    for term, value in expected.items():
+        close(losses[term], value)
+
+
 def test_shared_tokens_learn_from_the_alignment_alone(tiny: Backbone) -> None:
     method = make(tiny)
     losses = method.losses(batch_of(tiny))
