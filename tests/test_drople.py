@@ -413,6 +413,32 @@ def test_importance_of_an_image_from_the_papers_formulas(double: Backbone) -> No
     assert [b.reach for b in blocks] == [16] * 5 + [20]
 
 
+@pytest.mark.parametrize("name", ["barn", "a very old elm tree"])
+def test_probabilities_of_a_text_from_the_papers_formulas(name: str, double: Backbone, draws: list) -> None:
+    method, tower, i = make(double, [name], sigma=0.0, depth_text=3), double.text_tower, 2
+    shared, states = method.shared, list[Tensor]()
+    assert shared is not None
+    with torch.no_grad():
+        method._texts(torch.zeros(1).long())
+        text = method.context.packed(double, (name,), share=False)
+        tower(text, method.context.prompts(), None, lambda i, x: states.append(x[0]) or x)
+        x = states[i - 1].clone()
+        x[1:5] = method.context.deep[i - 1]
+        q, k, _ = tower.blocks[i].qkv(tower.blocks[i].ln_1(x)).chunk(3, -1)
+        q, k = (z.unflatten(-1, (tower.config.heads, -1)).transpose(0, 1) for z in (q, k))
+        seen = torch.ones(len(x), len(x), dtype=torch.bool).tril()
+        maps = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~seen, -math.inf).softmax(-1)
+        cross = (shared.tokens @ shared.text(states[i]).T).softmax(-1)
+        among = maps[:, :-1, :-1].clone()  # the end token, which is pooled, stands last
+        among.diagonal(dim1=1, dim2=2).zero_()
+        raw = torch.stack([among.amax(-1).mean(0), maps[:, -1, :-1].mean(0), cross[:, :-1].amax(0)])
+        score = (raw / (raw.sum(-1, keepdim=True) + 1e-8)).mean(0)
+        expected = (score - score.min()) / (score.max() - score.min())
+    rows, p = draws[i]
+    assert rows.tolist() == [0, 1, 2, 3, 4]
+    close(p[0], 0.5 - 0.4 * expected[:5])
+
+
 # --- evaluation -----------------------------------------------------------------------------------
 
 
