@@ -627,6 +627,12 @@ def test_bad_settings_of_a_build_are_all_named(vlprompt, pictures, tmp_path) -> 
     crossed = ["--min-scale", "0.5", "--max-scale", "0.4"]
     code, _, err = vlprompt("bank", "build", str(pictures), "--backbone", "mini", "--out", out, *crossed)
     assert (code, err) == (2, "error: crops.min_scale = 0.5 (allowed: at most max_scale = 0.4)\n")
+    unread = ["--template", "one {}.", "--logit-scale", "3", "--class-names-file", "words.txt"]
+    code, _, err = vlprompt("bank", "build", str(pictures), "--backbone", "mini", "--out", out, *unread)
+    assert code == 2
+    assert err.count("\n") == 1
+    for says in ("template = one {}.", "logit_scale = 3.0", "class_names_file = words.txt"):
+        assert f"teacher.{says}: there is no teacher (--teacher)" in err
     assert not Path(out).exists()
     code, _, err = vlprompt("bank", "build", str(pictures), "--backbone", "mini", "--out", str(pictures))
     assert (code, err) == (2, f"error: output folder {pictures} is already in use: choose another with --out\n")
@@ -660,6 +666,8 @@ def damaged(bank: Path, out: Path) -> Path:
 def test_verify_names_the_first_bad_file(vlprompt, pictures, bank, tmp_path) -> None:
     code, out, _ = vlprompt("bank", "verify", str(bank), str(pictures), "--json")
     assert (code, json.loads(out)) == (0, {"bank": str(bank), "files": 3, "images_compared": 18})
+    code, out, err = vlprompt("bank", "verify", str(bank), "--root", str(pictures))
+    assert (code, out, err) == (2, "", "error: --root is where DATA lies: give DATA too, or no image is compared\n")
     copy = damaged(bank, tmp_path / "bank")
     file = copy / "regions-00001.npy"
     whole = bytearray(file.read_bytes())

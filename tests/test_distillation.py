@@ -214,6 +214,13 @@ def test_classes_that_change_in_every_step_do_not_fill_the_memory(tiny: Backbone
         assert known[0] == known[-1] == 1
 
 
+@pytest.mark.parametrize("name", TAUGHT)
+def test_one_class_a_batch_would_teach_nothing(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^method.classes_per_batch = 1 \(allowed: greater than or equal to 2\)$"):
+        build_config(name, overrides={"classes_per_batch": 1})
+    assert build_config(name, overrides={"classes_per_batch": 2}).settings.classes_per_batch == 2
+
+
 def test_class_specific_contexts_take_all_classes_or_none(tiny: Backbone) -> None:
     with pytest.raises(ConfigError, match=r"^method.classes_per_batch = 3 \(allowed with class_specific: none"):
         make(tiny, "kdpl_coop", class_specific=True, classes_per_batch=3)

@@ -98,7 +98,8 @@ def test_commands_are_valid(page: Path, words: list[str]) -> None:
     given = command.make_context(words[0], rest).params  # raises for unknown options, bad values, what is missing
     if words[0] == "train" and given["resume"] is None:
         settings = dict(parse_override(text) for text in given["settings"] or [])
-        build_config(given["method"], given["preset"], overrides=settings)
+        config = build_config(given["method"], given["preset"], overrides=settings)
+        assert not settings.keys() & config.settings.unused().keys()
 
 
 def test_every_method_is_reproduced_in_one_precision() -> None:

@@ -623,6 +623,37 @@ def test_settings_that_the_backbone_cannot_take_are_refused(given: dict[str, Any
     assert make(n_ctx_text=76).class_features(("dog",)).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("into", "back", "unused"),
+    [
+        ("exact", "exact", {"scale_vision", "scale_text", "weight", "scale_prompts"}),
+        ("learned", "scaled", {"scale_vision", "scale_text", "weight"}),
+        ("scaled", "exact", {"weight", "scale_prompts"}),
+        ("constant", "scaled", {"scale_vision", "scale_text"}),
+    ],
+)
+def test_settings_without_effect(into: str, back: str, unused: set[str]) -> None:
+    other = {"scale_vision": 7.0, "scale_text": 7.0, "weight": 0.5, "scale_prompts": 7.0}
+    given, images = {"instance_to_prompt": into, "prompt_to_instance": back}, make_images()
+    plain = make(small_backbone(), **given)
+    assert plain.config.unused() == {
+        key: "prompt_to_instance" if key == "scale_prompts" else "instance_to_prompt" for key in unused
+    }
+    for key, value in other.items():
+        changed = make(small_backbone(), **given, **{key: value})
+        same = torch.equal(logits(changed, images), logits(plain, images))
+        assert same == (key in unused), key
+
+
+@pytest.mark.parametrize("branches", ["visual", "textual", "both"])
+@pytest.mark.parametrize("text", ["sentence", "read-only", "context"])
+def test_a_template_without_effect(branches: str, text: str) -> None:
+    given, template = {"branches": branches, "text": text}, "{}, a kind of thing"
+    plain, changed = make(small_backbone(), **given), make(small_backbone(), **given, template=template)
+    same = torch.equal(plain.class_features(NAMES), changed.class_features(NAMES))
+    assert same == ("template" in changed.config.unused())
+
+
 def test_the_listing_says_how_each_method_is_checked() -> None:
     rows = {row["name"]: row for row in listing("methods")}
     assert rows.keys() == METHODS.keys()

@@ -413,6 +413,32 @@ def test_importance_of_an_image_from_the_papers_formulas(double: Backbone) -> No
     assert [b.reach for b in blocks] == [16] * 5 + [20]
 
 
+@pytest.mark.parametrize("name", ["barn", "a very old elm tree"])
+def test_probabilities_of_a_text_from_the_papers_formulas(name: str, double: Backbone, draws: list) -> None:
+    method, tower, i = make(double, [name], sigma=0.0, depth_text=3), double.text_tower, 2
+    shared, states = method.shared, list[Tensor]()
+    assert shared is not None
+    with torch.no_grad():
+        method._texts(torch.zeros(1).long())
+        text = method.context.packed(double, (name,), share=False)
+        tower(text, method.context.prompts(), None, lambda i, x: states.append(x[0]) or x)
+        x = states[i - 1].clone()
+        x[1:5] = method.context.deep[i - 1]
+        q, k, _ = tower.blocks[i].qkv(tower.blocks[i].ln_1(x)).chunk(3, -1)
+        q, k = (z.unflatten(-1, (tower.config.heads, -1)).transpose(0, 1) for z in (q, k))
+        seen = torch.ones(len(x), len(x), dtype=torch.bool).tril()
+        maps = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~seen, -math.inf).softmax(-1)
+        cross = (shared.tokens @ shared.text(states[i]).T).softmax(-1)
+        among = maps[:, :-1, :-1].clone()  # the end token, which is pooled, stands last
+        among.diagonal(dim1=1, dim2=2).zero_()
+        raw = torch.stack([among.amax(-1).mean(0), maps[:, -1, :-1].mean(0), cross[:, :-1].amax(0)])
+        score = (raw / (raw.sum(-1, keepdim=True) + 1e-8)).mean(0)
+        expected = (score - score.min()) / (score.max() - score.min())
+    rows, p = draws[i]
+    assert rows.tolist() == [0, 1, 2, 3, 4]
+    close(p[0], 0.5 - 0.4 * expected[:5])
+
+
 # --- evaluation -----------------------------------------------------------------------------------
 
 
@@ -468,6 +494,23 @@ def test_the_learned_branch_alone_sees_the_second_view(tiny: Backbone) -> None:
     other = replace(batch, images=torch.full_like(batch.images, torch.nan))
     assert torch.equal(total(method.losses(other)), total(method.losses(batch)))
     assert not torch.equal(method.losses(same)["ce"], method.losses(batch)["ce"])
+
+
+def test_the_frozen_branch_is_the_plain_view_and_the_data_sets_template(double: Backbone) -> None:
+    """What :func:`objective`, which golden cases check, is given."""
+    torch.manual_seed(0)
+    template, batch = "one {}, drawn.", batch_of(double)
+    method = DroPLe(double, NAMES, DroPLe.Config(dropout="none"), template).double()
+    v, t = method.encode_images(batch.second_view), method.class_features(NAMES)
+    v0 = double.encode_images(batch.images)
+    t0 = double.encode_texts([template.replace("{}", name.replace("_", " ")) for name in NAMES])
+    seen = list(zip(method._images(batch.second_view)[1], method._texts(batch.labels)[1], strict=True))
+    method.after_epoch(0, 2)
+    expected = drople.objective(v, t, v0, t0, method.scale(), batch.labels, seen, method.lam, method.config)
+    losses = method.losses(batch)
+    assert losses.keys() == expected.keys()
+    for term, value in expected.items():
+        close(losses[term], value)
 
 
 def test_shared_tokens_learn_from_the_alignment_alone(tiny: Backbone) -> None:
@@ -600,8 +643,10 @@ def test_adapters_are_saved_and_learn_slowly(tiny: Backbone, tmp_path: Path) -> 
 
 def test_dropout_of_adapters_is_absent_in_evaluation(tiny: Backbone) -> None:
     method, images = moved_lora(tiny, lora_dropout=0.5), pictures(tiny)
-    assert torch.equal(method.encode_images(images), method.encode_images(images))
+    v = method.encode_images(images)
+    assert torch.equal(method.encode_images(images), v)
     method.train()
+    assert torch.equal(method.encode_images(images), v), "nor outside of losses, as after an epoch of fit"
     assert not torch.equal(method._images(images)[0], method._images(images)[0])
 
 
@@ -663,3 +708,37 @@ def test_settings_that_do_not_fit_together(tiny: Backbone, setting: dict, says: 
 def test_settings_out_of_range(setting: dict, says: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(says)):
         build_config("drople", overrides=setting)
+
+
+def test_a_run_says_which_of_its_settings_have_no_effect(photos: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    changed = {"method.mode": "zero", "method.sigma": 0.5, "method.lora_alpha": 8, "method.lora_dropout": 0.1}
+    train(configured(photos, "drople", **changed, **{"train.epochs": 1}), tmp_path / "run", say=said.append)
+    assert [line for line in said if "no effect" in line] == [
+        "method.sigma = 0.5 has no effect: method.mode = zero",
+        "method.lora_alpha = 8.0 has no effect: method.lora_rank = 0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "unused"),
+    [
+        ({}, {"lora_alpha": "lora_rank", "lora_dropout": "lora_rank"}),
+        ({"lora_rank": 2, "dropout": "uniform"}, {}),
+        ({"lora_rank": 2, "mode": "zero"}, {"sigma": "mode"}),
+        (
+            {"lora_rank": 2, "mode": "zero", "dropout": "none"},
+            {"mode": "dropout", "p_max": "dropout", "p_min": "dropout", "sigma": "dropout"},
+        ),
+    ],
+)
+def test_settings_without_effect(tiny: Backbone, given: dict, unused: dict) -> None:
+    assert DroPLe.Config(**given).unused() == unused
+    other = {"mode": "zero" if DroPLe.Config(**given).mode == "gaussian" else "gaussian"}
+    other |= {"p_max": 0.9, "p_min": 0.3, "sigma": 0.7, "lora_alpha": 3.0, "lora_dropout": 0.6}
+    batch, losses = batch_of(tiny), []
+    for settings in (given, given | {key: other[key] for key in unused}):
+        method = make(tiny, **settings)
+        torch.manual_seed(1)
+        losses.append(total(method.losses(batch)))
+    assert torch.equal(*losses)

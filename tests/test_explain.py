@@ -112,5 +112,10 @@ def test_bad_input(tiny, tmp_path, picture, vlprompt):
         assert (code, text) == (2, ""), err
         assert err.startswith(f"error: {says}")
         assert err.count("\n") == 1
+    for seed in ("-1", str(2**64), "x"):
+        code, text, err = vlprompt("explain", run, picture, "--out", out, "--seed", seed)
+        assert (code, text) == (2, "")
+        assert err.startswith("error: Invalid value for '--seed': ")
+        assert err.count("\n") == 1
     assert not out.exists()
     assert not list(tmp_path.glob(".*"))

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from vlprompt.errors import ConfigError
 from vlprompt.options import (
     DATA,
     MODEL,
@@ -163,6 +164,8 @@ def verify(
     from vlprompt.data.bank import verify as verify_bank
     from vlprompt.data.datasets import load_dataset
 
+    if root and not data:
+        raise ConfigError("--root is where DATA lies: give DATA too, or no image is compared")
     manifest = verify_bank(bank, load_dataset(data, root).split.root if data else None)
     compared = len(manifest.images) if data else 0
     if json_output:

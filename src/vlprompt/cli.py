@@ -320,7 +320,9 @@ def explain(
     run: RunFolder,
     image: Annotated[Path, typer.Argument(help="An image file.")],
     out: Annotated[Path, typer.Option(help="The .png file to write.", rich_help_panel=OUTPUT)],
-    seed: Annotated[int, typer.Option(help="Decides the draw that is shown.", min=0, rich_help_panel=OUTPUT)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Decides the draw that is shown.", min=0, max=2**63 - 1, rich_help_panel=OUTPUT)
+    ] = 0,
     backbone: OtherBackbone = None,
     device: Device = "cpu",
     precision: Precision = "fp32",

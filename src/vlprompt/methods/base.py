@@ -62,6 +62,10 @@ class Batch:
 class MethodConfig:
     """Base of the methods' settings; each method adds its own."""
 
+    def unused(self) -> dict[str, str]:
+        """Settings that have no effect, each with the setting whose value makes it so."""
+        return {}
+
 
 class Method(nn.Module):
     """A way of adapting a frozen backbone to a list of classes.

@@ -73,6 +73,19 @@ class DPL(Method):
         scale_prompts: Annotated[float, Gt(0)] = 2.0
         """Factor of the prompt→instance odds, if scaled."""
 
+        def unused(self) -> dict[str, str]:
+            """Scales of weights that are not scaled, the constant where it is none, a sentence that is not there."""
+            into, back = "instance_to_prompt", "prompt_to_instance"
+            read_with = {
+                "scale_vision": (into, "scaled"),
+                "scale_text": (into, "scaled"),
+                "weight": (into, "constant"),
+                "scale_prompts": (back, "scaled"),
+            }
+            unused = {key: piece for key, (piece, kind) in read_with.items() if getattr(self, piece) != kind}
+            no_sentence = self.text == "context" and self.branches != "visual"
+            return unused | dict.fromkeys(["template"] * no_sentence, "text")
+
     def build(self) -> None:
         """Create the prompts of the branches, and factors where they are learned."""
         c, b = self.config, self.backbone

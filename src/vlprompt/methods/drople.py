@@ -120,6 +120,14 @@ class DroPLe(IVLP):
         lora_dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
         """Share of the adapters' input channels that a training step leaves out."""
 
+        def unused(self) -> dict[str, str]:
+            """Settings of a dropout, a noise or adapters that there are not."""
+            return (
+                dict.fromkeys(["sigma"] * (self.mode == "zero"), "mode")
+                | dict.fromkeys(["mode", "p_max", "p_min", "sigma"] * (self.dropout == "none"), "dropout")
+                | dict.fromkeys(["lora_alpha", "lora_dropout"] * (self.lora_rank == 0), "lora_rank")
+            )
+
     def build(self) -> None:
         """Create prompts, shared tokens, logit scale and, if asked for, adapters."""
         c, b = self.config, self.backbone
@@ -151,11 +159,18 @@ class DroPLe(IVLP):
         return self._image_tower(images)
 
     def _image_tower(
-        self, images: Tensor, attention: Sequence[Attention] | None = None, after_block: AfterBlock | None = None
+        self,
+        images: Tensor,
+        attention: Sequence[Attention] | None = None,
+        after_block: AfterBlock | None = None,
+        drops: bool = False,
     ) -> Tensor:
+        """``drops`` says whether the adapters' dropout acts."""
         tower = self.backbone.image_tower
         given = (images.to(self.backbone.device), self.visual_prompts(), attention, after_block)
-        return unit(tower(*given) if self.lora is None else functional_call(tower, self.lora.weights(tower), given))
+        if self.lora is None:
+            return unit(tower(*given))
+        return unit(functional_call(tower, self.lora.weights(tower, drops), given))
 
     def scale(self) -> Tensor:
         """The logit scale, [1]."""
@@ -204,7 +219,7 @@ class DroPLe(IVLP):
 
         plain, recording = plain_attention(heads), with_maps(heads, maps)
         attentions = [recording if i < mapped else plain for i in range(self.backbone.image_tower.config.layers)]
-        return self._image_tower(images, attentions, after_block), seen
+        return self._image_tower(images, attentions, after_block, self.training), seen
 
     def _texts(self, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Class features [C, E], and what the shared tokens see of the labels' texts in each aligned block."""

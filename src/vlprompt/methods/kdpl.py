@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from vlprompt.errors import ConfigError
@@ -34,8 +36,10 @@ class Distilled(Method):
     class Config(MethodConfig):
         """Setting of all distilled methods."""
 
-        classes_per_batch: Count | None = None
-        """K, the classes most probable to the teacher in a batch, which alone are compared; all if not given."""
+        classes_per_batch: Annotated[int, Ge(2)] | None = None
+        """K, the classes most probable to the teacher in a batch, which alone are compared; all if not given.
+
+        Of one class teacher and student would be equally sure, and nothing learned."""
 
     def build(self) -> None:
         """Create what the student learns."""

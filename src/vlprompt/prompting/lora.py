@@ -26,9 +26,12 @@ class VisualLoRA(nn.Module):
         self.b = nn.Parameter(torch.zeros(len(self.layers), 2, c.width, rank))
         nn.init.uniform_(self.a, -(c.width**-0.5), c.width**-0.5)  # what nn.Linear starts with
 
-    def weights(self, tower: ImageTower) -> dict[str, Tensor]:
-        """The adapted weights by name, for ``torch.func.functional_call``; the tower itself stays as it is."""
-        a = dropout(torch.ones_like(self.a[:, :, :1]), self.p, self.training) * self.a
+    def weights(self, tower: ImageTower, drops: bool = False) -> dict[str, Tensor]:
+        """The adapted weights by name, for ``torch.func.functional_call``; the tower itself stays as it is.
+
+        ``drops`` says whether dropout acts, as in a training step.
+        """
+        a = dropout(torch.ones_like(self.a[:, :, :1]), self.p, drops) * self.a
         q, v = (self.scale * self.b @ a).unbind(1)  # [layers, D, D]
         delta = torch.cat([q, torch.zeros_like(q), v], 1)  # [layers, 3D, D]
         adapted = {}

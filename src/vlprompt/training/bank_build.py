@@ -100,6 +100,9 @@ def bank_config(values: Mapping[str, Any]) -> BankConfig:
     config = checked(BankConfig, nested[""] | {k: v for k, v in whole.items() if v is not None}, "", problems)
     if (crops := whole["crops"]) and crops.min_scale > crops.max_scale:
         problems.append(f"crops.min_scale = {crops.min_scale} (allowed: at most max_scale = {crops.max_scale})")
+    if "backbone" not in nested["teacher"]:
+        given = [f"teacher.{key} = {value}" for key, value in nested["teacher"].items()]
+        problems += [f"{setting}: there is no teacher (--teacher)" for setting in given]
     if not (nested["teacher"].get("backbone") or nested[""].get("backbone")):
         problems.append("a bank keeps a teacher's labels, a student's features, or both: give --teacher or --backbone")
     if problems:

@@ -27,7 +27,7 @@ from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split, read_split, write_split
 from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError
 from vlprompt.files import cannot_write, write_atomically
-from vlprompt.methods import Method, find_method
+from vlprompt.methods import Method, MethodConfig, find_method
 from vlprompt.training.artefact import save_artefact
 from vlprompt.training.bank import cannot_use_bank, find_bank, read_by, regions_used
 from vlprompt.training.card import public_name
@@ -106,6 +106,8 @@ def train(
         processes.wait()  # all have seen that the folder can be used
         with _run_folder(out, resume, processes):
             say(_opening(config, dataset, split, method, processes, teacher, bank))
+            for note in _unused(config.settings):
+                say(note)
             if processes.first:
                 _describe(out, config, split, environment(backbone, teacher, bank), resume)
             history, images = History(), _images(split, "train", reader)
@@ -172,6 +174,15 @@ def _opening(
         what += ["with frozen features"] if features else []
         lines.insert(1, f"{', '.join(what)}, from {bank.folder}")
     return "\n".join(lines)
+
+
+def _unused(settings: MethodConfig) -> list[str]:
+    """A line for each setting that was changed and has no effect beside the others."""
+    return [
+        f"method.{key} = {getattr(settings, key)} has no effect: method.{other} = {getattr(settings, other)}"
+        for key, other in settings.unused().items()
+        if getattr(settings, key) != getattr(type(settings), key)
+    ]
 
 
 def _check_images(out: Path, split: Split) -> None:
