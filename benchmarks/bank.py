@@ -21,12 +21,14 @@ import torch
 
 from benchmarks.inputs import load, machine, pictures
 from benchmarks.parts import Clock
-from vlprompt.data.bank import Bank
+from vlprompt.data.bank.records import Bank
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split
 from vlprompt.errors import ConfigError
 from vlprompt.methods import find_method
-from vlprompt.training.bank_build import bank_config, fill, towers_of
+from vlprompt.training.bank.build import fill
+from vlprompt.training.bank.config import bank_config
+from vlprompt.training.bank.towers import towers_of
 from vlprompt.training.config import build_config
 from vlprompt.training.loop import Training, training_views
 from vlprompt.training.teacher import Teacher

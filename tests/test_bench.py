@@ -28,7 +28,8 @@ from vlprompt.experiments.protocols import PROTOCOLS, Asked, fingerprint, plan, 
 from vlprompt.experiments.results import Row, read_results, rows_of, to_csv
 from vlprompt.experiments.runs import group_figures
 from vlprompt.methods import METHODS
-from vlprompt.training.bank_build import bank_config, build_bank
+from vlprompt.training.bank.build import build_bank
+from vlprompt.training.bank.config import bank_config
 from vlprompt.training.config import build_config
 
 QUICK = ("--backbone", str(TINY), "epochs=1", "warmup_epochs=0", "data.workers=0", "data.batch_size=2")

@@ -27,7 +27,7 @@ from vlprompt.errors import ConfigError, DataError, unknown
 from vlprompt.methods import Method, find_method
 from vlprompt.training import evaluate as evaluation
 from vlprompt.training.artefact import load_artefact, read_artefact_config, save_artefact
-from vlprompt.training.bank import cannot_use_bank, find_bank
+from vlprompt.training.bank.views import cannot_use_bank, find_bank
 from vlprompt.training.config import OptimConfig, RunConfig, build_config
 from vlprompt.training.evaluate import Evaluation, EvaluationImages
 from vlprompt.training.export import export_classes

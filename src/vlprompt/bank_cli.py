@@ -105,7 +105,8 @@ def build(
     data any more are left out.
     """
     from vlprompt.progress import CountBar
-    from vlprompt.training.bank_build import bank_config, build_bank, parse_part
+    from vlprompt.training.bank.build import build_bank
+    from vlprompt.training.bank.config import bank_config, parse_part
 
     given = {
         "data.name": data,
@@ -146,7 +147,7 @@ def build(
 @bank_app.command(epilog="Example: vlprompt bank info banks/caltech --json")
 def info(bank: BankFolder, json_output: Json = False) -> None:
     """Show what a region bank holds and how it was made."""
-    from vlprompt.data.bank import describe, read_manifest, summary
+    from vlprompt.data.bank.manifest import describe, read_manifest, summary
 
     manifest = read_manifest(bank)
     print(json.dumps(describe(manifest)) if json_output else summary(manifest))
@@ -160,7 +161,7 @@ def verify(
     json_output: Json = False,
 ) -> None:
     """Compare a region bank's files with their checksums and, given DATA, its images with what they were."""
-    from vlprompt.data.bank import verify as verify_bank
+    from vlprompt.data.bank.records import verify as verify_bank
     from vlprompt.data.datasets import load_dataset
 
     manifest = verify_bank(bank, load_dataset(data, root).split.root if data else None)

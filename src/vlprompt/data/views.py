@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from vlprompt.data.augment import augment_patches
-from vlprompt.data.bank import Bank
+from vlprompt.data.bank.records import Bank
+from vlprompt.data.bank.regions import restored
 from vlprompt.data.images import ImageSource, Preprocess, Region, random_regions
 from vlprompt.data.reading import ImageReader
-from vlprompt.data.regions import restored
 
 
 class Views(NamedTuple):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import vlprompt
-from vlprompt.data.bank import read_manifest
+from vlprompt.data.bank.manifest import read_manifest
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.reading import ImageReader, readable
 from vlprompt.data.splits import Split, in_order, read_split

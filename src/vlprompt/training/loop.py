@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlprompt.data.bank import Bank
+from vlprompt.data.bank.records import Bank
 from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.views import BankViews, TrainingViews, Views
 from vlprompt.errors import ConfigError, VlpromptError
 from vlprompt.methods import Batch, Method
-from vlprompt.training.bank import bank_views
+from vlprompt.training.bank.views import bank_views
 from vlprompt.training.config import DataConfig, OptimConfig, TrainConfig
 from vlprompt.training.distributed import Processes
 from vlprompt.training.recorded import Gradients, Recorded, Terms

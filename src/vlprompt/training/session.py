@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Protocol
 
-from vlprompt.data.bank import Bank
+from vlprompt.data.bank.records import Bank
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split
 from vlprompt.errors import ConfigError

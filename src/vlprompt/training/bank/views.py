@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vlprompt.backbones.load import load_backbone
-from vlprompt.data.bank import Bank, differences
+from vlprompt.data.bank.manifest import differences
+from vlprompt.data.bank.records import Bank
 from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import names_in_file
