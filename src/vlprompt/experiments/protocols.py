@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from vlprompt.data.benchmarks.table import DATASETS, find_dataset
-from vlprompt.errors import ConfigError, first_few, unknown
+from vlprompt.errors import ConfigError, first_few, one_line, unknown
 from vlprompt.methods import find_method
 from vlprompt.training.config import RunConfig, build_config, parse_yaml
 
@@ -196,7 +196,7 @@ def read_rows(file: Path) -> Rows:
     try:
         content = parse_yaml(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read rows from {file}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"cannot read rows from {file}: {one_line(error, most=None)}") from None
     if not isinstance(content, dict) or not isinstance(content.get("rows"), dict) or not content["rows"]:
         raise ConfigError(f"{file} must hold rows: names with settings")
     if strange := set(content) - {"method", "set", "rows"}:

@@ -15,7 +15,7 @@ from vlprompt.data.bank.manifest import read_manifest
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.reading import ImageReader, readable
 from vlprompt.data.splits import Split, in_order, read_split
-from vlprompt.errors import ConfigError, DataError
+from vlprompt.errors import ConfigError, DataError, one_line
 from vlprompt.experiments.protocols import PROTOCOLS, Measurement, Run, backbone_name, data_name, fingerprint
 from vlprompt.experiments.protocols import result_settings as settings_of
 from vlprompt.experiments.shared import SHARED, SharedImages, decoded_once
@@ -249,7 +249,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {file}: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"cannot read {file}: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise DataError(f"{file} holds no figures")
     return content

@@ -15,7 +15,7 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
-from vlprompt.errors import ConfigError, unknown
+from vlprompt.errors import ConfigError, one_line, unknown
 from vlprompt.methods import MethodConfig, find_method
 from vlprompt.methods.base import Template
 
@@ -180,7 +180,7 @@ def read_config(file: Path) -> dict[str, Any]:
     try:
         content = parse_yaml(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read configuration {file}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"cannot read configuration {file}: {one_line(error, most=None)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"configuration {file} must hold keys and values")
     return dict(_flatten(content))

@@ -21,6 +21,7 @@ from PIL.Image import Image
 import vlprompt
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
+from vlprompt.backbones.names import public_name
 from vlprompt.data.bank.records import Bank
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.reading import ImageReader
@@ -30,7 +31,6 @@ from vlprompt.files import cannot_write, write_atomically
 from vlprompt.methods import Method, find_method
 from vlprompt.training.artefact import save_artefact
 from vlprompt.training.bank.views import cannot_use_bank, find_bank, read_by, regions_used
-from vlprompt.training.card import public_name
 from vlprompt.training.checkpoints import History, checkpoint_file, remove_unfinished
 from vlprompt.training.config import RunConfig, build_config, read_config
 from vlprompt.training.distributed import Processes, join_processes

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from vlprompt.data.bank.regions import Crops
 from vlprompt.data.splits import missing
-from vlprompt.errors import DataError
+from vlprompt.errors import DataError, one_line
 from vlprompt.files import write_atomically
 
 FORMAT_VERSION = 1
@@ -177,7 +177,7 @@ def read_manifest(folder: Path) -> Manifest:
         where = ".".join(map(str, first["loc"]))
         raise DataError(f"cannot read {file}: {where}: {first['msg'].lower()}") from None
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise DataError(f"cannot read {file}: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"cannot read {file}: {one_line(error)}") from None
 
 
 def describe(manifest: Manifest) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from vlprompt.data.bank.manifest import MANIFEST, Manifest, read_manifest, shard_file
 from vlprompt.data.bank.regions import content_hash
 from vlprompt.data.splits import missing
-from vlprompt.errors import DataError
+from vlprompt.errors import DataError, one_line
 
 SHARDS_OPEN = 256  # files mapped at once, well below what systems allow
 FLOOR = 2.0**-25  # what a stored probability of 0 is less than: half the smallest number of fp16
@@ -89,7 +89,7 @@ class Bank:
         except FileNotFoundError:
             raise missing("file of the region bank", file) from None
         except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"cannot read {file}: {' '.join(str(error).split())[:200]}") from None
+            raise DataError(f"cannot read {file}: {one_line(error)}") from None
         if records.dtype != self.record or records.shape != shape:
             raise DataError(f"{file} does not hold what {MANIFEST} says: found {list(records.shape)} {records.dtype}")
         return records

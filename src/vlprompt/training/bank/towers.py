@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
+from vlprompt.backbones.names import public_name
 from vlprompt.data.bank.manifest import MOST_CLASSES, BankSettings, Features, Labels
 from vlprompt.data.bank.records import top_k
 from vlprompt.data.bank.regions import restored, stored
@@ -21,7 +22,6 @@ from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split
 from vlprompt.errors import DataError, VlpromptError
 from vlprompt.training.bank.config import BankConfig
-from vlprompt.training.card import public_name
 from vlprompt.training.teacher import Teacher, configured_teacher
 
 
