@@ -58,7 +58,7 @@ def run_demo(out: Path, say: Callable[[str], None]) -> dict[str, Any]:
     write_atomically(out / MARKER, "{}")
     began = time.monotonic()
     dataset = load_dataset("openmoji", out / "data")
-    halves = {name: dataset.split.subset(name) for name in ("base", "novel")}  # type: ignore[arg-type]
+    halves = {"base": dataset.split.subset("base"), "novel": dataset.split.subset("novel")}
     say(_opening(dataset, halves, out))
     images = {
         name: EvaluationImages(split.paths("test"), [i.label for i in split.test]) for name, split in halves.items()

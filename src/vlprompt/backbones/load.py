@@ -180,14 +180,14 @@ def _hf_preprocess(folder: Path, weights: Weights) -> Preprocess:
 
 
 def _open_clip_preprocess(weights: Weights, settings: Mapping[str, Any]) -> Preprocess:
-    resize = {"shortest": "shortest", "squash": "squash"}.get(settings.get("resize_mode", "shortest"))
-    if resize is None:
-        raise BackboneError(f"unsupported open_clip resize_mode '{settings['resize_mode']}'")
+    resize = settings.get("resize_mode", "shortest")
+    if resize not in ("shortest", "squash"):
+        raise BackboneError(f"unsupported open_clip resize_mode '{resize}'")
     return Preprocess(
         weights.image.image_size,
         tuple(settings.get("mean", CLIP_MEAN)),
         tuple(settings.get("std", CLIP_STD)),
-        resize=resize,  # type: ignore[arg-type]
+        resize=resize,
         interpolation=settings.get("interpolation", "bicubic"),
     )
 

@@ -13,11 +13,10 @@ from typing import Any, Literal
 import yaml
 
 from vlprompt.data.benchmarks.table import DATASETS, find_dataset
+from vlprompt.data.splits import Classes
 from vlprompt.errors import ConfigError, first_few, one_line, unknown
 from vlprompt.methods import find_method
 from vlprompt.training.config import RunConfig, build_config, parse_yaml
-
-Classes = Literal["base", "novel", "all"]
 
 
 @dataclass(frozen=True)
@@ -136,14 +135,14 @@ def plan(asked: Asked) -> list[Run]:
     sources, targets = _sources(asked.protocol, protocol, asked.data)
     runs: dict[Path, Run] = {}
     for data in sources:
-        measured = [(data, classes) for classes in protocol.measured] + [(t, "all") for t in targets]
-        measurements = tuple(Measurement(d, classes, asked.split) for d, classes in measured)  # type: ignore[arg-type]
-        for name, (method, own) in asked.rows.items():
+        own = [Measurement(data, classes, asked.split) for classes in protocol.measured]
+        measurements = (*own, *(Measurement(target, "all", asked.split) for target in targets))
+        for name, (method, settings) in asked.rows.items():
             if not name or Path(name).name != name or name.startswith("."):
                 raise ConfigError(f"row '{name}' is no name of a folder")
             for shots in asked.shots or protocol.shots:
                 for seed in asked.seeds:
-                    config = _configure(asked, protocol, method, own, data, shots, seed)
+                    config = _configure(asked, protocol, method, settings, data, shots, seed)
                     run = Run(asked.protocol, name, config, measurements)
                     if run.folder in runs:
                         raise ConfigError(f"two runs would be {run.folder}: data sets, seeds and shots are given once")

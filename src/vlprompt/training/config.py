@@ -15,6 +15,7 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
+from vlprompt.data.splits import Classes
 from vlprompt.errors import ConfigError, one_line, unknown
 from vlprompt.methods import MethodConfig, find_method
 from vlprompt.methods.base import Template
@@ -52,7 +53,7 @@ class DataConfig:
     """Shots of the first class to those of the last, fewer and fewer in between: a long tail."""
     val_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Share of each class's training images that becomes val before shots are drawn, where there is no val split."""
-    classes: Literal["base", "novel", "all"] = "all"
+    classes: Classes = "all"
     """First half of the classes, second half, or all."""
     batch_size: Annotated[int, Ge(1)] = 32
     """Images in a training step."""
