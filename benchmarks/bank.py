@@ -3,7 +3,7 @@
 STUDENT and TEACHER are what `load_backbone` takes, or `random:PATCH`, CLIP's ViT-B with patches of so many pixels (of
 224) and random weights; without them mini + mini, random:32 + random:32 and random:32 + random:16 are measured. The
 method is kdpl_coop. Pictures are random JPEGs of --size; epochs of both ways take turns, after one of each that does
-not count. A run of --run-epochs epochs is reckoned from the median epoch; the bank's build is measured whole, but for
+not count. A run of --run-epochs epochs is calculated from the median epoch; the bank's build is measured whole, but for
 the loading of the towers.
 """
 

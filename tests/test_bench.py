@@ -24,7 +24,7 @@ from vlprompt.experiments import on_ray, pool
 from vlprompt.experiments import runs as runs_module
 from vlprompt.experiments.lock import folder_lock
 from vlprompt.experiments.pool import spread
-from vlprompt.experiments.protocols import PROTOCOLS, Asked, fingerprint, plan, read_rows, shard
+from vlprompt.experiments.protocols import PROTOCOLS, Asked, fingerprint, plan, read_rows, take_shard
 from vlprompt.experiments.results import Row, read_results, rows_of, to_csv
 from vlprompt.experiments.runs import group_figures
 from vlprompt.methods import METHODS
@@ -162,12 +162,12 @@ def test_where_files_lie_is_no_setting(tmp_path: Path, monkeypatch) -> None:
 
 def test_shards_are_disjoint_and_together_all() -> None:
     runs = plan(asked("few-shot", seeds=[1, 2, 3]))
-    parts = [shard(runs, f"{i}/4") for i in range(1, 5)]
+    parts = [take_shard(runs, f"{i}/4") for i in range(1, 5)]
     assert sorted(str(r.folder) for part in parts for r in part) == sorted(str(r.folder) for r in runs)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     for bad in ("0/2", "3/2", "1", "a/b", "1/0"):
         with pytest.raises(ConfigError, match="--shard"):
-            shard(runs, bad)
+            take_shard(runs, bad)
 
 
 @pytest.mark.parametrize(

@@ -115,8 +115,15 @@ def bench(
     the others, and is reported at the end (exit code 1). `vlprompt report OUT` prints the tables.
     """
     from vlprompt.experiments.bench import bench as run_bench
-    from vlprompt.experiments.protocols import Asked, choose_rows, plan, read_rows, split_numbers, split_values
-    from vlprompt.experiments.protocols import shard as share
+    from vlprompt.experiments.protocols import (
+        Asked,
+        choose_rows,
+        plan,
+        read_rows,
+        split_numbers,
+        split_values,
+        take_shard,
+    )
     from vlprompt.progress import CountBar
     from vlprompt.training.config import parse_override
 
@@ -140,12 +147,12 @@ def bench(
     )  # fmt: skip
     runs = plan(asked)
     if dry_run:
-        folders = [run.folder.as_posix() for run in share(runs, shard)]
+        folders = [run.folder.as_posix() for run in take_shard(runs, shard)]
         print(json.dumps({"runs": folders}) if json_output else "\n".join(folders))
         return
     with CountBar(protocol) as bar:
         done = run_bench(
-            runs, out, engine=engine, workers=workers, part=shard, skip_existing=skip_existing, say=say,
+            runs, out, engine=engine, workers=workers, shard=shard, skip_existing=skip_existing, say=say,
             progress=bar,
         )  # fmt: skip
     for folder, reason in done.failed.items():

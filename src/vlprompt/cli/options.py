@@ -90,7 +90,9 @@ Seed = Annotated[
     ),
 ]
 Epochs = Annotated[int | None, typer.Option(help="Default: the method's official number.", rich_help_panel=TRAINING)]
-Preset = Annotated[str | None, typer.Option(help="Other official settings, e.g. few-shot.", rich_help_panel=TRAINING)]
+Preset = Annotated[
+    str | None, typer.Option(help="Other settings of the method by name, e.g. few-shot.", rich_help_panel=TRAINING)
+]
 Select = Annotated[
     Literal["last", "val"] | None,
     typer.Option(help="Keep the last epoch's prompts (default) or the best on val images.", rich_help_panel=TRAINING),

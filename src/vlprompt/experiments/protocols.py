@@ -160,7 +160,7 @@ def _sources(name: str, protocol: Protocol, data: Sequence[str]) -> tuple[Sequen
     if not targets:
         known = sorted({d.domain_of for d in DATASETS.values() if d.domain_of})
         hint = f" (known without: those of {', '.join(known)})" if protocol.targets == "domains" else ""
-        raise ConfigError(f"{name}: --data {source} needs the data sets to test on behind it, with commas{hint}")
+        raise ConfigError(f"{name}: --data {source} needs the data sets to test on after it, separated by commas{hint}")
     return [source], targets
 
 
@@ -214,7 +214,7 @@ def read_rows(file: Path) -> Rows:
 
 
 def choose_rows(rows: Rows, only: Sequence[str]) -> Rows:
-    """The rows that ``only`` names, with commas between or one each; raises ConfigError for a name that is no row."""
+    """The rows that ``only`` names, separated by commas or one each; raises ConfigError for a name that is no row."""
     kept = [text for text in only if text in rows]  # a name may have commas in it
     kept += split_values("--only", [text for text in only if text not in rows]) if len(kept) < len(only) else []
     if missing := [name for name in kept if name not in rows]:
@@ -236,17 +236,17 @@ def split_numbers(option: str, given: Sequence[str]) -> list[int]:
     """The same for whole numbers."""
     values = split_values(option, given)
     if strange := [value for value in values if not value.isdecimal()]:
-        raise ConfigError(f"{option} {strange[0]} (allowed: whole numbers with commas between)")
+        raise ConfigError(f"{option} {strange[0]} (allowed: whole numbers separated by commas)")
     return [int(value) for value in values]
 
 
-def shard(runs: Sequence[Run], part: str | None) -> list[Run]:
-    """The ``i``-th of ``n`` equal shares of the runs, for ``part`` = "i/n"; raises ConfigError for what is none."""
-    if part is None:
+def take_shard(runs: Sequence[Run], shard: str | None) -> list[Run]:
+    """The ``i``-th of ``n`` equal shares of the runs, for ``shard`` = "i/n"; raises ConfigError for what is none."""
+    if shard is None:
         return list(runs)
-    i, n = map(int, found.groups()) if (found := re.fullmatch(r"(\d+)/(\d+)", part)) else (0, 0)
+    i, n = map(int, found.groups()) if (found := re.fullmatch(r"(\d+)/(\d+)", shard)) else (0, 0)
     if not 1 <= i <= n:
-        raise ConfigError(f"--shard {part} (allowed: i/n, from 1/n to n/n)")
+        raise ConfigError(f"--shard {shard} (allowed: i/n, from 1/n to n/n)")
     return list(runs[i - 1 :: n])
 
 

@@ -82,7 +82,7 @@ class TeacherConfig:
     logit_scale: Annotated[float, Gt(0)] | None = None
     """What its cosines are multiplied by; the student's scale if not given, as in KDPL."""
     class_names_file: str | None = None
-    """Class names, one a line, that it chooses among instead of the data set's, which then stay unknown."""
+    """Class names, one per line, that it chooses among instead of the data set's, which then stay unknown."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class TrainConfig:
     accumulate: Annotated[int, Ge(1)] = 1
     """Parts that each batch is computed in, one after the other, to need less memory; the step is the same."""
     text_chunk: Annotated[int, Ge(1)] | None = None
-    """Classes whose texts are encoded at once, and again on the way back, to need less memory; all if not given."""
+    """Classes whose texts are encoded at once, and again in the backward pass, to save memory; all if not given."""
     graphs: bool = False
     """Whether steps are recorded as CUDA graphs and replayed: the same results, faster where a model is small."""
     select: Literal["last", "val"] = "last"

@@ -77,7 +77,7 @@ class Evaluation:
     """Images."""
     classes: tuple[str, ...]
     per_class: dict[str, float]
-    """Percent, for the classes that have images; classes of one name have their number behind it."""
+    """Percent, for the classes that have images; classes that share a name have their number after it."""
     calibration_error: float
     """Expected calibration error, 0 to 1, over 15 equal bins of confidence (Guo et al., 2017)."""
     confusion: tuple[tuple[int, int, int], ...] = ()

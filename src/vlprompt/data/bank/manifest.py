@@ -135,7 +135,7 @@ class Manifest:
         return Manifest(self.settings, (*chain(*kept), *new), tuple(shards))
 
     def starts(self) -> NDArray[np.int64]:
-        """The first image of each file, and behind the last one the number of images."""
+        """The first image of each file, and at the end the number of images."""
         return np.cumsum([0, *(shard.images for shard in self.shards)])
 
     def write(self, folder: Path) -> None:
@@ -197,7 +197,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
 
 
 def summary(manifest: Manifest) -> str:
-    """The same for people, a line each."""
+    """The same for people, one line each."""
     s, n = manifest.settings, len(manifest.images)
     missing_files = sum(not shard.sha256 for shard in manifest.shards)
     c, t, f = s.crops, s.teacher, s.features
