@@ -383,7 +383,7 @@ def test_a_refused_command_leaves_a_half_built_bank_as_it_was(pictures, bank, tm
     (out / ".lock").unlink()
     before = content(out)
     for more in ({"batch_size": 5}, {"top_k": 1, "data.shots": 1}):
-        with pytest.raises(ConfigError, match="cannot go on: it was begun with"):
+        with pytest.raises(ConfigError, match="cannot be continued: it was begun with"):
             build(pictures, out, **more)
         assert content(out) == before
     assert build(pictures, out).finished
@@ -418,7 +418,7 @@ def test_a_lost_file_of_images_that_are_gone_is_named(pictures, bank, tmp_path) 
     path = read_manifest(bank).images[9][1]
     Image.new("RGB", (40, 40)).save(images / path)
     before = content(out)
-    says = rf"cannot go on: regions-00001.npy is lost, and image {path} of it is not among the data, or has changed$"
+    says = rf"be continued: regions-00001.npy is lost, and image {path} of it is not among the data, or has changed$"
     with pytest.raises(DataError, match=says):
         build(images, out)
     assert content(out) == before
@@ -436,7 +436,7 @@ def test_of_two_builds_that_differ_and_begin_together_one_is_refused(more, pictu
             build(pictures, out, part=(2, 2), **few, **more)
 
     with pytest.raises(
-        ConfigError, match=r"cannot go on: another build has begun there meanwhile, with other images or"
+        ConfigError, match=r"cannot be continued: another build has begun there meanwhile, with other images or"
     ):
         build(pictures, out, meanwhile, part=(1, 2), **few)
     with pytest.raises(DataError, match="is not finished"):
@@ -455,7 +455,7 @@ def test_other_images_while_a_bank_is_built_do_not_mix_with_it(pictures, bank, t
                 build(pictures, out, batch_size=5, **seeds[0])
             build(pictures, out, **seeds[1])
 
-    with pytest.raises(ConfigError, match="cannot go on: another build has begun there meanwhile"):
+    with pytest.raises(ConfigError, match="cannot be continued: another build has begun there meanwhile"):
         build(pictures, out, meanwhile, **seeds[0])
     assert Bank(out)  # the other one's
     build(pictures, out, **seeds[0])
@@ -508,7 +508,7 @@ def test_a_bank_is_not_gone_on_with_otherwise(more, says, pictures, bank) -> Non
     before = content(bank)
     with pytest.raises(ConfigError) as error:
         build(pictures, bank, **more)
-    assert str(error.value) == f"{bank} cannot go on: it was begun with {says}"
+    assert str(error.value) == f"{bank} cannot be continued: it was begun with {says}"
     assert content(bank) == before
 
 

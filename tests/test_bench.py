@@ -504,7 +504,7 @@ def test_a_bench_that_is_interrupted_goes_on(bench, photos: Path, trained, monke
     monkeypatch.setattr(Session, "train", train)
     code, _, err = bench("base-to-novel", *GIVEN, "--data", photos)
     assert code == 130
-    assert err.splitlines()[-1] == "interrupted; 1 of 3 runs are finished; to go on: --skip-existing"
+    assert err.splitlines()[-1] == "interrupted; 1 of 3 runs are finished; to continue: --skip-existing"
     assert bench("base-to-novel", *GIVEN, "--data", photos, "--skip-existing")[0] == 0
     assert trained == [("coop 1", False), ("coop 2", False), ("coop 2", True), ("coop 3", False)]
 
@@ -638,7 +638,7 @@ def test_workers_that_are_interrupted_go_on(bench, photos: Path, tmp_path: Path,
     code, _, err = bench("base-to-novel", *given)
     assert code == 130
     done = "[01]" if when == "at work" else "0"  # a fast one may end before another has begun
-    told = rf"interrupted; {done} of 3 runs are finished; to go on: --skip-existing"
+    told = rf"interrupted; {done} of 3 runs are finished; to continue: --skip-existing"
     assert re.fullmatch(told, err.splitlines()[-1])
     assert not [line for line in err.splitlines() if "FAILED" in line or "Traceback" in line]
     before = {log: log.read_text() for log in logs()}

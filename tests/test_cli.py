@@ -544,7 +544,7 @@ def test_interrupted_and_broken(
         return
     done = vlprompt_(*arguments)
     assert (done.code, done.out) == (130, "")
-    hint = "; to go on: vlprompt train --resume out" if command == "train" else ""
+    hint = "; to continue: vlprompt train --resume out" if command == "train" else ""
     assert done.err.splitlines()[-1] == f"interrupted{hint}"
     assert "Traceback" not in done.err
     assert not (empty / "out" / "prompts.safetensors").exists()

@@ -76,7 +76,7 @@ def bench(
             run.folder.as_posix() for run in mine if (out / run.folder).exists() and any((out / run.folder).iterdir())
         ]
         if there and not skip_existing:
-            raise ConfigError(f"{out} holds {first_few(there)}: --skip-existing keeps what is finished and goes on")
+            raise ConfigError(f"{out} holds {first_few(there)}: --skip-existing keeps what is finished and continues")
         load = cache(load_dataset)  # each data set once
         for run in mine:
             check_same_settings(run, out)
@@ -127,7 +127,9 @@ def _do_all(
         say(f"{unwritten}; nothing is lost: the run folders hold all figures, and --skip-existing writes it again")
         result.failed[RESULTS] = unwritten
     if interrupted:
-        raise Interrupted(f"{result.kept + result.done} of {result.runs} runs are finished; to go on: --skip-existing")
+        raise Interrupted(
+            f"{result.kept + result.done} of {result.runs} runs are finished; to continue: --skip-existing"
+        )
 
 
 def _write(results: Results) -> str:

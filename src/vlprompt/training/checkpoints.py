@@ -1,4 +1,4 @@
-"""Checkpoints: everything that a training run needs to go on as if it had never stopped.
+"""Checkpoints: everything that a training run needs to continue as if it had never stopped.
 
 One file, ``checkpoints/last.safetensors``, replaced as a whole: tensors, and the numbers as JSON in its header.
 """

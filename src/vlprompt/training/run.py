@@ -224,7 +224,7 @@ def _run_folder(out: Path, resume: bool, processes: Processes) -> Iterator[None]
             raise cannot_write(Path(error.filename or out), error) from error
         raise
     except KeyboardInterrupt:
-        raise Interrupted(f"to go on: vlprompt train --resume {shlex.quote(str(out))}") from None
+        raise Interrupted(f"to continue: vlprompt train --resume {shlex.quote(str(out))}") from None
 
 
 def _images(split: Split, part: str, reader: ImageReader) -> EvaluationImages:

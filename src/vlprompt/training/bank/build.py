@@ -55,7 +55,7 @@ def build_bank(
     Raises ConfigError saying what differs if the bank was begun with other settings, or if another build changes
     meanwhile what it is to hold.
     """
-    _begun(out)  # what cannot go on is refused before anything is loaded
+    _begun(out)  # what cannot be continued is refused before anything is loaded
     with ImageReader(config.data.workers, room=0) as reader:
         dataset = load_dataset(config.data.name, config.data.root, config.data.split_file)
         split, skipped = choose_images(config, dataset, reader, say)
@@ -134,14 +134,14 @@ def _plan(out: Path, settings: BankSettings, paths: Mapping[str, str]) -> tuple[
     if not built:  # it is as good as not begun
         return began, Manifest(settings if different else began.settings).with_images(paths, ())
     if different:
-        raise ConfigError(f"{out} cannot go on: it was begun with {'; '.join(different)}")
+        raise ConfigError(f"{out} cannot be continued: it was begun with {'; '.join(different)}")
     starts = began.starts()
     for s in (s for s in built if not there[s]):
         for content, path in began.images[starts[s] : starts[s + 1]]:
             if content not in paths:
                 raise DataError(
-                    f"{out} cannot go on: {files[s].name} is lost, and image {path} of it is not among the data, or "
-                    "has changed"
+                    f"{out} cannot be continued: {files[s].name} is lost, and image {path} of it is not among the "
+                    "data, or has changed"
                 )
     return began, began.with_images(paths, built)
 
@@ -166,8 +166,8 @@ def _unchanged(out: Path, manifest: Manifest) -> Manifest:
     now = read_manifest(out)
     if now.plan != manifest.plan:
         raise ConfigError(
-            f"{out} cannot go on: another build has begun there meanwhile, with other images or settings; give this "
-            "command again when that one has ended, or choose another --out"
+            f"{out} cannot be continued: another build has begun there meanwhile, with other images or settings; give "
+            "this command again when that one has ended, or choose another --out"
         )
     return now
 
