@@ -15,13 +15,12 @@ $(VENV)/.done: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/vlprompt demo
 
-test: setup
-	$(BIN)/ruff check src tests tools benchmarks
-	$(BIN)/mypy
+test: lint
 	$(BIN)/python -m pytest
 
 lint: setup
 	$(BIN)/ruff check src tests tools benchmarks
+	$(BIN)/ruff format --check src tests tools benchmarks
 	$(BIN)/mypy
 
 bench: setup

@@ -3,7 +3,7 @@
 STUDENT and TEACHER are what `load_backbone` takes, or `random:PATCH`, CLIP's ViT-B with patches of so many pixels (of
 224) and random weights; without them mini + mini, random:32 + random:32 and random:32 + random:16 are measured. The
 method is kdpl_coop. Pictures are random JPEGs of --size; epochs of both ways take turns, after one of each that does
-not count. A run of --run-epochs epochs is reckoned from the median epoch; the bank's build is measured whole, but for
+not count. A run of --run-epochs epochs is calculated from the median epoch; the bank's build is measured whole, but for
 the loading of the towers.
 """
 
@@ -21,12 +21,14 @@ import torch
 
 from benchmarks.inputs import load, machine, pictures
 from benchmarks.parts import Clock
-from vlprompt.data.bank import Bank
+from vlprompt.data.bank.records import Bank
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split
 from vlprompt.errors import ConfigError
 from vlprompt.methods import find_method
-from vlprompt.training.bank_build import bank_config, fill, towers_of
+from vlprompt.training.bank.build import fill
+from vlprompt.training.bank.config import bank_config
+from vlprompt.training.bank.towers import towers_of
 from vlprompt.training.config import build_config
 from vlprompt.training.loop import Training, training_views
 from vlprompt.training.teacher import Teacher

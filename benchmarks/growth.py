@@ -19,7 +19,7 @@ from benchmarks.inputs import load, machine
 from benchmarks.parts import Clock
 from benchmarks.step import METHODS, Work, computed, hardware, in_new_process, one_step, resident, training, ways_of
 from vlprompt.backbones.backbone import Backbone
-from vlprompt.data.bank import BankSettings, Features, Labels
+from vlprompt.data.bank.manifest import BankSettings, Features, Labels
 from vlprompt.errors import ConfigError, unknown
 
 MEMORIES = (8, 24, 80)

@@ -44,8 +44,8 @@ class Clock:
 class Parts:
     """Seconds and floating-point operations of one step's parts.
 
-    A tower's way back begins when the gradient of its output is known, and ends when those of its learned tokens are:
-    autograd runs a tower's nodes without others between them, since they were made so.
+    A tower's backward pass begins when the gradient of its output is known, and ends when those of its learned tokens
+    are: autograd runs a tower's nodes without others between them, since they were made so.
     """
 
     clock: Clock
@@ -80,7 +80,7 @@ class Parts:
             self.seconds[name] += self.clock() - began
             if out.requires_grad:
                 assert prompts is not None
-                self._watch_way_back(name, out, prompts.layers)
+                self._watch_backward(name, out, prompts.layers)
             shape = text_shape(x, prompts) if isinstance(x, PackedText) else image_shape(tower.config, x, prompts)
             self.rows[name] = max(self.rows[name], shape.tokens)
             self.flops[name] += tower_flops(tower.config, shape, pooled_only, out.requires_grad)
@@ -88,7 +88,7 @@ class Parts:
 
         return forward
 
-    def _watch_way_back(self, name: str, out: Tensor, learned: Sequence[Tensor]) -> None:
+    def _watch_backward(self, name: str, out: Tensor, learned: Sequence[Tensor]) -> None:
         last = 0.0
 
         def begin(_: Tensor) -> None:

@@ -33,7 +33,7 @@ def plain(backbone: Backbone, longest: bool = False) -> Iterator[None]:
 
     def padded(tokens: Sequence[Sequence[int]], *slots: Any, share: bool = True, **how: Any) -> PackedText:
         n = max(map(len, tokens)) if longest else backbone.context_length
-        if share:  # any text behind its end: a causal tower's end token does not see it
+        if share:  # any text after its end: a causal tower's end token does not see it
             full = [[*ids, *[0] * (n - len(ids))] for ids in tokens]
             text = pack(full, *slots, share=False, **how)
             ends = [c * n + len(ids) - 1 for c, ids in enumerate(tokens)]
@@ -55,7 +55,7 @@ def plain(backbone: Backbone, longest: bool = False) -> Iterator[None]:
 
 
 class Padded(PackedText):
-    """Packed texts with padding behind them, which is none of their tokens."""
+    """Packed texts with padding after them, which is none of their tokens."""
 
     def texts(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Without the padding."""

@@ -34,27 +34,18 @@ from test_distributed import processes
 from vlprompt import PromptClassifier, build_method, fit
 from vlprompt.backbones.load import load_backbone
 from vlprompt.data.augment import augment_patches
-from vlprompt.data.bank import (
-    FLOOR,
-    SHARD_IMAGES,
-    Bank,
-    BankSettings,
-    Features,
-    Labels,
-    describe,
-    read_manifest,
-    top_k,
-    verify,
-)
+from vlprompt.data.bank.manifest import SHARD_IMAGES, BankSettings, Features, Labels, describe, read_manifest
+from vlprompt.data.bank.records import FLOOR, Bank, top_k, verify
+from vlprompt.data.bank.regions import Crops, content_hash, restored, stored
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.images import load_image, pixel_box, random_regions
 from vlprompt.data.reading import ImageReader
-from vlprompt.data.regions import Crops, content_hash, restored, stored
 from vlprompt.data.views import BankViews, Views
 from vlprompt.errors import ArtefactError, ConfigError, DataError, Interrupted
 from vlprompt.files import is_unfinished, write_atomically
 from vlprompt.methods import METHODS, Batch
-from vlprompt.training.bank_build import bank_config, build_bank
+from vlprompt.training.bank.build import build_bank
+from vlprompt.training.bank.config import bank_config
 from vlprompt.training.config import OptimConfig, TrainConfig
 from vlprompt.training.loop import Training, training_views
 from vlprompt.training.run import saved_config, train
@@ -392,7 +383,7 @@ def test_a_refused_command_leaves_a_half_built_bank_as_it_was(pictures, bank, tm
     (out / ".lock").unlink()
     before = content(out)
     for more in ({"batch_size": 5}, {"top_k": 1, "data.shots": 1}):
-        with pytest.raises(ConfigError, match="cannot go on: it was begun with"):
+        with pytest.raises(ConfigError, match="cannot be continued: it was begun with"):
             build(pictures, out, **more)
         assert content(out) == before
     assert build(pictures, out).finished
@@ -427,7 +418,7 @@ def test_a_lost_file_of_images_that_are_gone_is_named(pictures, bank, tmp_path) 
     path = read_manifest(bank).images[9][1]
     Image.new("RGB", (40, 40)).save(images / path)
     before = content(out)
-    says = rf"cannot go on: regions-00001.npy is lost, and image {path} of it is not among the data, or has changed$"
+    says = rf"be continued: regions-00001.npy is lost, and image {path} of it is not among the data, or has changed$"
     with pytest.raises(DataError, match=says):
         build(images, out)
     assert content(out) == before
@@ -445,7 +436,7 @@ def test_of_two_builds_that_differ_and_begin_together_one_is_refused(more, pictu
             build(pictures, out, part=(2, 2), **few, **more)
 
     with pytest.raises(
-        ConfigError, match=r"cannot go on: another build has begun there meanwhile, with other images or"
+        ConfigError, match=r"cannot be continued: another build has begun there meanwhile, with other images or"
     ):
         build(pictures, out, meanwhile, part=(1, 2), **few)
     with pytest.raises(DataError, match="is not finished"):
@@ -464,7 +455,7 @@ def test_other_images_while_a_bank_is_built_do_not_mix_with_it(pictures, bank, t
                 build(pictures, out, batch_size=5, **seeds[0])
             build(pictures, out, **seeds[1])
 
-    with pytest.raises(ConfigError, match="cannot go on: another build has begun there meanwhile"):
+    with pytest.raises(ConfigError, match="cannot be continued: another build has begun there meanwhile"):
         build(pictures, out, meanwhile, **seeds[0])
     assert Bank(out)  # the other one's
     build(pictures, out, **seeds[0])
@@ -517,7 +508,7 @@ def test_a_bank_is_not_gone_on_with_otherwise(more, says, pictures, bank) -> Non
     before = content(bank)
     with pytest.raises(ConfigError) as error:
         build(pictures, bank, **more)
-    assert str(error.value) == f"{bank} cannot go on: it was begun with {says}"
+    assert str(error.value) == f"{bank} cannot be continued: it was begun with {says}"
     assert content(bank) == before
 
 
@@ -1014,7 +1005,7 @@ def test_text_methods_train_without_images_image_tower_and_teacher(method, pictu
     split = load_dataset(pictures).split
     own = METHODS[method](tiny, CLASSES, METHODS[method].Config())
     reader = ImageReader(0)
-    from vlprompt.training.bank import find_bank
+    from vlprompt.training.bank.views import find_bank
     from vlprompt.training.distributed import Processes
     from vlprompt.training.teacher import find_teacher
 
@@ -1054,7 +1045,7 @@ def test_a_second_view_is_decoded_even_where_features_are_all_else_that_is_read(
 
 
 def test_the_rule_for_regions_of_an_image(pictures, bank, tiny) -> None:
-    from vlprompt.training.bank import _regions_per_image
+    from vlprompt.training.bank.views import _regions_per_image
 
     data = from_bank(pictures, bank).data
     found = {size: _regions_per_image(replace(data, batch_size=size), 500) for size in (1, 4, 16, 20, 28, 32, 128)}

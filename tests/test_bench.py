@@ -27,12 +27,13 @@ from vlprompt.experiments import on_ray, pool
 from vlprompt.experiments import runs as runs_module
 from vlprompt.experiments.lock import folder_lock
 from vlprompt.experiments.pool import spread
-from vlprompt.experiments.protocols import PROTOCOLS, Asked, fingerprint, plan, read_rows, shard
+from vlprompt.experiments.protocols import PROTOCOLS, Asked, fingerprint, plan, read_rows, take_shard
 from vlprompt.experiments.results import Row, read_results, rows_of, to_csv
 from vlprompt.experiments.runs import group_figures
 from vlprompt.methods import METHODS, Method
 from vlprompt.training import evaluate as evaluate_module
-from vlprompt.training.bank_build import bank_config, build_bank
+from vlprompt.training.bank.build import build_bank
+from vlprompt.training.bank.config import bank_config
 from vlprompt.training.config import build_config
 from vlprompt.training.evaluate import Evaluation, EvaluationImages, evaluate
 
@@ -175,12 +176,12 @@ def test_where_files_lie_is_no_setting(tmp_path: Path, monkeypatch) -> None:
 
 def test_shards_are_disjoint_and_together_all() -> None:
     runs = plan(asked("few-shot", seeds=[1, 2, 3]))
-    parts = [shard(runs, f"{i}/4") for i in range(1, 5)]
+    parts = [take_shard(runs, f"{i}/4") for i in range(1, 5)]
     assert sorted(str(r.folder) for part in parts for r in part) == sorted(str(r.folder) for r in runs)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     for bad in ("0/2", "3/2", "1", "a/b", "1/0"):
         with pytest.raises(ConfigError, match="--shard"):
-            shard(runs, bad)
+            take_shard(runs, bad)
 
 
 @pytest.mark.parametrize(
@@ -541,7 +542,7 @@ def test_a_bench_that_is_interrupted_goes_on(bench, photos: Path, trained, monke
     monkeypatch.setattr(Session, "train", train)
     code, _, err = bench("base-to-novel", *GIVEN, "--data", photos)
     assert code == 130
-    assert err.splitlines()[-1] == "interrupted; 1 of 3 runs are finished; to go on: --skip-existing"
+    assert err.splitlines()[-1] == "interrupted; 1 of 3 runs are finished; to continue: --skip-existing"
     assert bench("base-to-novel", *GIVEN, "--data", photos, "--skip-existing")[0] == 0
     assert trained == [("coop 1", False), ("coop 2", False), ("coop 2", True), ("coop 3", False)]
 
@@ -675,7 +676,7 @@ def test_workers_that_are_interrupted_go_on(bench, photos: Path, tmp_path: Path,
     code, _, err = bench("base-to-novel", *given)
     assert code == 130
     done = "[01]" if when == "at work" else "0"  # a fast one may end before another has begun
-    told = rf"interrupted; {done} of 3 runs are finished; to go on: --skip-existing"
+    told = rf"interrupted; {done} of 3 runs are finished; to continue: --skip-existing"
     assert re.fullmatch(told, err.splitlines()[-1])
     assert not [line for line in err.splitlines() if "FAILED" in line or "Traceback" in line]
     before = {log: log.read_text() for log in logs()}

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer.main
 import yaml
 from PIL import Image
 
@@ -26,7 +27,7 @@ from vlprompt.data.benchmarks.table import DATASETS
 from vlprompt.methods import METHODS
 
 COLOURS = {"blue": (30, 30, 220), "green": (30, 200, 30), "red": (220, 30, 30)}
-COMMANDS = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback]
+COMMANDS = list(typer.main.get_command(app).commands)
 QUICK = ["--backbone", str(TINY), "--epochs", "1", "batch_size=4", "workers=1"]
 
 
@@ -156,7 +157,7 @@ def test_help_lists_every_command() -> None:
         assert (done.code, done.err) == (0, "")
         assert all(f" {command} " in done.out for command in COMMANDS)
         assert "Example: vlprompt train" in done.out
-    assert {"demo", "list", "train", "evaluate", "predict"} <= set(COMMANDS)
+    assert {"demo", "list", "train", "evaluate", "predict", "bench", "bank", "data"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -543,7 +544,7 @@ def test_interrupted_and_broken(
         return
     done = vlprompt_(*arguments)
     assert (done.code, done.out) == (130, "")
-    hint = "; to go on: vlprompt train --resume out" if command == "train" else ""
+    hint = "; to continue: vlprompt train --resume out" if command == "train" else ""
     assert done.err.splitlines()[-1] == f"interrupted{hint}"
     assert "Traceback" not in done.err
     assert not (empty / "out" / "prompts.safetensors").exists()

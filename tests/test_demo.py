@@ -111,8 +111,8 @@ def test_it_leaves_pictures_and_an_artefact(ran: Ran):
             assert min(image.size) > 200
             assert np.asarray(image).std() > 5
     folder = Path(ran.figures["artefact"])
-    assert {file.name for file in folder.iterdir()} >= set(demo.ARTEFACT)
-    assert f"{ran.figures['artefact']} ({', '.join(demo.ARTEFACT)}: " in ran.text
+    assert {file.name for file in folder.iterdir()} >= set(demo.FILES)
+    assert f"{ran.figures['artefact']} ({', '.join(demo.FILES)}: " in ran.text
 
 
 def vlprompt(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

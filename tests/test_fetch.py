@@ -169,7 +169,7 @@ def test_a_broken_download_goes_on_where_it_was(tmp_path: Path, dtd: bytes, serv
         get(DATASETS["dtd"], tmp_path, said.append)
     assert not (tmp_path / "dtd").exists()
     server.breaks_after = 50
-    with fails("150 bytes are kept, and the same command goes on"):
+    with fails("150 bytes are kept, and the same command continues"):
         get(DATASETS["dtd"], tmp_path, said.append)
     server.breaks_after = None
     steps: list[tuple[int, int]] = []

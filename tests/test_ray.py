@@ -122,7 +122,7 @@ def test_an_interrupted_bench_goes_on(photos: Path, tmp_path: Path) -> None:
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=600)
     assert process.returncode == 130, err
-    assert err.splitlines()[-1] == "interrupted; 0 of 2 runs are finished; to go on: --skip-existing"
+    assert err.splitlines()[-1] == "interrupted; 0 of 2 runs are finished; to continue: --skip-existing"
     code, _, err = done(tmp_path, *given, "--skip-existing")
     assert code == 0, err
     assert len(read_results(tmp_path / "out" / "results.csv")) == 4

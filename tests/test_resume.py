@@ -87,7 +87,7 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_resume(vlprompt, pictures, tmp
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert out == ""
-    assert err.splitlines()[-1] == f"interrupted; to go on: vlprompt train --resume '{run}'"
+    assert err.splitlines()[-1] == f"interrupted; to continue: vlprompt train --resume '{run}'"
     assert checkpoint_file(run).is_file()
     code, out, err = vlprompt("train", "--resume", str(run), "--json")
     assert code == 0

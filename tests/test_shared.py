@@ -137,7 +137,7 @@ def test_what_is_shared_stays_until_all_runs_are_finished(vlprompt, photos: Path
 def test_an_image_that_is_missing_is_named(tiny: Backbone, photos: Path, tmp_path: Path) -> None:
     images = images_of(photos)
     (photos / "test" / CLASSES[0] / "0.png").unlink()
-    ours = SharedImages(images.paths, images.labels.tolist(), 2, tmp_path / "s")
+    ours = SharedImages(images.images, images.labels.tolist(), 2, tmp_path / "s")
     with pytest.raises(DataError, match=r"0\.png: No such file"):
         logits_of(find_method("zero_shot")(tiny, CLASSES), ours)
     assert not list((tmp_path / "s").glob("*.npy"))

@@ -1,4 +1,4 @@
-"""Texts encoded in parts, each computed again on the way back: the same step, and fewer states kept."""
+"""Texts encoded in parts, each computed again in the backward pass: the same step, and fewer states kept."""
 
 from __future__ import annotations
 

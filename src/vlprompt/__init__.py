@@ -1,12 +1,14 @@
 """vlprompt: adapt a frozen vision-language model to your classes by learning a few prompt tokens.
 
-The names below are imported when they are first used: ``import vlprompt`` alone does not import PyTorch.
+The names in ``_HOME`` are imported when they are first used: ``import vlprompt`` alone does not import PyTorch.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from vlprompt.errors import VlpromptError
 
 if TYPE_CHECKING:
     from vlprompt.api import PromptedModel, build_method, evaluate, fit
@@ -19,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PromptClassifier",
     "PromptedModel",
+    "VlpromptError",
     "build_method",
     "evaluate",
     "fit",

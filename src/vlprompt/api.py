@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlprompt.backbones.backbone import Backbone
+from vlprompt.backbones.names import may_be_hub_id
 from vlprompt.data.benchmarks.table import DEFAULT_TEMPLATE
 from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
@@ -27,7 +28,7 @@ from vlprompt.errors import ConfigError, DataError, unknown
 from vlprompt.methods import Method, find_method
 from vlprompt.training import evaluate as evaluation
 from vlprompt.training.artefact import load_artefact, read_artefact_config, save_artefact
-from vlprompt.training.bank import cannot_use_bank, find_bank
+from vlprompt.training.bank.views import cannot_use_bank, find_bank
 from vlprompt.training.config import OptimConfig, RunConfig, build_config
 from vlprompt.training.evaluate import Evaluation, EvaluationImages
 from vlprompt.training.export import export_classes
@@ -195,7 +196,7 @@ class PromptedModel:
         names, images = _names(self.method, class_names), _images(images)
         if not images:
             return torch.zeros(0, len(names))
-        features = EvaluationImages(images, [0] * len(images)).features(self.method)
+        features = EvaluationImages(images).features(self.method)
         return evaluation.predict_logits(self.method, features, names)
 
     def predict(self, images: Images, class_names: Sequence[str] | None = None) -> Predictions:
@@ -229,7 +230,7 @@ class PromptedModel:
         model, its files are not those that were saved, or the backbone is another one.
         """
         folder = Path(name).expanduser()
-        if not folder.is_dir() and str(name).count("/") == 1 and not str(name).startswith((".", "~", "/")):
+        if not folder.is_dir() and may_be_hub_id(str(name)):
             folder = download(str(name), revision)
         method = load_artefact(folder, backbone, device, precision)
         return cls(method, read_artefact_config(folder).get("about"))

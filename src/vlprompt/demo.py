@@ -19,6 +19,7 @@ from vlprompt.errors import ConfigError
 from vlprompt.files import write_atomically
 from vlprompt.methods import Method
 from vlprompt.progress import Bar
+from vlprompt.training.artefact import FILES
 from vlprompt.training.config import build_config
 from vlprompt.training.evaluate import EvaluationImages, evaluate, harmonic_mean, predict_logits
 from vlprompt.training.run import Result, train
@@ -42,7 +43,6 @@ METHODS: dict[str, dict[str, Any]] = {
 drawing in a crop of a twelfth of it. Chosen on validation pictures."""
 
 MARKER = "demo.json"
-ARTEFACT = ("prompts.safetensors", "config.json", "README.md")
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -58,7 +58,7 @@ def run_demo(out: Path, say: Callable[[str], None]) -> dict[str, Any]:
     write_atomically(out / MARKER, "{}")
     began = time.monotonic()
     dataset = load_dataset("openmoji", out / "data")
-    halves = {name: dataset.split.subset(name) for name in ("base", "novel")}  # type: ignore[arg-type]
+    halves = {"base": dataset.split.subset("base"), "novel": dataset.split.subset("novel")}
     say(_opening(dataset, halves, out))
     images = {
         name: EvaluationImages(split.paths("test"), [i.label for i in split.test]) for name, split in halves.items()
@@ -159,11 +159,11 @@ def _bars(values: Sequence[float]) -> str:
 
 def _closing(out: Path, picture: Path, curves: Path, total: float) -> str:
     run, command = shlex.quote(str(out / BEST)), _command()
-    size = round(sum((out / BEST / name).stat().st_size for name in ARTEFACT) / 1000)
+    size = round(sum((out / BEST / name).stat().st_size for name in FILES) / 1000)
     return (
         f"Predictions before ({BEFORE}) and after ({BEST}): {picture}\n"
         f"Learning curves: {curves}\n"
-        f"The tuned prompts, ready to use elsewhere: {out / BEST} ({', '.join(ARTEFACT)}: {size} kB)\n"
+        f"The tuned prompts, ready to use elsewhere: {out / BEST} ({', '.join(FILES)}: {size} kB)\n"
         f"All in {total:.0f} s.\n"
         f"\n"
         f"Next, on your own images, one folder a class in PHOTOS:\n"
@@ -196,6 +196,5 @@ def _shown(halves: Mapping[str, Split], tuned: Mapping[str, Method]) -> dict[str
 
 
 def _names(method: Method, paths: Sequence[Path], class_names: Sequence[str]) -> list[str]:
-    images = EvaluationImages(paths, [0] * len(paths))
-    best = predict_logits(method, images.features(method), class_names).argmax(-1)
+    best = predict_logits(method, EvaluationImages(paths).features(method), class_names).argmax(-1)
     return [class_names[c] for c in best.tolist()]

@@ -44,6 +44,16 @@ def unknown(what: str, value: str, allowed: Iterable[str]) -> str:
     return f"unknown {what} '{value}'{guess} (allowed: {', '.join(names)})"
 
 
+def one_line(error: object, most: int | None = 200) -> str:
+    """What another library says, in one line of at most so many characters."""
+    return " ".join(str(error).split())[:most]
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what another library says at length; the kind of error if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def first_few(names: Sequence[str], separator: str = ", ") -> str:
     """The first five, and how many more there are: ``a, b, c, d, e and 7 more``."""
     more = len(names) - SHOWN

@@ -36,7 +36,7 @@ class Explanation:
     """The kind of dropout, in words."""
     blocks: list[BlockDropout]
     hit: list[Tensor]
-    """Tokens that one draw hits behind each block, [N − 1]; no prompt that is replaced anyway."""
+    """Tokens that one draw hits after each block, [N − 1]; no prompt that is replaced anyway."""
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers as JSON values, for each block from 1."""
@@ -144,7 +144,7 @@ def draw_explanation(explanation: Explanation, title: str, seed: int) -> Image.I
         for i, (block, hit) in enumerate(zip(explanation.blocks, explanation.hit, strict=True)):
             x = MARGIN + LABEL + i * (CELL + GAP)
             if r == 0:
-                sheet.text(x, y - 8, f"behind block {i + 1}", FAINT, 12)
+                sheet.text(x, y - 8, f"after block {i + 1}", FAINT, 12)
             below = f"{int(hit.sum())} of {block.reach} hit"
             values = hit.numpy()
             if span:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlprompt.data.folders import IMAGE_EXTENSIONS
+from vlprompt.data.folders import IMAGE_EXTENSIONS, image_files
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import check_class_names, names_in_file
 from vlprompt.errors import DataError
@@ -21,20 +21,15 @@ def find_images(places: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for place in places:
         if place.is_dir():
-            inside = sorted(p for p in place.rglob("*") if _is_image(p, place))
+            inside = sorted(image_files(place))
             if not inside:
-                raise DataError(f"no images in folder {place} (looked for {', '.join(sorted(IMAGE_EXTENSIONS))})")
+                raise DataError(f"no images in folder {place} (looked for {', '.join(IMAGE_EXTENSIONS)})")
             found += inside
         elif place.is_file():
             found.append(place)
         else:
             raise DataError(f"image {place} does not exist")
     return found
-
-
-def _is_image(path: Path, folder: Path) -> bool:
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
-    return path.suffix.lower() in IMAGE_EXTENSIONS and not hidden and path.is_file()
 
 
 def read_class_names(text: str | None, file: Path | None) -> tuple[str, ...] | None:
@@ -54,7 +49,7 @@ def predict_images(
     method: Method, paths: Sequence[Path], class_names: Sequence[str], top: int, reader: ImageReader | None = None
 ) -> list[dict[str, Any]]:
     """For each image its ``top`` most probable classes: ``{"image": …, "top": [{"class": …, "probability": …}]}``."""
-    images = EvaluationImages(paths, [0] * len(paths), reader=reader)
+    images = EvaluationImages(paths, reader=reader)
     probabilities = predict_logits(method, images.features(method), class_names).double().softmax(-1)
     best, labels = probabilities.topk(min(top, len(class_names)))
     return [

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from vlprompt.errors import BackboneError
+from vlprompt.errors import BackboneError, one_line
 from vlprompt.files import write_atomically
 
 NESTED = ("state_dict", "model_state_dict", "model")
@@ -41,7 +41,7 @@ def convert(file: Path, out: Path) -> int:
     except UnpicklingError:
         raise BackboneError(f"{file} holds objects beside tensors and plain values: it is not read") from None
     except Exception as error:  # the reader raises almost anything on damaged bytes
-        raise BackboneError(f"cannot read {file}: {' '.join(str(error).split())[:160]}") from None
+        raise BackboneError(f"cannot read {file}: {one_line(error, 160)}") from None
     state = _tensors(content)
     if not state:
         raise BackboneError(f"{file} holds no tensors by name")

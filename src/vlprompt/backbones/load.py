@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.formats import State, Weights, read_hf, read_open_clip, read_openai
+from vlprompt.backbones.names import may_be_hub_id
 from vlprompt.backbones.tokenizer import FILES as TOKENIZER_FILES
 from vlprompt.backbones.tokenizer import TextTokenizer, load_clip_tokenizer, load_siglip_tokenizer
 from vlprompt.backbones.towers import ImageTower, TextTower
 from vlprompt.data.images import Preprocess
-from vlprompt.errors import BackboneError, unknown
+from vlprompt.errors import BackboneError, first_line, unknown
 
 EMBEDDED = {"mini": Path(__file__).parent / "mini"}
 """Backbones that come with the package."""
@@ -57,7 +58,7 @@ def load_backbone(
         backbone = _from_folder(name, path)
     elif path.is_file():
         backbone = _from_file(name, path)
-    elif name.count("/") == 1 and not name.startswith((".", "~", "/")):
+    elif may_be_hub_id(name):
         backbone = _from_folder(name, _download(name, HUB_FILES))
     elif name in BESIDE:
         raise BackboneError(
@@ -74,7 +75,7 @@ def load_backbone(
     try:
         return backbone.to(device, DTYPES[precision])
     except (RuntimeError, AssertionError) as error:
-        raise BackboneError(f"cannot use device '{device}': {str(error).splitlines()[0]}") from None
+        raise BackboneError(f"cannot use device '{device}': {first_line(error)}") from None
 
 
 def _from_folder(name: str, folder: Path) -> Backbone:
@@ -126,7 +127,7 @@ def _from_open_clip_library(name: str) -> Backbone:
     try:
         model = open_clip.create_model(model_name, pretrained=tag, force_quick_gelu=quick_gelu)
     except Exception as error:  # downloads fail in many ways
-        raise BackboneError(f"open_clip cannot load '{name}': {_first_line(error)}") from None
+        raise BackboneError(f"open_clip cannot load '{name}': {first_line(error)}") from None
     weights = read_open_clip({**config, "quick_gelu": quick_gelu}, model.state_dict())
     if weights.text.vocab_size != CLIP_VOCAB_SIZE:
         raise BackboneError(
@@ -179,14 +180,14 @@ def _hf_preprocess(folder: Path, weights: Weights) -> Preprocess:
 
 
 def _open_clip_preprocess(weights: Weights, settings: Mapping[str, Any]) -> Preprocess:
-    resize = {"shortest": "shortest", "squash": "squash"}.get(settings.get("resize_mode", "shortest"))
-    if resize is None:
-        raise BackboneError(f"unsupported open_clip resize_mode '{settings['resize_mode']}'")
+    resize = settings.get("resize_mode", "shortest")
+    if resize not in ("shortest", "squash"):
+        raise BackboneError(f"unsupported open_clip resize_mode '{resize}'")
     return Preprocess(
         weights.image.image_size,
         tuple(settings.get("mean", CLIP_MEAN)),
         tuple(settings.get("std", CLIP_STD)),
-        resize=resize,  # type: ignore[arg-type]
+        resize=resize,
         interpolation=settings.get("interpolation", "bicubic"),
     )
 
@@ -216,11 +217,7 @@ def _download(repo: str, files: list[str]) -> Path:
     try:
         return Path(snapshot_download(repo, allow_patterns=files))
     except Exception as error:  # the library lets errors of several network libraries through
-        raise BackboneError(f"cannot fetch '{repo}' from the hub: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BackboneError(f"cannot fetch '{repo}' from the hub: {first_line(error)}") from None
 
 
 def _read_state(folder: Path, stem: str) -> State:

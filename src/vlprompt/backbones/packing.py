@@ -57,7 +57,7 @@ class PackedText:
 
     def texts(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Packed tokens [B, T, D] as the shared prefix [B, P, D] and the texts of each group, [B, count, length, D]."""
-        # One split, not a slice a group: on the way back a slice fills a whole [B, T, D] with zeros.
+        # One split, not a slice a group: in the backward pass a slice fills a whole [B, T, D] with zeros.
         prefix, *texts = x.split([self.prefix, *(g.count * g.length for g in self.groups)], 1)
         return prefix, [t.unflatten(1, (g.count, g.length)) for t, g in zip(texts, self.groups, strict=True)]
 

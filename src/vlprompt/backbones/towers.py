@@ -20,7 +20,7 @@ from vlprompt.backbones.packing import Attention, PackedText, packed_attention
 
 
 class QuickGELU(torch.autograd.Function):
-    """x · σ(1.702 x), with nothing but x kept for the way back: its slope there is that of SiLU, at 1.702 x."""
+    """x · σ(1.702 x), with nothing but x kept for the backward pass, where its slope is that of SiLU, at 1.702 x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

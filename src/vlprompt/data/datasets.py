@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from vlprompt.data.benchmarks.table import DATASETS, DEFAULT_TEMPLATE, Dataset, find_dataset
 from vlprompt.data.folders import from_csv, from_folder
-from vlprompt.data.splits import PARTS, Split, missing, read_split
+from vlprompt.data.splits import PARTS, Classes, Split, missing, read_split
 from vlprompt.errors import DataError, first_few, unknown
 
 
@@ -22,7 +21,7 @@ class LoadedDataset:
     template: str
     """With ``{}`` where the class name goes."""
 
-    def gap(self, part: str, classes: Literal["base", "novel", "all"] = "all") -> str:
+    def gap(self, part: str, classes: Classes = "all") -> str:
         """A line about the classes without images in a part, where others have some; empty if there are none."""
         split = self.split.subset(classes)
         there = set(split.labels(part))

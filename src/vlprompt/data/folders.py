@@ -46,7 +46,7 @@ def from_folder(root: str | os.PathLike[str]) -> Split:
             raise DataError(f"{folder}: {unknown('class', folder.name, labels)}")
 
     def items(classes: Iterable[Path]) -> list[Item]:
-        found = [(image, labels[folder.name]) for folder in classes for image in _images(folder)]
+        found = [(image, labels[folder.name]) for folder in classes for image in _images_of_class(folder)]
         return [Item(image.relative_to(root).as_posix(), label) for image, label in found]
 
     named = {part: items(classes) for part, classes in parts.items()} or _divided(items(folders))
@@ -139,14 +139,19 @@ def subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not hidden(path.name))
 
 
-def _images(folder: Path) -> list[Path]:
-    images = [
+def image_files(folder: Path) -> list[Path]:
+    """The visible files inside, at any depth, whose names say that they are images."""
+    return [
         path
         for path in folder.rglob("*")
         if path.suffix.lower() in IMAGE_EXTENSIONS
         and not any(map(hidden, path.relative_to(folder).parts))
         and path.is_file()
     ]
+
+
+def _images_of_class(folder: Path) -> list[Path]:
+    images = image_files(folder)
     if not images:
         raise DataError(f"class folder {folder} holds no images ({', '.join(IMAGE_EXTENSIONS)})")
     return images

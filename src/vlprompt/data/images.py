@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from vlprompt.errors import DataError, unknown
+from vlprompt.errors import DataError, first_line, unknown
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -108,7 +108,7 @@ def _reason(error: Exception, path: Path) -> str:
         return "not an image in a known format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ from typing import Any, Literal
 from vlprompt.errors import DataError, unknown
 from vlprompt.files import write_atomically
 
+Classes = Literal["base", "novel", "all"]
+"""The first half of the classes (rounded up), the second half, or all."""
+
 PARTS = ("train", "val", "test")
 _VAL_SHOTS = 4  # CoOp's cap
 
@@ -104,7 +107,7 @@ class Split:
             val=in_order(item for group in val.values() for item in group[: min(shots, _VAL_SHOTS)]),
         )
 
-    def subset(self, classes: Literal["base", "novel", "all"]) -> Split:
+    def subset(self, classes: Classes) -> Split:
         """Keep the base classes (first half, rounded up), the novel ones, or all; labels restart from 0."""
         n, half = len(self.class_names), (len(self.class_names) + 1) // 2
         ranges = {"base": range(half), "novel": range(half, n), "all": range(n)}

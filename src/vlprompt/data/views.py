@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from vlprompt.data.augment import augment_patches
-from vlprompt.data.bank import Bank
+from vlprompt.data.bank.records import Bank
+from vlprompt.data.bank.regions import restored
 from vlprompt.data.images import ImageSource, Preprocess, Region, random_regions
 from vlprompt.data.reading import ImageReader
-from vlprompt.data.regions import restored
 
 
 class Views(NamedTuple):
@@ -53,7 +53,7 @@ class TrainingViews:
 
     def __init__(
         self,
-        paths: Sequence[ImageSource],
+        images: Sequence[ImageSource],
         labels: Sequence[int],
         preprocess: Preprocess,
         batch_size: int,
@@ -65,7 +65,7 @@ class TrainingViews:
         teacher: Preprocess | None = None,
         patch_size: int | None = None,
     ) -> None:
-        self.paths, self.labels = paths, torch.tensor(labels)
+        self.images, self.labels = images, torch.tensor(labels)
         # Where the teacher reads what the student does, it needs no view of its own.
         self.preprocess, self.teacher = preprocess, None if teacher == preprocess else teacher
         self.batch_size, self.seed, self.min_scale = batch_size, seed, min_scale
@@ -73,12 +73,12 @@ class TrainingViews:
 
     def __len__(self) -> int:
         """Batches in an epoch: the last incomplete one is dropped, unless it is the only one."""
-        return max(len(self.paths) // self.batch_size, 1)
+        return max(len(self.images) // self.batch_size, 1)
 
     @property
     def images_per_batch(self) -> int:
         """Images in every batch: the batch size, or all there are if they are fewer."""
-        return min(self.batch_size, len(self.paths))
+        return min(self.batch_size, len(self.images))
 
     def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Views]:
         """Batches of one epoch, from batch ``start`` on.
@@ -88,7 +88,7 @@ class TrainingViews:
 
         ``share=(k, n)`` gives the k-th of n nearly equal pieces of every batch, one for each of n processes.
         """
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.paths))
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
         whole = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(start, len(self))]
         k, n = share
         batches = [np.array_split(batch, n)[k] for batch in whole]
@@ -97,7 +97,7 @@ class TrainingViews:
 
     def _views(self, i: int, epoch: int) -> dict[str, Tensor]:
         """One image's view, the teacher's and the second one where there are any: [3, S, S] each."""
-        image = self.reader.image(self.paths[i])
+        image = self.reader.image(self.images[i])
         rng = np.random.default_rng([self.seed, epoch, i])
         region = random_regions(rng, image.width, image.height, scale=(self.min_scale, 1.0))[0]
         views = _both_views(image, region, self.preprocess, self.patch_size, rng)

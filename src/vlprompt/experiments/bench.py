@@ -18,7 +18,7 @@ from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError, 
 from vlprompt.experiments import on_ray, pool
 from vlprompt.experiments.lock import folder_lock
 from vlprompt.experiments.pool import Outcome
-from vlprompt.experiments.protocols import Run, data_name, fingerprint, shard
+from vlprompt.experiments.protocols import Run, data_name, fingerprint, take_shard
 from vlprompt.experiments.results import RESULTS, Results
 from vlprompt.experiments.runs import (
     Load,
@@ -56,27 +56,27 @@ def bench(
     *,
     engine: Literal["local", "ray"] = "local",
     workers: int | None = None,
-    part: str | None = None,
+    shard: str | None = None,
     skip_existing: bool = False,
     say: Callable[[str], None] = lambda text: None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Done:
-    """Do the runs of ``part`` (all, or "i/n"), each in its folder below ``out``; a failed one does not stop the rest.
+    """Do the runs of ``shard`` (all, or "i/n"), each in its folder below ``out``; a failed one does not stop the rest.
 
     ``workers`` are runs at once: one if not given, on ``ray`` as many as it has room for. With ``skip_existing``
-    finished runs are kept and begun ones gone on with. Raises ConfigError before anything is done if a run's folder is
+    finished runs are kept and stopped ones resumed. Raises ConfigError before anything is done if a run's folder is
     there already (without it) or holds results from other settings or data, if another bench is at work in ``out``, or
     if there is no Ray; DataError for data sets that are not there or too small; Interrupted after Ctrl-C, when the runs
     at work have saved a checkpoint.
     """
-    mine = shard(runs, part)
+    mine = take_shard(runs, shard)
     identity = json.dumps([(run.folder.as_posix(), fingerprint(run.config)) for run in runs])
-    with folder_lock(out, sha256(identity.encode()).hexdigest()[:12], part):
+    with folder_lock(out, sha256(identity.encode()).hexdigest()[:12], shard):
         there = [
             run.folder.as_posix() for run in mine if (out / run.folder).exists() and any((out / run.folder).iterdir())
         ]
         if there and not skip_existing:
-            raise ConfigError(f"{out} holds {first_few(there)}: --skip-existing keeps what is finished and goes on")
+            raise ConfigError(f"{out} holds {first_few(there)}: --skip-existing keeps what is finished and continues")
         load = cache(load_dataset)  # each data set once
         for run in mine:
             check_same_settings(run, out)
@@ -122,12 +122,14 @@ def _do_all(
         left = (time.monotonic() - began) / n * (todo - n)
         say(f"[{result.kept + n}/{result.runs}] {_told(outcome)}" + (f"; about {_span(left)} left" if left else ""))
         progress(result.kept + n, result.runs)
-        _write(results)  # what hinders it is told in the end, if it still does
+        _write(results)  # what hinders it is told at the end, if it still does
     if unwritten := _write(results):
         say(f"{unwritten}; nothing is lost: the run folders hold all figures, and --skip-existing writes it again")
         result.failed[RESULTS] = unwritten
     if interrupted:
-        raise Interrupted(f"{result.kept + result.done} of {result.runs} runs are finished; to go on: --skip-existing")
+        raise Interrupted(
+            f"{result.kept + result.done} of {result.runs} runs are finished; to continue: --skip-existing"
+        )
 
 
 def _write(results: Results) -> str:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from vlprompt.data.reading import share_memory
-from vlprompt.errors import ConfigError
+from vlprompt.errors import ConfigError, one_line
 from vlprompt.experiments.pool import Outcome, attempt
 from vlprompt.experiments.protocols import Run
 
@@ -33,7 +33,7 @@ def connected() -> Iterator[None]:
         try:
             ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         except Exception as error:  # Ray raises many kinds, plain Exception among them
-            raise ConfigError(f"cannot use Ray ({address}): {' '.join(str(error).split())[:200]}") from None
+            raise ConfigError(f"cannot use Ray ({address}): {one_line(error)}") from None
         try:
             yield
         finally:
@@ -120,5 +120,5 @@ def _outcome(ended: object, run: Run) -> Outcome:
     except ray.exceptions.TaskCancelledError:  # it had not begun
         return Outcome(run, interrupted=True)
     except ray.exceptions.RayError as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         return Outcome(run, failure=f"its process ended: {type(error).__name__}: {reason}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 COLOURS = (
@@ -198,8 +198,8 @@ def _ticks(low: float, high: float) -> list[float]:
     return [round(k * step, 6) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _room(names: object) -> float:
-    return 20 + LETTER * max((len(_short(name)) for name in names), default=0)  # type: ignore[attr-defined]
+def _room(names: Iterable[str]) -> float:
+    return 20 + LETTER * max((len(_short(name)) for name in names), default=0)
 
 
 def _short(name: str) -> str:

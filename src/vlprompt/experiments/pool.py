@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vlprompt.data.reading import share_memory
-from vlprompt.errors import Interrupted, VlpromptError
+from vlprompt.errors import Interrupted, VlpromptError, one_line
 from vlprompt.experiments.protocols import Run
 from vlprompt.experiments.runs import do_run
 
@@ -43,9 +43,9 @@ def attempt(run: Run, out: Path) -> Outcome:
     except (KeyboardInterrupt, Interrupted):
         return Outcome(run, interrupted=True)
     except VlpromptError as error:
-        return Outcome(run, failure=" ".join(str(error).split()))
+        return Outcome(run, failure=one_line(error, most=None))
     except Exception as error:  # the rest of the sweep goes on whatever happens in one run
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = one_line(f"{type(error).__name__}: {error}", most=None)
         return Outcome(run, failure=reason, trace=traceback.format_exc())
 
 

@@ -13,11 +13,10 @@ from typing import Any, Literal
 import yaml
 
 from vlprompt.data.benchmarks.table import DATASETS, find_dataset
-from vlprompt.errors import ConfigError, first_few, unknown
+from vlprompt.data.splits import Classes
+from vlprompt.errors import ConfigError, first_few, one_line, unknown
 from vlprompt.methods import find_method
 from vlprompt.training.config import RunConfig, build_config, parse_yaml
-
-Classes = Literal["base", "novel", "all"]
 
 
 @dataclass(frozen=True)
@@ -138,17 +137,17 @@ def plan(asked: Asked) -> list[Run]:
     sources, targets = _sources(asked.protocol, protocol, asked.data)
     runs: dict[Path, Run] = {}
     for data in sources:
-        measured = [(data, classes) for classes in protocol.measured] + [(t, "all") for t in targets]
-        named = [(data_name(d), classes) for d, classes in measured]
+        own = [Measurement(data, classes, asked.split) for classes in protocol.measured]
+        measurements = (*own, *(Measurement(target, "all", asked.split) for target in targets))
+        named = [(data_name(m.data), m.classes) for m in measurements]
         if twice := [name for name, _ in named if named.count((name, "all")) > 1]:
             raise ConfigError(f"--data: two data sets would be '{twice[0]}' in the tables: each is given once")
-        measurements = tuple(Measurement(d, classes, asked.split) for d, classes in measured)  # type: ignore[arg-type]
-        for name, (method, own) in asked.rows.items():
+        for name, (method, settings) in asked.rows.items():
             if not name or Path(name).name != name or name.startswith("."):
                 raise ConfigError(f"row '{name}' is no name of a folder")
             for shots in asked.shots or protocol.shots:
                 for seed in asked.seeds:
-                    config = _configure(asked, protocol, method, own, data, shots, seed)
+                    config = _configure(asked, protocol, method, settings, data, shots, seed)
                     run = Run(asked.protocol, name, config, measurements)
                     if run.folder in runs:
                         raise ConfigError(f"two runs would be {run.folder}: data sets, seeds and shots are given once")
@@ -166,7 +165,7 @@ def _sources(name: str, protocol: Protocol, data: Sequence[str]) -> tuple[Sequen
     if not targets:
         known = sorted({d.domain_of for d in DATASETS.values() if d.domain_of})
         hint = f" (known without: those of {', '.join(known)})" if protocol.targets == "domains" else ""
-        raise ConfigError(f"{name}: --data {source} needs the data sets to test on behind it, with commas{hint}")
+        raise ConfigError(f"{name}: --data {source} needs the data sets to test on after it, separated by commas{hint}")
     return [source], targets
 
 
@@ -202,7 +201,7 @@ def read_rows(file: Path) -> Rows:
     try:
         content = parse_yaml(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read rows from {file}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"cannot read rows from {file}: {one_line(error, most=None)}") from None
     if not isinstance(content, dict) or not isinstance(content.get("rows"), dict) or not content["rows"]:
         raise ConfigError(f"{file} must hold rows: names with settings")
     if strange := set(content) - {"method", "set", "rows"}:
@@ -221,7 +220,7 @@ def read_rows(file: Path) -> Rows:
 
 
 def choose_rows(rows: Rows, only: Sequence[str]) -> Rows:
-    """The rows that ``only`` names, with commas between or one each; raises ConfigError for a name that is no row."""
+    """The rows that ``only`` names, separated by commas or one each; raises ConfigError for a name that is no row."""
     kept = [text for text in only if text in rows]  # a name may have commas in it
     kept += split_values("--only", [text for text in only if text not in rows]) if len(kept) < len(only) else []
     if missing := [name for name in kept if name not in rows]:
@@ -243,17 +242,17 @@ def split_numbers(option: str, given: Sequence[str]) -> list[int]:
     """The same for whole numbers."""
     values = split_values(option, given)
     if strange := [value for value in values if not value.isdecimal()]:
-        raise ConfigError(f"{option} {strange[0]} (allowed: whole numbers with commas between)")
+        raise ConfigError(f"{option} {strange[0]} (allowed: whole numbers separated by commas)")
     return [int(value) for value in values]
 
 
-def shard(runs: Sequence[Run], part: str | None) -> list[Run]:
-    """The ``i``-th of ``n`` equal shares of the runs, for ``part`` = "i/n"; raises ConfigError for what is none."""
-    if part is None:
+def take_shard(runs: Sequence[Run], shard: str | None) -> list[Run]:
+    """The ``i``-th of ``n`` equal shares of the runs, for ``shard`` = "i/n"; raises ConfigError for what is none."""
+    if shard is None:
         return list(runs)
-    i, n = map(int, found.groups()) if (found := re.fullmatch(r"(\d+)/(\d+)", part)) else (0, 0)
+    i, n = map(int, found.groups()) if (found := re.fullmatch(r"(\d+)/(\d+)", shard)) else (0, 0)
     if not 1 <= i <= n:
-        raise ConfigError(f"--shard {part} (allowed: i/n, from 1/n to n/n)")
+        raise ConfigError(f"--shard {shard} (allowed: i/n, from 1/n to n/n)")
     return list(runs[i - 1 :: n])
 
 

@@ -244,8 +244,10 @@ def _html_table(table: Table) -> str:
     for name, cells in table.lines:
         shown = []
         for cell, best in zip(cells, table.best, strict=True):
-            missing = isinstance(cell, Cell) and (cell.mean is None or len(cell.values) < cell.seeds)
-            mark = " class=missing" if missing and not cell.not_asked else ""  # type: ignore[union-attr]
+            missing = (
+                isinstance(cell, Cell) and not cell.not_asked and (cell.mean is None or len(cell.values) < cell.seeds)
+            )
+            mark = " class=missing" if missing else ""
             parts = " ".join(f"<span>{escape(part)}</span>" for part in re.split(r" (?=± |\()", str(cell)))
             text = f"<b>{parts}</b>" if _is_best(cell, best) else parts
             shown.append(f"<td{mark}>{text}</td>")

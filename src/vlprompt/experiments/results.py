@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from vlprompt.errors import DataError
+from vlprompt.errors import DataError, one_line
 from vlprompt.experiments.runs import FIGURES, read_figures
 from vlprompt.files import write_atomically
 
@@ -139,7 +139,7 @@ def read_results(file: Path) -> list[Row]:
     except FileNotFoundError:
         raise DataError(f"there are no results in {file.parent}: it has no {file.name}") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot read {file}: {' '.join(str(error).split())}") from None
+        raise DataError(f"cannot read {file}: {one_line(error, most=None)}") from None
 
 
 def _row(values: list[str], where: str) -> Row:

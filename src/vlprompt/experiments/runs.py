@@ -1,4 +1,4 @@
-"""One run of a benchmark: trained or gone on with, then measured; its figures lie in its folder."""
+"""One run of a benchmark: trained or resumed, then measured; its figures lie in its folder."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import vlprompt
-from vlprompt.data.bank import read_manifest
+from vlprompt.data.bank.manifest import read_manifest
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.reading import ImageReader, readable
 from vlprompt.data.splits import Split, in_order, read_split
-from vlprompt.errors import ConfigError, DataError
+from vlprompt.errors import ConfigError, DataError, one_line
 from vlprompt.experiments.protocols import PROTOCOLS, Measurement, Run, backbone_name, data_name, fingerprint
 from vlprompt.experiments.protocols import result_settings as settings_of
 from vlprompt.experiments.shared import SHARED, SharedImages, decoded_once
@@ -31,6 +31,8 @@ from vlprompt.training.selection import run_split
 FORMAT_VERSION = 1
 FIGURES = "figures.json"
 GROUPS = ("many", "medium", "few")
+_OF_TRAINING = ("epochs", "train_accuracy", "val_accuracy", "trainable_parameters", "seconds")
+_WEIGHTS = ("backbone", "teacher")
 
 Load = Callable[[str, str | None, str | None], LoadedDataset]
 """``load_dataset``, or one that remembers."""
@@ -46,7 +48,7 @@ def code_version() -> str:
 
 
 def do_run(run: Run, out: Path) -> dict[str, Any]:
-    """Train a run, or go on with it, and measure what is not measured yet; returns the content of its figures.json.
+    """Train a run, or resume it, and measure what is not measured yet; returns the content of its figures.json.
 
     Raises what :func:`vlprompt.training.run.train` raises, and DataError for data that cannot be measured.
     """
@@ -92,10 +94,6 @@ def do_run(run: Run, out: Path) -> dict[str, Any]:
         figures["measured"].append(row | (described(score, PROTOCOLS[run.protocol].groups) if score else {"n": 0}))
         write_atomically(folder / FIGURES, json.dumps(figures))
     return figures
-
-
-_OF_TRAINING = ("epochs", "train_accuracy", "val_accuracy", "trainable_parameters", "seconds")
-_WEIGHTS = ("backbone", "teacher")
 
 
 def measured_dataset(config: RunConfig, measurement: Measurement, load: Load = load_dataset) -> LoadedDataset:
@@ -217,7 +215,7 @@ def check_same_data(run: Run, out: Path, load: Load = load_dataset) -> None:
 
     Images count by name, label and class name, not by their pixels; where a run left out unreadable ones, those that it
     was trained on are not compared. A region bank counts by its settings. Runs that are not trained yet look themselves
-    when they are gone on with.
+    when they are resumed.
     """
     folder, data = out / run.folder, run.config.data
     if not _trained(folder):
@@ -251,7 +249,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {file}: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"cannot read {file}: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise DataError(f"{file} holds no figures")
     return content

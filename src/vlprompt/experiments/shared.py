@@ -48,11 +48,11 @@ class SharedImages(EvaluationImages):
 
         def pixels() -> Iterator[NDArray]:
             whole = evaluation_batches(
-                self.paths, lambda image: np.array(preprocess.whole(image)), workers=self.workers
+                self.images, lambda image: np.array(preprocess.whole(image)), workers=self.workers
             )
             yield from (batch.numpy() for batch in whole)
 
-        shape = len(self.paths), size, size, 3
+        shape = len(self.images), size, size, 3
         kept = computed_once(self._file("views", asdict(preprocess)), shape, np.uint8, pixels)
         if kept is None:
             yield from super().views(method)
@@ -63,7 +63,7 @@ class SharedImages(EvaluationImages):
     def frozen(self, method: Method) -> Tensor:
         """Normalised features from the frozen image tower, [n, E], from the file."""
         backbone = method.backbone
-        shape = len(self.paths), backbone.embed_dim
+        shape = len(self.images), backbone.embed_dim
 
         def features() -> Iterator[NDArray]:
             for images in self.views(method):

@@ -32,14 +32,14 @@ Probability = Annotated[float, Ge(0), Le(1)]
 
 
 class BlockDropout(NamedTuple):
-    """What dropout does behind one block of the image tower; tokens are patches, then visual prompts."""
+    """What dropout does after one block of the image tower; tokens are patches, then visual prompts."""
 
     importance: Tensor
     """[B, N − 1], 0 to 1."""
     p: Tensor
     """Probability that a token is hit, [B, N − 1]."""
     reach: int
-    """How many of the tokens are read by the next block; the prompts behind them are replaced there."""
+    """How many of the tokens are read by the next block; the prompts after them are replaced there."""
 
 
 @register("drople")
@@ -268,7 +268,7 @@ class DroPLe(IVLP):
         return self._drops and self.config.dropout == "importance"
 
     def _reach(self, i: int) -> int:
-        """Image tokens behind the class token that block i + 1 reads: prompts are replaced, but for the last ones."""
+        """Image tokens after the class token that block i + 1 reads: prompts are replaced, but for the last ones."""
         patches = len(self.backbone.image_tower.positions) - 1
         return patches + self.config.n_ctx_vision * (i == self.config.depth_vision - 1)
 
@@ -366,7 +366,7 @@ def objective(
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Of vectors [..., D]; torch's divides both by their norms first, and takes twice as long on the way back."""
+    """Of vectors [..., D]; torch's divides both by their norms first, and takes twice as long in the backward pass."""
     norms = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
     return (a * b).sum(-1) / norms.clamp_min(1e-8)
 

@@ -100,7 +100,7 @@ def decoupled_attention(
 def image_attention(
     tower: ImageTower, n_ctx: int, s: SubProcesses, log_odds: Tensor | None = None
 ) -> Attention | list[Attention]:
-    """Decoupled attention for an image tower with M learned tokens behind the patches; ``log_odds``: [L, H]."""
+    """Decoupled attention for an image tower with M learned tokens after the patches; ``log_odds``: [L, H]."""
     n = len(tower.positions)
     is_prompt = torch.arange(n + n_ctx, device=tower.positions.device) >= n
     bias = attention_bias(torch.ones_like(is_prompt).expand(n + n_ctx, -1), is_prompt, s).to(tower.positions.dtype)
@@ -178,7 +178,7 @@ class SentencePrompts(TextContext):
         self.template, self.read_only = template, read_only
 
     def pack(self, backbone: Backbone, class_names: Sequence[str], share: bool = False) -> PackedText:
-        """Each class's sentence, and behind it its learned tokens; never shared, as these read the whole sentence."""
+        """Each class's sentence, and after it its learned tokens; never shared, as these read the whole sentence."""
         check_known(backbone, class_names)
         sentences = backbone.tokenize(fill(self.template, class_names))
         ids = [[*sentence, *[0] * self.n_ctx] for sentence in sentences]

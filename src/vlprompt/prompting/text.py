@@ -47,7 +47,7 @@ def class_tokens(
 
     The first M tokens of the context's ``words`` are learned and the rest of them stays frozen (MaPLe: 2 of
     "a photo of a"). More learned tokens than words stand in front of the words (ProGrad), and without words
-    all M are free. ``position`` puts the class name at the end, behind the first ⌊M/2⌋ tokens, or in front;
+    all M are free. ``position`` puts the class name at the end, after the first ⌊M/2⌋ tokens, or in front;
     ``end`` takes the place of the full stop.
     Raises DataError naming the class whose text is longer than the backbone reads.
     """
@@ -179,7 +179,7 @@ def encode_classes(
 
 
 def encode_in_parts(text_tower: TextTower, prompts: Prompts, parts: Sequence[PackedText], at_once: int) -> Tensor:
-    """:func:`encode_classes` of parts of ``at_once`` classes, one after the other, each computed again on the way back.
+    """:func:`encode_classes` of parts of ``at_once`` classes, each computed again in the backward pass.
 
     Exact, and no more than one part's states are in memory; the forward pass is computed twice.
     """

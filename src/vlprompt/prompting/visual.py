@@ -24,7 +24,7 @@ def check_image_prompts(backbone: Backbone, depth: int) -> None:
 
 
 class VisualPrompts(nn.Module):
-    """M learned tokens behind the patches at ``depth`` layers of the image tower: ``vectors`` [depth, M, D]."""
+    """M learned tokens after the patches at ``depth`` layers of the image tower: ``vectors`` [depth, M, D]."""
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ from torch import Tensor
 import vlprompt
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
-from vlprompt.errors import ArtefactError, ConfigError, unknown
+from vlprompt.errors import ArtefactError, ConfigError, one_line, unknown
 from vlprompt.files import write_atomically
 from vlprompt.methods import Method, find_method
 from vlprompt.training.card import model_card
@@ -75,7 +75,7 @@ def load_artefact(folder: Path, backbone: str | None = None, device: str = "cpu"
     try:
         method.load_inference_state(state)
     except (RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ArtefactError(f"{PROMPTS} in {folder} does not fit {cls.name}: {reason}") from None
     return method.to(device).eval().requires_grad_(False)
 
@@ -99,7 +99,7 @@ def read_artefact_config(folder: Path) -> dict[str, Any]:
 
 
 def _unreadable(folder: Path, error: Exception) -> ArtefactError:
-    reason = f"no {error} in {CONFIG}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+    reason = f"no {error} in {CONFIG}" if isinstance(error, KeyError) else one_line(error)
     return ArtefactError(f"cannot read the tuned model in {folder}: {reason}")
 
 
@@ -118,7 +118,7 @@ def _difference(content: bytes, shapes: Mapping[str, list[int]]) -> str:
     try:
         found = {name: list(tensor.shape) for name, tensor in load(content).items()}
     except (SafetensorError, ValueError) as error:
-        return f"it is damaged ({' '.join(str(error).split())[:100]})"
+        return f"it is damaged ({one_line(error, 100)})"
     for name in sorted({*shapes, *found}):
         if name not in found:
             return f"tensor '{name}' is missing"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import vlprompt
+from vlprompt.backbones.names import is_hub_id, public_name
 from vlprompt.methods import Method
 
 SHOWN = 20  # class names
@@ -63,14 +63,5 @@ def _cell(value: str) -> str:
     return " ".join(value.replace("|", "\\|").split())
 
 
-def public_name(backbone: str) -> str:
-    """A hub id as it is; of a path its last part, since the rest of it says something about one machine only."""
-    return backbone if _is_hub_id(backbone) or backbone.startswith("open_clip:") else Path(backbone).name
-
-
 def _base_model(backbone: str) -> str:
-    return f"\nbase_model: {backbone}" if _is_hub_id(backbone) else ""
-
-
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "~", "/")) and not Path(name).exists()
+    return f"\nbase_model: {backbone}" if is_hub_id(backbone) else ""

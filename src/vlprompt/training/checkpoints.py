@@ -1,4 +1,4 @@
-"""Checkpoints: everything that a training run needs to go on as if it had never stopped.
+"""Checkpoints: everything that a training run needs to continue as if it had never stopped.
 
 One file, ``checkpoints/last.safetensors``, replaced as a whole: tensors, and the numbers as JSON in its header.
 """
@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import vlprompt
-from vlprompt.errors import ArtefactError
+from vlprompt.errors import ArtefactError, one_line
 from vlprompt.files import is_unfinished, write_atomically
 from vlprompt.training.loop import LossScale, Training
 
@@ -106,7 +106,7 @@ def load_checkpoint(run: Path, training: Training) -> History:
         training.scale = LossScale(**numbers["loss_scale"])
         return History(**numbers["history"], best=_group(tensors, "best"))
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError, OSError) as error:
-        raise ArtefactError(f"cannot read checkpoint {file}: {' '.join(str(error).split())[:200]}") from None
+        raise ArtefactError(f"cannot read checkpoint {file}: {one_line(error)}") from None
 
 
 def remove_unfinished(run: Path) -> None:

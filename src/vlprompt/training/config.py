@@ -15,7 +15,8 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
-from vlprompt.errors import ConfigError, unknown
+from vlprompt.data.splits import Classes
+from vlprompt.errors import ConfigError, one_line, unknown
 from vlprompt.methods import MethodConfig, find_method
 from vlprompt.methods.base import Template
 
@@ -52,7 +53,7 @@ class DataConfig:
     """Shots of the first class to those of the last, fewer and fewer in between: a long tail."""
     val_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Share of each class's training images that becomes val before shots are drawn, where there is no val split."""
-    classes: Literal["base", "novel", "all"] = "all"
+    classes: Classes = "all"
     """First half of the classes, second half, or all."""
     batch_size: Annotated[int, Ge(1)] = 32
     """Images in a training step."""
@@ -81,7 +82,7 @@ class TeacherConfig:
     logit_scale: Annotated[float, Gt(0)] | None = None
     """What its cosines are multiplied by; the student's scale if not given, as in KDPL."""
     class_names_file: str | None = None
-    """Class names, one a line, that it chooses among instead of the data set's, which then stay unknown."""
+    """Class names, one per line, that it chooses among instead of the data set's, which then stay unknown."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class TrainConfig:
     accumulate: Annotated[int, Ge(1)] = 1
     """Parts that each batch is computed in, one after the other, to need less memory; the step is the same."""
     text_chunk: Annotated[int, Ge(1)] | None = None
-    """Classes whose texts are encoded at once, and again on the way back, to need less memory; all if not given."""
+    """Classes whose texts are encoded at once, and again in the backward pass, to save memory; all if not given."""
     graphs: bool = False
     """Whether steps are recorded as CUDA graphs and replayed: the same results, faster where a model is small."""
     select: Literal["last", "val"] = "last"
@@ -180,7 +181,7 @@ def read_config(file: Path) -> dict[str, Any]:
     try:
         content = parse_yaml(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read configuration {file}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"cannot read configuration {file}: {one_line(error, most=None)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"configuration {file} must hold keys and values")
     return dict(_flatten(content))

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vlprompt.errors import ConfigError
+from vlprompt.errors import ConfigError, one_line
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def join_processes(device: str) -> Iterator[Processes]:
         try:
             dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         except (ValueError, RuntimeError) as error:  # variables that are missing, or a process that never came
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise ConfigError(f"cannot join the {size} processes that WORLD_SIZE tells of: {reason}") from None
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), device)

@@ -20,16 +20,19 @@ TEXTS_AT_ONCE = 2000  # class texts encoded together where each image has its ow
 
 
 class EvaluationImages:
-    """Images to evaluate on; features of the frozen image tower are computed once and remembered."""
+    """Images to evaluate on; features of the frozen image tower are computed once and remembered.
+
+    Labels are read where accuracy is measured only.
+    """
 
     def __init__(
         self,
-        paths: Sequence[ImageSource],
-        labels: Sequence[int],
+        images: Sequence[ImageSource],
+        labels: Sequence[int] = (),
         workers: int = 2,
         reader: ImageReader | None = None,
     ) -> None:
-        self.paths, self.labels, self.workers, self.reader = paths, torch.tensor(labels), workers, reader
+        self.images, self.labels, self.workers, self.reader = images, torch.tensor(labels), workers, reader
         self._frozen: dict[str, Tensor] = {}
 
     def features(self, method: Method) -> Iterator[Tensor]:
@@ -49,7 +52,7 @@ class EvaluationImages:
 
     def views(self, method: Method) -> Iterator[Tensor]:
         """Evaluation views for the method's backbone, [B, 3, S, S] at a time."""
-        return evaluation_batches(self.paths, method.backbone.preprocess, workers=self.workers, reader=self.reader)
+        return evaluation_batches(self.images, method.backbone.preprocess, workers=self.workers, reader=self.reader)
 
 
 @torch.no_grad()
@@ -74,7 +77,7 @@ class Evaluation:
     """Images."""
     classes: tuple[str, ...]
     per_class: dict[str, float]
-    """Percent, for the classes that have images; classes of one name have their number behind it."""
+    """Percent, for the classes that have images; classes that share a name have their number after it."""
     calibration_error: float
     """Expected calibration error, 0 to 1, over 15 equal bins of confidence (Guo et al., 2017)."""
     confusion: tuple[tuple[int, int, int], ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlprompt.errors import ArtefactError
+from vlprompt.errors import ArtefactError, first_line
 from vlprompt.training.artefact import FILES
 
 
@@ -20,7 +20,7 @@ def upload(folder: Path, repo: str, *, private: bool, token: str | None, message
         address = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, allow_patterns=list(FILES))
     except Exception as error:  # the library lets errors of several network libraries through
-        raise ArtefactError(f"cannot upload to '{repo}': {_first_line(error)}") from None
+        raise ArtefactError(f"cannot upload to '{repo}': {first_line(error)}") from None
     return str(address)
 
 
@@ -31,8 +31,4 @@ def download(repo: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(FILES)))
     except Exception as error:  # as above
-        raise ArtefactError(f"no folder '{repo}', and not on the hub: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtefactError(f"no folder '{repo}', and not on the hub: {first_line(error)}") from None

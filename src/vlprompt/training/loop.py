@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlprompt.data.bank import Bank
+from vlprompt.data.bank.records import Bank
 from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.views import BankViews, TrainingViews, Views
 from vlprompt.errors import ConfigError, VlpromptError
 from vlprompt.methods import Batch, Method
-from vlprompt.training.bank import bank_views
+from vlprompt.training.bank.views import bank_views
 from vlprompt.training.config import DataConfig, OptimConfig, TrainConfig
 from vlprompt.training.distributed import Processes
 from vlprompt.training.recorded import Gradients, Recorded, Terms
@@ -29,7 +29,7 @@ from vlprompt.training.teacher import Teacher
 
 @dataclass(frozen=True)
 class EpochLog:
-    """What one epoch gave: the mean of each loss term, and the learning rate it ran at (in the end)."""
+    """What one epoch gave: the mean of each loss term, and the learning rate at its end."""
 
     epoch: int
     lr: float
@@ -180,7 +180,7 @@ class Training:
     def _compute(self, views: Views) -> tuple[Terms, Gradients]:
         """The loss terms of a part of a batch, weighted by its share of it, and their gradients (scaled in fp16)."""
         backbone = self.method.backbone
-        # On a CPU, in bf16, the fused kernel's way back takes twice as long as that of plain products.
+        # On a CPU, in bf16, the fused kernel's backward pass takes twice as long as that of plain products.
         slow = backbone.device.type == "cpu" and backbone.dtype == torch.bfloat16
         with sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
             batch = self._batch(views)

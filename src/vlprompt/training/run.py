@@ -21,7 +21,8 @@ from PIL.Image import Image
 import vlprompt
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
-from vlprompt.data.bank import Bank
+from vlprompt.backbones.names import public_name
+from vlprompt.data.bank.records import Bank
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split, read_split, write_split
@@ -29,8 +30,7 @@ from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError
 from vlprompt.files import cannot_write, write_atomically
 from vlprompt.methods import Method, MethodConfig, find_method
 from vlprompt.training.artefact import save_artefact
-from vlprompt.training.bank import cannot_use_bank, find_bank, read_by, regions_used
-from vlprompt.training.card import public_name
+from vlprompt.training.bank.views import cannot_use_bank, find_bank, read_by, regions_used
 from vlprompt.training.checkpoints import History, checkpoint_file, remove_unfinished
 from vlprompt.training.config import RunConfig, build_config, read_config
 from vlprompt.training.distributed import Processes, join_processes
@@ -86,14 +86,8 @@ def train(
             backbone = load_backbone(config.backbone, processes.device, config.train.precision)
             teacher = find_teacher(config, split.class_names, dataset.template, backbone)
             bank = find_bank(config, split.class_names)
-        torch.manual_seed(config.seed)
-        cls = find_method(config.method)
-        labels = bank.settings.teacher if bank and "teacher_probabilities" in cls.needs else None
-        class_names = (teacher or labels or split).class_names
-        method = cls(backbone, class_names, config.settings, dataset.template)
-        method.to(backbone.device)
-        if class_names != split.class_names and not method.takes_new_classes:
-            raise ConfigError("teacher.class_names_file: with class_specific the classes are the data set's own")
+        labels = bank.settings.teacher if bank and "teacher_probabilities" in find_method(config.method).needs else None
+        method = _build(config, backbone, split, (teacher or labels or split).class_names, dataset.template)
         session = (
             Session(config, out, method, split, processes, reader, progress or Silent(), teacher, bank)
             if method.trains
@@ -119,11 +113,7 @@ def train(
                 if processes.first:
                     write_atomically(out / "log.jsonl", "")
             train_accuracy = evaluate(method, images, split.class_names).accuracy
-            if (row := history.kept) is not None:
-                val_accuracy = row["val_accuracy"]
-            else:
-                val = _images(split, "val", reader)
-                val_accuracy = evaluate(method, val, split.class_names).accuracy if split.val else None
+            val_accuracy = _val_accuracy(method, split, history, reader)
             trainable = sum(p.numel() for p in method.learned())
             seconds = time.monotonic() - began + (session.earlier if session else 0.0)
             epochs, taught_by = len(history.rows), config.teacher.backbone or (labels.name if labels else None)
@@ -143,6 +133,22 @@ def saved_config(run: Path) -> RunConfig:
     if not isinstance(values.get("method.name"), str):
         raise ConfigError(f"configuration {file} names no method")
     return build_config(values["method.name"], file=values)
+
+
+def _build(config: RunConfig, backbone: Backbone, split: Split, class_names: tuple[str, ...], template: str) -> Method:
+    """The configured method, untrained; ``class_names`` are what it learns about: the split's, or a teacher's own."""
+    torch.manual_seed(config.seed)
+    method = find_method(config.method)(backbone, class_names, config.settings, template)
+    if class_names != split.class_names and not method.takes_new_classes:
+        raise ConfigError("teacher.class_names_file: with class_specific the classes are the data set's own")
+    return method.to(backbone.device)
+
+
+def _val_accuracy(method: Method, split: Split, history: History, reader: ImageReader) -> float | None:
+    """Percent, of the epoch that is kept or, without epochs, measured now; None where there is no val split."""
+    if (row := history.kept) is not None:
+        return row["val_accuracy"]
+    return evaluate(method, _images(split, "val", reader), split.class_names).accuracy if split.val else None
 
 
 def _opening(
@@ -229,7 +235,7 @@ def _run_folder(out: Path, resume: bool, processes: Processes) -> Iterator[None]
             raise cannot_write(Path(error.filename or out), error) from error
         raise
     except KeyboardInterrupt:
-        raise Interrupted(f"to go on: vlprompt train --resume {shlex.quote(str(out))}") from None
+        raise Interrupted(f"to continue: vlprompt train --resume {shlex.quote(str(out))}") from None
 
 
 def _images(split: Split, part: str, reader: ImageReader) -> EvaluationImages:

@@ -15,7 +15,7 @@ def learning_rate(epoch: float, epochs: int, config: OptimConfig) -> float:
     """Rate after ``epoch`` epochs (3.5: halfway through the fourth): constant while warming up, then a cosine.
 
     With w whole epochs of warm-up, min_lr + ½·(lr − min_lr)·(1 + cos(π·(⌊epoch⌋ − w)/epochs)). The cosine is that
-    of the official code: it starts behind the warm-up but spans all epochs, so the last rate is a little above the
+    of the official code: it starts after the warm-up but spans all epochs, so the last rate is a little above the
     floor.
     """
     if epoch < config.warmup_epochs:

@@ -1,4 +1,4 @@
-"""A run's training in its folder: log, report and checkpoint after each epoch, from wherever the last one left it."""
+"""A run's training in its folder: log, tracker and checkpoint after each epoch, from wherever the last one left it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Protocol
 
-from vlprompt.data.bank import Bank
+from vlprompt.data.bank.records import Bank
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split
 from vlprompt.errors import ConfigError
@@ -21,8 +21,8 @@ from vlprompt.training.distributed import Processes
 from vlprompt.training.evaluate import EvaluationImages, evaluate
 from vlprompt.training.interrupt import deferred_interrupt
 from vlprompt.training.loop import EpochLog, Training, training_views
-from vlprompt.training.report import NoReport, Report, find_report
 from vlprompt.training.teacher import Teacher
+from vlprompt.training.trackers import NoTracker, Tracker, find_tracker
 
 
 class Progress(Protocol):
@@ -77,8 +77,8 @@ class Session:
         views = training_views(method, paths, labels, config.data, config.seed, reader, teacher, bank)
         self.training = Training(method, views, config.optim, config.train, processes, teacher)
         self.val = EvaluationImages(split.paths("val"), [item.label for item in split.val], reader=reader)
-        self.open_report = find_report(config.train.report_to if self.writes else None)
-        self.report: Report = NoReport()
+        self.open_tracker = find_tracker(config.train.report_to if self.writes else None)
+        self.tracker: Tracker = NoTracker()
         self.history = History()
         self.began = time.monotonic()
         self.earlier = 0.0
@@ -94,8 +94,8 @@ class Session:
             say(f"resumed after epoch {training.epoch}" + f" and {training.step} steps" * (training.step > 0))
         self.progress.start(steps, training.config.epochs, training.epoch * steps + training.step)
         if self.writes:
-            self.report = self.open_report(self.run, self.config.to_dict(), training.epoch)
-        with closing(self.report), deferred_interrupt(insist=training.processes.size == 1) as asked:
+            self.tracker = self.open_tracker(self.run, self.config.to_dict(), training.epoch)
+        with closing(self.tracker), deferred_interrupt(insist=training.processes.size == 1) as asked:
             if not training.run(self.progress.step, self._after_epoch, asked):
                 self._save()
                 raise KeyboardInterrupt
@@ -118,7 +118,7 @@ class Session:
             history.best = {k: v.detach().clone() for k, v in method.state_dict().items()}
         self._write_log()
         self._save()
-        self.report.epoch(log.epoch + 1, {k: v for k, v in row.items() if k != "epoch" and v is not None})
+        self.tracker.epoch(log.epoch + 1, {k: v for k, v in row.items() if k != "epoch" and v is not None})
         self.progress.epoch(log, accuracy)
 
     def _write_log(self) -> None:

@@ -85,7 +85,7 @@ def _download(source: Source, file: Path, progress: Progress) -> None:
         except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
             failed.append(f"{urlsplit(url).hostname}: {_reason(error)}")
     part = _part(file)
-    kept = f"; {part.stat().st_size} bytes are kept, and the same command goes on" if part.is_file() else ""
+    kept = f"; {part.stat().st_size} bytes are kept, and the same command continues" if part.is_file() else ""
     raise DataError(f"cannot fetch {source.name}: {'; '.join(failed)}{kept}")
 
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from vlprompt.errors import ConfigError
-from vlprompt.options import (
+from vlprompt.cli.options import (
     DATA,
     MODEL,
     OUTPUT,
-    RUN,
+    TRAINING,
     AllowFewer,
-    Engine,
     Json,
-    Part,
     Root,
     Settings,
     TeacherBackbone,
@@ -26,68 +23,86 @@ from vlprompt.options import (
     TrainPrecision,
     say,
 )
+from vlprompt.errors import ConfigError
 
 FAILED = 1
 ListOf = list[str] | None
 
+bench_app = typer.Typer()
 
+
+@bench_app.command(
+    epilog="Example: vlprompt bench base-to-novel --methods coop,maple --data dtd --root data --out runs/b2n"
+)
 def bench(
     protocol: Annotated[
-        str, typer.Argument(help="base-to-novel, few-shot, cross-dataset, domain-generalization or long-tail.")
+        str,
+        typer.Argument(
+            metavar="PROTOCOL", help="base-to-novel, few-shot, cross-dataset, domain-generalization or long-tail."
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="The benchmark's folder.", rich_help_panel=OUTPUT)],
+    settings: Settings = None,
+    *,
     data: Annotated[
         list[str],
         typer.Option(
-            help="Data sets, with commas between. cross-dataset and domain-generalization train on the first and test "
+            help="Data sets, separated by commas. cross-dataset and domain-generalization train on the first and test "
             "on all; a data set with known domains needs no others.",
             rich_help_panel=DATA,
         ),
     ],
-    settings: Settings = None,
+    root: Root = None,
+    shots: Annotated[
+        ListOf,
+        typer.Option(
+            help="Training images per class, separated by commas; default: the protocol's.", rich_help_panel=DATA
+        ),
+    ] = None,
+    allow_fewer: AllowFewer = False,
+    split: Annotated[
+        Literal["test", "val"],
+        typer.Option(help="Images to measure on; choose settings on val.", rich_help_panel=DATA),
+    ] = "test",
     methods: Annotated[
-        ListOf, typer.Option(help="Of `vlprompt list methods`, with commas between.", rich_help_panel=MODEL)
+        ListOf, typer.Option(help="Of `vlprompt list methods`, separated by commas.", rich_help_panel=MODEL)
     ] = None,
     rows: Annotated[
         Path | None,
-        typer.Option(help="YAML file of names with a method and settings.", rich_help_panel=MODEL),
+        typer.Option(help="Instead of --methods: YAML file of names, each with settings.", rich_help_panel=MODEL),
     ] = None,
-    only: Annotated[ListOf, typer.Option(help="These rows of --rows.", rich_help_panel=MODEL)] = None,
+    only: Annotated[
+        ListOf, typer.Option(help="Rows of --rows to run, separated by commas; default: all.", rich_help_panel=MODEL)
+    ] = None,
     backbone: TrainBackbone = None,
     teacher: TeacherBackbone = None,
     device: TrainDevice = None,
     precision: TrainPrecision = None,
-    root: Root = None,
-    seeds: Annotated[ListOf, typer.Option(help="Default: 1,2,3.", rich_help_panel=RUN)] = None,
-    shots: Annotated[
-        ListOf, typer.Option(help="Training images per class; default: the protocol's.", rich_help_panel=RUN)
+    seeds: Annotated[
+        ListOf, typer.Option(help="Separated by commas; default: 1,2,3.", rich_help_panel=TRAINING)
     ] = None,
-    allow_fewer: AllowFewer = False,
-    split: Annotated[
-        Part, typer.Option(help="Images that are measured; choose settings on val.", rich_help_panel=DATA)
-    ] = Part.test,
     engine: Annotated[
-        Engine,
+        Literal["local", "ray"],
         typer.Option(
-            help="Processes of this machine, or tasks of Ray (the cluster at RAY_ADDRESS, else one of its own here).",
-            rich_help_panel=RUN,
+            help="Processes of this machine, or Ray tasks: on the cluster at RAY_ADDRESS, or else on this machine.",
+            rich_help_panel=TRAINING,
         ),
-    ] = Engine.local,
+    ] = "local",
     workers: Annotated[
         int | None,
         typer.Option(
             help="Runs at once, each in a process of one thread; default: 1, with ray as many as there is room for.",
             min=1,
-            rich_help_panel=RUN,
+            rich_help_panel=TRAINING,
         ),
     ] = None,
     shard: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Do the I-th of N shares of the runs.", rich_help_panel=RUN)
+        str | None, typer.Option(metavar="I/N", help="Do the I-th of N shares of the runs.", rich_help_panel=TRAINING)
     ] = None,
     skip_existing: Annotated[
         bool,
-        typer.Option("--skip-existing", help="Keep finished runs and go on with begun ones.", rich_help_panel=RUN),
+        typer.Option("--skip-existing", help="Keep finished runs and resume stopped ones.", rich_help_panel=TRAINING),
     ] = False,
+    out: Annotated[Path, typer.Option(help="The benchmark's folder.", rich_help_panel=OUTPUT)],
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the runs' folders and stop.", rich_help_panel=OUTPUT)
     ] = False,
@@ -96,12 +111,19 @@ def bench(
     """Run a protocol over methods, data sets and seeds, and keep results.csv.
 
     A run is a folder OUT/PROTOCOL/DATA/METHOD/BACKBONE/shots_N/seed_N, as `vlprompt train` makes it, with figures.json.
-    Methods have the protocol's official settings; KEY=VALUE changes them in all runs. A run that fails is reported in
-    the end (exit code 1) while the others go on. `vlprompt report OUT` prints the tables.
+    Methods have the protocol's official settings; KEY=VALUE changes them in all runs. A run that fails does not stop
+    the others, and is reported at the end (exit code 1). `vlprompt report OUT` prints the tables.
     """
     from vlprompt.experiments.bench import bench as run_bench
-    from vlprompt.experiments.protocols import Asked, choose_rows, plan, read_rows, split_numbers, split_values
-    from vlprompt.experiments.protocols import shard as share
+    from vlprompt.experiments.protocols import (
+        Asked,
+        choose_rows,
+        plan,
+        read_rows,
+        split_numbers,
+        split_values,
+        take_shard,
+    )
     from vlprompt.progress import CountBar
     from vlprompt.training.config import parse_override
 
@@ -121,16 +143,16 @@ def bench(
     every |= {key: value for key, value in given.items() if value is not None}
     asked = Asked(
         protocol, chosen, split_values("--data", data), split_numbers("--seeds", seeds or ["1,2,3"]),
-        split_numbers("--shots", shots or []), every, teacher, split.value,
+        split_numbers("--shots", shots or []), every, teacher, split,
     )  # fmt: skip
     runs = plan(asked)
     if dry_run:
-        folders = [run.folder.as_posix() for run in share(runs, shard)]
+        folders = [run.folder.as_posix() for run in take_shard(runs, shard)]
         print(json.dumps({"runs": folders}) if json_output else "\n".join(folders))
         return
     with CountBar(protocol) as bar:
         done = run_bench(
-            runs, out, engine=engine.value, workers=workers, part=shard, skip_existing=skip_existing, say=say,
+            runs, out, engine=engine, workers=workers, shard=shard, skip_existing=skip_existing, say=say,
             progress=bar,
         )  # fmt: skip
     for folder, reason in done.failed.items():
@@ -142,18 +164,21 @@ def bench(
         raise typer.Exit(FAILED)
 
 
+@bench_app.command(epilog="Example: vlprompt report runs/b2n --reference coop")
 def report(
-    folder: Annotated[Path, typer.Argument(help="A benchmark's folder: the --out of `vlprompt bench`.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A benchmark's folder: the --out of `vlprompt bench`.")
+    ],
     reference: Annotated[
         str | None,
-        typer.Option(help="Row that the others are compared with; default: zero_shot.", rich_help_panel=OUTPUT),
+        typer.Option(help="Row to compare the others with; default: zero_shot.", rich_help_panel=OUTPUT),
     ] = None,
     json_output: Json = False,
 ) -> None:
     """Print the tables of a benchmark, and write report.md, report.tex and report.html into its folder.
 
-    Means and standard deviations over seeds, averages over data sets, paired differences to a reference; runs that are
-    missing are shown as missing. The page also has plots, and needs no other file.
+    Means and standard deviations over seeds, averages over data sets, paired differences to a reference; missing runs
+    are shown as missing. The HTML page also has plots, and needs no other file.
     """
     from vlprompt.experiments.report import read_sections, to_dict, write_report
 

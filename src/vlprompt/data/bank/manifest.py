@@ -1,7 +1,7 @@
-"""The region bank: fixed regions of images with a teacher's labels and frozen features, read from disk as needed.
+"""What a region bank holds and how it was made: its settings, its images and files, and its ``manifest.json``.
 
-A folder of ``.npy`` files, each with the regions of a few images as [images, regions] records, and ``manifest.json``,
-which says how they were made and which image is where. Images are known by their content, not by their names.
+A bank is a folder of ``.npy`` files, each with the regions of a few images as [images, regions] records, and the
+manifest, which says how they were made and which image is where. Images are known by their content, not by their names.
 """
 
 from __future__ import annotations
@@ -10,29 +10,24 @@ import json
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
-from functools import lru_cache
 from hashlib import sha256
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 from annotated_types import Ge
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
 
-from vlprompt.data.regions import Crops, content_hash
+from vlprompt.data.bank.regions import Crops
 from vlprompt.data.splits import missing
-from vlprompt.errors import DataError
+from vlprompt.errors import DataError, one_line
 from vlprompt.files import write_atomically
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SHARD_IMAGES = 8  # images in a file: what a killed build loses at most
-SHARDS_OPEN = 256  # files mapped at once, well below what systems allow
-FLOOR = 2.0**-25  # what a stored probability of 0 is less than: half the smallest number of fp16
 MOST_CLASSES = 65536
 
 
@@ -140,7 +135,7 @@ class Manifest:
         return Manifest(self.settings, (*chain(*kept), *new), tuple(shards))
 
     def starts(self) -> NDArray[np.int64]:
-        """The first image of each file, and behind the last one the number of images."""
+        """The first image of each file, and at the end the number of images."""
         return np.cumsum([0, *(shard.images for shard in self.shards)])
 
     def write(self, folder: Path) -> None:
@@ -182,89 +177,7 @@ def read_manifest(folder: Path) -> Manifest:
         where = ".".join(map(str, first["loc"]))
         raise DataError(f"cannot read {file}: {where}: {first['msg'].lower()}") from None
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise DataError(f"cannot read {file}: {' '.join(str(error).split())[:200]}") from None
-
-
-class Bank:
-    """A finished region bank, opened for reading; raises DataError if it is not finished or files do not fit."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.manifest = folder, read_manifest(folder)
-        self.settings, self.record = self.manifest.settings, self.manifest.settings.record
-        unfinished = sum(not shard.sha256 for shard in self.manifest.shards)
-        if unfinished:
-            raise DataError(
-                f"region bank {folder} is not finished ({unfinished} of {len(self.manifest.shards)} files): give the "
-                "`vlprompt bank build` command that began it again"
-            )
-        self._starts = self.manifest.starts()
-        self._row = {content: row for row, (content, _) in enumerate(self.manifest.images)}
-        self._shard = lru_cache(SHARDS_OPEN)(self._open)
-        for i in range(len(self.manifest.shards)):
-            self._shard(i)
-
-    def __len__(self) -> int:
-        """Images."""
-        return len(self.manifest.images)
-
-    def rows(self, files: Sequence[Path]) -> NDArray[np.int64]:
-        """Which of the bank's images these files are; raises DataError naming the first that it does not have."""
-        contents = [content_hash(file) for file in files]
-        absent = [file for file, content in zip(files, contents, strict=True) if content not in self._row]
-        if absent:
-            path = absent[0].as_posix()
-            known = any(path == old or path.endswith(f"/{old}") for _, old in self.manifest.images)
-            why = "its content was another when the bank was built" if known else "it is not among the bank's images"
-            raise DataError(
-                f"region bank {self.folder} lacks {len(absent)} of the run's {len(files)} training images: "
-                f"{absent[0]}: {why}"
-            )
-        return np.array([self._row[content] for content in contents])
-
-    def read(self, rows: NDArray[np.int64], regions: NDArray[np.int64]) -> NDArray[np.void]:
-        """The records of regions [n] of images [n], by their numbers: [n]."""
-        records = np.empty(len(rows), self.record)
-        shards = np.searchsorted(self._starts, rows, "right") - 1
-        for i in np.unique(shards):
-            of_this = shards == i
-            records[of_this] = self._shard(int(i))[rows[of_this] - self._starts[i], regions[of_this]]
-        return records
-
-    def features(self, records: NDArray[np.void]) -> Tensor:
-        """Normalised frozen features, [n, E] in fp32."""
-        return torch.from_numpy(records["features"].astype(np.float32))
-
-    def probabilities(self, records: NDArray[np.void]) -> Tensor:
-        """The teacher's distribution over all its classes, [n, C] in fp32: the classes not kept share the rest."""
-        assert self.settings.teacher is not None
-        n_classes = len(self.settings.teacher.class_names)
-        # Zeros as they were stored: a class's share of the rest may be smaller than any number of fp16.
-        kept, rest = (
-            torch.from_numpy(records[key].astype(np.float32)).clamp_min(FLOOR) for key in ("probabilities", "rest")
-        )
-        classes = torch.from_numpy(records["classes"].astype(np.int64))
-        share = rest / max(n_classes - kept.shape[1], 1)
-        full = share[:, None].repeat(1, n_classes).scatter(1, classes, kept)
-        return full / full.sum(-1, keepdim=True)
-
-    def _open(self, i: int) -> NDArray[np.void]:
-        file, shape = shard_file(self.folder, i), (self.manifest.shards[i].images, self.settings.regions)
-        try:
-            records = np.load(file, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError:
-            raise missing("file of the region bank", file) from None
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"cannot read {file}: {' '.join(str(error).split())[:200]}") from None
-        if records.dtype != self.record or records.shape != shape:
-            raise DataError(f"{file} does not hold what {MANIFEST} says: found {list(records.shape)} {records.dtype}")
-        return records
-
-
-def top_k(p: Tensor, k: int) -> tuple[NDArray[np.int64], NDArray[np.float16], NDArray[np.float16]]:
-    """The k most probable classes of p [n, C], in falling order, their probabilities, and the sum of the others."""
-    ordered, classes = p.float().cpu().sort(descending=True, stable=True)
-    rest = ordered[:, k:].sum(-1)
-    return classes[:, :k].numpy(), ordered[:, :k].half().numpy(), rest.half().numpy()
+        raise DataError(f"cannot read {file}: {one_line(error)}") from None
 
 
 def describe(manifest: Manifest) -> dict[str, Any]:
@@ -284,7 +197,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
 
 
 def summary(manifest: Manifest) -> str:
-    """The same for people, a line each."""
+    """The same for people, one line each."""
     s, n = manifest.settings, len(manifest.images)
     missing_files = sum(not shard.sha256 for shard in manifest.shards)
     c, t, f = s.crops, s.teacher, s.features
@@ -299,22 +212,6 @@ def summary(manifest: Manifest) -> str:
         "towers": f"{s.precision}, {s.batch_size} regions at once",
     }
     return "\n".join(f"{key:9} {value}" for key, value in lines.items())
-
-
-def verify(folder: Path, root: Path | None = None) -> Manifest:
-    """Compare a bank's files with their checksums and, below ``root``, its images with their contents.
-
-    Raises DataError naming the first file that is missing or has changed.
-    """
-    manifest = Bank(folder).manifest
-    for i, shard in enumerate(manifest.shards):
-        if content_hash(shard_file(folder, i)) != shard.sha256:
-            raise DataError(f"{shard_file(folder, i)} is damaged: its sha256 is not the one in {MANIFEST}")
-    for content, path in manifest.images if root else ():
-        assert root is not None
-        if content_hash(root / path) != content:
-            raise DataError(f"image {root / path} has changed since the region bank {folder} was built")
-    return manifest
 
 
 def differences(built: Mapping[str, Any], wanted: Mapping[str, Any], section: str = "") -> list[str]:

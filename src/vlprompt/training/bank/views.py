@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from vlprompt.backbones.load import load_backbone
-from vlprompt.data.bank import Bank, differences
+from vlprompt.backbones.names import public_name
+from vlprompt.data.bank.manifest import differences
+from vlprompt.data.bank.records import Bank
 from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import names_in_file
 from vlprompt.data.views import BankViews
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.methods import Method, find_method
-from vlprompt.training.card import public_name
 from vlprompt.training.config import DataConfig, RunConfig, TeacherConfig
 
 REGIONS_PER_IMAGE, IMAGES_AT_LEAST = 4, 8  # of a batch, unless the configuration says otherwise

@@ -8,13 +8,12 @@ from typing import Annotated
 
 import typer
 
-from vlprompt.errors import ConfigError, DataError, unknown
-from vlprompt.options import (
+from vlprompt.cli.options import (
     DATA,
     OUTPUT,
     AllowFewer,
-    Classes,
     Data,
+    DrawSeed,
     Json,
     Root,
     Shots,
@@ -23,11 +22,12 @@ from vlprompt.options import (
     WhichClasses,
     say,
 )
+from vlprompt.errors import ConfigError, DataError, unknown
 
 data_app = typer.Typer(
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     no_args_is_help=True,
-    help="Benchmarks: what there is, fetching them, whether a folder is as it should be; splits to publish.",
+    help="Benchmarks: list them, fetch them, check their folders, and write splits to publish.",
     epilog="Example: vlprompt data get dtd --root data",
 )
 
@@ -43,15 +43,15 @@ def list_(json_output: Json = False) -> None:
 
 @data_app.command(epilog="Example: vlprompt data get dtd eurosat --root data")
 def get(
-    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Of `vlprompt data list`.")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="One or more of `vlprompt data list`.")],
     root: Annotated[Path, typer.Option(help="Folder that holds the benchmarks.", rich_help_panel=DATA)],
     json_output: Json = False,
 ) -> None:
     """Fetch benchmarks from public mirrors into CoOp's layout.
 
-    What is there already is left alone; a download that broke goes on where it was. Files are compared with their
-    checksums where those are known, and archives are unpacked aside and moved into place whole. An archive that you put
-    into ROOT/.vlprompt-downloads yourself is used as if it had been fetched. Mind the licences.
+    What is there already is left alone, and a broken download continues. Files are compared with their checksums where
+    those are known, and archives are unpacked aside and moved into place whole. An archive that you put into
+    ROOT/.vlprompt-downloads yourself is used as if it had been fetched. Mind the licences.
     """
     from vlprompt.data.benchmarks.fetch import get as get_dataset
     from vlprompt.data.benchmarks.table import DATASETS, find_dataset
@@ -76,14 +76,15 @@ def check(
     root: Root = None,
     split_file: SplitFile = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Look whether the files exist, but do not read them.", rich_help_panel=DATA)
+        bool,
+        typer.Option("--quick", help="Only check that the files exist, without reading them.", rich_help_panel=DATA),
     ] = False,
     json_output: Json = False,
 ) -> None:
-    """Compare a data set's folder with its split: images missing and unreadable, images of each class, wrong layout.
+    """Compare a data set's folder with its split: missing and unreadable images, images per class, wrong layout.
 
     For the usual mistakes of layout (ImageNet's val images in one folder, SUN397 in SUN397, …) it prints the shell
-    commands that put them right. Ends with exit code 2 if anything is wrong.
+    commands that fix them. The exit code is 2 if anything is wrong.
     """
     from vlprompt.data.benchmarks.check import check as check_dataset
     from vlprompt.progress import CountBar
@@ -98,22 +99,25 @@ def check(
 @data_app.command(epilog="Example: vlprompt data split dtd --root data --shots 16 --classes base --out dtd-base.json")
 def split(
     data: Data,
-    out: Annotated[Path, typer.Option(help="The JSON file to write.", rich_help_panel=OUTPUT)],
+    *,
     root: Root = None,
     shots: Shots = None,
     allow_fewer: AllowFewer = False,
     imbalance: Annotated[
-        float, typer.Option(help="Shots of the first class to those of the last: a long tail.", rich_help_panel=DATA)
+        float,
+        typer.Option(help="Long tail: shots of the first class divided by those of the last.", rich_help_panel=DATA),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Decides which few.", rich_help_panel=DATA)] = 1,
-    classes: WhichClasses = Classes.all,
+    seed: DrawSeed = 1,
+    classes: WhichClasses = "all",
     val_fraction: ValFraction = None,
     split_file: SplitFile = None,
+    out: Annotated[Path, typer.Option(help="The JSON file to write.", rich_help_panel=OUTPUT)],
     json_output: Json = False,
 ) -> None:
-    """Write which images a run would train, validate and test on, to publish it: no images, no folders of this machine.
+    """Write a file to publish that says which images a run would train, validate and test on.
 
-    `vlprompt train … --split-file FILE` reads it back, and nothing of --shots, --seed and --classes is needed then.
+    It holds no images and no folders of this machine. `vlprompt train … --split-file FILE` reads it back, and needs
+    none of --shots, --seed and --classes then.
     """
     from vlprompt.data.datasets import load_dataset
     from vlprompt.data.splits import PARTS, write_split
@@ -127,7 +131,7 @@ def split(
         "data.shots": shots,
         "data.allow_fewer": allow_fewer,
         "data.imbalance": imbalance,
-        "data.classes": classes.value,
+        "data.classes": classes,
         "data.val_fraction": val_fraction,
         "seed": seed,
     }

@@ -8,15 +8,15 @@ from typing import Annotated
 
 import typer
 
-from vlprompt.errors import ConfigError
-from vlprompt.options import (
+from vlprompt.cli.options import (
     DATA,
     MODEL,
     OUTPUT,
+    SPLIT_FILE,
     AllowFewer,
-    Classes,
     Data,
     Device,
+    DrawSeed,
     Json,
     Precision,
     Root,
@@ -26,22 +26,15 @@ from vlprompt.options import (
     WhichClasses,
     say,
 )
+from vlprompt.errors import ConfigError
 
 REGIONS = "Regions"
 
-BankFolder = Annotated[Path, typer.Argument(help="A region bank's folder.")]
-SplitFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--split-file",
-        "--split",
-        help="Which of DATA's images are what: a run's split.json, CoOp's file, a few-shot list.",
-        rich_help_panel=DATA,
-    ),
-]
+BankFolder = Annotated[Path, typer.Argument(metavar="BANK", help="A region bank's folder.")]
+SplitFile = Annotated[Path | None, typer.Option("--split-file", "--split", help=SPLIT_FILE, rich_help_panel=DATA)]
 
 bank_app = typer.Typer(
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     no_args_is_help=True,
     help="Region banks: fixed regions of training images with a teacher's labels and frozen features, computed once.",
     epilog="Example: vlprompt bank build ./photos --teacher openai/clip-vit-large-patch14 --out banks/photos",
@@ -54,45 +47,55 @@ bank_app = typer.Typer(
 )
 def build(
     data: Data,
-    out: Annotated[Path, typer.Option(help="The bank's folder.", rich_help_panel=OUTPUT)],
+    *,
     root: Root = None,
     shots: Shots = None,
     allow_fewer: AllowFewer = False,
-    classes: WhichClasses = Classes.all,
+    classes: WhichClasses = "all",
     split_file: SplitFile = None,
     val_fraction: ValFraction = None,
     skip_bad: SkipBad = False,
-    seed: Annotated[int, typer.Option(help="Decides the images, where there are few shots.", rich_help_panel=DATA)] = 1,
+    seed: DrawSeed = 1,
     class_names_file: Annotated[
-        Path | None, typer.Option(help="Classes for the teacher, one a line, not the data set's.", rich_help_panel=DATA)
+        Path | None,
+        typer.Option(help="File of classes for the teacher, one per line, not the data set's.", rich_help_panel=DATA),
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="Frozen model that labels the regions; as --backbone.", rich_help_panel=MODEL)
+        str | None,
+        typer.Option(help="Frozen model that labels the regions, given like --backbone.", rich_help_panel=MODEL),
     ] = None,
     backbone: Annotated[
         str | None,
-        typer.Option(help="Student whose frozen features are kept; as in train.", rich_help_panel=MODEL),
+        typer.Option(help="Student whose frozen features are kept, given as in train.", rich_help_panel=MODEL),
     ] = None,
     template: Annotated[
-        str | None, typer.Option(help="Text of the teacher's classes; default: the data set's.", rich_help_panel=MODEL)
+        str | None,
+        typer.Option(help="Template of the teacher's texts; default: the data set's.", rich_help_panel=MODEL),
     ] = None,
     logit_scale: Annotated[
         float | None,
-        typer.Option(help="Of the teacher's labels; default: the student's, or its own.", rich_help_panel=MODEL),
+        typer.Option(help="Of the teacher's labels; default: the student's, or else its own.", rich_help_panel=MODEL),
     ] = None,
     device: Device = "cpu",
     precision: Precision = "fp32",
-    batch_size: Annotated[int, typer.Option(help="Regions read at once.", rich_help_panel=MODEL)] = 50,
-    regions: Annotated[int, typer.Option(help="R, regions of each image.", rich_help_panel=REGIONS)] = 500,
-    min_scale: Annotated[float, typer.Option(help="Smallest share of the image.", rich_help_panel=REGIONS)] = 0.08,
-    max_scale: Annotated[float, typer.Option(help="Largest share of the image.", rich_help_panel=REGIONS)] = 0.936,
+    batch_size: Annotated[int, typer.Option(help="Regions that the towers read at once.", rich_help_panel=MODEL)] = 50,
+    regions: Annotated[int, typer.Option(help="R, regions per image.", rich_help_panel=REGIONS)] = 500,
+    min_scale: Annotated[
+        float, typer.Option(help="Smallest share of the image's area.", rich_help_panel=REGIONS)
+    ] = 0.08,
+    max_scale: Annotated[
+        float, typer.Option(help="Largest share of the image's area.", rich_help_panel=REGIONS)
+    ] = 0.936,
     region_seed: Annotated[
-        int, typer.Option(help="Decides the regions, with an image's content.", rich_help_panel=REGIONS)
+        int, typer.Option(help="Decides the regions, together with an image's content.", rich_help_panel=REGIONS)
     ] = 1,
     top_k: Annotated[
         int, typer.Option(help="Classes of a region whose probabilities are kept.", rich_help_panel=REGIONS)
     ] = 10,
-    features: Annotated[str, typer.Option(help="How features are kept: fp32, fp16.", rich_help_panel=REGIONS)] = "fp32",
+    features: Annotated[
+        str, typer.Option(help="How features are stored: fp32 or fp16.", rich_help_panel=REGIONS)
+    ] = "fp32",
+    out: Annotated[Path, typer.Option(help="The bank's folder.", rich_help_panel=OUTPUT)],
     part: Annotated[
         str, typer.Option(metavar="I/N", help="Do the I-th of N shares of the work.", rich_help_panel=OUTPUT)
     ] = "1/1",
@@ -100,13 +103,14 @@ def build(
 ) -> None:
     """Compute the regions of a data set's training images, the teacher's labels of them, and the student's features.
 
-    A build that was stopped, even killed, goes on where it was when the same command is given again. Builds with
-    --part 1/N … N/N, on as many processes or machines as there are, fill one folder; the one that ends last completes
-    it. Images that an existing bank does not have are added to it; those that are not computed yet and not among the
-    data any more are left out.
+    A build that was stopped, even killed, continues when the same command is given again. Builds with --part 1/N …
+    N/N, in any number of processes or machines, fill one folder; the last one to end completes it. Images that an
+    existing bank does not have are added to it; those that are not computed yet and no longer among the data are
+    left out.
     """
     from vlprompt.progress import CountBar
-    from vlprompt.training.bank_build import bank_config, build_bank, parse_part
+    from vlprompt.training.bank.build import build_bank
+    from vlprompt.training.bank.config import bank_config, parse_part
 
     given = {
         "data.name": data,
@@ -116,7 +120,7 @@ def build(
         "data.allow_fewer": allow_fewer,
         "data.skip_bad": skip_bad,
         "data.shots": shots,
-        "data.classes": classes.value,
+        "data.classes": classes,
         "seed": seed,
         "teacher.class_names_file": class_names_file and str(class_names_file),
         "teacher.backbone": teacher,
@@ -147,7 +151,7 @@ def build(
 @bank_app.command(epilog="Example: vlprompt bank info banks/caltech --json")
 def info(bank: BankFolder, json_output: Json = False) -> None:
     """Show what a region bank holds and how it was made."""
-    from vlprompt.data.bank import describe, read_manifest, summary
+    from vlprompt.data.bank.manifest import describe, read_manifest, summary
 
     manifest = read_manifest(bank)
     print(json.dumps(describe(manifest)) if json_output else summary(manifest))
@@ -156,12 +160,14 @@ def info(bank: BankFolder, json_output: Json = False) -> None:
 @bank_app.command(epilog="Example: vlprompt bank verify banks/caltech caltech101 --root data")
 def verify(
     bank: BankFolder,
-    data: Annotated[str | None, typer.Argument(help="Also compare this data set's images with the bank's.")] = None,
+    data: Annotated[
+        str | None, typer.Argument(metavar="DATA", help="Also compare this data set's images with the bank's.")
+    ] = None,
     root: Root = None,
     json_output: Json = False,
 ) -> None:
     """Compare a region bank's files with their checksums and, given DATA, its images with what they were."""
-    from vlprompt.data.bank import verify as verify_bank
+    from vlprompt.data.bank.records import verify as verify_bank
     from vlprompt.data.datasets import load_dataset
 
     if root and not data:

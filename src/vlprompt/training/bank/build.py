@@ -1,75 +1,28 @@
-"""Building region banks: the towers, and what they say about the regions of each image."""
+"""Building region banks: what a folder does not have yet, computed and put into it, by one process or several."""
 
 from __future__ import annotations
 
 import io
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import numpy as np
-from annotated_types import Ge
-from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 
-from vlprompt.backbones.backbone import Backbone
-from vlprompt.backbones.load import load_backbone
-from vlprompt.data.bank import (
-    MANIFEST,
-    MOST_CLASSES,
-    BankSettings,
-    Features,
-    Labels,
-    Manifest,
-    differences,
-    read_manifest,
-    shard_file,
-    top_k,
-)
+from vlprompt.data.bank.manifest import MANIFEST, BankSettings, Manifest, differences, read_manifest, shard_file
+from vlprompt.data.bank.regions import content_hash
 from vlprompt.data.datasets import load_dataset
-from vlprompt.data.images import load_image
 from vlprompt.data.reading import ImageReader
-from vlprompt.data.regions import Crops, content_hash, restored, stored
 from vlprompt.data.splits import Split
-from vlprompt.errors import ConfigError, DataError, VlpromptError
+from vlprompt.errors import ConfigError, DataError
 from vlprompt.files import alone, cannot_write, is_unfinished, write_atomically
-from vlprompt.training.card import public_name
-from vlprompt.training.config import DataConfig, TeacherConfig, checked
+from vlprompt.training.bank.config import BankConfig
+from vlprompt.training.bank.towers import Towers, load_towers
 from vlprompt.training.selection import choose_images
-from vlprompt.training.teacher import Teacher, configured_teacher
 
 LOCK = ".lock"
-
-
-@dataclass(frozen=True)
-class BankConfig:
-    """What ``vlprompt bank build`` is told."""
-
-    data: DataConfig
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    crops: Crops = field(default_factory=Crops)
-    backbone: str | None = None
-    """The student whose frozen features are kept; none are if not given."""
-    seed: Annotated[int, Ge(0)] = 1
-    """Which images, where there are few shots."""
-    regions: Annotated[int, Ge(1)] = 500
-    """R, of each image."""
-    top_k: Annotated[int, Ge(1)] = 10
-    """Classes of each region whose probabilities are kept."""
-    features: Literal["fp32", "fp16"] = "fp32"
-    """How the student's features are kept."""
-    batch_size: Annotated[int, Ge(1)] = 50
-    """Regions that the towers read at once."""
-    device: str = "cpu"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the towers."""
-    part: tuple[int, int] = (1, 1)
-    """(i, n): the i-th of n builds that share the work."""
 
 
 @dataclass(frozen=True)
@@ -88,36 +41,6 @@ class Built:
     """Images left out because they cannot be read (--skip-bad)."""
 
 
-def bank_config(values: Mapping[str, Any]) -> BankConfig:
-    """Check a build's settings, given by flat keys; raises ConfigError that lists every value out of range."""
-    problems: list[str] = []
-    sections: dict[str, type] = {"data": DataConfig, "teacher": TeacherConfig, "crops": Crops}
-    nested: dict[str, dict[str, Any]] = {section: {} for section in ("", *sections)}
-    for key, value in values.items():
-        section, _, name = key.rpartition(".")
-        nested[section][name] = value
-    whole = {section: checked(cls, nested[section], f"{section}.", problems) for section, cls in sections.items()}
-    config = checked(BankConfig, nested[""] | {k: v for k, v in whole.items() if v is not None}, "", problems)
-    if (crops := whole["crops"]) and crops.min_scale > crops.max_scale:
-        problems.append(f"crops.min_scale = {crops.min_scale} (allowed: at most max_scale = {crops.max_scale})")
-    if "backbone" not in nested["teacher"]:
-        given = [f"teacher.{key} = {value}" for key, value in nested["teacher"].items()]
-        problems += [f"{setting}: there is no teacher (--teacher)" for setting in given]
-    if not (nested["teacher"].get("backbone") or nested[""].get("backbone")):
-        problems.append("a bank keeps a teacher's labels, a student's features, or both: give --teacher or --backbone")
-    if problems:
-        raise ConfigError("; ".join(problems))
-    return config
-
-
-def parse_part(text: str) -> tuple[int, int]:
-    """(I, N) of "I/N"; raises ConfigError for anything else."""
-    i, n = (int(x) for x in text.split("/")) if re.fullmatch(r"[0-9]+/[0-9]+", text) else (0, 0)
-    if not 1 <= i <= n:
-        raise ConfigError(f"part = {text} (allowed: I/N with I from 1 to N)")
-    return i, n
-
-
 def build_bank(
     config: BankConfig,
     out: Path,
@@ -132,11 +55,11 @@ def build_bank(
     Raises ConfigError saying what differs if the bank was begun with other settings, or if another build changes
     meanwhile what it is to hold.
     """
-    _begun(out)  # what cannot go on is refused before anything is loaded
+    _begun(out)  # what cannot be continued is refused before anything is loaded
     with ImageReader(config.data.workers, room=0) as reader:
         dataset = load_dataset(config.data.name, config.data.root, config.data.split_file)
         split, skipped = choose_images(config, dataset, reader, say)
-        towers = _load_towers(config, split, dataset.template)
+        towers = load_towers(config, split, dataset.template)
         built = fill(out, towers, split, reader, config.part, say, progress)
     return replace(built, skipped=skipped)
 
@@ -184,50 +107,6 @@ def fill(
     return Built(str(out), finished, len(manifest.images), done, manifest.settings.bytes_per_image)
 
 
-class Towers:
-    """A teacher, a student, or both, and what they say about regions."""
-
-    def __init__(self, settings: BankSettings, teacher: Teacher | None, student: Backbone | None) -> None:
-        self.settings, self.teacher, self.student = settings, teacher, student
-        read = [*([student] if student else []), *([teacher.backbone] if teacher else [])]
-        # Where both read the same, the views are made once.
-        self.preprocesses = list(dict.fromkeys(backbone.preprocess for backbone in read))
-
-    def records(self, files: Sequence[tuple[str, Path]], reader: ImageReader) -> Iterator[NDArray[np.void]]:
-        """The regions of each image, given as (content, file): [R] records."""
-        s = self.settings
-
-        def batches() -> Iterator[list[tuple[Image.Image, NDArray[np.float64]]]]:
-            for content, file in files:
-                image = load_image(file)
-                regions = restored(s.crops.draw(content, image.width, image.height, s.regions))
-                for i in range(0, s.regions, s.batch_size):  # no batch has two images
-                    yield [(image, region) for region in regions[i : i + s.batch_size]]
-
-        done = reader.batches(self._views, batches())
-        for _ in files:
-            yield np.concatenate([self._seen(*one) for one in islice(done, -(-s.regions // s.batch_size))])
-
-    def _views(self, one: tuple[Image.Image, NDArray[np.float64]]) -> tuple[Tensor, ...]:
-        return tuple(preprocess.region(*one) for preprocess in self.preprocesses)
-
-    def _seen(
-        self, batch: Sequence[tuple[Image.Image, NDArray[np.float64]]], views: Sequence[Tensor]
-    ) -> NDArray[np.void]:
-        """What the towers say about regions, as records."""
-        records = np.empty(len(batch), self.settings.record)
-        records["region"] = stored(np.stack([region for _, region in batch]))
-        if self.student:
-            records["features"] = self.student.encode_images(views[0]).float().cpu().numpy()
-        if self.teacher and self.settings.teacher:
-            p = self.teacher.probabilities(views[-1].to(self.teacher.backbone.device))
-            if not p.isfinite().all():
-                raise VlpromptError(f"the teacher's probabilities are not finite in {self.settings.precision}")
-            best = top_k(p, self.settings.teacher.top_k)
-            records["classes"], records["probabilities"], records["rest"] = best
-        return records
-
-
 def _begun(out: Path) -> Manifest | None:
     """What an earlier build has begun in the folder; raises ConfigError if something else is in it."""
     if not out.exists():
@@ -255,14 +134,14 @@ def _plan(out: Path, settings: BankSettings, paths: Mapping[str, str]) -> tuple[
     if not built:  # it is as good as not begun
         return began, Manifest(settings if different else began.settings).with_images(paths, ())
     if different:
-        raise ConfigError(f"{out} cannot go on: it was begun with {'; '.join(different)}")
+        raise ConfigError(f"{out} cannot be continued: it was begun with {'; '.join(different)}")
     starts = began.starts()
     for s in (s for s in built if not there[s]):
         for content, path in began.images[starts[s] : starts[s + 1]]:
             if content not in paths:
                 raise DataError(
-                    f"{out} cannot go on: {files[s].name} is lost, and image {path} of it is not among the data, or "
-                    "has changed"
+                    f"{out} cannot be continued: {files[s].name} is lost, and image {path} of it is not among the "
+                    "data, or has changed"
                 )
     return began, began.with_images(paths, built)
 
@@ -287,37 +166,10 @@ def _unchanged(out: Path, manifest: Manifest) -> Manifest:
     now = read_manifest(out)
     if now.plan != manifest.plan:
         raise ConfigError(
-            f"{out} cannot go on: another build has begun there meanwhile, with other images or settings; give this "
-            "command again when that one has ended, or choose another --out"
+            f"{out} cannot be continued: another build has begun there meanwhile, with other images or settings; give "
+            "this command again when that one has ended, or choose another --out"
         )
     return now
-
-
-def _load_towers(config: BankConfig, split: Split, template: str) -> Towers:
-    def load(name: str) -> Backbone:
-        return load_backbone(name, config.device, config.precision)
-
-    student, teacher = load(config.backbone) if config.backbone else None, None
-    if config.teacher.backbone:
-        backbone = load(config.teacher.backbone)
-        scale = (student or backbone).logit_scale
-        teacher = configured_teacher(config.teacher, backbone, split.class_names, template, scale)
-    return towers_of(config, teacher, student)
-
-
-def towers_of(config: BankConfig, teacher: Teacher | None, student: Backbone | None) -> Towers:
-    """Loaded towers, and the settings of the bank that they fill."""
-    labels = features = None
-    if student:
-        features = Features(public_name(student.name), student.fingerprint, student.embed_dim, config.features)
-    if teacher:
-        names, backbone = teacher.class_names, teacher.backbone
-        if len(names) > MOST_CLASSES:
-            raise DataError(f"a region bank can tell {MOST_CLASSES} classes apart, not {len(names)}")
-        name, k = public_name(backbone.name), min(config.top_k, len(names))
-        labels = Labels(name, backbone.fingerprint, teacher.template, teacher.logit_scale, names, k)
-    settings = BankSettings(config.regions, config.crops, labels, features, config.batch_size, config.precision)
-    return Towers(settings, teacher, student)
 
 
 def _opening(manifest: Manifest, images: int, part: tuple[int, int]) -> str:

@@ -12,7 +12,7 @@ from vlprompt.errors import ConfigError
 from vlprompt.files import write_atomically
 
 
-class Report(Protocol):
+class Tracker(Protocol):
     """Takes the figures of a run's epochs."""
 
     def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
@@ -22,8 +22,8 @@ class Report(Protocol):
         """There are no more."""
 
 
-class NoReport:
-    """For runs that report nowhere."""
+class NoTracker:
+    """For runs that report to none."""
 
     def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """Nothing."""
@@ -74,10 +74,10 @@ SERVICES: dict[str, tuple[str, type[TensorBoard | WandB]]] = {
 }
 
 
-def find_report(service: str | None) -> Callable[[Path, Mapping[str, Any], int], Report]:
-    """What opens a report for (run folder, configuration, epochs done); ConfigError if it is not installed."""
+def find_tracker(service: str | None) -> Callable[[Path, Mapping[str, Any], int], Tracker]:
+    """What opens a tracker for (run folder, configuration, epochs done); ConfigError if it is not installed."""
     if service is None:
-        return lambda run, config, done: NoReport()
+        return lambda run, config, done: NoTracker()
     name, cls = SERVICES[service]
     try:
         module = import_module(name)

@@ -1,0 +1,108 @@
+"""The command line: commands only, no logic. Heavy libraries are imported by the commands that need them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from vlprompt.cli.bank import bank_app
+from vlprompt.cli.bench import bench_app
+from vlprompt.cli.data import data_app
+from vlprompt.cli.models import models_app
+from vlprompt.cli.options import OUTPUT, Json, first_process, say
+from vlprompt.cli.train import train_app
+from vlprompt.errors import Interrupted, VlpromptError
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Adapt a frozen vision-language model (CLIP and relatives) to your classes by learning a few prompt tokens.",
+    epilog="Example: vlprompt train promptsrc ./photos --shots 16 --out runs/photos",
+)
+
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run the command line; bad input ends in one line on standard error and exit code 2."""
+    try:
+        code = app(standalone_mode=False, prog_name="vlprompt")
+        if code == INTERRUPTED:  # typer turns an interrupt into a silent exit
+            raise KeyboardInterrupt
+    except Interrupted as stop:
+        if first_process():
+            print(f"interrupted; {stop}", file=sys.stderr)
+        code = INTERRUPTED
+    except VlpromptError as error:
+        process = "" if first_process() else f"process {os.environ['RANK']}: "
+        print(f"{process}error: {error}", file=sys.stderr)
+        code = 2
+    except typer.TyperException as error:  # unknown option, missing argument, …
+        print(f"error: {error.format_message().replace('Value error, ', '')}", file=sys.stderr)
+        code = error.exit_code
+    except OSError as error:
+        if error.errno not in (EACCES, EDQUOT, ENOSPC, EPERM, EROFS):
+            raise
+        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Adapt a frozen vision-language model (CLIP and relatives) to your classes by learning a few prompt tokens."""
+    if version:
+        from vlprompt import __version__
+
+        print(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command(epilog="Example: vlprompt demo --out demo")
+def demo(
+    out: Annotated[
+        Path, typer.Option(help="Folder for the pictures and the tuned models.", rich_help_panel=OUTPUT)
+    ] = Path("demo"),
+    json_output: Json = False,
+) -> None:
+    """Tune, measure and predict on the embedded backbone, offline, in under two minutes."""
+    from vlprompt.demo import run_demo
+
+    result = run_demo(out, say)
+    if json_output:
+        print(json.dumps(result))
+
+
+@app.command("list", epilog="Example: vlprompt list methods --json")
+def list_(
+    what: Annotated[
+        Literal["methods", "backbones", "datasets"], typer.Argument(metavar="WHAT", help="What to list.")
+    ] = "methods",
+    json_output: Json = False,
+) -> None:
+    """List methods, backbones or data sets."""
+    from vlprompt.listing import listing, table
+
+    rows = listing(what)
+    print(json.dumps({what: rows}) if json_output else table(rows))
+
+
+for commands in (train_app, models_app, bench_app):
+    app.add_typer(commands)
+app.add_typer(bank_app, name="bank")
+app.add_typer(data_app, name="data")

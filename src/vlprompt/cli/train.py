@@ -1,0 +1,142 @@
+"""``vlprompt train``: command only, no logic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from vlprompt.cli.options import (
+    AllowFewer,
+    ConfigFile,
+    DryRun,
+    Epochs,
+    Json,
+    MethodName,
+    Out,
+    Preset,
+    ReportTo,
+    Resume,
+    Root,
+    Seed,
+    Select,
+    Settings,
+    Shots,
+    SkipBad,
+    SplitFile,
+    TeacherBackbone,
+    TrainBackbone,
+    TrainBank,
+    TrainClasses,
+    TrainData,
+    TrainDevice,
+    TrainPrecision,
+    TrainViews,
+    ValFraction,
+    first_process,
+    say,
+)
+from vlprompt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vlprompt.training.config import RunConfig
+
+train_app = typer.Typer()
+
+
+@train_app.command(
+    epilog="Example: vlprompt train coop caltech101 --root data --shots 16 --classes base n_ctx=4 lr=0.001"
+)
+def train(
+    method: MethodName = None,
+    data: TrainData = None,
+    settings: Settings = None,
+    root: Root = None,
+    shots: Shots = None,
+    allow_fewer: AllowFewer = False,
+    classes: TrainClasses = None,
+    split_file: SplitFile = None,
+    val_fraction: ValFraction = None,
+    skip_bad: SkipBad = False,
+    bank: TrainBank = None,
+    views: TrainViews = None,
+    backbone: TrainBackbone = None,
+    teacher: TeacherBackbone = None,
+    device: TrainDevice = None,
+    precision: TrainPrecision = None,
+    seed: Seed = None,
+    epochs: Epochs = None,
+    preset: Preset = None,
+    select: Select = None,
+    config: ConfigFile = None,
+    resume: Resume = None,
+    report_to: ReportTo = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    json_output: Json = False,
+) -> None:
+    """Tune prompts on images and save a folder that predicts elsewhere.
+
+    Settings, each overriding those before it: defaults, the method's official ones, --preset, --config, options and
+    KEY=VALUE.
+
+    Every epoch is saved: `vlprompt train --resume RUN` resumes a stopped run. Started by `torchrun --nproc-per-node N
+    -m vlprompt train …` or `accelerate launch`, N processes share each batch.
+    """
+    from vlprompt.training.config import build_config, parse_override, read_config
+
+    given = {
+        "data.name": data,
+        "data.root": root and str(root),
+        "data.split_file": split_file and str(split_file),
+        "data.val_fraction": val_fraction,
+        "data.allow_fewer": allow_fewer or None,
+        "data.skip_bad": skip_bad or None,
+        "data.shots": shots,
+        "data.classes": classes,
+        "data.bank": bank and str(bank),
+        "data.views": views,
+        "backbone": backbone,
+        "teacher.backbone": teacher,
+        "train.device": device,
+        "train.precision": precision,
+        "seed": seed,
+        "train.epochs": epochs,
+        "train.select": select,
+        "train.report_to": report_to,
+    }
+    if resume is not None:
+        others = [*(given | {"method": method, "preset": preset, "config": config, "out": out}).values(), settings]
+        if dry_run or any(value is not None for value in others if value != []):
+            raise ConfigError("--resume takes everything from the run's config.yaml: give nothing else but --json")
+        from vlprompt.training.run import saved_config
+
+        _train(saved_config(resume), resume, json_output, resume=True)
+        return
+    if method is None or data is None:
+        raise ConfigError("missing METHOD and DATA (or --resume RUN)")
+    overrides = dict(parse_override(s) for s in settings or [])
+    overrides |= {k: v for k, v in given.items() if v is not None}
+    merged = build_config(method, preset, read_config(config) if config else None, overrides)
+    if dry_run:
+        print(json.dumps(merged.to_dict()) if json_output else merged.to_yaml(), end="\n" if json_output else "")
+        return
+    name = Path(data).resolve().name.removesuffix(".csv")  # of "." too
+    _train(merged, out or Path("runs") / f"{name}-{method}-seed{merged.seed}", json_output)
+
+
+def _train(config: RunConfig, out: Path, json_output: bool, resume: bool = False) -> None:
+    from vlprompt.progress import Bar
+    from vlprompt.training.run import train as train_run
+
+    with Bar() as bar:
+        _, result = train_run(config, out, bar, say, resume=resume)
+    if not first_process():
+        return
+    if json_output:
+        print(json.dumps(vars(result)))
+        return
+    val = "" if result.val_accuracy is None else f", val {result.val_accuracy:.1f} %"
+    say(f"train {result.train_accuracy:.1f} %{val} in {result.seconds:.0f} s; saved in {result.run}")
