@@ -138,7 +138,7 @@ def explain(
     precision: Precision = "fp32",
     out: Annotated[Path, typer.Option(help="The .png file to write.", rich_help_panel=OUTPUT)],
     seed: Annotated[
-        int, typer.Option(help="Decides the dropout draw to show.", min=0, max=2**63 - 1, rich_help_panel=OUTPUT)
+        int, typer.Option(help="Decides the dropout draw to show.", min=0, max=2**32 - 1, rich_help_panel=OUTPUT)
     ] = 0,
     json_output: Json = False,
 ) -> None:
