@@ -59,10 +59,10 @@ def evaluate(
     if note := dataset.gap(split, classes):
         say(note)
     method = load_artefact(run, backbone, device, precision)
+    method.take_template(dataset.template)
     with ImageReader(room=CACHE_BYTES if skip_bad else 0) as reader:
         kept = readable(paths, reader, skip_bad, say)
         images = EvaluationImages([paths[i] for i in kept], [items[i].label for i in kept], reader=reader)
-        method.take_template(dataset.template)
         result = evaluate_method(method, images, chosen.class_names)
     if json_output:
         print(json.dumps({**result.to_dict(), "skipped": len(paths) - len(kept)}))

@@ -75,16 +75,16 @@ class DPL(Method):
 
         def unused(self) -> dict[str, str]:
             """Scales of weights that are not scaled, the constant where it is none, a sentence that is not there."""
-            into, back = "instance_to_prompt", "prompt_to_instance"
-            read_with = {
-                "scale_vision": (into, "scaled"),
-                "scale_text": (into, "scaled"),
-                "weight": (into, "constant"),
-                "scale_prompts": (back, "scaled"),
-            }
-            unused = {key: piece for key, (piece, kind) in read_with.items() if getattr(self, piece) != kind}
-            no_sentence = self.text == "context" and self.branches != "visual"
-            return unused | dict.fromkeys(["template"] * no_sentence, "text")
+            unused: dict[str, str] = {}
+            if self.instance_to_prompt != "scaled":
+                unused |= dict.fromkeys(("scale_vision", "scale_text"), "instance_to_prompt")
+            if self.instance_to_prompt != "constant":
+                unused["weight"] = "instance_to_prompt"
+            if self.prompt_to_instance != "scaled":
+                unused["scale_prompts"] = "prompt_to_instance"
+            if self.text == "context" and self.branches != "visual":
+                unused["template"] = "text"
+            return unused
 
     def build(self) -> None:
         """Create the prompts of the branches, and factors where they are learned."""

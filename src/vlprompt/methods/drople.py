@@ -122,11 +122,14 @@ class DroPLe(IVLP):
 
         def unused(self) -> dict[str, str]:
             """Settings of a dropout, a noise or adapters that there are not."""
-            return (
-                dict.fromkeys(["sigma"] * (self.mode == "zero"), "mode")
-                | dict.fromkeys(["mode", "p_max", "p_min", "sigma"] * (self.dropout == "none"), "dropout")
-                | dict.fromkeys(["lora_alpha", "lora_dropout"] * (self.lora_rank == 0), "lora_rank")
-            )
+            unused: dict[str, str] = {}
+            if self.mode == "zero":
+                unused["sigma"] = "mode"
+            if self.dropout == "none":
+                unused |= dict.fromkeys(("mode", "p_max", "p_min", "sigma"), "dropout")
+            if self.lora_rank == 0:
+                unused |= dict.fromkeys(("lora_alpha", "lora_dropout"), "lora_rank")
+            return unused
 
     def build(self) -> None:
         """Create prompts, shared tokens, logit scale and, if asked for, adapters."""
@@ -292,7 +295,7 @@ class DroPLe(IVLP):
         return {"lam": self.lam.clone()}
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on with λ."""
+        """Continue with λ."""
         self.lam.copy_(state["lam"])
 
     # --- tuned --------------------------------------------------------------------------------------

@@ -150,11 +150,11 @@ def layout_fixes(dataset: Dataset, root: Path) -> list[str]:
         nonlocal lacks, fixes
         found = next(candidates, None)
         lacks = lacks or found is None
-        fixes += _move(found, place, lists_of_it) if found else []
+        fixes += _move(found, place, list_files) if found else []
         return found or place
 
-    lists, lists_of_it = folder, list(filter(None, (dataset.split_file, *dataset.needs)))
-    for name in lists_of_it:
+    lists, list_files = folder, list(filter(None, (dataset.split_file, *dataset.needs)))
+    for name in list_files:
         if not (folder / name).is_file() and not (name == CLASS_NAMES and (root / "imagenet" / name).is_file()):
             near = [d for d in _folders(dataset, root) if name != CLASS_NAMES or folder in d.parents]  # many have one
             lists = put(folder / name, (d / name for d in near if (d / name).is_file())).parent
@@ -218,9 +218,9 @@ def _into_class_folders(place: Path, dataset: Dataset, root: Path) -> list[str]:
     return [f"curl -fsSL {_VALPREP} | {moves} | {loop}"]
 
 
-def _move(source: Path, target: Path, lists: list[str]) -> list[str]:
+def _move(source: Path, target: Path, list_files: list[str]) -> list[str]:
     if source in target.parents:  # what belongs into the folder lies around it, beside the data set's lists
-        there, stay = quote(str(target)), [target.relative_to(source).parts[0], *lists]
+        there, stay = quote(str(target)), [target.relative_to(source).parts[0], *list_files]
         others = " ".join(f"! -name {quote(name)}" for name in stay)
         return [
             f"mkdir -p {there}",
