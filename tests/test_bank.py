@@ -71,8 +71,9 @@ def tiny():
 def build(pictures: Path, out: Path, progress=lambda done, of: None, **more: Any):
     """A bank of ten regions, with labels and features unless told otherwise."""
     given = {"data.name": str(pictures), "data.workers": 0, "teacher.backbone": TEACHER, "backbone": str(TINY)}
-    given |= {"regions": REGIONS, "top_k": TOP_K, "batch_size": BATCH}
-    return build_bank(bank_config({k: v for k, v in (given | more).items() if v is not None}), out, progress=progress)
+    given |= {"regions": REGIONS, "batch_size": BATCH} | more
+    given |= {"top_k": TOP_K} if given["teacher.backbone"] and "top_k" not in more else {}
+    return build_bank(bank_config({k: v for k, v in given.items() if v is not None}), out, progress=progress)
 
 
 @pytest.fixture(scope="module")
@@ -607,7 +608,8 @@ def test_bad_settings_of_a_build_are_all_named(vlprompt, pictures, tmp_path) -> 
         err == "error: a bank keeps a teacher's labels, a student's features, or both: give --teacher or --backbone\n"
     )
     bad = ["--regions", "0", "--min-scale", "2", "--top-k", "0", "--features", "fp23"]
-    code, _, err = vlprompt("bank", "build", str(pictures), "--backbone", "mini", "--out", out, *bad)
+    towers = ["--backbone", "mini", "--teacher", "mini"]
+    code, _, err = vlprompt("bank", "build", str(pictures), *towers, "--out", out, *bad)
     assert code == 2
     assert err.count("\n") == 1
     for says in ("regions = 0 (allowed", "min_scale = 2.0 (allowed", "top_k = 0", "features = fp23"):
@@ -624,6 +626,10 @@ def test_bad_settings_of_a_build_are_all_named(vlprompt, pictures, tmp_path) -> 
     assert err.count("\n") == 1
     for says in ("template = one {}.", "logit_scale = 3.0", "class_names_file = words.txt"):
         assert f"teacher.{says}: there is no teacher (--teacher)" in err
+    code, _, err = vlprompt("bank", "build", str(pictures), "--backbone", "mini", "--out", out, "--top-k", "3")
+    assert (code, err) == (2, "error: top_k = 3: there is no teacher (--teacher)\n")
+    code, _, err = vlprompt("bank", "build", str(pictures), "--teacher", "mini", "--out", out, "--features", "fp16")
+    assert (code, err) == (2, "error: features = fp16: there is no student whose features to keep (--backbone)\n")
     assert not Path(out).exists()
     code, _, err = vlprompt("bank", "build", str(pictures), "--backbone", "mini", "--out", str(pictures))
     assert (code, err) == (2, f"error: output folder {pictures} is already in use: choose another with --out\n")

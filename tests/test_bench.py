@@ -143,6 +143,9 @@ def test_settings_come_from_options_and_rows_in_that_order() -> None:
     assert [r.config.optim.lr for r in runs] == [0.5, 0.1, 0.1]
     assert [r.config.teacher.backbone for r in runs] == [None, None, "mini"]
     assert runs[0].folder.parts[2] == "slow"
+    with pytest.raises(ConfigError, match=r"teacher.backbone is not given: method 'kdpl_coop' learns from a teacher"):
+        plan(Asked("base-to-novel", rows, ["x"], [1]))
+    plan(Asked("base-to-novel", rows, ["x"], [1], settings={"data.bank": "a bank of labels"}))
 
 
 def test_fingerprints_tell_settings_apart_but_not_seeds_and_places() -> None:
@@ -161,7 +164,7 @@ def test_where_files_lie_is_no_setting(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
 
     def of(**settings) -> str:
-        given = {k.replace("__", "."): str(v) for k, v in settings.items()}
+        given = {"teacher.backbone": "mini"} | {k.replace("__", "."): str(v) for k, v in settings.items()}
         (run,) = plan(Asked("base-to-novel", {"k": ("kdpl_coop", {})}, ["x"], [1], settings=given))
         return fingerprint(run.config)
 
@@ -230,7 +233,7 @@ def test_words_in_rows_are_those_of_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "rows.yaml").write_text("method: fdbpl_coop\nrows:\n  plain: {pcd: off}\n")
     rows = read_rows(tmp_path / "rows.yaml")
     assert rows == {"plain": ("fdbpl_coop", {"pcd": "off"})}
-    (run,) = plan(Asked("base-to-novel", rows, ["x"], [1]))
+    (run,) = plan(Asked("base-to-novel", rows, ["x"], [1], teacher="mini"))
     assert run.config.settings.pcd == "off"
 
 
@@ -267,7 +270,7 @@ def test_ablations_are_settings_that_the_methods_know(file: Path) -> None:
     rows = read_rows(file)
     assert any(name.startswith(file.stem.split("-")[0]) for name in METHODS)
     assert len({json.dumps(row) for row in rows.values()}) == len(rows) > 3  # no row twice
-    assert len(plan(Asked("base-to-novel", rows, ["x"], [1]))) == len(rows)
+    assert len(plan(Asked("base-to-novel", rows, ["x"], [1], teacher="mini-teacher"))) == len(rows)
 
 
 # --- runs -----------------------------------------------------------------------------------------

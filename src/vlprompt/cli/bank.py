@@ -90,11 +90,12 @@ def build(
         int, typer.Option(help="Decides the regions, together with an image's content.", rich_help_panel=REGIONS)
     ] = 1,
     top_k: Annotated[
-        int, typer.Option(help="Classes of a region whose probabilities are kept.", rich_help_panel=REGIONS)
-    ] = 10,
+        int | None,
+        typer.Option(help="Classes of a region whose probabilities are kept; default: 10.", rich_help_panel=REGIONS),
+    ] = None,
     features: Annotated[
-        str, typer.Option(help="How features are stored: fp32 or fp16.", rich_help_panel=REGIONS)
-    ] = "fp32",
+        str | None, typer.Option(help="How features are stored: fp32 (default) or fp16.", rich_help_panel=REGIONS)
+    ] = None,
     out: Annotated[Path, typer.Option(help="The bank's folder.", rich_help_panel=OUTPUT)],
     part: Annotated[
         str, typer.Option(metavar="I/N", help="Do the I-th of N shares of the work.", rich_help_panel=OUTPUT)

@@ -17,6 +17,7 @@ from vlprompt.data.splits import Classes
 from vlprompt.errors import ConfigError, first_few, one_line, unknown
 from vlprompt.methods import find_method
 from vlprompt.training.config import RunConfig, build_config, parse_yaml
+from vlprompt.training.teacher import teacher_name
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,8 @@ def plan(asked: Asked) -> list[Run]:
     """The runs, data set by data set, method by method.
 
     Raises ConfigError before anything is run: for a protocol, method, preset or setting that does not exist, for
-    settings that the protocol decides, for two runs in one folder or two data sets in one column of the tables, and
-    where no target data sets are known.
+    settings that the protocol decides, for two runs in one folder or two data sets in one column of the tables, for a
+    method that lacks its teacher, and where no target data sets are known.
     """
     if asked.protocol not in PROTOCOLS:
         raise ConfigError(unknown("protocol", asked.protocol, PROTOCOLS))
@@ -183,6 +184,7 @@ def _configure(
     for key, value in decided.items():
         if said[key] != value:
             raise ConfigError(f"{key} = {said[key]}: the protocol and the options of bench decide it ({value})")
+    teacher_name(config)
     return config
 
 

@@ -25,13 +25,22 @@ def find_teacher(config: RunConfig, class_names: Sequence[str], template: str, s
     It chooses among ``class_names`` with ``template``, those of the data set, unless it has its own. Raises
     ConfigError naming the key if there should be a teacher, and is none.
     """
-    given = config.teacher
+    if (name := teacher_name(config)) is None:
+        return None
+    backbone = load_backbone(name).to(student.device, student.dtype)
+    return configured_teacher(config.teacher, backbone, class_names, template, student.logit_scale)
+
+
+def teacher_name(config: RunConfig) -> str | None:
+    """The teacher that a run loads; None if it needs none, or has its labels in a bank.
+
+    Raises ConfigError naming the key if there should be one, and is none.
+    """
     if config.data.bank or "teacher_probabilities" not in find_method(config.method).needs:
         return None
-    if given.backbone is None:
+    if config.teacher.backbone is None:
         raise ConfigError(f"teacher.backbone is not given: method '{config.method}' learns from a teacher (--teacher)")
-    backbone = load_backbone(given.backbone).to(student.device, student.dtype)
-    return configured_teacher(given, backbone, class_names, template, student.logit_scale)
+    return config.teacher.backbone
 
 
 def configured_teacher(

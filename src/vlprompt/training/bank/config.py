@@ -52,10 +52,14 @@ def bank_config(values: Mapping[str, Any]) -> BankConfig:
     config = checked(BankConfig, nested[""] | {k: v for k, v in whole.items() if v is not None}, "", problems)
     if (crops := whole["crops"]) and crops.min_scale > crops.max_scale:
         problems.append(f"crops.min_scale = {crops.min_scale} (allowed: at most max_scale = {crops.max_scale})")
-    if "backbone" not in nested["teacher"]:
-        given = [f"teacher.{key} = {value}" for key, value in nested["teacher"].items()]
-        problems += [f"{setting}: there is no teacher (--teacher)" for setting in given]
-    if not (nested["teacher"].get("backbone") or nested[""].get("backbone")):
+    top, teacher = nested[""], nested["teacher"]
+    if not teacher.get("backbone"):
+        of_a_teacher = {f"teacher.{key}": value for key, value in teacher.items()}
+        of_a_teacher |= {key: value for key, value in top.items() if key == "top_k"}
+        problems += [f"{key} = {value}: there is no teacher (--teacher)" for key, value in of_a_teacher.items()]
+    if "features" in top and not top.get("backbone"):
+        problems.append(f"features = {top['features']}: there is no student whose features to keep (--backbone)")
+    if not (teacher.get("backbone") or top.get("backbone")):
         problems.append("a bank keeps a teacher's labels, a student's features, or both: give --teacher or --backbone")
     if problems:
         raise ConfigError("; ".join(problems))
