@@ -17,7 +17,19 @@ import torch
 
 from benchmarks.inputs import load, machine
 from benchmarks.parts import Clock
-from benchmarks.step import METHODS, Work, computed, hardware, in_new_process, one_step, resident, training, ways_of
+from benchmarks.step import (
+    EQUAL_WAYS,
+    METHODS,
+    Work,
+    chosen_ways,
+    computed,
+    hardware,
+    in_new_process,
+    one_step,
+    resident,
+    training,
+    ways_of,
+)
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.data.bank.manifest import BankSettings, Features, Labels
 from vlprompt.errors import ConfigError, unknown
@@ -44,7 +56,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", type=numbers, default=(50, 100, 200, 500, 1000), metavar="N,N,…")
     parser.add_argument("--images", type=numbers, default=(1, 4, 8, 16, 32), metavar="N,N,…")
     parser.add_argument("--regions", type=numbers, default=(5, 50, 500), metavar="N,N,…")
-    parser.add_argument("--ways", default="plain,default", help="which of plain,default,bank")
+    parser.add_argument("--ways", default="plain,default", help=f"which of {','.join(EQUAL_WAYS)}")
     parser.add_argument("--text-chunk", type=int, help="measure the default with train.text_chunk at this too")
     parser.add_argument("--plain-most", type=int, default=1000, help="the plain way is not measured for more classes")
     hardware(parser)
@@ -61,12 +73,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for axis in along:
         if axis not in AXES:
             raise ConfigError(unknown("--along", axis, AXES))
+    ways = chosen_ways(args.ways, EQUAL_WAYS)
     backbone = load(args.backbone, args.device, args.precision)
     rows: list[dict[str, Any]] = []
     for method in args.methods or METHODS[:1]:
         works = [
             Work(method, way, args.backbone, 0, 1, args.device, args.precision)
-            for way in ways_of(method, backbone, tuple(args.ways.split(",")))
+            for way in ways_of(method, backbone, ways)
         ]
         if args.text_chunk:
             chunk = (("train.text_chunk", args.text_chunk),)

@@ -1,4 +1,4 @@
-"""One training step of methods: the plain path, the default, and with frozen features from a bank.
+"""One training step of methods: the plain path, the default, with frozen features from a bank, with towers in bf16.
 
 The ways take turns in one process, on the same views; the first round does not count, unless --cold says so. Each peak
 of CPU memory is that of a process of its own. Data is measured by itself: pictures of 500 × 375 pixels to one batch, in
@@ -40,7 +40,8 @@ from vlprompt.training.config import build_config
 from vlprompt.training.loop import EpochLog, Training
 
 METHODS = ("coop", "cocoop", "kgcoop", "maple", "promptsrc", "drople", "fdbpl_coop", "dpl")
-WAYS = ("plain", "default", "bank")
+EQUAL_WAYS = ("plain", "default", "bank")
+WAYS = (*EQUAL_WAYS, "bf16")
 PICTURE = (500, 375)
 SHOTS = 16
 
@@ -190,10 +191,14 @@ def measure(
 ) -> dict[str, Any]:
     """All figures of one method; ``work.way`` does not matter."""
     works = {way: replace(work, way=way) for way in ways_of(work.method, backbone, ways)}
+    backbones = dict.fromkeys(works, backbone)
+    if "bf16" in works:
+        works["bf16"] = replace(works["bf16"], precision="bf16")
+        backbones["bf16"] = load(work.backbone, work.device, "bf16")
     jobs: dict[str, Training] = {}
     for way, each in works.items():
-        with computed(each, backbone):
-            jobs[way] = training(each, backbone)
+        with computed(each, backbones[way]):
+            jobs[way] = training(each, backbones[way])
     rows: dict[str, dict[str, Any]] = {way: {} for way in works}
     parts: dict[str, list[Parts]] = {way: [] for way in works}
     configs: dict[str, ImageConfig | TextConfig]
@@ -206,7 +211,7 @@ def measure(
             now = Parts(clock)
             if clock.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(clock.device)
-            with computed(each, backbone), now.watching(jobs[way], way != "plain"):
+            with computed(each, backbones[way]), now.watching(jobs[way], way != "plain"):
                 began = clock()
                 loss = one_step(jobs[way])
                 seconds[way].append(clock() - began)
@@ -235,7 +240,9 @@ def measure(
                 "flops": timed[0].flops,
                 "epoch_s": step * max(SHOTS * work.classes // batch_size, 1),
                 "share_of_matmul_rate": {
-                    name: timed[0].flops[name] / split[name] / rate[name] for name in rate if split[name]
+                    name: timed[0].flops[name] / split[name] / rate[name]
+                    for name in rate
+                    if split[name] and backbones[way] is backbone  # whose precision the rate is of
                 },
             }
             if clock.device.type == "cuda":
@@ -264,7 +271,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", default="mini", help="mini, another backbone, or random:32, random:16 (ViT-B)")
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--batch-size", type=int, help="the official one of each method if not given")
-    parser.add_argument("--ways", default=",".join(WAYS), help="which of plain,default,bank")
+    parser.add_argument("--ways", default=",".join(EQUAL_WAYS), help=f"which of {','.join(WAYS)}")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="count the first round too, where steps take long")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peaks of CPU memory")
@@ -283,12 +290,18 @@ def hardware(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def chosen_ways(asked: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    """The ways named with commas; raises ConfigError for one that is not allowed."""
+    ways = tuple(asked.split(","))
+    for way in ways:
+        if way not in allowed:
+            raise ConfigError(unknown("way", way, allowed))
+    return ways
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the methods one after the other."""
-    ways = tuple(args.ways.split(","))
-    for way in ways:
-        if way not in WAYS:
-            raise ConfigError(unknown("way", way, WAYS))
+    ways = chosen_ways(args.ways, WAYS)
     if args.clock == "cpu" and args.device != "cpu":
         raise ConfigError(f"--clock cpu counts the processor's work (--device {args.device})")
     backbone = load(args.backbone, args.device, args.precision)

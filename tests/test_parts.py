@@ -46,12 +46,22 @@ def test_the_command(vlprompt_benchmarks, tmp_path: Path) -> None:
             assert (r["split_s"]["image"] == 0) == (way == "bank")
 
 
+def test_the_way_with_towers_in_bf16(vlprompt_benchmarks, tmp_path: Path) -> None:
+    file = tmp_path / "step.json"
+    given = ["step", "maple", "--backbone", "mini", "--classes", "3", "--ways", "default,bf16", "--repeats", "1"]
+    assert vlprompt_benchmarks(*given, "--json", str(file))[0] == 0
+    default, bf16 = (json.loads(file.read_text())["rows"][0]["ways"][way] for way in ("default", "bf16"))
+    assert bf16["loss"] != default["loss"] == pytest.approx(bf16["loss"], rel=0.05)
+    assert (set(default["share_of_matmul_rate"]), bf16["share_of_matmul_rate"]) == ({"image", "text"}, {})
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         (["step", "--ways", "planar"], "error: unknown way 'planar': did you mean 'plain'?"),
         (["step", "--backbone", "random:x"], "error: backbone 'random:x': no patch size"),
         (["step", "cop"], "error: unknown method 'cop': did you mean 'coop'?"),
+        (["growth", "--ways", "bf16"], "error: unknown way 'bf16' (allowed: bank, default, plain)"),
         (["growth", "--along", "clases"], "error: unknown --along 'clases': did you mean 'classes'?"),
     ],
 )
