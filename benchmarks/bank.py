@@ -2,9 +2,9 @@
 
 STUDENT and TEACHER are what `load_backbone` takes, or `random:PATCH`, CLIP's ViT-B with patches of so many pixels (of
 224) and random weights; without them mini + mini, random:32 + random:32 and random:32 + random:16 are measured. The
-method is kdpl_coop. Pictures are random JPEGs of --size; epochs of both ways take turns, after one of each that does
-not count. A run of --run-epochs epochs is calculated from the median epoch; the bank's build is measured whole, but for
-the loading of the towers.
+online method is kdpl_coop, as is the one from the bank unless --method says otherwise. Pictures are random JPEGs of
+--size; epochs of both ways take turns, after one of each that does not count. A run of --run-epochs epochs is
+calculated from the median epoch; the bank's build is measured whole, but for the loading of the towers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vlprompt.training.config import build_config
 from vlprompt.training.loop import Training, training_views
 from vlprompt.training.teacher import Teacher
 
-METHOD, TEMPLATE = "kdpl_coop", "a photo of a {}."
+ONLINE, TEMPLATE = "kdpl_coop", "a photo of a {}."
 PAIRS = (("mini", "mini"), ("random:32", "random:32"), ("random:32", "random:16"))
 
 
@@ -54,12 +54,12 @@ def measure(pair: tuple[str, str], split: Split, folder: Path, args: argparse.Na
     out = folder / f"bank-{pair[0]}-{pair[1]}".replace(":", "").replace("/", "_")
     with ImageReader(2, room=0) as reader:
         build = clock.seconds(lambda: fill(out, towers, split, reader))
-    run = build_config(METHOD, overrides={"data.batch_size": args.batch_size, "data.bank": str(out)})
-    cls, jobs = find_method(METHOD), {}
+    jobs = {}
     with ImageReader(2) as reader:
-        for way in ("online", "bank"):
+        for way, name in (("online", ONLINE), ("bank", args.method)):
+            run = build_config(name, overrides={"data.batch_size": args.batch_size, "data.bank": str(out)})
             torch.manual_seed(1)
-            method = cls(student, split.class_names, cls.Config(), TEMPLATE).to(args.device)
+            method = find_method(name)(student, split.class_names, run.settings, TEMPLATE).to(args.device)
             asked, bank = (teacher, None) if way == "online" else (None, Bank(out))
             views = training_views(
                 method, split.paths("train"), split.labels("train"), run.data, run.seed, reader, asked, bank
@@ -91,6 +91,7 @@ def measure(pair: tuple[str, str], split: Split, folder: Path, args: argparse.Na
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("pair", nargs="*", metavar="STUDENT TEACHER")
+    parser.add_argument("--method", default=ONLINE, help="what is trained from the bank; fdbpl_coop does a pass more")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--classes", type=int, default=16)
     parser.add_argument("--regions", type=int, default=50)
@@ -112,10 +113,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for pair in [tuple(args.pair)] if args.pair else PAIRS:
             rows.append(measure(pair, split, Path(folder), args))
             print(f"{pair[0]} + {pair[1]}: done", file=sys.stderr)
+    methods = ONLINE if args.method == ONLINE else f"{ONLINE} online, {args.method} from the bank"
     about = (
-        f"{METHOD}, {args.images} images of {args.size}, {args.regions} regions each, batches of {args.batch_size}, "
+        f"{methods}, {args.images} images of {args.size}, {args.regions} regions each, {args.classes} classes, "
+        f"batches of {args.batch_size}, runs of {args.run_epochs} epochs; build in ms an image, epochs in s"
     )
-    about += f"runs of {args.run_epochs} epochs; build in ms an image, epochs in s"
     return {"about": about, "environment": machine(load("mini", args.device)), "rows": rows}
 
 
