@@ -654,6 +654,19 @@ def test_a_template_without_effect(branches: str, text: str) -> None:
     assert same == ("template" in changed.config.unused())
 
 
+@pytest.mark.parametrize("branches", ["visual", "textual", "both"])
+def test_settings_of_a_branch_that_is_off_have_no_effect(branches: str) -> None:
+    given: dict[str, Any] = {"branches": branches, "instance_to_prompt": "scaled", "scale_text": 2.0, "n_ctx_text": 4}
+    other = {"n_ctx_text": 5, "depth_text": 3, "init": WORDS, "text": "context", "scale_text": 7.0}
+    other |= {"n_ctx_vision": 4, "depth_vision": 3, "scale_vision": 7.0}
+    images = make_images()
+    plain = make(small_backbone(), **given)
+    unused = {key for key, setting in plain.config.unused().items() if setting == "branches"}
+    for key, value in other.items():
+        changed = make(small_backbone(), **given | {key: value})
+        assert torch.equal(logits(changed, images), logits(plain, images)) == (key in unused), key
+
+
 def test_the_listing_says_how_each_method_is_checked() -> None:
     rows = {row["name"]: row for row in listing("methods")}
     assert rows.keys() == METHODS.keys()

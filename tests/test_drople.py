@@ -726,6 +726,7 @@ def test_a_run_says_which_of_its_settings_have_no_effect(photos: Path, tmp_path:
         ({}, {"lora_alpha": "lora_rank", "lora_dropout": "lora_rank"}),
         ({"lora_rank": 2, "dropout": "uniform"}, {}),
         ({"lora_rank": 2, "mode": "zero"}, {"sigma": "mode"}),
+        ({"lora_rank": 2, "entropy_weight": 0}, {"lam": "entropy_weight", "lam_schedule": "entropy_weight"}),
         (
             {"lora_rank": 2, "mode": "zero", "dropout": "none"},
             {"mode": "dropout", "p_max": "dropout", "p_min": "dropout", "sigma": "dropout"},
@@ -736,6 +737,7 @@ def test_settings_without_effect(tiny: Backbone, given: dict, unused: dict) -> N
     assert DroPLe.Config(**given).unused() == unused
     other = {"mode": "zero" if DroPLe.Config(**given).mode == "gaussian" else "gaussian"}
     other |= {"p_max": 0.9, "p_min": 0.3, "sigma": 0.7, "lora_alpha": 3.0, "lora_dropout": 0.6}
+    other |= {"lam": 0.4, "lam_schedule": "fixed"}
     batch, losses = batch_of(tiny), []
     for settings in (given, given | {key: other[key] for key in unused}):
         method = make(tiny, **settings)

@@ -74,8 +74,13 @@ class DPL(Method):
         """Factor of the prompt→instance odds, if scaled."""
 
         def unused(self) -> dict[str, str]:
-            """Scales of weights that are not scaled, the constant where it is none, a sentence that is not there."""
+            """Settings of a branch that is off, scales of weights that are not scaled, the constant where it is none, a
+            sentence that is not there."""
             unused: dict[str, str] = {}
+            if self.branches == "visual":
+                unused |= dict.fromkeys(("n_ctx_text", "depth_text", "init", "text", "scale_text"), "branches")
+            if self.branches == "textual":
+                unused |= dict.fromkeys(("n_ctx_vision", "depth_vision", "scale_vision"), "branches")
             if self.instance_to_prompt != "scaled":
                 unused |= dict.fromkeys(("scale_vision", "scale_text"), "instance_to_prompt")
             if self.instance_to_prompt != "constant":

@@ -121,12 +121,14 @@ class DroPLe(IVLP):
         """Share of the adapters' input channels that a training step leaves out."""
 
         def unused(self) -> dict[str, str]:
-            """Settings of a dropout, a noise or adapters that there are not."""
+            """Settings of a dropout, a noise, residual entropies or adapters that there are not."""
             unused: dict[str, str] = {}
             if self.mode == "zero":
                 unused["sigma"] = "mode"
             if self.dropout == "none":
                 unused |= dict.fromkeys(("mode", "p_max", "p_min", "sigma"), "dropout")
+            if self.entropy_weight == 0:
+                unused |= dict.fromkeys(("lam", "lam_schedule"), "entropy_weight")
             if self.lora_rank == 0:
                 unused |= dict.fromkeys(("lora_alpha", "lora_dropout"), "lora_rank")
             return unused
