@@ -24,6 +24,7 @@ from vlprompt.data.reading import CACHE_BYTES, ImageReader
 from vlprompt.data.splits import long_tail
 from vlprompt.errors import ConfigError, DataError, OutputError
 from vlprompt.experiments import on_ray, pool
+from vlprompt.experiments import results as results_module
 from vlprompt.experiments import runs as runs_module
 from vlprompt.experiments.lock import folder_lock
 from vlprompt.experiments.pool import spread
@@ -553,10 +554,9 @@ def test_a_bench_that_is_interrupted_goes_on(bench, photos: Path, trained, monke
 @pytest.mark.parametrize("file", ["figures.json", "results.csv", "prompts.safetensors", "last.safetensors"])
 def test_a_full_disk_loses_nothing(bench, photos: Path, trained, monkeypatch, tmp_path: Path, file: str) -> None:
     """The disk fills up when the second run writes ``file``."""
-    from vlprompt.experiments import results
     from vlprompt.training import artefact, checkpoints
 
-    written_by = {"figures.json": runs_module, "results.csv": results}
+    written_by = {"figures.json": runs_module, "results.csv": results_module}
     written_by |= {"prompts.safetensors": artefact, "last.safetensors": checkpoints}
     module = written_by[file]
     original, count = module.write_atomically, []
@@ -613,6 +613,28 @@ def test_two_shards_share_a_folder(bench, photos: Path, tmp_path: Path) -> None:
     for part in ("1/2", "2/2"):
         assert bench("base-to-novel", *GIVEN, "--data", photos, "--shard", part)[0] == 0
     assert len(read_results(tmp_path / "out" / "results.csv")) == 6
+
+
+def test_shards_that_write_results_at_the_same_moment(bench, photos: Path, tmp_path: Path, monkeypatch) -> None:
+    """The other shard ends a run and writes its results between this one's look at the folder and its file."""
+    given = ("--methods", "zero_shot", "--seeds", "1,2", "--shots", "2", "--data", photos)
+    assert bench("few-shot", *given)[0] == 0
+    out = tmp_path / "out"
+    file = out / "results.csv"
+    both = file.read_text()
+    run = next(out.glob("*/*/*/*/*/seed_2"))
+    run.rename(tmp_path / "other")
+
+    def write(path: Path, content: str) -> None:
+        if not run.exists():
+            (tmp_path / "other").rename(run)
+            file.write_text(both)
+        original(path, content)
+
+    original = results_module.write_atomically
+    monkeypatch.setattr(results_module, "write_atomically", write)
+    assert len(results_module.Results(out).write()) == 2
+    assert file.read_text() == both
 
 
 def test_figures_of_another_shard_that_are_corrupt(bench, photos: Path, tmp_path: Path) -> None:
@@ -904,7 +926,7 @@ def test_only_some_rows_and_a_dry_run(vlprompt, tmp_path: Path) -> None:
     assert [run.split("/")[2] for run in json.loads(out)["runs"][::3]] == ["exact", "of its own", "frozen"]
     code, _, err = vlprompt(*given, "--only", "frosen")
     assert code == 2
-    assert "--only: no row 'frosen' (allowed: exact, of its own, frozen)" in err
+    assert "--only: unknown row 'frosen': did you mean 'frozen'? (allowed: exact, frozen, of its own)" in err
 
 
 def test_every_protocol_is_in_the_help(vlprompt) -> None:

@@ -60,6 +60,34 @@ def test_the_fifteen_benchmarks() -> None:
     assert [name for name in BENCHMARKS if DATASETS[name].domain_of == "imagenet"] == list(DOMAINS)
 
 
+# As CoOp's DATASETS.md and its zero-shot trainer have them; written out, since the miniatures are made from the table.
+COOP = {
+    "imagenet": ("imagenet/images", "", "a photo of a {}."),
+    "caltech101": ("caltech-101/101_ObjectCategories", "Caltech101", "a photo of a {}."),
+    "oxford_pets": ("oxford_pets/images", "OxfordPets", "a photo of a {}, a type of pet."),
+    "stanford_cars": ("stanford_cars", "StanfordCars", "a photo of a {}."),
+    "oxford_flowers": ("oxford_flowers/jpg", "OxfordFlowers", "a photo of a {}, a type of flower."),
+    "food101": ("food-101/images", "Food101", "a photo of {}, a type of food."),
+    "fgvc_aircraft": ("fgvc_aircraft/images", "", "a photo of a {}, a type of aircraft."),
+    "sun397": ("sun397/SUN397", "SUN397", "a photo of a {}."),
+    "dtd": ("dtd/images", "DescribableTextures", "{} texture."),
+    "eurosat": ("eurosat/2750", "EuroSAT", "a centered satellite photo of {}."),
+    "ucf101": ("ucf101/UCF-101-midframes", "UCF101", "a photo of a person doing {}."),
+    "imagenet_v2": ("imagenetv2/imagenetv2-matched-frequency-format-val", "", "a photo of a {}."),
+    "imagenet_sketch": ("imagenet-sketch/images", "", "a photo of a {}."),
+    "imagenet_a": ("imagenet-adversarial/imagenet-a", "", "a photo of a {}."),
+    "imagenet_r": ("imagenet-rendition/imagenet-r", "", "a photo of a {}."),
+}
+
+
+def test_folders_split_files_and_templates_are_those_of_coop() -> None:
+    found = {name: DATASETS[name] for name in BENCHMARKS}
+    assert {name: (Path(d.folder, d.images).as_posix(), d.split_file, d.template) for name, d in found.items()} == {
+        name: (place, f"split_zhou_{split}.json" if split else "", template)
+        for name, (place, split, template) in COOP.items()
+    }
+
+
 # --- layouts --------------------------------------------------------------------------------------
 
 

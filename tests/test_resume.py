@@ -9,17 +9,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from small_run import StopsAfter, arguments, configured, environment, log, make_pictures, prompts
+from vlprompt.data.datasets import load_dataset
 from vlprompt.errors import ArtefactError, ConfigError, DataError, Interrupted, VlpromptError
 from vlprompt.methods import METHODS
 from vlprompt.methods.coop import CoOp
+from vlprompt.training import run as run_module
 from vlprompt.training.checkpoints import checkpoint_file
 from vlprompt.training.run import saved_config, train
+from vlprompt.training.session import Silent
 
 EPOCHS = 4
 METHOD_SETTINGS = {"coop": [], "promptsrc": ["average_mean=3"]}
@@ -119,6 +123,30 @@ def test_resume_takes_the_runs_own_settings_only(vlprompt, pictures, tmp_path):
         code, _, err = vlprompt("train", *extra, "--resume", str(tmp_path / "run"))
         assert code == 2
         assert err == "error: --resume takes everything from the run's config.yaml: give nothing else but --json\n"
+
+
+def test_two_runs_that_write_one_folder(pictures, tmp_path, monkeypatch):
+    """The second is refused, and what the first has there stays: while it runs, and if both began together."""
+
+    class Resumes(Silent):
+        def step(self):
+            with pytest.raises(ConfigError, match=r"another process has begun a run there"):
+                train(config, tmp_path / "run", resume=True)
+            tried.append(1)
+
+    def load(*given):
+        monkeypatch.undo()  # what comes now is the other run, which is faster
+        train(config, tmp_path / "both")
+        return load_dataset(*given)
+
+    config, tried = configured(pictures, **{"train.epochs": 1}), []
+    train(config, tmp_path / "run", Resumes())
+    assert tried
+    monkeypatch.setattr(run_module, "load_dataset", load)
+    with pytest.raises(ConfigError, match=r"another process has begun a run there"):
+        train(replace(config, seed=2), tmp_path / "both")
+    assert saved_config(tmp_path / "both") == config
+    same(tmp_path / "both", tmp_path / "run")
 
 
 def test_train_needs_method_and_data(vlprompt):

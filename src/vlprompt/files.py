@@ -46,6 +46,30 @@ def alone(lock: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[bool]:
+    """Hold a folder for this process, until the end or until the process ends; False if another one holds it.
+
+    Where the system or the file system knows no locks, nothing is held.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield True
+        return
+    handle, free = os.open(folder, os.O_RDONLY), True
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+        except OSError:  # some network file systems know no locks
+            pass
+        yield free
+    finally:
+        os.close(handle)
+
+
 def unfinished_name(file: Path) -> Path:
     """Where to write what becomes ``file``: a name that no other process takes, on any machine that sees the folder."""
     return file.with_name(f".{file.name}.{secrets.randbits(64)}")

@@ -226,7 +226,7 @@ def choose_rows(rows: Rows, only: Sequence[str]) -> Rows:
     kept = [text for text in only if text in rows]  # a name may have commas in it
     kept += split_values("--only", [text for text in only if text not in rows]) if len(kept) < len(only) else []
     if missing := [name for name in kept if name not in rows]:
-        raise ConfigError(f"--only: no row '{missing[0]}' (allowed: {', '.join(rows)})")
+        raise ConfigError(f"--only: {unknown('row', missing[0], rows)}")
     return {name: row for name, row in rows.items() if name in kept}
 
 

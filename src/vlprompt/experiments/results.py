@@ -85,14 +85,21 @@ class Results:
 
         Raises OutputError if it cannot be written; the folders still hold everything then.
         """
-        rows: list[Row] = []
-        for file in sorted(self.out.glob(f"*/*/*/*/*/*/{FIGURES}"), key=_in_order):
-            changed = file.stat().st_mtime_ns
-            if file not in self._known or self._known[file][0] != changed:
-                self._known[file] = changed, _rows_of_file(file)
-            rows += self._known[file][1]
-        write_atomically(self.out / RESULTS, to_csv(rows))
-        return rows
+        while True:
+            files, rows = self._files(), list[Row]()
+            for file, changed in files.items():
+                if file not in self._known or self._known[file][0] != changed:
+                    self._known[file] = changed, _rows_of_file(file)
+                rows += self._known[file][1]
+            write_atomically(self.out / RESULTS, to_csv(rows))
+            # Another shard may have written a newer file than this one meanwhile: whoever writes last looks once more.
+            if self._files() == files:
+                return rows
+
+    def _files(self) -> dict[Path, int]:
+        """The figures of all runs, in the order of rows, each with the time of its last change."""
+        found = sorted(self.out.glob(f"*/*/*/*/*/*/{FIGURES}"), key=_in_order)
+        return {file: file.stat().st_mtime_ns for file in found}
 
 
 def _rows_of_file(file: Path) -> list[Row]:

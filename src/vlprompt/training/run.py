@@ -10,7 +10,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split, read_split, write_split
 from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError
-from vlprompt.files import cannot_write, write_atomically
+from vlprompt.files import cannot_write, held, write_atomically
 from vlprompt.methods import Method, MethodConfig, find_method
 from vlprompt.training.artefact import save_artefact
 from vlprompt.training.bank.views import cannot_use_bank, find_bank, read_by, regions_used
@@ -214,15 +214,19 @@ def _run_folder(out: Path, resume: bool, processes: Processes) -> Iterator[None]
     """Make the run folder, which is empty or not there yet; take it away if the run fails before its first checkpoint.
 
     The causes are data that cannot be used (an image that cannot be decoded, a class name that is too long) and a disk
-    that cannot be written. What a run has trained, or an earlier run's folder, stays.
+    that cannot be written. What a run has trained, or an earlier run's folder, stays. Raises ConfigError if another
+    process is at work in it.
     """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]  # innermost first
+    lock = ExitStack()
     try:
         try:
             if processes.first:
                 out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot make output folder {out}: {error.strerror}") from None
+        if processes.first and (not lock.enter_context(held(out)) or (not resume and any(out.iterdir()))):
+            raise ConfigError(f"output folder {out} is already in use: another process has begun a run there")
         yield
     except (DataError, OutputError, OSError) as error:
         if processes.first and not resume and not checkpoint_file(out).exists():
@@ -236,6 +240,8 @@ def _run_folder(out: Path, resume: bool, processes: Processes) -> Iterator[None]
         raise
     except KeyboardInterrupt:
         raise Interrupted(f"to continue: vlprompt train --resume {shlex.quote(str(out))}") from None
+    finally:
+        lock.close()
 
 
 def _images(split: Split, part: str, reader: ImageReader) -> EvaluationImages:
