@@ -156,6 +156,22 @@ def test_preset_and_dotted_keys_reach_the_loop(tiny):
     assert [entry.lr for entry in log] == [0.5]
 
 
+def test_random_states_stay_as_they_are(tiny, monkeypatch):
+    """Those of GPUs too: here two that there are not."""
+    given_back = {}
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_rng_state", lambda device: f"state of {device}")
+    monkeypatch.setattr("torch.cuda.set_rng_state", lambda state, device: given_back.update({device: state}))
+    before = torch.get_rng_state()
+    method = build_method("coop", tiny, NAMES, n_ctx=2)
+    assert given_back == {0: "state of 0", 1: "state of 1"}
+    given_back.clear()
+    fit(method, *pictures(1), epochs=1)
+    assert given_back == {0: "state of 0", 1: "state of 1"}
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_loaded_model_is_not_fitted_by_mistake(saved):
     pixels, names = pictures(1)
     with fails(ConfigError, "coop is frozen, as loaded models are"):

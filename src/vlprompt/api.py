@@ -6,7 +6,8 @@ Images are paths, Pillow images or uint8 arrays [H, W, 3]; labels are class name
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -88,7 +89,7 @@ def build_configured(
     if isinstance(class_names, str):
         raise DataError(f"class names are a list of texts, not one text: '{class_names[:60]}'")
     check_class_names(class_names, "class names")
-    with torch.random.fork_rng(devices=[]):
+    with _random_state_kept():
         torch.manual_seed(seed)
         method = find_method(config.method)(backbone, class_names, config.settings, template)
     return method.to(backbone.device)
@@ -130,7 +131,7 @@ def fit_configured(
     images, indices = _labelled(images, labels, method.class_names)
     if not method.trains and any(True for _ in method.parameters()):
         raise ConfigError(f"{method.name} is frozen, as loaded models are: build a new one to fit it")
-    with ImageReader(config.data.workers) as reader, torch.random.fork_rng(devices=[]):
+    with ImageReader(config.data.workers) as reader, _random_state_kept():
         bank = find_bank(config, method.class_names)
         if not method.trains:
             if bank:
@@ -251,6 +252,14 @@ class PromptedModel:
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return upload(Path(folder), repo, private=private, token=token, message=message)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Give PyTorch's random states back at the end, those of all GPUs in use too: ``torch.manual_seed`` sets each."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=gpus):
+        yield
 
 
 def _names(method: Method, class_names: Sequence[str] | None) -> tuple[str, ...]:
