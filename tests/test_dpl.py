@@ -654,6 +654,18 @@ def test_a_template_without_effect(branches: str, text: str) -> None:
     assert same == ("template" in changed.config.unused())
 
 
+@pytest.mark.parametrize("branches", ["visual", "textual", "both"])
+def test_settings_of_a_tower_that_stays_frozen(branches: str) -> None:
+    other: dict[str, Any] = {"n_ctx_text": 4, "depth_text": 1, "init": "a dog", "text": "context", "scale_text": 7.0}
+    other |= {"n_ctx_vision": 3, "depth_vision": 1, "scale_vision": 7.0}
+    given, images = {"branches": branches, "instance_to_prompt": "scaled"}, make_images()
+    plain = make(small_backbone(), **given)
+    for key, value in other.items():
+        changed = make(small_backbone(), **given | {key: value})
+        same = torch.equal(logits(changed, images), logits(plain, images))
+        assert same == (key in changed.config.unused()), key
+
+
 def test_the_listing_says_how_each_method_is_checked() -> None:
     rows = {row["name"]: row for row in listing("methods")}
     assert rows.keys() == METHODS.keys()
