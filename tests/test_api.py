@@ -120,6 +120,14 @@ def test_images_may_be_files_pillow_images_or_arrays(tuned, tmp_path):
     assert model.predict([]).probabilities.shape == (0, 3)
 
 
+def test_class_names_and_labels_may_be_arrays_and_tensors(tuned):
+    pixels, names = pictures(1)
+    expected = evaluate(tuned, pixels, names, class_names=NAMES)
+    indices = torch.tensor([NAMES.index(name) for name in names])
+    assert evaluate(tuned, pixels, indices, class_names=np.array(NAMES)) == expected
+    assert PromptedModel(tuned).predict(pixels, class_names=np.array(OTHERS)).class_names == tuple(OTHERS)
+
+
 def test_rotated_and_grey_pictures_are_read_as_from_files(tuned, tmp_path):
     model, rng = PromptedModel(tuned), np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
@@ -156,6 +164,22 @@ def test_preset_and_dotted_keys_reach_the_loop(tiny):
     assert [entry.lr for entry in log] == [0.5]
 
 
+def test_random_states_stay_as_they_are(tiny, monkeypatch):
+    """Those of GPUs too: here two that there are not."""
+    given_back = {}
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_rng_state", lambda device: f"state of {device}")
+    monkeypatch.setattr("torch.cuda.set_rng_state", lambda state, device: given_back.update({device: state}))
+    before = torch.get_rng_state()
+    method = build_method("coop", tiny, NAMES, n_ctx=2)
+    assert given_back == {0: "state of 0", 1: "state of 1"}
+    given_back.clear()
+    fit(method, *pictures(1), epochs=1)
+    assert given_back == {0: "state of 0", 1: "state of 1"}
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_loaded_model_is_not_fitted_by_mistake(saved):
     pixels, names = pictures(1)
     with fails(ConfigError, "coop is frozen, as loaded models are"):
@@ -175,6 +199,10 @@ def test_bad_input(tiny, tuned, tmp_path):
         build_method("coop", tiny, ["a", "a"])
     with fails(DataError, "not one text: 'otter'"):
         build_method("coop", tiny, "otter")
+    with fails(DataError, "a list of one or more"):
+        build_method("coop", tiny, [])
+    with fails(DataError, "class names are texts: 0 is none"):
+        build_method("coop", tiny, [0, 1])
     with fails(ConfigError, "unknown training setting 'epoch': did you mean 'epochs'"):
         fit(tuned, pixels, names, epoch=1)
     with fails(ConfigError, "unknown preset of coop 'few'"):
@@ -491,4 +519,4 @@ def test_predict_command_prints_for_people_and_for_programs(saved, tmp_path, mon
 
 
 def test_load_backbone_is_the_loader(tiny):
-    assert load_backbone(TINY).fingerprint == tiny.fingerprint
+    assert load_backbone(TINY).fingerprint == load_backbone(Path(TINY)).fingerprint == tiny.fingerprint

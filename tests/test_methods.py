@@ -415,6 +415,13 @@ def test_a_template_needs_a_place_for_the_class_name(tiny: Backbone, name: str) 
     torch.testing.assert_close(braces.class_features(("house",)), plain)
 
 
+@pytest.mark.parametrize("ensemble", ["none", "select"])
+def test_a_template_beside_an_ensemble_has_no_effect(tiny: Backbone, ensemble: str) -> None:
+    plain, changed = (make(tiny, "zero_shot", ensemble=ensemble, template=t) for t in (None, "{}, a kind of thing"))
+    same = torch.equal(plain.class_features(NAMES), changed.class_features(NAMES))
+    assert same == ("template" in changed.config.unused())
+
+
 def test_zero_shot_ensembles(tiny: Backbone) -> None:
     images, _ = images_and_labels(tiny, 2, 2)
     single = logits_of(make(tiny, "zero_shot"), images)

@@ -397,6 +397,11 @@ def test_words_initialise_the_last_tokens(n_ctx: int, free: int) -> None:
     assert context.vectors[:free].abs().lt(0.2).all()
 
 
+def test_words_without_a_token_are_refused() -> None:
+    with pytest.raises(ConfigError, match="initial words '  ' have no token"):
+        TextContext(small_backbone(), 4, "  ")
+
+
 def test_a_text_that_is_too_long_names_its_class() -> None:
     backbone = small_backbone()
     fits = "photo " * 72  # start, 2 learned tokens, 72 words, full stop, end: 77

@@ -59,6 +59,16 @@ def test_recorded_steps_equal_plain_ones(method, parts, pictures):
         torch.testing.assert_close(recorded, plain, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU")
+def test_steps_are_recorded_on_the_gpu_of_the_run(pictures):
+    learned = []
+    for graphs in (False, True):
+        job = training("coop", pictures, "cuda:1", graphs=graphs)
+        assert job.run()
+        learned.append([p.detach() for p in job.method.learned()])
+    torch.testing.assert_close(learned[1], learned[0], rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="recording needs a GPU")
 @pytest.mark.parametrize(
     ("method", "precision", "own", "said"),

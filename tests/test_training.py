@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -699,6 +700,12 @@ def test_the_environment_and_the_model_card(finished: tuple[Path, RunConfig, Met
     card = (out / "README.md").read_text("utf-8")
     for part in ("# kgcoop on", "blue, green, red", "vlprompt predict", "| shots | 3 |", "| seed | 1 |", "w=8.0"):
         assert part in card
+
+
+def test_the_environment_names_the_gpu_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: f"name of {device}")
+    backbone = SimpleNamespace(device=torch.device("cuda:1"), fingerprint="")
+    assert run.environment(backbone)["device"] == "name of cuda:1"
 
 
 @pytest.mark.parametrize("method", ["coop", "cocoop", "maple", "promptsrc", "linear_probe"])

@@ -6,7 +6,8 @@ Images are paths, Pillow images or uint8 arrays [H, W, 3]; labels are class name
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,7 +38,7 @@ from vlprompt.training.loop import EpochLog, Training, training_views
 from vlprompt.training.teacher import find_teacher
 
 Images = Sequence[ImageSource] | NDArray[np.uint8]
-Labels = Sequence[str] | Sequence[int] | NDArray[Any]
+Labels = Sequence[str] | Sequence[int] | NDArray[Any] | Tensor
 
 TRAINING = {
     **{f.name: f"optim.{f.name}" for f in fields(OptimConfig)},
@@ -85,12 +86,10 @@ def build_configured(
     config: RunConfig, backbone: Backbone, class_names: Sequence[str], template: str, seed: int
 ) -> Method:
     """The method of a checked configuration, initialised as ``vlprompt train`` does it."""
-    if isinstance(class_names, str):
-        raise DataError(f"class names are a list of texts, not one text: '{class_names[:60]}'")
-    check_class_names(class_names, "class names")
-    with torch.random.fork_rng(devices=[]):
+    names = _checked_names(class_names)
+    with _random_state_kept():
         torch.manual_seed(seed)
-        method = find_method(config.method)(backbone, class_names, config.settings, template)
+        method = find_method(config.method)(backbone, names, config.settings, template)
     return method.to(backbone.device)
 
 
@@ -130,7 +129,7 @@ def fit_configured(
     images, indices = _labelled(images, labels, method.class_names)
     if not method.trains and any(True for _ in method.parameters()):
         raise ConfigError(f"{method.name} is frozen, as loaded models are: build a new one to fit it")
-    with ImageReader(config.data.workers) as reader, torch.random.fork_rng(devices=[]):
+    with ImageReader(config.data.workers) as reader, _random_state_kept():
         bank = find_bank(config, method.class_names)
         if not method.trains:
             if bank:
@@ -253,13 +252,28 @@ class PromptedModel:
             return upload(Path(folder), repo, private=private, token=token, message=message)
 
 
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Give PyTorch's random states back at the end, those of all GPUs in use too: ``torch.manual_seed`` sets each."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=gpus):
+        yield
+
+
 def _names(method: Method, class_names: Sequence[str] | None) -> tuple[str, ...]:
-    if class_names is None:
-        return method.class_names
-    if isinstance(class_names, str) or not class_names:
+    return method.class_names if class_names is None else _checked_names(class_names)
+
+
+def _checked_names(class_names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(class_names, str):
+        raise DataError(f"class names are a list of texts, not one text: '{class_names[:60]}'")
+    names = tuple(class_names)
+    if not names:
         raise DataError("class names are a list of one or more texts")
-    check_class_names(class_names, "class names")
-    return tuple(class_names)
+    if other := [name for name in names if not isinstance(name, str)]:
+        raise DataError(f"class names are texts: {other[0]!r} is none")
+    check_class_names(names, "class names")
+    return names
 
 
 def _images(images: Images) -> list[ImageSource]:
@@ -272,7 +286,7 @@ def _images(images: Images) -> list[ImageSource]:
 
 def _labelled(images: Images, labels: Labels, class_names: Sequence[str]) -> tuple[list[ImageSource], list[int]]:
     """Images and the indices of their classes."""
-    images, labels = _images(images), list(labels)
+    images, labels = _images(images), labels.tolist() if isinstance(labels, Tensor) else list(labels)
     if len(images) != len(labels) or not images:
         raise DataError(f"every image needs a label: there are {len(images)} images and {len(labels)} labels")
     position = {name: c for c, name in enumerate(class_names)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -38,7 +39,9 @@ HUB_FILES = ["*.json", "*.safetensors", "merges.txt", "README.md"]
 
 
 def load_backbone(
-    name: str, device: torch.device | str = "cpu", precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    name: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
 ) -> Backbone:
     """Load a frozen vision-language model.
 
@@ -51,6 +54,7 @@ def load_backbone(
     """
     if precision not in DTYPES:
         raise BackboneError(f"unknown precision '{precision}' (allowed: {', '.join(DTYPES)})")
+    name = os.fspath(name)
     path = (EMBEDDED | BESIDE).get(name, Path(name).expanduser())
     if name.startswith("open_clip:"):
         backbone = _from_open_clip_library(name)

@@ -58,15 +58,20 @@ def build(
     seed: DrawSeed = 1,
     class_names_file: Annotated[
         Path | None,
-        typer.Option(help="File of classes for the teacher, one per line, not the data set's.", rich_help_panel=DATA),
+        typer.Option(
+            help="File of classes that the teacher chooses among, one per line, instead of the data set's.",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     teacher: Annotated[
         str | None,
-        typer.Option(help="Frozen model that labels the regions, given like --backbone.", rich_help_panel=MODEL),
+        typer.Option(help="Frozen model that labels the regions, given as --backbone of train.", rich_help_panel=MODEL),
     ] = None,
     backbone: Annotated[
         str | None,
-        typer.Option(help="Student whose frozen features are kept, given as in train.", rich_help_panel=MODEL),
+        typer.Option(
+            help="Student whose frozen features are kept, given as --backbone of train.", rich_help_panel=MODEL
+        ),
     ] = None,
     template: Annotated[
         str | None,
@@ -74,7 +79,11 @@ def build(
     ] = None,
     logit_scale: Annotated[
         float | None,
-        typer.Option(help="Of the teacher's labels; default: the student's, or else its own.", rich_help_panel=MODEL),
+        typer.Option(
+            help="What the teacher's cosines are multiplied by; default: the student's scale, without --backbone the "
+            "teacher's own.",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     device: Device = "cpu",
     precision: Precision = "fp32",

@@ -36,7 +36,7 @@ def evaluate(
     data: Data,
     root: Root = None,
     classes: WhichClasses = "all",
-    split: Annotated[Literal["test", "val"], typer.Option(help="Which images.", rich_help_panel=DATA)] = "test",
+    split: Annotated[Literal["test", "val"], typer.Option(help="Images to measure on.", rich_help_panel=DATA)] = "test",
     split_file: SplitFile = None,
     skip_bad: SkipBad = False,
     backbone: OtherBackbone = None,

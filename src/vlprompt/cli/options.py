@@ -45,9 +45,12 @@ Shots = Annotated[int | None, typer.Option(help="Training images per class; defa
 AllowFewer = Annotated[
     bool, typer.Option("--allow-fewer", help="Classes with fewer images use all that they have.", rich_help_panel=DATA)
 ]
-WhichClasses = Annotated[Classes, typer.Option(help="Half of the data set's classes, or all.", rich_help_panel=DATA)]
+WhichClasses = Annotated[
+    Classes, typer.Option(help="First half of the data set's classes, second half, or all.", rich_help_panel=DATA)
+]
 TrainClasses = Annotated[
-    Classes | None, typer.Option(help="Half of the data set's classes, or all (default).", rich_help_panel=DATA)
+    Classes | None,
+    typer.Option(help="First half of the data set's classes, second half, or all (default).", rich_help_panel=DATA),
 ]
 ValFraction = Annotated[
     float | None,
@@ -59,7 +62,8 @@ ValFraction = Annotated[
 ]
 DrawSeed = Annotated[int, typer.Option("--seed", help="Decides which few images --shots draws.", rich_help_panel=DATA)]
 TrainBackbone = Annotated[
-    str | None, typer.Option(help="mini (default), a folder or file, or a hub id.", rich_help_panel=MODEL)
+    str | None,
+    typer.Option(help="mini (default), a folder or file, a hub id, or open_clip:MODEL/TAG.", rich_help_panel=MODEL),
 ]
 TeacherBackbone = Annotated[
     str | None,

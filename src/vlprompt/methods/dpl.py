@@ -77,10 +77,6 @@ class DPL(Method):
             """Settings of a branch that is off, scales of weights that are not scaled, the constant where it is none, a
             sentence that is not there."""
             unused: dict[str, str] = {}
-            if self.branches == "visual":
-                unused |= dict.fromkeys(("n_ctx_text", "depth_text", "init", "text", "scale_text"), "branches")
-            if self.branches == "textual":
-                unused |= dict.fromkeys(("n_ctx_vision", "depth_vision", "scale_vision"), "branches")
             if self.instance_to_prompt != "scaled":
                 unused |= dict.fromkeys(("scale_vision", "scale_text"), "instance_to_prompt")
             if self.instance_to_prompt != "constant":
@@ -89,6 +85,10 @@ class DPL(Method):
                 unused["scale_prompts"] = "prompt_to_instance"
             if self.text == "context" and self.branches != "visual":
                 unused["template"] = "text"
+            if self.branches == "visual":
+                unused |= dict.fromkeys(("n_ctx_text", "depth_text", "init", "text", "scale_text"), "branches")
+            if self.branches == "textual":
+                unused |= dict.fromkeys(("n_ctx_vision", "depth_vision", "scale_vision"), "branches")
             return unused
 
     def build(self) -> None:

@@ -49,6 +49,10 @@ class ZeroShot(Method):
         ensemble: Literal["none", "select", "imagenet"] = "none"
         """Average over the 7 templates selected for ImageNet, or over its first 60 (PromptSRC's list)."""
 
+        def unused(self) -> dict[str, str]:
+            """A template beside an ensemble."""
+            return {} if self.ensemble == "none" else {"template": "ensemble"}
+
     def class_features(self, class_names: Sequence[str], image_features: Tensor | None = None) -> Tensor:
         """[C, E], the same for every image."""
         own = (self.config.template or self.template,)

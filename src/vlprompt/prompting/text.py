@@ -154,10 +154,12 @@ class TextContext(nn.Module):
 
 
 def word_vectors(backbone: Backbone, words: str) -> Tensor:
-    """Token embeddings of words, in fp32 at least: [tokens, D]."""
+    """Token embeddings of words, in fp32 at least: [tokens, D]. Raises ConfigError where there are none."""
     embedding = backbone.text_tower.token_embedding
-    ids = torch.tensor(backbone.tokenizer.words(words), device=embedding.weight.device)
-    vectors = embedding(ids)
+    ids = backbone.tokenizer.words(words)
+    if not ids:
+        raise ConfigError(f"initial words '{words}' have no token that the backbone knows")
+    vectors = embedding(torch.tensor(ids, device=embedding.weight.device))
     return vectors.to(torch.promote_types(vectors.dtype, torch.float32)).cpu()
 
 

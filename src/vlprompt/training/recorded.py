@@ -38,6 +38,10 @@ class Recorded:
         """Record what views of this shape need, unless that is done; draws random numbers."""
         if (key := _key(views)) in self._recordings:
             return
+        with torch.cuda.device(views.labels.device):  # streams and graphs are the current GPU's, which may be another
+            self._recordings[key] = self._record(views)
+
+    def _record(self, views: Views) -> _Recording:
         inputs = Views._make(None if t is None else t.clone() for t in views)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -48,7 +52,7 @@ class Recorded:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             terms, gradients = self.compute(inputs)
-        self._recordings[key] = _Recording(inputs, graph, terms, gradients)
+        return _Recording(inputs, graph, terms, gradients)
 
     def __call__(self, views: Views) -> tuple[Terms, Gradients]:
         """What ``compute`` would give, for views of a shape that is prepared."""

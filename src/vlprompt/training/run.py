@@ -250,12 +250,13 @@ def _images(split: Split, part: str, reader: ImageReader) -> EvaluationImages:
 
 def environment(backbone: Backbone, teacher: Teacher | None = None, bank: Bank | None = None) -> dict[str, Any]:
     """What a run's result may depend on besides its configuration."""
+    gpu = backbone.device.type == "cuda"
     return {
         "vlprompt": vlprompt.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if backbone.device.type == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(backbone.device) if gpu else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "backbone_fingerprint": backbone.fingerprint,
         **({"teacher_fingerprint": teacher.backbone.fingerprint} if teacher else {}),
