@@ -265,7 +265,7 @@ def test_a_killed_build_resumes_to_the_same_bytes(pictures, tmp_path) -> None:
     runs += [run(name, [], "--shots", "3") for name in ("grown", "grown often")]
     runs += [run("grown", []), run("grown often", [1, -1, 2])]
     helper = [sys.executable, str(Path(__file__).parent / "kill_often.py"), json.dumps(runs)]
-    done = subprocess.run(helper, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(helper, env=environment(), capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     none, times, files, *others = json.loads(done.stdout)
     assert (none, files) == (0, len(deaths["files"]))
@@ -914,7 +914,7 @@ def test_any_method_trains_from_a_bank(method, pictures, bank, tiny, tmp_path, m
     scale = Bank(bank).settings.teacher.logit_scale
     taught_by = f", labelled by {TEACHER} with 'a photo of a {{}}.' and logit scale {scale:g}, "
     assert (taught_by in said[0]) == taught
-    assert f"10 regions of each image, {'labelled' if taught else ''}"[:26] in said[0]
+    assert "10 regions of each image, " in said[0]
     assert "| views | fixed regions, of region bank `bank` |" in (tmp_path / "run" / "README.md").read_text("utf-8")
     assert "bank_fingerprint" in (tmp_path / "run" / "environment.json").read_text()
     plain = views(pictures, bank, tiny.preprocess, batch_size=4, m=1, seed=1, features=False)
