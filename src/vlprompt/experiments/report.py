@@ -64,8 +64,7 @@ def read_sections(folder: Path, reference: str | None = None) -> list[Section]:
     for study in every:
         compared = find_reference(study, reference if reference in study.names else None)
         runs = read_runs(folder, study)
-        first, *others = tables(study, compared)
-        made = [_beside_published(study, first), *others]
+        made = [_beside_published(study, table) for table in tables(study, compared)]
         drawn = _plots(study, made, compared, plots.colours(names, compared), per_class(runs, study))
         notes = [PROTOCOLS[study.protocol].about] if study.protocol in PROTOCOLS else []
         notes += [GROUP_NOTE] if study.protocol == "long-tail" else []
@@ -89,16 +88,21 @@ def write_report(folder: Path, reference: str | None = None) -> str:
     return text
 
 
-def _beside_published(study: Study, average: Table) -> Table:
+def _beside_published(study: Study, table: Table) -> Table:
     """The table with what papers report of the rows' methods in the same setting, where they do."""
-    known = published(study.protocol, study.backbone, study.split, study.shots[0], study.data)
-    beside = {row.name: known[row.method] for row in study.rows if row.method in known}
-    if not beside:
-        return average
-    lines = tuple((name, (*cells, beside.get(name, Published()))) for name, cells in average.lines)
-    sources = "; ".join(f"{name}: {beside[name].source}" for name in study.names if name in beside)
-    note = f"{average.note} {SETTING}: {sources}.".strip()
-    return replace(average, head=(*average.head, "published HM"), lines=lines, best=(*average.best, None), note=note)
+    methods = {row.name: row.method for row in study.rows}
+    sources: dict[str, str] = {}
+    for column, known in published(study.protocol, study.backbone, study.split, study.shots[0], table.data).items():
+        beside = {name: known[methods[name]] for name in study.names if methods.get(name) in known}
+        if beside:
+            lines = tuple((name, (*cells, beside.get(name, Published()))) for name, cells in table.lines)
+            head, best = (*table.head, f"published {column}"), (*table.best, None)
+            table = replace(table, head=head, lines=lines, best=best)
+            sources |= {name: figure.source for name, figure in beside.items()}
+    if not sources:
+        return table
+    listed = "; ".join(f"{name}: {sources[name]}" for name in study.names if name in sources)
+    return replace(table, note=f"{table.note} {SETTING}: {listed}.".strip())
 
 
 def _plots(
@@ -108,7 +112,7 @@ def _plots(
     colour: Mapping[str, str],
     classes: PerClass,
 ) -> dict[str, str]:
-    """Of the first table (the average, or the only data set), and of each data set's classes."""
+    """Of the first table (the average, or the only data set), of each table's shots, and of each data set's classes."""
     first, drawn = made[0], {}
 
     def means(column: str) -> dict[str, float]:
@@ -124,13 +128,14 @@ def _plots(
         if points:
             drawn[f"Base and novel accuracy: {first.title}"] = plots.base_and_novel(points, colour, "Base and novel")
     elif study.protocol == "few-shot":
-        lines: dict[str, dict[int, tuple[float, float]]] = {}
-        for name, cells in first.lines:
-            for shots, cell in zip(study.shots, cells, strict=False):
-                if isinstance(cell, Cell) and cell.mean is not None:
-                    lines.setdefault(name, {})[shots] = cell.mean, cell.std or 0.0
-        if lines:
-            drawn[f"Accuracy and shots: {first.title}"] = plots.curves(lines, colour, "Accuracy and shots")
+        for table in made:
+            lines: dict[str, dict[int, tuple[float, float]]] = {}
+            for name, cells in table.lines:
+                for shots, cell in zip(study.shots, cells, strict=False):
+                    if isinstance(cell, Cell) and cell.mean is not None:
+                        lines.setdefault(name, {})[shots] = cell.mean, cell.std or 0.0
+            if lines:
+                drawn[f"Accuracy and shots: {table.title}"] = plots.curves(lines, colour, "Accuracy and shots")
     for data, rows in classes.items():
         for name in study.names:
             gain = gains(rows.get(name, {}), rows.get(reference, {}))
@@ -179,6 +184,7 @@ def latex(sections: Sequence[Section]) -> str:
     """All tables for a document that loads ``booktabs``."""
     parts = ["% Needs \\usepackage{booktabs}.", f"% {_tex(CONVENTIONS)}"]
     for section in sections:
+        parts.append(f"% {_tex(section.study.title)}: {_tex(' '.join(section.notes))}")
         for table in section.tables:
             lines = [
                 r"\begin{table}[t]", r"\centering", rf"\caption{{{_tex(section.study.title)}: {_tex(table.title)}}}",

@@ -30,6 +30,8 @@ class Table:
     note: str = ""
     marked: frozenset[str] = frozenset()
     """Rows of transductive methods."""
+    data: tuple[str, ...] = ()
+    """The data sets that were trained on."""
 
     def label(self, name: str) -> str:
         """A row's name as it is printed."""
@@ -236,7 +238,7 @@ def _table(study: Study, title: str, data: Sequence[str], columns: Columns, refe
     marked = frozenset(r.name for r in study.rows if r.method in METHODS and METHODS[r.method].transductive)
     notes = [f"Missing runs: {first_few(gone)}."] if gone else []
     notes += [f"{DAGGER} transductive: it learns from the unlabelled test images."] if marked else []
-    return Table(title, (*head, "train, s"), tuple(lines), tuple(best), " ".join(notes), marked)
+    return Table(title, (*head, "train, s"), tuple(lines), tuple(best), " ".join(notes), marked, tuple(data))
 
 
 def _highest(cells: Iterable[Cell]) -> float | None:
