@@ -55,7 +55,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def images_of(photos: Path, folder: Path | None = None) -> EvaluationImages:
     split = load_dataset(str(photos)).split
     paths, labels = split.paths("test"), split.labels("test")
-    return SharedImages(paths, labels, 2, folder) if folder else EvaluationImages(paths, labels)
+    return SharedImages(paths, labels, 2, folder=folder) if folder else EvaluationImages(paths, labels)
 
 
 def logits_of(method: Method, images: EvaluationImages) -> torch.Tensor:
@@ -95,6 +95,14 @@ def test_the_runs_of_a_bench_decode_images_once(vlprompt, photos: Path, tmp_path
     trained = [file for file in decoded if file.startswith("train/")]
     assert len(trained) == len(set(trained)) > 2 * len(CLASSES)  # two seeds draw others
     assert not (tmp_path / "out" / SHARED).exists()
+
+
+def test_the_runs_of_a_bench_encode_images_once(vlprompt, photos: Path, tmp_path: Path, monkeypatch) -> None:
+    encoded, encode = [], Backbone.encode_images
+    monkeypatch.setattr(Backbone, "encode_images", lambda self, x: encoded.append(len(x)) or encode(self, x))
+    given = ["--methods", "zero_shot,linear_probe", "--data", photos, "--seeds", "1", "--shots", "2"]
+    assert vlprompt("bench", "few-shot", *given, "--backbone", TINY, "--out", tmp_path / "out")[0] == 0
+    assert sum(encoded) == 2 * len(CLASSES) + 2 * len(CLASSES)  # training and test images
 
 
 def test_decoded_images_are_read_back_as_they_were(photos: Path, tmp_path: Path, decoded, monkeypatch) -> None:
@@ -137,7 +145,7 @@ def test_what_is_shared_stays_until_all_runs_are_finished(vlprompt, photos: Path
 def test_an_image_that_is_missing_is_named(tiny: Backbone, photos: Path, tmp_path: Path) -> None:
     images = images_of(photos)
     (photos / "test" / CLASSES[0] / "0.png").unlink()
-    ours = SharedImages(images.images, images.labels.tolist(), 2, tmp_path / "s")
+    ours = SharedImages(images.images, images.labels.tolist(), 2, folder=tmp_path / "s")
     with pytest.raises(DataError, match=r"0\.png: No such file"):
         logits_of(find_method("zero_shot")(tiny, CLASSES), ours)
     assert not list((tmp_path / "s").glob("*.npy"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,8 @@ def do_run(run: Run, out: Path) -> dict[str, Any]:
         begun = (folder / "config.yaml").exists()
         if folder.is_dir() and not begun:
             remove_unfinished(folder)  # killed before it wrote anything
-        method, _ = train(config, folder, resume=begun, decode=decoded_once(out / SHARED))
+        images_of = partial(SharedImages, folder=out / SHARED)
+        method, _ = train(config, folder, resume=begun, decode=decoded_once(out / SHARED), images_of=images_of)
     figures |= {k: v for k, v in _read_json(folder / "metrics.json").items() if k in _OF_TRAINING}
     environment = _read_json(folder / "environment.json")
     figures["weights"] = {k: environment[f"{k}_fingerprint"] for k in _WEIGHTS if f"{k}_fingerprint" in environment}
@@ -126,7 +127,7 @@ def measure(method: Method, config: RunConfig, split: Split, part: str, shared_f
     items, paths = split.items(part), split.paths(part)
     kept = _readable(tuple(paths), config.data.workers) if config.data.skip_bad else range(len(paths))
     labels = [items[i].label for i in kept]
-    images = SharedImages([paths[i] for i in kept], labels, config.data.workers, shared_folder)
+    images = SharedImages([paths[i] for i in kept], labels, config.data.workers, folder=shared_folder)
     return evaluate(method, images, split.class_names)
 
 

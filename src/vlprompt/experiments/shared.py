@@ -1,4 +1,4 @@
-"""Images decoded once for all runs of a bench, and of test images their views and frozen features: in files."""
+"""Images decoded once for all runs of a bench, and their evaluation views and frozen features made once: in files."""
 
 from __future__ import annotations
 
@@ -37,10 +37,18 @@ class SharedImages(EvaluationImages):
     What is read from there equals what would be computed. Where the disk lacks room it is computed each time.
     """
 
-    def __init__(self, paths: Sequence[Path], labels: Sequence[int], workers: int, folder: Path) -> None:
-        super().__init__(paths, labels, workers)
+    def __init__(
+        self,
+        images: Sequence[Path],
+        labels: Sequence[int],
+        workers: int = 2,
+        reader: ImageReader | None = None,
+        *,
+        folder: Path,
+    ) -> None:
+        super().__init__(images, labels, workers, reader)
         self.folder = folder
-        self._identity = list(map(_identity, paths))
+        self._identity = list(map(_identity, images))
 
     def views(self, method: Method) -> Iterator[Tensor]:
         """Evaluation views [B, 3, S, S] at a time, from the pixels in the file."""
@@ -48,7 +56,7 @@ class SharedImages(EvaluationImages):
 
         def pixels() -> Iterator[NDArray]:
             whole = evaluation_batches(
-                self.images, lambda image: np.array(preprocess.whole(image)), workers=self.workers
+                self.images, lambda image: np.array(preprocess.whole(image)), workers=self.workers, reader=self.reader
             )
             yield from (batch.numpy() for batch in whole)
 

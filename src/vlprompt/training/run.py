@@ -66,13 +66,15 @@ def train(
     *,
     resume: bool = False,
     decode: Callable[[Path], Image] | None = None,
+    images_of: Callable[..., EvaluationImages] = EvaluationImages,
 ) -> tuple[Method, Result]:
     """Train as configured and write the run folder ``out``, or ``resume`` the run that is in it.
 
     A resumed run ends as if it had never stopped (bit by bit on the same machine's CPU). Input that cannot be used
     leaves no new folder behind. Ctrl-C finishes the step, saves a checkpoint and raises Interrupted, which says how
-    to resume. ``decode`` opens the images in place of :func:`vlprompt.data.images.load_image`. Raises ConfigError if
-    the folder is in use, or its run cannot be resumed with this data.
+    to resume. ``decode`` opens the images in place of :func:`vlprompt.data.images.load_image`; ``images_of`` holds
+    those that accuracy is measured on, in place of :class:`EvaluationImages`. Raises ConfigError if the folder is in
+    use, or its run cannot be resumed with this data.
     """
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"output folder {out} is already in use: choose another with --out, or see --resume")
@@ -104,7 +106,7 @@ def train(
                 say(note)
             if processes.first:
                 _describe(out, config, split, environment(backbone, teacher, bank), resume)
-            history, images = History(), _images(split, "train", reader)
+            history, images = History(), images_of(split.paths("train"), split.labels("train"), reader=reader)
             if session:
                 history = session.train(say)
             else:
@@ -113,7 +115,10 @@ def train(
                 if processes.first:
                     write_atomically(out / "log.jsonl", "")
             train_accuracy = evaluate(method, images, split.class_names).accuracy
-            val_accuracy = _val_accuracy(method, split, history, reader)
+            val_accuracy = history.kept["val_accuracy"] if history.kept else None
+            if not history.kept and split.val:
+                val = images_of(split.paths("val"), split.labels("val"), reader=reader)
+                val_accuracy = evaluate(method, val, split.class_names).accuracy
             trainable = sum(p.numel() for p in method.learned())
             seconds = time.monotonic() - began + (session.earlier if session else 0.0)
             epochs, taught_by = len(history.rows), config.teacher.backbone or (labels.name if labels else None)
@@ -142,13 +147,6 @@ def _build(config: RunConfig, backbone: Backbone, split: Split, class_names: tup
     if class_names != split.class_names and not method.takes_new_classes:
         raise ConfigError("teacher.class_names_file: with class_specific the classes are the data set's own")
     return method.to(backbone.device)
-
-
-def _val_accuracy(method: Method, split: Split, history: History, reader: ImageReader) -> float | None:
-    """Percent, of the epoch that is kept or, without epochs, measured now; None where there is no val split."""
-    if (row := history.kept) is not None:
-        return row["val_accuracy"]
-    return evaluate(method, _images(split, "val", reader), split.class_names).accuracy if split.val else None
 
 
 def _opening(
@@ -242,10 +240,6 @@ def _run_folder(out: Path, resume: bool, processes: Processes) -> Iterator[None]
         raise Interrupted(f"to continue: vlprompt train --resume {shlex.quote(str(out))}") from None
     finally:
         lock.close()
-
-
-def _images(split: Split, part: str, reader: ImageReader) -> EvaluationImages:
-    return EvaluationImages(split.paths(part), [item.label for item in split.items(part)], reader=reader)
 
 
 def environment(backbone: Backbone, teacher: Teacher | None = None, bank: Bank | None = None) -> dict[str, Any]:
