@@ -182,6 +182,19 @@ def test_a_plan_of_an_earlier_version(tmp_path: Path) -> None:
         assert "| coop | missing | missing | missing |" in markdown([section])
 
 
+def test_a_plan_that_cannot_be_read_is_neither_ignored_nor_overwritten(vlprompt, tmp_path: Path) -> None:
+    planned(tmp_path, "base-to-novel", ["dtd"])
+    file = tmp_path / "base-to-novel" / "planned.json"
+    file.write_text(file.read_text()[:50])
+    code, _, err = vlprompt("report", folder(tmp_path, base_to_novel()))
+    assert code == 2
+    assert err.startswith(f"error: cannot read {file}: ")
+    assert err.count("\n") == 1
+    with pytest.raises(DataError, match="remove it, and repeat the bench with --skip-existing"):
+        planned(tmp_path, "base-to-novel", ["eurosat"])
+    assert len(file.read_text()) == 50
+
+
 def test_what_a_method_cannot_be_asked_is_not_missing() -> None:
     rows = base_to_novel()
     probe = [

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlprompt.data.datasets import load_dataset
-from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError, first_few
+from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError, first_few, one_line
 from vlprompt.experiments import on_ray, pool
 from vlprompt.experiments.lock import folder_lock
 from vlprompt.experiments.pool import Outcome
@@ -200,13 +200,16 @@ def gaps(runs: Sequence[Run], load: Load = load_dataset) -> list[str]:
 
 
 def read_planned(file: Path) -> dict[str, Any]:
-    """The planned runs by folder; none if the file cannot be read, as it only serves to name what is missing.
+    """The planned runs by folder; none if there is no file. Raises DataError if it cannot be read.
 
     Those of earlier versions lack what was to be measured (``measured``).
     """
     try:
         content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError) as error:
+        advice = "remove it, and repeat the bench with --skip-existing to have missing runs named"
+        raise DataError(f"cannot read {file}: {one_line(error)}: {advice}") from None
     runs = content.items() if isinstance(content, dict) else ()
     return {place: run for place, run in runs if isinstance(run, dict) and run.keys() >= _OF_A_RUN}
