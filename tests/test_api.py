@@ -195,6 +195,8 @@ def test_bad_input(tiny, tuned, tmp_path):
         build_method("coop", tiny, NAMES, nctx=4)
     with fails(ConfigError, r"method.n_ctx = 0 \(allowed: greater"):
         build_method("coop", tiny, NAMES, n_ctx=0)
+    with fails(ConfigError, r"template = a photo \(allowed: text with \{\} for the class name\)"):
+        build_method("zero_shot", tiny, NAMES, template="a photo")
     with fails(DataError, "2 classes are named 'a'"):
         build_method("coop", tiny, ["a", "a"])
     with fails(DataError, "not one text: 'otter'"):
