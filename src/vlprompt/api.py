@@ -275,7 +275,7 @@ def _checked_names(class_names: Sequence[str]) -> tuple[str, ...]:
     if other := [name for name in names if not isinstance(name, str)]:
         raise DataError(f"class names are texts: {other[0]!r} is none")
     check_class_names(names, "class names")
-    return names
+    return tuple(map(str, names))  # NumPy's texts print as np.str_
 
 
 def _images(images: Images) -> list[ImageSource]:
