@@ -125,7 +125,9 @@ def test_class_names_and_labels_may_be_arrays_and_tensors(tuned):
     expected = evaluate(tuned, pixels, names, class_names=NAMES)
     indices = torch.tensor([NAMES.index(name) for name in names])
     assert evaluate(tuned, pixels, indices, class_names=np.array(NAMES)) == expected
-    assert PromptedModel(tuned).predict(pixels, class_names=np.array(OTHERS)).class_names == tuple(OTHERS)
+    answer = PromptedModel(tuned).predict(pixels, class_names=np.array(OTHERS))
+    assert answer.class_names == tuple(OTHERS)
+    assert {type(name) for name in answer.class_names} == {str}
 
 
 def test_rotated_and_grey_pictures_are_read_as_from_files(tuned, tmp_path):
@@ -195,6 +197,8 @@ def test_bad_input(tiny, tuned, tmp_path):
         build_method("coop", tiny, NAMES, nctx=4)
     with fails(ConfigError, r"method.n_ctx = 0 \(allowed: greater"):
         build_method("coop", tiny, NAMES, n_ctx=0)
+    with fails(ConfigError, r"template = a photo \(allowed: text with \{\} for the class name\)"):
+        build_method("zero_shot", tiny, NAMES, template="a photo")
     with fails(DataError, "2 classes are named 'a'"):
         build_method("coop", tiny, ["a", "a"])
     with fails(DataError, "not one text: 'otter'"):

@@ -62,8 +62,8 @@ def build_method(
 
     ``template`` is the data set's text with {} for the class name; ``settings`` are the method's own (``n_ctx=4``;
     where a name is taken, ``**{"method.template": …}``). ``seed`` decides the initial prompts; the global random
-    state stays as it is. Raises ConfigError for what the method does not know, DataError for class names without a
-    name or with another's.
+    state stays as it is. Raises ConfigError for what the method does not know and a template without {}, DataError for
+    class names without a name or with another's.
     """
     keys = full_keys(settings, method_keys(name), f"setting of {name}")
     return build_configured(build_config(name, overrides=keys), backbone, class_names, template, seed)
@@ -87,6 +87,8 @@ def build_configured(
 ) -> Method:
     """The method of a checked configuration, initialised as ``vlprompt train`` does it."""
     names = _checked_names(class_names)
+    if "{}" not in template:
+        raise ConfigError(f"template = {template} (allowed: text with {{}} for the class name)")
     with _random_state_kept():
         torch.manual_seed(seed)
         method = find_method(config.method)(backbone, names, config.settings, template)
@@ -273,7 +275,7 @@ def _checked_names(class_names: Sequence[str]) -> tuple[str, ...]:
     if other := [name for name in names if not isinstance(name, str)]:
         raise DataError(f"class names are texts: {other[0]!r} is none")
     check_class_names(names, "class names")
-    return names
+    return tuple(map(str, names))  # NumPy's texts print as np.str_
 
 
 def _images(images: Images) -> list[ImageSource]:
