@@ -20,7 +20,7 @@ from hub import Hub
 from pictures import pictures, write_pictures
 from vlprompt import PromptedModel, build_method, evaluate, fit, load_backbone, load_dataset
 from vlprompt.cli import main
-from vlprompt.errors import ArtefactError, BackboneError, ConfigError, DataError, VlpromptError
+from vlprompt.errors import ArtefactError, ConfigError, DataError, VlpromptError
 from vlprompt.methods import METHODS
 from vlprompt.training.artefact import FORMAT_VERSION
 from vlprompt.training.config import build_config
@@ -418,7 +418,7 @@ def test_an_artefact_of_version_1_is_read(saved, tuned):
 
 def test_the_backbone_may_lie_elsewhere_but_must_be_the_same(saved):
     edit(saved, backbone={**json.loads((saved / "config.json").read_text())["backbone"], "name": "/gone/clip"})
-    with fails(BackboneError, "no backbone '/gone/clip'"):
+    with fails(ArtefactError, r"tuned on backbone '/gone/clip': no backbone '/gone/clip'.*in Python: backbone="):
         PromptedModel.from_pretrained(saved)
     assert PromptedModel.from_pretrained(saved, backbone=TINY).backbone.name == TINY
     with fails(ArtefactError, "'mini' has other weights"):
@@ -438,7 +438,11 @@ def test_there_and_back_over_the_hub(tuned, tmp_path, monkeypatch):
     assert {f.name for f in (tmp_path / "someone/toys-coop").iterdir()} == {
         "config.json", "prompts.safetensors", "README.md",
     }  # fmt: skip
-    loaded = PromptedModel.from_pretrained("someone/toys-coop", revision="main")
+    with fails(ArtefactError, rf"tuned on backbone '{Path(TINY).name}': no backbone"):  # no path of this machine
+        PromptedModel.from_pretrained("someone/toys-coop")
+    assert str(TINY) not in (tmp_path / "someone/toys-coop/config.json").read_text("utf-8")
+    hub.calls.pop()
+    loaded = PromptedModel.from_pretrained("someone/toys-coop", revision="main", backbone=TINY)
     assert hub.calls[2]["revision"] == "main"
     assert loaded.about == {"data set": "toys"}
     assert torch.equal(loaded.logits(pixels), model.logits(pixels))

@@ -710,6 +710,15 @@ def test_settings_out_of_range(setting: dict, says: str) -> None:
         build_config("drople", overrides=setting)
 
 
+def test_a_run_says_that_all_of_it_is_warm_up(photos: Path, tmp_path: Path) -> None:
+    for warm_up, count in ((1, 1), (0, 0)):
+        said: list[str] = []
+        given = {"train.epochs": 1, "optim.warmup_epochs": warm_up}
+        train(configured(photos, "coop", **given), tmp_path / f"run-{warm_up}", say=said.append)
+        assert said.count("train.epochs = 1: all of it is warm-up, at a learning rate of 1e-05 "
+                          "(optim.warmup_epochs = 1)") == count  # fmt: skip
+
+
 def test_a_run_says_which_of_its_settings_have_no_effect(photos: Path, tmp_path: Path) -> None:
     said: list[str] = []
     changed = {"method.mode": "zero", "method.sigma": 0.5, "method.lora_alpha": 8, "method.lora_dropout": 0.1}

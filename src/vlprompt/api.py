@@ -250,7 +250,7 @@ class PromptedModel:
         the hub's reason.
         """
         with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            save_artefact(self.method, Path(folder), self.about, public=True)
             return upload(Path(folder), repo, private=private, token=token, message=message)
 
 

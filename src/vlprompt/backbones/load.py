@@ -264,5 +264,5 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _licence(folder: Path) -> str | None:
     """The licence that the model card's head names."""
     card = folder / "README.md"
-    lines = card.read_text("utf-8").splitlines() if card.is_file() else []
+    lines = card.read_text("utf-8", errors="replace").splitlines() if card.is_file() else []
     return next((line.split(":", 1)[1].strip() for line in lines[:40] if line.startswith("license:")), None)

@@ -22,7 +22,7 @@ def deep_context(backbone: Backbone, n_ctx: int, init: str | None, depth: int, *
     With fewer learned tokens than initial words the other words stay frozen in the text; with more, the official
     code drops the words and starts at random, and so do we.
     """
-    if init and n_ctx > len(backbone.tokenizer.words(init)):
+    if init and 0 < len(backbone.tokenizer.words(init)) < n_ctx:
         init = None
     return TextContext(backbone, n_ctx, init, depth=depth, **options)
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 import vlprompt
 from vlprompt.backbones.backbone import Backbone
-from vlprompt.backbones.load import load_backbone
-from vlprompt.errors import ArtefactError, ConfigError, one_line, unknown
+from vlprompt.backbones.load import BESIDE, EMBEDDED, load_backbone
+from vlprompt.backbones.names import public_name
+from vlprompt.errors import ArtefactError, BackboneError, ConfigError, one_line, unknown
 from vlprompt.files import write_atomically
 from vlprompt.methods import Method, find_method
 from vlprompt.training.card import model_card
@@ -32,8 +33,13 @@ PROMPTS, CONFIG, CARD = "prompts.safetensors", "config.json", "README.md"
 FILES = (CONFIG, PROMPTS, CARD)
 
 
-def save_artefact(method: Method, folder: Path, about: Mapping[str, Any] | None = None) -> None:
-    """Write a tuned model into ``folder``; ``about`` (data, settings, metrics) goes into its model card."""
+def save_artefact(
+    method: Method, folder: Path, about: Mapping[str, Any] | None = None, *, public: bool = False
+) -> None:
+    """Write a tuned model into ``folder``; ``about`` (data, settings, metrics) goes into its model card.
+
+    A backbone in a folder is noted with its whole path, or where the model is for others (``public``) by name alone.
+    """
     backbone = method.backbone
     state = {k: v.detach().float().cpu().contiguous() for k, v in method.inference_state().items()}
     prompts = save(state)
@@ -45,7 +51,11 @@ def save_artefact(method: Method, folder: Path, about: Mapping[str, Any] | None 
         "settings": asdict(method.config),
         "class_names": list(method.class_names),
         "template": method.template,
-        "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint, "licence": backbone.licence},
+        "backbone": {
+            "name": (public_name if public else _place)(backbone.name),
+            "fingerprint": backbone.fingerprint,
+            "licence": backbone.licence,
+        },
         "prompts": {"sha256": sha256(prompts).hexdigest(), "shapes": {k: list(v.shape) for k, v in state.items()}},
         "about": about,
     }
@@ -129,10 +139,22 @@ def _difference(content: bytes, shapes: Mapping[str, list[int]]) -> str:
     return f"its content has changed (its sha256 is not the one in {CONFIG})"
 
 
+def _place(backbone: str) -> str:
+    """A backbone's name, by which it is found from any folder."""
+    path = Path(backbone).expanduser()
+    return str(path.resolve()) if backbone not in EMBEDDED | BESIDE and path.exists() else backbone
+
+
 def _load_backbone(
     elsewhere: str | None, expected: Mapping[str, Any], folder: Path, device: str, precision: str
 ) -> Backbone:
-    backbone = load_backbone(elsewhere or expected["name"], device, precision)  # type: ignore[arg-type]
+    try:
+        backbone = load_backbone(elsewhere or expected["name"], device, precision)  # type: ignore[arg-type]
+    except BackboneError as error:
+        if elsewhere:
+            raise
+        advice = "say where it lies with --backbone (in Python: backbone=)"
+        raise ArtefactError(f"{folder} was tuned on backbone '{expected['name']}': {error}; {advice}") from None
     if backbone.fingerprint != expected["fingerprint"]:
         raise ArtefactError(
             f"{folder} was tuned on backbone '{expected['name']}' ({expected['fingerprint'][:12]}…), "

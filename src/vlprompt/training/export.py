@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import vlprompt
+from vlprompt.backbones.names import public_name
 from vlprompt.data.splits import check_class_names
 from vlprompt.errors import ArtefactError
 from vlprompt.files import write_atomically
@@ -48,7 +49,7 @@ def export_classes(method: Method, class_names: Sequence[str], out: Path) -> Non
         "export_version": str(EXPORT_VERSION),
         "vlprompt_version": vlprompt.__version__,
         "method": method.name,
-        "backbone": backbone.name,
+        "backbone": public_name(backbone.name),
         "backbone_fingerprint": backbone.fingerprint,
         "class_names": json.dumps(list(class_names), ensure_ascii=False),
         "preprocess": json.dumps(asdict(backbone.preprocess)),

@@ -102,7 +102,7 @@ def train(
         processes.wait()  # all have seen that the folder can be used
         with _run_folder(out, resume, processes):
             say(_opening(config, dataset, split, method, processes, teacher, bank))
-            for note in _unused(config.settings):
+            for note in [*_unused(config.settings), *(_only_warm_up(config) if session else [])]:
                 say(note)
             if processes.first:
                 _describe(out, config, split, environment(backbone, teacher, bank), resume)
@@ -187,6 +187,15 @@ def _unused(settings: MethodConfig) -> list[str]:
         for key, other in settings.unused().items()
         if getattr(settings, key) != getattr(type(settings), key)
     ]
+
+
+def _only_warm_up(config: RunConfig) -> list[str]:
+    """A line for a training that ends before its learning rate has risen."""
+    optim, epochs = config.optim, config.train.epochs
+    return [
+        f"train.epochs = {epochs}: all of it is warm-up, at a learning rate of {optim.warmup_lr:g} "
+        f"(optim.warmup_epochs = {optim.warmup_epochs:g})"
+    ] * (epochs <= optim.warmup_epochs)
 
 
 def _check_images(out: Path, split: Split) -> None:
