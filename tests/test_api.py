@@ -102,6 +102,20 @@ def test_same_prompts_as_the_command_line(name, tiny, tmp_path):
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
+def test_fit_in_parts_to_save_memory(tiny):
+    pixels, names = pictures(2)
+    fitted = []
+    for parts in ({}, {"accumulate": 2, "text_chunk": 2}):
+        method = build_method("coop", tiny, NAMES, n_ctx=2)
+        fit(method, pixels, names, epochs=2, batch_size=4, lr=0.01, warmup_epochs=0, **parts)
+        assert method.text_chunk == parts.get("text_chunk")
+        fitted.append(method.inference_state())
+    start = build_method("coop", tiny, NAMES, n_ctx=2).inference_state()
+    for name, value in fitted[0].items():
+        torch.testing.assert_close(fitted[1][name], value, rtol=0, atol=1e-5)
+        assert not torch.allclose(value, start[name], atol=1e-4)
+
+
 def test_images_may_be_files_pillow_images_or_arrays(tuned, tmp_path):
     folder, (pixels, names) = write_pictures(tmp_path, n=2), pictures(2)
     paths = [folder / name.replace(" ", "_") / f"{i % 2}.png" for i, name in enumerate(names)]

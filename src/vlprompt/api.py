@@ -42,7 +42,7 @@ Labels = Sequence[str] | Sequence[int] | NDArray[Any] | Tensor
 
 TRAINING = {
     **{f.name: f"optim.{f.name}" for f in fields(OptimConfig)},
-    "epochs": "train.epochs",
+    **{name: f"train.{name}" for name in ("epochs", "accumulate", "text_chunk")},
     "teacher": "teacher.backbone",
     **{name: f"data.{name}" for name in ("batch_size", "min_scale", "workers", "bank", "views", "regions_per_image")},
 }
