@@ -1,6 +1,7 @@
 """Shared fixtures. Small models run several times faster with one thread."""
 
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ with warnings.catch_warnings():
     import torch
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests in the background ignores it
 
 ROOT = Path(__file__).parent
 SHARED = ROOT.parents[1] / "shared"
