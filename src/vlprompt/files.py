@@ -6,10 +6,15 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from vlprompt.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
@@ -35,14 +40,11 @@ def alone(lock: Path) -> Iterator[None]:
 
     Where the system or the file system knows no locks, nothing is held.
     """
-    try:
-        import fcntl
-    except ImportError:
+    if fcntl is None:
         yield
         return
     with lock.open("w") as stream:
-        with suppress(OSError):  # some network file systems know no locks
-            fcntl.flock(stream, fcntl.LOCK_EX)
+        _take(stream.fileno(), fcntl.LOCK_EX)
         yield
 
 
@@ -52,22 +54,25 @@ def held(folder: Path) -> Iterator[bool]:
 
     Where the system or the file system knows no locks, nothing is held.
     """
-    try:
-        import fcntl
-    except ImportError:
+    if fcntl is None:
         yield True
         return
-    handle, free = os.open(folder, os.O_RDONLY), True
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            free = False
-        except OSError:  # some network file systems know no locks
-            pass
-        yield free
+        yield _take(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         os.close(handle)
+
+
+def _take(handle: int, how: int) -> bool:
+    """Take the lock of an open file; False if another process has it and is not waited for."""
+    try:
+        fcntl.flock(handle, how)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network file systems know no locks
+        pass
+    return True
 
 
 def unfinished_name(file: Path) -> Path:
