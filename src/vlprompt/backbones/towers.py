@@ -20,17 +20,18 @@ from vlprompt.backbones.packing import Attention, PackedText, packed_attention
 
 
 class QuickGELU(torch.autograd.Function):
-    """x · σ(1.702 x), with nothing but x kept for the backward pass, where its slope is that of SiLU, at 1.702 x."""
+    """x · σ(1.702 x), with nothing but 1.702 x kept for the backward pass: its slope is that of SiLU there."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return (1.702 * x).sigmoid_().mul_(x)
+        scaled = 1.702 * x
+        ctx.save_for_backward(scaled)
+        return scaled.sigmoid().mul_(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return torch.ops.aten.silu_backward(gradient, 1.702 * ctx.saved_tensors[0])
+        return torch.ops.aten.silu_backward(gradient, *ctx.saved_tensors)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
