@@ -85,7 +85,7 @@ def bench(
         check_data(todo, load)
         elsewhere = engine == "ray" and bool(todo)
         with on_ray.connected() if elsewhere else nullcontext():
-            outcomes = on_ray.outcomes(todo, out, workers) if elsewhere else pool.outcomes(todo, out, workers or 1)
+            outcomes = on_ray.outcomes(todo, out, workers) if elsewhere else pool.outcomes(todo, out, workers or 1, say)
             note_planned(runs, out)
             for note in gaps(todo, load):
                 say(note)

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -34,6 +34,8 @@ class Outcome:
     trace: str = ""
     """Where a failure that is no bad input came from."""
     interrupted: bool = False
+    killed: bool = False
+    """Its process was, as a system does where memory is full."""
 
 
 def attempt(run: Run, out: Path) -> Outcome:
@@ -49,8 +51,14 @@ def attempt(run: Run, out: Path) -> Outcome:
         return Outcome(run, failure=reason, trace=traceback.format_exc())
 
 
-def outcomes(runs: Sequence[Run], out: Path, workers: int) -> Iterator[Outcome]:
-    """The outcome of each run as it ends; after one that was interrupted no other begins."""
+def outcomes(
+    runs: Sequence[Run], out: Path, workers: int, say: Callable[[str], None] = lambda text: None
+) -> Iterator[Outcome]:
+    """The outcome of each run as it ends; after one that was interrupted no other begins.
+
+    A run whose process is killed begins again, and from then on one run fewer is at work at once; only a run that was
+    at work alone has failed.
+    """
     if workers == 1 or len(runs) < 2:
         for run in runs:
             outcome = attempt(run, out)
@@ -58,7 +66,7 @@ def outcomes(runs: Sequence[Run], out: Path, workers: int) -> Iterator[Outcome]:
             if outcome.interrupted:
                 return
         return
-    yield from _in_processes(runs, out, min(workers, len(runs)))
+    yield from _in_processes(runs, out, min(workers, len(runs)), say)
 
 
 class _Worker:
@@ -89,8 +97,7 @@ class _Worker:
             self.process.join()
             code = self.process.exitcode or 0
             how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
-            memory = ": is there enough memory for so many --workers?" if code == -signal.SIGKILL else ""
-            return Outcome(run, failure=f"its process {how}{memory}")
+            return Outcome(run, failure=f"its process {how}", killed=code == -signal.SIGKILL)
 
     def end(self) -> None:
         """Let the process end; it has no run."""
@@ -98,13 +105,14 @@ class _Worker:
         self.process.join()
 
 
-def _in_processes(runs: Sequence[Run], out: Path, workers: int) -> Iterator[Outcome]:
-    waiting, stopping = list(runs), False
+def _in_processes(runs: Sequence[Run], out: Path, workers: int, say: Callable[[str], None]) -> Iterator[Outcome]:
+    waiting, stopping, at_once = list(runs), False, workers
     pool = [_Worker(out, place, workers) for place in range(workers)]
     try:
         while True:
             for place, worker in enumerate(pool):
-                if worker.run is None and waiting and not stopping:
+                at_work = sum(worker.run is not None for worker in pool)
+                if worker.run is None and waiting and not stopping and at_work < at_once:
                     if not worker.process.is_alive():
                         worker = pool[place] = _Worker(out, place, workers)
                     worker.give(waiting.pop(0))
@@ -125,6 +133,12 @@ def _in_processes(runs: Sequence[Run], out: Path, workers: int) -> Iterator[Outc
             for connection in ready:
                 assert isinstance(connection, Connection)
                 outcome = busy[connection].outcome()
+                if outcome.killed and len(busy) > 1 and not stopping:
+                    at_once = max(1, at_once - 1)
+                    waiting.insert(0, outcome.run)
+                    again = f"memory may not do for so many --workers: it begins again, with {at_once} at once"
+                    say(f"{outcome.run}: {outcome.failure}; {again}")
+                    continue
                 stopping = stopping or outcome.interrupted
                 yield outcome
     finally:
