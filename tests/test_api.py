@@ -116,6 +116,12 @@ def test_fit_in_parts_to_save_memory(tiny):
         assert not torch.allclose(value, start[name], atol=1e-4)
 
 
+def test_fit_records_graphs_on_a_gpu_only(tiny):
+    pixels, names = pictures(2)
+    with fails(ConfigError, "train.graphs needs a GPU"):
+        fit(build_method("coop", tiny, NAMES, n_ctx=2), pixels, names, epochs=1, graphs=True)
+
+
 def test_images_may_be_files_pillow_images_or_arrays(tuned, tmp_path):
     folder, (pixels, names) = write_pictures(tmp_path, n=2), pictures(2)
     paths = [folder / name.replace(" ", "_") / f"{i % 2}.png" for i, name in enumerate(names)]
@@ -437,6 +443,15 @@ def test_the_backbone_may_lie_elsewhere_but_must_be_the_same(saved):
     assert PromptedModel.from_pretrained(saved, backbone=TINY).backbone.name == TINY
     with fails(ArtefactError, "'mini' has other weights"):
         PromptedModel.from_pretrained(saved, backbone="mini")
+
+
+def test_models_share_a_loaded_backbone(saved, tiny, tuned):
+    models = [PromptedModel.from_pretrained(saved, backbone=tiny) for _ in range(2)]
+    assert all(model.backbone is tiny for model in models)
+    pixels = pictures(1)[0]
+    assert torch.equal(models[0].logits(pixels), PromptedModel(tuned).logits(pixels))
+    with fails(ArtefactError, "'mini' has other weights"):
+        PromptedModel.from_pretrained(saved, backbone=load_backbone("mini"))
 
 
 # --- the hub --------------------------------------------------------------------------------------

@@ -720,6 +720,13 @@ def test_fingerprint(tmp_path: Path) -> None:
     assert load_backbone(str(tmp_path / "gelu")).fingerprint != stored
 
 
+def test_texts_are_a_list() -> None:
+    backbone = load_backbone("mini")
+    with pytest.raises(DataError, match=r"^texts are a list: put the one text into brackets, \['cat'\]$"):
+        backbone.encode_texts("cat")
+    assert backbone.encode_texts([]).shape == (0, backbone.embed_dim)
+
+
 def test_texts_are_remembered() -> None:
     backbone, calls = load_backbone("mini"), []
     backbone.text_tower.register_forward_hook(lambda *_: calls.append(1))

@@ -42,7 +42,7 @@ Labels = Sequence[str] | Sequence[int] | NDArray[Any] | Tensor
 
 TRAINING = {
     **{f.name: f"optim.{f.name}" for f in fields(OptimConfig)},
-    **{name: f"train.{name}" for name in ("epochs", "accumulate", "text_chunk")},
+    **{name: f"train.{name}" for name in ("epochs", "accumulate", "text_chunk", "graphs")},
     "teacher": "teacher.backbone",
     **{name: f"data.{name}" for name in ("batch_size", "min_scale", "workers", "bank", "views", "regions_per_image")},
 }
@@ -220,15 +220,16 @@ class PromptedModel:
         cls,
         name: str | os.PathLike[str],
         *,
-        backbone: str | None = None,
+        backbone: str | Backbone | None = None,
         device: str = "cpu",
         precision: str = "fp32",
         revision: str | None = None,
     ) -> PromptedModel:
         """Load a tuned model from a folder, or from a hub repository ``owner/name``.
 
-        ``backbone`` says where its backbone lies if not where it was. Raises ArtefactError if there is no such
-        model, its files are not those that were saved, or the backbone is another one.
+        ``backbone`` says where its backbone lies if not where it was, or is the loaded one, which several models may
+        share (``device`` and ``precision`` are then its own). Raises ArtefactError if there is no such model, its files
+        are not those that were saved, or the backbone is another one.
         """
         folder = Path(name).expanduser()
         if not folder.is_dir() and may_be_hub_id(str(name)):

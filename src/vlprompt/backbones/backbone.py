@@ -15,6 +15,7 @@ from vlprompt.backbones.packing import pack
 from vlprompt.backbones.tokenizer import TextTokenizer
 from vlprompt.backbones.towers import ImageTower, TextTower
 from vlprompt.data.images import Preprocess
+from vlprompt.errors import DataError
 
 TEXTS_AT_ONCE = 512
 
@@ -96,7 +97,14 @@ class Backbone:
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str], normalise: bool = True) -> Tensor:
-        """Frozen features of texts, remembered between calls: [len(texts), E], in fp32 at least."""
+        """Frozen features of texts, remembered between calls: [len(texts), E], in fp32 at least.
+
+        Raises DataError for one text that is no list of texts.
+        """
+        if isinstance(texts, str):
+            raise DataError(f"texts are a list: put the one text into brackets, ['{texts[:60]}']")
+        if not len(texts):
+            return torch.zeros(0, self.embed_dim, device=self.device)
         new = [t for t in dict.fromkeys(texts) if t not in self._texts]
         for start in range(0, len(new), TEXTS_AT_ONCE):
             part = new[start : start + TEXTS_AT_ONCE]

@@ -64,8 +64,12 @@ def save_artefact(
     write_atomically(folder / CARD, model_card(method, about))
 
 
-def load_artefact(folder: Path, backbone: str | None = None, device: str = "cpu", precision: str = "fp32") -> Method:
-    """Read a tuned model; ``backbone`` says where its backbone lies if not where it was.
+def load_artefact(
+    folder: Path, backbone: str | Backbone | None = None, device: str = "cpu", precision: str = "fp32"
+) -> Method:
+    """Read a tuned model; ``backbone`` says where its backbone lies if not where it was, or is the loaded one.
+
+    A loaded backbone stays where it is, in its precision.
 
     Raises ArtefactError if the folder is no artefact, comes from a newer version, holds other tensors than were
     saved, does not fit the method, or was tuned on another backbone.
@@ -87,7 +91,7 @@ def load_artefact(folder: Path, backbone: str | None = None, device: str = "cpu"
     except (RuntimeError, KeyError) as error:
         reason = one_line(error)
         raise ArtefactError(f"{PROMPTS} in {folder} does not fit {cls.name}: {reason}") from None
-    return method.to(device).eval().requires_grad_(False)
+    return method.to(loaded.device).eval().requires_grad_(False)
 
 
 def read_artefact_config(folder: Path) -> dict[str, Any]:
@@ -146,18 +150,19 @@ def _place(backbone: str) -> str:
 
 
 def _load_backbone(
-    elsewhere: str | None, expected: Mapping[str, Any], folder: Path, device: str, precision: str
+    given: str | Backbone | None, expected: Mapping[str, Any], folder: Path, device: str, precision: str
 ) -> Backbone:
     try:
-        backbone = load_backbone(elsewhere or expected["name"], device, precision)  # type: ignore[arg-type]
+        if not isinstance(given, Backbone):
+            given = load_backbone(given or expected["name"], device, precision)  # type: ignore[arg-type]
     except BackboneError as error:
-        if elsewhere:
+        if given:
             raise
         advice = "say where it lies with --backbone (in Python: backbone=)"
         raise ArtefactError(f"{folder} was tuned on backbone '{expected['name']}': {error}; {advice}") from None
-    if backbone.fingerprint != expected["fingerprint"]:
+    if given.fingerprint != expected["fingerprint"]:
         raise ArtefactError(
             f"{folder} was tuned on backbone '{expected['name']}' ({expected['fingerprint'][:12]}…), "
-            f"but '{backbone.name}' has other weights ({backbone.fingerprint[:12]}…)"
+            f"but '{given.name}' has other weights ({given.fingerprint[:12]}…)"
         )
-    return backbone
+    return given
