@@ -18,6 +18,7 @@ from vlprompt.data.views import TrainingViews
 from vlprompt.errors import ConfigError
 from vlprompt.methods import METHODS, find_method
 from vlprompt.methods.coop import CoOp
+from vlprompt.training import distributed
 from vlprompt.training.config import OptimConfig, TrainConfig, build_config
 from vlprompt.training.loop import Training
 from vlprompt.training.run import saved_config, train
@@ -135,6 +136,20 @@ def to_double(preprocess: Preprocess) -> Preprocess:
             return super().tensor(*given).double()
 
     return Double(**vars(preprocess))
+
+
+def test_processes_wait_for_hours(monkeypatch):
+    """The first looks at all images alone; by default the others would give up after ten minutes (NCCL)."""
+    given = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, **how: given.update(how))
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    with distributed.join_processes("cpu"):
+        pass
+    assert given["timeout"].total_seconds() >= 6 * 3600
 
 
 def test_processes_that_nobody_started(pictures, tmp_path, monkeypatch):

@@ -10,12 +10,16 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from vlprompt.errors import ConfigError, one_line
+
+PATIENCE = timedelta(hours=12)
+"""How long processes wait for one another: the first looks at all images alone, a million of them take hours."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def join_processes(device: str) -> Iterator[Processes]:
     ours = not dist.is_initialized()
     if ours:
         try:
-            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
         except (ValueError, RuntimeError) as error:  # variables that are missing, or a process that never came
             reason = one_line(error)
             raise ConfigError(f"cannot join the {size} processes that WORLD_SIZE tells of: {reason}") from None
