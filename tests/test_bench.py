@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from miniature import build
 from small_run import CLASSES, TINY, make_pictures
@@ -667,7 +668,7 @@ def test_workers_and_one_of_them_killed(bench, photos: Path, tmp_path: Path) -> 
     killed.append(0)
     thread.join()
     assert killed[0]
-    told = "its process was killed (SIGKILL); memory may not do for so many --workers: it begins again, with 1 at once"
+    told = "its process was killed (SIGKILL); too little memory for so many --workers? It begins again, with 1 at once"
     assert told in err
     assert code == 0
     assert json.loads(out)["done"] == 3
@@ -720,22 +721,41 @@ class Room:
             raise DataError(f"{reader.room} bytes")
 
 
-class Killed(Room):
-    """In place of a run: its process is killed."""
+class Full(Room):
+    """In place of a run for which memory does not do, in several ways."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
 
     @property
     def folder(self) -> Path:
-        os.kill(os.getpid(), signal.SIGKILL)
+        if self.how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.how == "gpu":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        elif self.how == "python":
+            raise MemoryError
+        torch.empty(1 << 60, dtype=torch.uint8)
         raise AssertionError
 
 
-def test_a_run_that_is_killed_when_alone_has_failed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("killed", r"its process was killed \(SIGKILL\)"),
+        ("gpu", r"OutOfMemoryError: CUDA out of memory\."),
+        ("python", "MemoryError:"),
+        ("cpu", "RuntimeError: .*DefaultCPUAllocator.*"),
+    ],
+)
+def test_a_run_that_memory_does_not_do_for_fails_only_when_alone(tmp_path: Path, how: str, reason: str) -> None:
     said: list[str] = []
-    ended = list(pool.outcomes([Killed(), Killed(), Room(), Room()], tmp_path, 3, said.append))
-    assert sorted(o.failure for o in ended if o.killed) == ["its process was killed (SIGKILL)"] * 2
-    assert [o.failure for o in ended if not o.killed] == [f"{CACHE_BYTES // 3} bytes"] * 2
-    assert 2 <= len(said) <= 4
-    assert said[-1].endswith("it begins again, with 1 at once")
+    ended = list(pool.outcomes([Full(how), Full(how), Room(), Room()], tmp_path, 3, said.append))
+    failed = [o for o in ended if o.memory_full]
+    assert len(failed) == 2
+    assert all(re.fullmatch(reason, o.failure) and not o.trace for o in failed)
+    assert [o.failure for o in ended if not o.memory_full] == [f"{CACHE_BYTES // 3} bytes"] * 2
+    assert said[-1].endswith("too little memory for so many --workers? It begins again, with 1 at once")
 
 
 @pytest.mark.parametrize(("workers", "share"), [(1, CACHE_BYTES), (2, CACHE_BYTES // 2), (3, CACHE_BYTES // 2)])

@@ -34,8 +34,8 @@ class Outcome:
     trace: str = ""
     """Where a failure that is no bad input came from."""
     interrupted: bool = False
-    killed: bool = False
-    """Its process was, as a system does where memory is full."""
+    memory_full: bool = False
+    """It failed for that, or its process was killed, as systems do then."""
 
 
 def attempt(run: Run, out: Path) -> Outcome:
@@ -48,7 +48,16 @@ def attempt(run: Run, out: Path) -> Outcome:
         return Outcome(run, failure=one_line(error, most=None))
     except Exception as error:  # the rest of the sweep goes on whatever happens in one run
         reason = one_line(f"{type(error).__name__}: {error}", most=None)
+        if _says_memory_is_full(error):
+            return Outcome(run, failure=reason, memory_full=True)
         return Outcome(run, failure=reason, trace=traceback.format_exc())
+
+
+def _says_memory_is_full(error: Exception) -> bool:
+    import torch
+
+    known = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+    return known or "DefaultCPUAllocator" in str(error)  # for which PyTorch has no type
 
 
 def outcomes(
@@ -56,8 +65,8 @@ def outcomes(
 ) -> Iterator[Outcome]:
     """The outcome of each run as it ends; after one that was interrupted no other begins.
 
-    A run whose process is killed begins again, and from then on one run fewer is at work at once; only a run that was
-    at work alone has failed.
+    A run for which memory does not do begins again, with one run fewer at once from then on; only where it was at work
+    alone has it failed.
     """
     if workers == 1 or len(runs) < 2:
         for run in runs:
@@ -97,7 +106,7 @@ class _Worker:
             self.process.join()
             code = self.process.exitcode or 0
             how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
-            return Outcome(run, failure=f"its process {how}", killed=code == -signal.SIGKILL)
+            return Outcome(run, failure=f"its process {how}", memory_full=code == -signal.SIGKILL)
 
     def end(self) -> None:
         """Let the process end; it has no run."""
@@ -106,13 +115,12 @@ class _Worker:
 
 
 def _in_processes(runs: Sequence[Run], out: Path, workers: int, say: Callable[[str], None]) -> Iterator[Outcome]:
-    waiting, stopping, at_once = list(runs), False, workers
+    waiting, stopping = list(runs), False
     pool = [_Worker(out, place, workers) for place in range(workers)]
     try:
         while True:
             for place, worker in enumerate(pool):
-                at_work = sum(worker.run is not None for worker in pool)
-                if worker.run is None and waiting and not stopping and at_work < at_once:
+                if worker.run is None and waiting and not stopping:
                     if not worker.process.is_alive():
                         worker = pool[place] = _Worker(out, place, workers)
                     worker.give(waiting.pop(0))
@@ -132,11 +140,14 @@ def _in_processes(runs: Sequence[Run], out: Path, workers: int, say: Callable[[s
                 continue
             for connection in ready:
                 assert isinstance(connection, Connection)
-                outcome = busy[connection].outcome()
-                if outcome.killed and len(busy) > 1 and not stopping:
-                    at_once = max(1, at_once - 1)
+                worker = busy[connection]
+                outcome = worker.outcome()
+                if outcome.memory_full and len(busy) > 1 and not stopping:
+                    worker.end()  # and give back what it holds; the only one is replaced
+                    if len(pool) > 1:
+                        pool.remove(worker)
                     waiting.insert(0, outcome.run)
-                    again = f"memory may not do for so many --workers: it begins again, with {at_once} at once"
+                    again = f"too little memory for so many --workers? It begins again, with {len(pool)} at once"
                     say(f"{outcome.run}: {outcome.failure}; {again}")
                     continue
                 stopping = stopping or outcome.interrupted
