@@ -938,6 +938,7 @@ def test_corrupt_rows_are_named_by_line(tmp_path: Path, change, message: str) ->
         (["few-shot", "--methods", "coop", "--data", "p", "--shard", "3/2"], "--shard 3/2 (allowed: i/n"),
         (["few-shot", "--methods", "coop", "--data", "./none"], "folder none does not exist"),
         (["few-shot", "--methods", "coop", "--data", "p"], "too few for 8 shots"),
+        (["few-shot", "--methods", "coop", "--shots", "1", "--data", "p", "bank=none"], "bank none does not exist"),
         (["few-shot", "--methods", "coop", "--data", "p", "--rows", "r"], "give either --methods or --rows"),
         (["few-shot", "--rows", "none.yaml", "--data", "p"], "cannot read rows from none.yaml"),
     ],

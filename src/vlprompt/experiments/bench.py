@@ -27,9 +27,11 @@ from vlprompt.experiments.runs import (
     finished,
     measured_dataset,
     measured_split,
+    trained,
 )
 from vlprompt.experiments.shared import SHARED
 from vlprompt.files import write_atomically
+from vlprompt.training.bank.views import find_bank
 from vlprompt.training.selection import run_split
 
 PLANNED = "planned.json"
@@ -65,9 +67,9 @@ def bench(
 
     ``workers`` are runs at once: one if not given, on ``ray`` as many as it has room for. With ``skip_existing``
     finished runs are kept and stopped ones resumed. Raises ConfigError before anything is done if a run's folder is
-    there already (without it) or holds results from other settings or data, if another bench is at work in ``out``, or
-    if there is no Ray; DataError for data sets that are not there or too small; Interrupted after Ctrl-C, when the runs
-    at work have saved a checkpoint.
+    there already (without it) or holds results from other settings or data, if another bench is at work in ``out``, if
+    there is no Ray, or if a region bank is not there or does not fit; DataError for data sets that are not there or too
+    small; Interrupted after Ctrl-C, when the runs at work have saved a checkpoint.
     """
     mine = take_shard(runs, shard)
     identity = json.dumps([(run.folder.as_posix(), fingerprint(run.config)) for run in runs])
@@ -82,7 +84,7 @@ def bench(
             check_same_settings(run, out)
             check_same_data(run, out, load)
         todo = [run for run in mine if not finished(run, out)]
-        check_data(todo, load)
+        check_data(todo, out, load)
         elsewhere = engine == "ray" and bool(todo)
         with on_ray.connected() if elsewhere else nullcontext():
             outcomes = on_ray.outcomes(todo, out, workers) if elsewhere else pool.outcomes(todo, out, workers or 1, say)
@@ -157,18 +159,27 @@ def _span(seconds: float) -> str:
     return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
 
 
-def check_data(runs: Sequence[Run], load: Load = load_dataset) -> None:
-    """Raise DataError if a data set of a run is not there, or has too few images to train or none to measure on."""
+def check_data(runs: Sequence[Run], out: Path, load: Load = load_dataset) -> None:
+    """Raise what would hinder runs from the start.
+
+    DataError if a data set is not there, or has too few images to train or none to measure on; ConfigError if a region
+    bank is not there, or does not fit a run that is not trained yet.
+    """
     drawn = set()
     for run in runs:
-        data = run.config.data
-        images = replace(data, batch_size=1)  # whatever decides which images there are
+        config = run.config
+        images = replace(config.data, batch_size=1)  # whatever decides which images there are
+        banked = config.data.bank is not None and not trained(out / run.folder)
+        if images in drawn and not banked:
+            continue
+        split = run_split(config, load(config.data.name, config.data.root, config.data.split_file))
+        if banked:
+            find_bank(config, split.class_names)
         if images in drawn:
             continue
         drawn.add(images)
-        run_split(run.config, load(data.name, data.root, data.split_file))
         for m in run.measurements:
-            measured_split(run.config, m, load)
+            measured_split(config, m, load)
 
 
 def note_planned(runs: Sequence[Run], out: Path) -> None:
