@@ -129,7 +129,8 @@ def test_benches_can_begin(
     if words[words.index("--data") + 1] != "openmoji":
         given.append("--dry-run")
     monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setattr("vlprompt.experiments.pool.outcomes", lambda runs, out, workers: [])
+    monkeypatch.setattr("vlprompt.experiments.pool.outcomes", lambda runs, out, workers, say: [])
+    monkeypatch.setattr("vlprompt.experiments.bench.find_bank", lambda config, class_names: None)  # a page builds them
     monkeypatch.setattr("vlprompt.data.datasets.absent", lambda split: [])  # nothing is drawn
     for key in (key for key in DATASETS if key.startswith("openmoji")):
         monkeypatch.setitem(DATASETS, key, replace(DATASETS[key], make=openmoji))
