@@ -27,7 +27,6 @@ from vlprompt.experiments.runs import (
     finished,
     measured_dataset,
     measured_split,
-    trained,
 )
 from vlprompt.experiments.shared import SHARED
 from vlprompt.files import write_atomically
@@ -84,7 +83,8 @@ def bench(
             check_same_settings(run, out)
             check_same_data(run, out, load)
         todo = [run for run in mine if not finished(run, out)]
-        check_data(todo, out, load)
+        check_data(todo, load)
+        check_banks(todo, load)
         elsewhere = engine == "ray" and bool(todo)
         with on_ray.connected() if elsewhere else nullcontext():
             outcomes = on_ray.outcomes(todo, out, workers) if elsewhere else pool.outcomes(todo, out, workers or 1, say)
@@ -159,27 +159,29 @@ def _span(seconds: float) -> str:
     return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
 
 
-def check_data(runs: Sequence[Run], out: Path, load: Load = load_dataset) -> None:
-    """Raise what would hinder runs from the start.
-
-    DataError if a data set is not there, or has too few images to train or none to measure on; ConfigError if a region
-    bank is not there, or does not fit a run that is not trained yet.
-    """
+def check_data(runs: Sequence[Run], load: Load = load_dataset) -> None:
+    """Raise DataError if a data set of a run is not there, or has too few images to train or none to measure on."""
     drawn = set()
     for run in runs:
-        config = run.config
-        images = replace(config.data, batch_size=1)  # whatever decides which images there are
-        banked = config.data.bank is not None and not trained(out / run.folder)
-        if images in drawn and not banked:
-            continue
-        split = run_split(config, load(config.data.name, config.data.root, config.data.split_file))
-        if banked:
-            find_bank(config, split.class_names)
+        data = run.config.data
+        images = replace(data, batch_size=1)  # whatever decides which images there are
         if images in drawn:
             continue
         drawn.add(images)
+        run_split(run.config, load(data.name, data.root, data.split_file))
         for m in run.measurements:
-            measured_split(config, m, load)
+            measured_split(run.config, m, load)
+
+
+def check_banks(runs: Sequence[Run], load: Load = load_dataset) -> None:
+    """Raise ConfigError if the region bank of a run is not there or does not fit it."""
+    fitting = set()
+    for run in runs:
+        config = run.config
+        data, asked = config.data, (config.data, config.method, config.teacher)
+        if data.bank is not None and asked not in fitting:
+            fitting.add(asked)
+            find_bank(config, load(data.name, data.root, data.split_file).split.subset(data.classes).class_names)
 
 
 def note_planned(runs: Sequence[Run], out: Path) -> None:

@@ -69,7 +69,7 @@ def do_run(run: Run, out: Path) -> dict[str, Any]:
     done = {_key(m) for m in figures["measured"]}
     load = cache(load_dataset)
     method: Method | None = None
-    if not trained(folder):
+    if not _trained(folder):
         begun = (folder / "config.yaml").exists()
         if folder.is_dir() and not begun:
             remove_unfinished(folder)  # killed before it wrote anything
@@ -188,7 +188,7 @@ def read_figures(folder: Path) -> dict[str, Any] | None:
 def finished(run: Run, out: Path) -> bool:
     """Whether a run is trained, and everything that is asked of it measured."""
     figures = read_figures(out / run.folder)
-    if figures is None or not trained(out / run.folder):
+    if figures is None or not _trained(out / run.folder):
         return False
     done = {_key(m) for m in figures["measured"]}
     return all((data_name(m.data), m.classes, m.split) in done for m in run.measurements)
@@ -219,7 +219,7 @@ def check_same_data(run: Run, out: Path, load: Load = load_dataset) -> None:
     when they are resumed.
     """
     folder, data = out / run.folder, run.config.data
-    if not trained(folder):
+    if not _trained(folder):
         return
     advice = "has now: choose another --out, or remove it"
     if not _read_json(folder / "metrics.json").get("skipped") and (folder / "split.json").is_file():
@@ -238,8 +238,7 @@ def check_same_data(run: Run, out: Path, load: Load = load_dataset) -> None:
             raise ConfigError(f"{folder} was measured on other images than {name} {advice}")
 
 
-def trained(folder: Path) -> bool:
-    """Whether a run's training is finished, whatever of it is measured."""
+def _trained(folder: Path) -> bool:
     return all((folder / name).is_file() for name in ("metrics.json", *FILES))
 
 
