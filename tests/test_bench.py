@@ -668,8 +668,7 @@ def test_workers_and_one_of_them_killed(bench, photos: Path, tmp_path: Path) -> 
     killed.append(0)
     thread.join()
     assert killed[0]
-    told = "its process was killed (SIGKILL); too little memory for so many --workers? It begins again, with 1 at once"
-    assert told in err
+    assert "begins again, with 1 at once: its process was killed (SIGKILL): was memory full?" in err
     assert code == 0
     assert json.loads(out)["done"] == 3
     assert len(read_results(tmp_path / "out" / "results.csv")) == 6
@@ -742,7 +741,7 @@ class Full(Room):
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("killed", r"its process was killed \(SIGKILL\)"),
+        ("killed", r"its process was killed \(SIGKILL\): was memory full\?"),
         ("gpu", r"OutOfMemoryError: CUDA out of memory\."),
         ("python", "MemoryError:"),
         ("cpu", "RuntimeError: .*DefaultCPUAllocator.*"),
@@ -755,7 +754,7 @@ def test_a_run_that_memory_does_not_do_for_fails_only_when_alone(tmp_path: Path,
     assert len(failed) == 2
     assert all(re.fullmatch(reason, o.failure) and not o.trace for o in failed)
     assert [o.failure for o in ended if not o.memory_full] == [f"{CACHE_BYTES // 3} bytes"] * 2
-    assert said[-1].endswith("too little memory for so many --workers? It begins again, with 1 at once")
+    assert re.fullmatch(f".* begins again, with 1 at once: {reason}", said[-1])
 
 
 @pytest.mark.parametrize(("workers", "share"), [(1, CACHE_BYTES), (2, CACHE_BYTES // 2), (3, CACHE_BYTES // 2)])

@@ -106,7 +106,8 @@ class _Worker:
             self.process.join()
             code = self.process.exitcode or 0
             how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
-            return Outcome(run, failure=f"its process {how}", memory_full=code == -signal.SIGKILL)
+            full = code == -signal.SIGKILL
+            return Outcome(run, failure=f"its process {how}{': was memory full?' if full else ''}", memory_full=full)
 
     def end(self) -> None:
         """Let the process end; it has no run."""
@@ -147,8 +148,7 @@ def _in_processes(runs: Sequence[Run], out: Path, workers: int, say: Callable[[s
                     if len(pool) > 1:
                         pool.remove(worker)
                     waiting.insert(0, outcome.run)
-                    again = f"too little memory for so many --workers? It begins again, with {len(pool)} at once"
-                    say(f"{outcome.run}: {outcome.failure}; {again}")
+                    say(f"{outcome.run} begins again, with {len(pool)} at once: {outcome.failure}")
                     continue
                 stopping = stopping or outcome.interrupted
                 yield outcome
