@@ -67,8 +67,8 @@ def bench(
     ``workers`` are runs at once: one if not given, on ``ray`` as many as it has room for. With ``skip_existing``
     finished runs are kept and stopped ones resumed. Raises ConfigError before anything is done if a run's folder is
     there already (without it) or holds results from other settings or data, if another bench is at work in ``out``, if
-    there is no Ray, or if a region bank is not there or does not fit; DataError for data sets that are not there or too
-    small; Interrupted after Ctrl-C, when the runs at work have saved a checkpoint.
+    there is no Ray, or if a region bank does not fit; DataError for data sets and banks that are not there, and data
+    sets that are too small; Interrupted after Ctrl-C, when the runs at work have saved a checkpoint.
     """
     mine = take_shard(runs, shard)
     identity = json.dumps([(run.folder.as_posix(), fingerprint(run.config)) for run in runs])
@@ -174,7 +174,7 @@ def check_data(runs: Sequence[Run], load: Load = load_dataset) -> None:
 
 
 def check_banks(runs: Sequence[Run], load: Load = load_dataset) -> None:
-    """Raise ConfigError if the region bank of a run is not there or does not fit it."""
+    """Raise DataError if the region bank of a run is not there, ConfigError if it does not fit the run."""
     fitting = set()
     for run in runs:
         config = run.config
