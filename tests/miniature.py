@@ -14,7 +14,9 @@ CLASSES = ("cat", "dog", "sea horse")
 PARTS = {"train": 3, "val": 1, "test": 2}
 """Images of each class."""
 IDS = ("n01440764", "n01443537", "n02085620")
-BENCHMARKS = [name for name, dataset in DATASETS.items() if dataset.make is None]
+PHOTOGRAPHS = ("clothing", "imagenette", "tiny_imagenet")
+"""Known data sets beside CoOp's."""
+BENCHMARKS = [name for name, dataset in DATASETS.items() if dataset.make is None and name not in PHOTOGRAPHS]
 PATTERNS = {
     "caltech101": "{name}/image_{i:04}.jpg",
     "oxford_pets": "{name}_{i}.jpg",

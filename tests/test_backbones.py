@@ -36,7 +36,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.convert import convert
-from vlprompt.backbones.load import BESIDE, EMBEDDED, load_backbone
+from vlprompt.backbones.load import EMBEDDED, load_backbone
 from vlprompt.backbones.tokenizer import load_clip_tokenizer
 from vlprompt.backbones.towers import quick_gelu
 from vlprompt.errors import BackboneError, DataError
@@ -631,14 +631,13 @@ def test_missing_shard(tmp_path: Path) -> None:
 
 
 def test_names_and_precision() -> None:
-    refused("nothing", match="no backbone 'nothing' (allowed: mini, mini-teacher, a folder or .safetensors file,")
+    refused("nothing", match="no backbone 'nothing' (allowed: mini, a folder or .safetensors file,")
     refused("mini", "cpu", "fp8", match="unknown precision 'fp8' (allowed: fp32, bf16, fp16)")
     refused("mini", "cpu:nowhere", match="cannot use device 'cpu:nowhere': ")
 
 
-def test_the_teacher_outside_of_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(BESIDE, "mini-teacher", tmp_path / "site-packages" / "assets")
-    refused("mini-teacher", match="backbone 'mini-teacher' is not installed with the package: take the folder assets/")
+def test_a_classifier_is_no_backbone() -> None:
+    refused("efficientnet-lite0", match="'efficientnet-lite0' is a classifier without a text tower: it can teach")
 
 
 def test_hub_offline() -> None:

@@ -272,7 +272,7 @@ def test_ablations_are_settings_that_the_methods_know(file: Path) -> None:
     rows = read_rows(file)
     assert any(name.startswith(file.stem.split("-")[0]) for name in METHODS)
     assert len({json.dumps(row) for row in rows.values()}) == len(rows) > 3  # no row twice
-    assert len(plan(Asked("base-to-novel", rows, ["x"], [1], teacher="mini-teacher"))) == len(rows)
+    assert len(plan(Asked("base-to-novel", rows, ["x"], [1], teacher="efficientnet-lite0"))) == len(rows)
 
 
 # --- runs -----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from miniature import BENCHMARKS, CLASSES, IDS, PARTS, PATTERNS, build, draw, write_class_names
+from miniature import BENCHMARKS, CLASSES, IDS, PARTS, PATTERNS, PHOTOGRAPHS, build, draw, write_class_names
 from small_run import TINY
 from vlprompt.data.benchmarks.check import check, layout_fixes
 from vlprompt.data.benchmarks.table import DATASETS
@@ -443,7 +443,7 @@ def test_data_list_is_the_list_of_data_sets(vlprompt) -> None:
     assert (rows["imagenet"]["get"], rows["dtd"]["get"]) == ("by hand", "vlprompt data get")
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", [*BENCHMARKS, *PHOTOGRAPHS])
 def test_the_page_says_what_the_table_says(name: str) -> None:
     dataset, page = DATASETS[name], (Path(__file__).parents[1] / "docs" / "datasets.md").read_text("utf-8")
     place = "/".join(filter(None, (dataset.folder, dataset.images)))

@@ -173,7 +173,10 @@ def test_every_command_shows_help_and_an_example(command: str) -> None:
     [
         ("methods", sorted(METHODS)),
         ("datasets", list(DATASETS)),
-        ("backbones", ["mini", "mini-teacher", "FOLDER", "FILE.safetensors", "OWNER/MODEL", "open_clip:MODEL/TAG"]),
+        (
+            "backbones",
+            ["mini", "FOLDER", "FILE.safetensors", "OWNER/MODEL", "open_clip:MODEL/TAG", "efficientnet-lite0"],
+        ),
     ],
 )
 def test_lists(what: str, names: list[str]) -> None:

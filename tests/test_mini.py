@@ -11,7 +11,7 @@ from PIL import features
 
 from vlprompt import build_method, load_backbone
 from vlprompt.backbones.backbone import Backbone
-from vlprompt.backbones.load import BESIDE, EMBEDDED
+from vlprompt.backbones.load import EMBEDDED
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.images import load_image
 from vlprompt.data.openmoji import pictures
@@ -101,13 +101,3 @@ def test_its_sources_are_open_and_hold_no_openmoji() -> None:
     assert not any("openmoji" in row["set"] for row in rows)
     assert all(row["author"] for row in rows)
     assert sum(int(row["pictures"]) for row in rows) > 50_000
-
-
-@pytest.mark.skipif(not BESIDE["mini-teacher"].is_dir(), reason="mini-teacher is not part of an installed package")
-def test_the_teacher_knows_more(mini: Backbone, openmoji: LoadedDataset) -> None:
-    teacher, figures = load_backbone("mini-teacher"), card(BESIDE["mini-teacher"])
-    assert accuracy(teacher, openmoji) == pytest.approx(figures["openmoji_classes_test"], abs=0.6)
-    for figure in ("openmoji_classes", "openmoji_names"):
-        assert figures[figure] > FIGURES[figure]
-    tokens = [(b.image_size // b.image_tower.config.patch_size) ** 2 + 1 for b in (mini, teacher)]
-    assert tokens[1] >= 3 * tokens[0], "three times the work for each picture"

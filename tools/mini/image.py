@@ -18,100 +18,21 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
-from images import Pictures, plain, view
+from images import Photographs, Pictures, photo_view, plain, plain_photo, view
+from names import Names, seen_kinds
 from safetensors.torch import load_file
 from steps import Training, noise, part, processes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlprompt.backbones.backbone import Backbone
+from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.packing import Attention
 from vlprompt.backbones.towers import Block, ImageConfig, ImageTower
-from vlprompt.data.openmoji import SUBGROUPS
 
 STATE = "image.safetensors"
-
-
-class Names(nn.Module):
-    """Directions of captions, sub-groups, classes and tags in the space that images share with texts.
-
-    A text's direction is a linear map of its sentence embedding; texts that pictures show may leave it a little
-    (``shift``), for sentences that mean nearly the same (``grinning face``, ``beaming face``) look different.
-    """
-
-    def __init__(self, data: Path, dim: int) -> None:
-        super().__init__()
-        captions = json.loads((data / "captions.json").read_text(encoding="utf-8"))
-        texts: list[str] = json.loads((data / "texts.json").read_text(encoding="utf-8"))
-        row = {text: i for i, text in reversed(list(enumerate(texts)))}
-        unicode_groups = sorted({c["subgroup"] for c in captions if c["subgroup"]})
-        class_of = {group: name for name, groups in SUBGROUPS.items() for group in groups}
-        tags = sorted({tag for c in captions for tag in c["tags"]})
-        self.parts = {
-            "captions": list(range(len(captions))),
-            "groups": [row[group.replace("-", " ")] for group in unicode_groups],
-            "classes": [row[name] for name in SUBGROUPS],
-            "tags": [row[tag] for tag in tags],
-        }
-        embeddings = torch.from_numpy(np.load(data / "texts.npy")).float()
-        self.embeddings: Tensor
-        rows = [i for of_part in self.parts.values() for i in of_part]
-        shown = embeddings[rows]
-        self.register_buffer("embeddings", shown.to(torch.bfloat16), persistent=False)
-        self.map = nn.Linear(embeddings.shape[1], dim)
-        centre = shown.mean(0)
-        directions = torch.linalg.svd(shown - centre, full_matrices=False)[2][:dim]
-        spread = ((shown - centre) @ directions.T).std(0).clamp(min=1e-3)
-        with torch.no_grad():  # principal directions, evened out half-way
-            self.map.weight.copy_(directions / spread[:, None].sqrt())
-            self.map.bias.copy_(-self.map.weight @ centre)
-        self.shift = nn.Parameter(torch.zeros(len(rows), dim))
-        self.log_scale = nn.Parameter(torch.tensor(math.log(16.0)))
-
-        group_index = {group: i for i, group in enumerate(unicode_groups)}
-        class_index = {name: i for i, name in enumerate(SUBGROUPS)}
-        group_of = [group_index.get(c["subgroup"], -1) for c in captions]
-        class_of_caption = [class_index[class_of[c["subgroup"]]] if c["subgroup"] in class_of else -1 for c in captions]
-        tag_index = {tag: i for i, tag in enumerate(tags)}
-        has_tag = torch.zeros(len(captions), len(tags))
-        for i, caption in enumerate(captions):
-            for tag in caption["tags"]:
-                has_tag[i, tag_index[tag]] = 1 / len(caption["tags"])
-        self.fixed: dict[str, Tensor] | None = None
-        self.has_tag: Tensor
-        self.group: Tensor
-        self.class_: Tensor
-        self.register_buffer("has_tag", has_tag, persistent=False)
-        self.register_buffer("group", torch.tensor(group_of), persistent=False)
-        self.register_buffer("class_", torch.tensor(class_of_caption), persistent=False)
-
-    def forward(self) -> dict[str, Tensor]:
-        """Unit directions of each part, [texts, D]."""
-        if self.fixed is not None:
-            return self.fixed
-        mapped = F.linear(self.embeddings, self.map.weight.to(torch.bfloat16)).float() + self.map.bias
-        directions = F.normalize(mapped + self.shift, dim=-1)
-        return dict(zip(self.parts, directions.split([len(rows) for rows in self.parts.values()]), strict=True))
-
-    def fix(self, directions: dict[str, Tensor]) -> None:
-        """Take these directions, and learn none."""
-        self.fixed = {kind: F.normalize(directions[kind], dim=-1) for kind in self.parts}
-        self.map.requires_grad_(False)
-        self.shift.requires_grad_(False)
-
-    def loss(self, features: Tensor, captions: Tensor) -> Tensor:
-        """Cross entropy over captions, sub-groups, classes and tags of unit features [B, D]."""
-        logits = {kind: self.log_scale.exp() * features @ names.T for kind, names in self().items()}
-        total = F.cross_entropy(logits["captions"], captions, label_smoothing=0.05)
-        for kind, labels, weight in (("groups", self.group, 0.25), ("classes", self.class_, 0.25)):
-            label = labels[captions]
-            known = label >= 0
-            each = F.cross_entropy(logits[kind], label.clamp(min=0), reduction="none")
-            total = total + weight * (each * known).sum() / len(known)
-        tags = self.has_tag[captions]
-        return total - 0.25 * (tags * logits["tags"].log_softmax(-1)).sum(-1).mean()
 
 
 def attention_of(heads: int, mask: Tensor | None = None) -> Attention:
@@ -231,9 +152,22 @@ class Stages:
         return self._at(step)["keep"]
 
 
+def begin_from(backbone: Backbone, tower: ImageTower, names: Names, texts: list[str]) -> None:
+    """Start where a trained backbone is: with its image tower, and with names where its text tower points."""
+    tower.load_state_dict(backbone.image_tower.state_dict())
+    written = [texts[row] for rows in names.parts.values() for row in rows]
+    templated = [f"a photo of a {text}." for text in written]
+    names.begin_from(F.normalize(backbone.encode_texts(written) + backbone.encode_texts(templated), dim=-1))
+    with torch.no_grad():
+        names.log_scale.fill_(math.log(backbone.logit_scale))
+
+
 @torch.no_grad()
-def validate(training: Training, blocks: list[int], pictures: Pictures, device: torch.device) -> dict[str, float]:
-    """Accuracy on the pictures of the validation sets, in per cent: among all emoji captions, groups, classes."""
+def validate(
+    training: Training, blocks: list[int], pictures: Pictures, photographs: Photographs | None, device: torch.device
+) -> dict[str, float]:
+    """Accuracy in per cent: among all emoji captions, groups, classes on the drawings that validate; among all kinds
+    on one photograph in five of Tiny-ImageNet's val part."""
     tower, names = training.low, training.rest
     assert isinstance(tower, ImageTower)
     assert isinstance(names, Names)
@@ -251,6 +185,12 @@ def validate(training: Training, blocks: list[int], pictures: Pictures, device: 
             answer = (features @ directions[kind][: emoji if kind == "captions" else None].T).argmax(1)
             found[kind] += int(((answer == label) & (label >= 0)).sum())
             n[kind] += int((label >= 0).sum())
+    if photographs is not None:
+        for rows in torch.arange(0, len(photographs.rows), 5).split(256):
+            images = plain_photo(photographs.read(rows).to(device), tower.config.image_size)
+            answer = (encode(tower, images, blocks, None).float() @ directions["kinds"].T).argmax(1).cpu()
+            found["kinds"] = found.get("kinds", 0) + int((answer == photographs.labels[rows]).sum())
+            n["kinds"] = n.get("kinds", 0) + len(rows)
     return {kind: round(100 * found[kind] / max(1, n[kind]), 1) for kind in found}
 
 
@@ -262,6 +202,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the state")
     parser.add_argument("--weights", type=Path, help="image.safetensors to begin with, of any image size")
     parser.add_argument("--names", type=Path, help="names.safetensors of a text tower: point where it does")
+    parser.add_argument("--begin", help="backbone to begin with, as for --backbone of vlprompt")
     parser.add_argument("--save-every", type=int, default=250, help="steps")
     options = parser.parse_args()
     settings = yaml.safe_load(options.settings.read_text(encoding="utf-8"))
@@ -274,10 +215,20 @@ def main() -> None:
         start = load_file(options.weights)
         tower.load_state_dict(with_positions(part(start, "tower"), config))
         names.load_state_dict(part(start, "rest"))
+    if options.begin:
+        texts = json.loads((options.data / "texts.json").read_text(encoding="utf-8"))
+        begin_from(load_backbone(options.begin), tower, names, texts)
     if options.names:
         names.fix({kind: directions.to(device) for kind, directions in load_file(options.names).items()})
     stages = Stages(settings["stages"], config.layers)
     training = Training(tower, names, settings, stages.total, decayed="shift")
+    share = settings.get("photographs", 0)
+    photographs = held_out_photographs = None
+    if share:
+        kinds = seen_kinds(options.data)
+        of_kinds = [kind["at"] for kind in kinds], [kind["id"] for kind in kinds]
+        photographs = Photographs(options.data, *of_kinds)
+        held_out_photographs = Photographs(options.data, *of_kinds, validation=True)
     pictures = Pictures(options.data, settings["render"])
     held_out = Pictures(options.data, settings["render"], validation=True)
     captions = json.loads((options.data / "captions.json").read_text(encoding="utf-8"))
@@ -289,20 +240,30 @@ def main() -> None:
         if step and stages.blocks(step - 1) != blocks:
             grow(tower, stages.blocks(step - 1), blocks)
         generator = torch.Generator().manual_seed((settings["seed"] * 1_000_003 + step) * 64 + rank)
-        index = pictures.draw(settings["batch"] // world, generator)
+        size = settings["batch"] // world
+        photos = round(share * size)
+        index = pictures.draw(size - photos, generator)
         shown = pictures.captions[index]
         random = torch.Generator(device).manual_seed(generator.initial_seed())
         rgba, mono = pictures.read(index).to(device), pictures.mono[index].to(device)
         images = view(rgba, mono, mirror[shown].to(device), config.image_size, random)
+        chances = torch.zeros(0)
+        if photographs is not None:
+            drawn = photographs.draw(photos, generator)
+            images = torch.cat([images, photo_view(photographs.read(drawn).to(device), config.image_size, random)])
+            chances = photographs.chances(drawn).to(device)
 
         def loss_of(low: ImageTower) -> Tensor:
-            features = encode(low, images, blocks, stages.keep(step), random).float()
-            return names.loss(F.normalize(features, dim=-1), shown.to(device))
+            features = F.normalize(encode(low, images, blocks, stages.keep(step), random).float(), dim=-1)
+            loss = names.of_drawings(features[: len(shown)], shown.to(device)) * ((size - photos) / size)
+            if photos:
+                loss = loss + names.of_photographs(features[len(shown) :], chances) * (photos / size)
+            return loss
 
         return loss_of
 
     def found() -> dict[str, float]:
-        return validate(training, stages.blocks(training.step - 1), held_out, device)
+        return validate(training, stages.blocks(training.step - 1), held_out, held_out_photographs, device)
 
     training.run(batch, options.out / STATE, options.save_every, settings["batch"], found, first=rank == 0)
 

@@ -117,14 +117,16 @@ def _edges(x: Tensor) -> Tensor:
     return across + down
 
 
-def _recoloured(rgb: Tensor, generator: torch.Generator) -> Tensor:
+def _recoloured(
+    rgb: Tensor, generator: torch.Generator, hues: float = 0.3, saturations: tuple[float, float] = (0.4, 1.5)
+) -> Tensor:
     """Colours mixed at random around grey: hue, saturation, contrast, brightness."""
     n, device = len(rgb), rgb.device
     grey = torch.full((3, 3), 1 / 3, device=device)
     axis = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=device) / math.sqrt(3)
-    hue = (torch.randn(n, generator=generator, device=device) * 0.3).view(n, 1, 1)
+    hue = (torch.randn(n, generator=generator, device=device) * hues).view(n, 1, 1)
     hue = torch.where(_chance(n, 0.15, generator, device)[:, 0] > 0, hue * 6, hue)
-    saturation = _uniform(n, 0.4, 1.5, generator, device).view(n, 1, 1)
+    saturation = _uniform(n, *saturations, generator, device).view(n, 1, 1)
     saturation = saturation * (1 - _chance(n, 0.1, generator, device)[:, 0])
     rest = torch.eye(3, device=device) - grey
     matrix = grey + saturation * (hue.cos() * rest + hue.sin() * axis)
@@ -210,3 +212,80 @@ def plain(rgba: Tensor, size: int) -> Tensor:
     image = rgba[:, :3] + 1 - rgba[:, 3:]
     image = F.interpolate(image, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
     return (image.clamp(0, 1) - MEAN.to(rgba.device)) / STD.to(rgba.device)
+
+
+class Photographs:
+    """The photographs with chances of what they show, memory-mapped.
+
+    Args:
+        data: the folder that ``photos.py`` wrote.
+        places: the teacher's classes that count, in order; chances are [B, len(places)].
+        validation: those of Tiny-ImageNet's val part instead of all others.
+    """
+
+    OWN = 0.4
+    """Share of its own label in the chances of a photograph that has one; the rest is the teacher's."""
+
+    def __init__(self, data: Path, places: list[int], ids: list[str], validation: bool = False) -> None:
+        listed = json.loads((data / "photos.json").read_text(encoding="utf-8"))
+        self.pixels = np.load(data / "photos-64.npy", mmap_mode="r")
+        chosen = [i for i, p in enumerate(listed) if (p["kind"] == "val") == validation]
+        self.rows = torch.tensor(chosen)
+        at = {id_: i for i, id_ in enumerate(ids)}
+        self.labels = torch.tensor([at.get(listed[i]["label"], -1) for i in chosen])
+        place = torch.full((max(places) + 1,), -1)
+        place[places] = torch.arange(len(places))
+        top = torch.from_numpy(np.load(data / "photos-top.npy")).long()[self.rows]
+        self.top = place[top.clamp(max=len(place) - 1)]
+        chance = torch.from_numpy(np.load(data / "photos-chance.npy")).float()[self.rows]
+        self.chance = chance / chance.sum(-1, keepdim=True)
+        self.kinds = len(places)
+
+    def chances(self, index: Tensor) -> Tensor:
+        """[B, kinds], each row a sum of one."""
+        own = self.labels[index]
+        share = torch.where(own >= 0, self.OWN, 0.0)[:, None]
+        out = torch.zeros(len(index), self.kinds).scatter_add_(1, self.top[index], (1 - share) * self.chance[index])
+        return out.scatter_add_(1, own.clamp(min=0)[:, None], share)
+
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        """n photographs at random: indices."""
+        return torch.randint(len(self.rows), (n,), generator=generator)
+
+    def read(self, index: Tensor) -> Tensor:
+        """[B, 3, S, S] in 0…1."""
+        rows = self.rows[index].numpy()
+        order = np.argsort(rows)  # in the order of the disk
+        pixels = np.empty((len(rows), *self.pixels.shape[1:]), np.uint8)
+        pixels[order] = self.pixels[rows[order]]
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255)
+
+
+def photo_view(rgb: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Random views of photographs [B, 3, S, S] in 0…1: crops, flips, colour; [B, 3, size, size], normalised."""
+    n, device = len(rgb), rgb.device
+    side = _uniform(n, 0.3, 1, generator, device).sqrt()
+    stretch = torch.exp(_uniform(n, -0.2, 0.2, generator, device))
+    wide, high = (side * stretch).clamp(max=1), (side / stretch).clamp(max=1)
+    angle = torch.randn(n, generator=generator, device=device) * (4 * math.pi / 180)
+    flip = 1 - 2 * (torch.rand(n, generator=generator, device=device) < 0.5).float()
+    dx, dy = _uniform(n, -1, 1, generator, device) * (1 - wide), _uniform(n, -1, 1, generator, device) * (1 - high)
+    cos, sin = angle.cos(), angle.sin()
+    turn = torch.stack(
+        [torch.stack([wide * cos * flip, -high * sin, dx], -1), torch.stack([wide * sin * flip, high * cos, dy], -1)], 1
+    )
+    grid = F.affine_grid(turn, [n, 3, size, size], align_corners=False)
+    image = F.grid_sample(rgb, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    rows = _some(n, 0.8, generator, device)
+    image[rows] = _recoloured(image[rows], generator, hues=0.12, saturations=(0.5, 1.4))
+    rows = _some(n, 0.1, generator, device)
+    if len(rows):
+        small = F.avg_pool2d(image[rows], 2)
+        image[rows] = F.interpolate(small, size=(size, size), mode="bilinear", align_corners=False)
+    return (image - MEAN.to(device)) / STD.to(device)
+
+
+def plain_photo(rgb: Tensor, size: int) -> Tensor:
+    """The photographs as they are: [B, 3, size, size], normalised."""
+    image = F.interpolate(rgb, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    return (image - MEAN.to(rgb.device)) / STD.to(rgb.device)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.formats import State, Weights, read_hf, read_open_clip, read_openai
+from vlprompt.backbones.lite0 import NAME as LITE0
 from vlprompt.backbones.names import may_be_hub_id
 from vlprompt.backbones.tokenizer import FILES as TOKENIZER_FILES
 from vlprompt.backbones.tokenizer import TextTokenizer, load_clip_tokenizer, load_siglip_tokenizer
@@ -25,9 +26,6 @@ from vlprompt.errors import BackboneError, first_line, unknown
 
 EMBEDDED = {"mini": Path(__file__).parent / "mini"}
 """Backbones that come with the package."""
-
-BESIDE = {"mini-teacher": Path(__file__).parents[3] / "assets" / "mini-teacher"}
-"""Backbones that lie in the repository, and are not installed with the package."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -45,7 +43,7 @@ def load_backbone(
 ) -> Backbone:
     """Load a frozen vision-language model.
 
-    ``name`` is ``mini`` (embedded), ``mini-teacher`` (in the repository), a folder or a ``.safetensors`` file, a hub
+    ``name`` is ``mini`` (embedded), a folder or a ``.safetensors`` file, a hub
     id such as ``openai/clip-vit-base-patch16``, or ``open_clip:MODEL/TAG``. Folders are Hugging Face CLIP or SigLIP, or
     open_clip's (``open_clip_config.json``); a file is an OpenAI state dict.
 
@@ -55,7 +53,7 @@ def load_backbone(
     if precision not in DTYPES:
         raise BackboneError(f"unknown precision '{precision}' (allowed: {', '.join(DTYPES)})")
     name = os.fspath(name)
-    path = (EMBEDDED | BESIDE).get(name, Path(name).expanduser())
+    path = EMBEDDED.get(name, Path(name).expanduser())
     if name.startswith("open_clip:"):
         backbone = _from_open_clip_library(name)
     elif path.is_dir():
@@ -64,16 +62,13 @@ def load_backbone(
         backbone = _from_file(name, path)
     elif may_be_hub_id(name):
         backbone = _from_folder(name, _download(name, HUB_FILES))
-    elif name in BESIDE:
-        raise BackboneError(
-            f"backbone '{name}' is not installed with the package: take the folder assets/{name} of the repository, "
-            "and give its path"
-        )
+    elif name == LITE0:
+        raise BackboneError(f"'{name}' is a classifier without a text tower: it can teach (--teacher), and no more")
     else:
-        near = get_close_matches(name, [*EMBEDDED, *BESIDE], n=1, cutoff=0.5)
+        near = get_close_matches(name, [*EMBEDDED, LITE0], n=1, cutoff=0.5)
         guess = f": did you mean '{near[0]}'?" if near else ""
         raise BackboneError(
-            f"no backbone '{name}'{guess} (allowed: {', '.join([*EMBEDDED, *BESIDE])}, a folder or .safetensors file, "
+            f"no backbone '{name}'{guess} (allowed: {', '.join(EMBEDDED)}, a folder or .safetensors file, "
             "a hub id like openai/clip-vit-base-patch16, or open_clip:MODEL/TAG)"
         )
     try:

@@ -65,7 +65,10 @@ def build(
     ] = None,
     teacher: Annotated[
         str | None,
-        typer.Option(help="Frozen model that labels the regions, given as --backbone of train.", rich_help_panel=MODEL),
+        typer.Option(
+            help="Frozen model that labels the regions, given as --backbone of train; or efficientnet-lite0.",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     backbone: Annotated[
         str | None,

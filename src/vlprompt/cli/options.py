@@ -68,7 +68,9 @@ TrainBackbone = Annotated[
 TeacherBackbone = Annotated[
     str | None,
     typer.Option(
-        "--teacher", help="Frozen model that kdpl and fdbpl learn from, given like --backbone.", rich_help_panel=MODEL
+        "--teacher",
+        help="Frozen model that kdpl and fdbpl learn from, given like --backbone; or efficientnet-lite0.",
+        rich_help_panel=MODEL,
     ),
 ]
 TrainBank = Annotated[

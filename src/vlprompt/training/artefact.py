@@ -19,7 +19,7 @@ from torch import Tensor
 
 import vlprompt
 from vlprompt.backbones.backbone import Backbone
-from vlprompt.backbones.load import BESIDE, EMBEDDED, load_backbone
+from vlprompt.backbones.load import EMBEDDED, load_backbone
 from vlprompt.backbones.names import public_name
 from vlprompt.errors import ArtefactError, BackboneError, ConfigError, one_line, unknown
 from vlprompt.files import write_atomically
@@ -146,7 +146,7 @@ def _difference(content: bytes, shapes: Mapping[str, list[int]]) -> str:
 def _place(backbone: str) -> str:
     """A backbone's name, by which it is found from any folder."""
     path = Path(backbone).expanduser()
-    return str(path.resolve()) if backbone not in EMBEDDED | BESIDE and path.exists() else backbone
+    return str(path.resolve()) if backbone not in EMBEDDED and path.exists() else backbone
 
 
 def _load_backbone(

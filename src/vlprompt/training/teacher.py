@@ -5,18 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vlprompt.backbones.backbone import Backbone
-from vlprompt.backbones.load import load_backbone
+from vlprompt.backbones.lite0 import Lite0
+from vlprompt.backbones.load import DTYPES, load_backbone
 from vlprompt.data.benchmarks.table import DEFAULT_TEMPLATE
 from vlprompt.data.splits import names_in_file
 from vlprompt.errors import ConfigError
 from vlprompt.methods import find_method
 from vlprompt.methods.zero_shot import frozen_class_features
+from vlprompt.prompting.text import fill
 from vlprompt.training.config import RunConfig, TeacherConfig
+
+Precision = Literal["fp32", "bf16", "fp16"]
+TeacherModel = Backbone | Lite0
+"""What can teach: it encodes images and texts into one space."""
 
 
 def find_teacher(config: RunConfig, class_names: Sequence[str], template: str, student: Backbone) -> Teacher | None:
@@ -27,8 +34,16 @@ def find_teacher(config: RunConfig, class_names: Sequence[str], template: str, s
     """
     if (name := teacher_name(config)) is None:
         return None
-    backbone = load_backbone(name).to(student.device, student.dtype)
-    return configured_teacher(config.teacher, backbone, class_names, template, student.logit_scale)
+    model = load_teacher_model(name).to(student.device, student.dtype)
+    return configured_teacher(config.teacher, model, class_names, template, student.logit_scale)
+
+
+def load_teacher_model(name: str, device: torch.device | str = "cpu", precision: Precision = "fp32") -> TeacherModel:
+    """What ``--teacher`` names: the classifier ``efficientnet-lite0``, or a backbone.
+
+    Raises BackboneError as :func:`load_backbone` does, or for a package that is not installed.
+    """
+    return Lite0(device, DTYPES[precision]) if name == Lite0.name else load_backbone(name, device, precision)
 
 
 def teacher_name(config: RunConfig) -> str | None:
@@ -44,24 +59,32 @@ def teacher_name(config: RunConfig) -> str | None:
 
 
 def configured_teacher(
-    given: TeacherConfig, backbone: Backbone, class_names: Sequence[str], template: str, logit_scale: float
+    given: TeacherConfig, model: TeacherModel, class_names: Sequence[str], template: str, logit_scale: float
 ) -> Teacher:
-    """A loaded teacher with the configured classes, template and scale, or else those that are given here."""
+    """A loaded teacher with the configured classes, template and scale, or else those that are given here.
+
+    A classifier keeps to its own template and scale: it reads names as they are, and its cosines are not CLIP's.
+    """
     if given.class_names_file:
         class_names, template = names_in_file(Path(given.class_names_file)), DEFAULT_TEMPLATE
-    return Teacher(backbone, class_names, given.template or template, given.logit_scale or logit_scale)
+    if isinstance(model, Lite0):
+        template, logit_scale = model.template, model.logit_scale
+    return Teacher(model, class_names, given.template or template, given.logit_scale or logit_scale)
 
 
 class Teacher:
-    """Zero-shot predictions of a frozen backbone; its class features are computed once.
+    """Zero-shot predictions of a frozen model; its class features are computed once.
 
     ``template`` is the classes' text, ``logit_scale`` what cosines are multiplied by.
     """
 
-    def __init__(self, backbone: Backbone, class_names: Sequence[str], template: str, logit_scale: float) -> None:
+    def __init__(self, backbone: TeacherModel, class_names: Sequence[str], template: str, logit_scale: float) -> None:
         self.backbone, self.class_names, self.template = backbone, tuple(class_names), template
         self.logit_scale = logit_scale
-        self.class_features = frozen_class_features(backbone, class_names, [template])
+        if isinstance(backbone, Lite0):
+            self.class_features = backbone.encode_texts(fill(template, class_names))
+        else:
+            self.class_features = frozen_class_features(backbone, class_names, [template])
         decides = (backbone.fingerprint, self.class_names, template, logit_scale)
         self.fingerprint = sha256(repr(decides).encode()).hexdigest()
         """SHA-256 over what decides the probabilities."""

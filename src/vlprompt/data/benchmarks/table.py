@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from vlprompt.data.benchmarks.layouts import CLASS_NAMES, class_folders, read_aircraft
+from vlprompt.data.benchmarks.layouts import (
+    CLASS_NAMES,
+    class_folders,
+    read_aircraft,
+    read_imagenette,
+    read_tiny_imagenet,
+)
 from vlprompt.data.domains import DOMAINS
 from vlprompt.data.folders import from_folder
 from vlprompt.data.splits import PARTS, Split
@@ -84,6 +90,10 @@ def _openmoji(folder: Path, domain: str | None = None) -> Split:
     from vlprompt.data.openmoji import make_openmoji
 
     return from_folder(make_openmoji(folder, domain))
+
+
+PHOTOGRAPHS = Path(__file__).parents[1] / "clothing"
+"""Photographs of ten kinds of clothes that come with the package."""
 
 
 def _made(name: str, domain: str | None = None) -> Dataset:
@@ -295,10 +305,55 @@ _BENCHMARKS = (
     ),
 )  # fmt: skip
 
-DATASETS: dict[str, Dataset] = {
-    dataset.name: dataset
-    for dataset in (*_BENCHMARKS, _made("openmoji"), *(_made(f"openmoji-{domain}", domain) for domain in DOMAINS))
-}
+_PHOTOGRAPHS = (
+    Dataset(
+        "clothing-demo", "clothing-demo", title="Clothes", make=lambda folder: from_folder(PHOTOGRAPHS),
+        classes=10, sizes=(160, 40, 179), licence="CC0 1.0",
+        homepage="https://github.com/alexeygrigorev/clothing-dataset-small",
+    ),
+    Dataset(
+        "clothing", "clothing", title="ClothingSmall", read=lambda folder, images: from_folder(images),
+        subfolders=("train", "test"), classes=10, sizes=(3068, 341, 372), licence="CC0 1.0",
+        homepage="https://github.com/alexeygrigorev/clothing-dataset-small",
+        sources=(
+            Source(
+                ("https://github.com/alexeygrigorev/clothing-dataset-small/archive/refs/heads/master.zip",),
+                {f"clothing-dataset-small-master/{theirs}": ours
+                 for theirs, ours in (("train", "train"), ("validation", "val"), ("test", "test"))},
+                file="clothing-dataset-small.zip",
+            ),
+        ),
+    ),
+    Dataset(
+        "imagenette", "imagenette", title="Imagenette", read=read_imagenette, subfolders=("train", "val"),
+        classes=10, sizes=(8526, 943, 3925), licence="non-commercial research; images belong to their owners",
+        homepage="https://github.com/fastai/imagenette",
+        sources=(
+            Source(
+                ("https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz",),
+                {"imagenette2-160/train": "train", "imagenette2-160/val": "val"},
+                "md5:e793b78cc4c9e9a4ccc0c1155377a412",
+            ),
+        ),
+    ),
+    Dataset(
+        "tiny_imagenet", "tiny-imagenet-200", title="TinyImageNet", read=read_tiny_imagenet,
+        needs=("words.txt", "wnids.txt", "val/val_annotations.txt"), subfolders=("train", "val"),
+        classes=200, sizes=(90000, 10000, 10000), licence="non-commercial research; images belong to their owners",
+        homepage="http://cs231n.stanford.edu/reports/2015/pdfs/yle_project.pdf",
+        sources=(
+            Source(
+                ("http://cs231n.stanford.edu/tiny-imagenet-200.zip",),
+                {f"tiny-imagenet-200/{name}": name for name in ("words.txt", "wnids.txt", "train", "val")},
+                "md5:90528d7ca1a48142e341f4ef8d21d0de",
+            ),
+        ),
+    ),
+)  # fmt: skip
+
+_DRAWINGS = (_made("openmoji"), *(_made(f"openmoji-{domain}", domain) for domain in DOMAINS))
+
+DATASETS: dict[str, Dataset] = {dataset.name: dataset for dataset in (*_BENCHMARKS, *_PHOTOGRAPHS, *_DRAWINGS)}
 
 
 def find_dataset(name: str) -> Dataset | None:

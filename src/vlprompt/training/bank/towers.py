@@ -22,7 +22,7 @@ from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split
 from vlprompt.errors import DataError, VlpromptError
 from vlprompt.training.bank.config import BankConfig
-from vlprompt.training.teacher import Teacher, configured_teacher
+from vlprompt.training.teacher import Teacher, configured_teacher, load_teacher_model
 
 
 class Towers:
@@ -72,14 +72,12 @@ class Towers:
 def load_towers(config: BankConfig, split: Split, template: str) -> Towers:
     """The configured towers, for a split's classes; ``template`` is the data set's."""
 
-    def load(name: str) -> Backbone:
-        return load_backbone(name, config.device, config.precision)
-
-    student, teacher = load(config.backbone) if config.backbone else None, None
+    student = load_backbone(config.backbone, config.device, config.precision) if config.backbone else None
+    teacher = None
     if config.teacher.backbone:
-        backbone = load(config.teacher.backbone)
-        scale = (student or backbone).logit_scale
-        teacher = configured_teacher(config.teacher, backbone, split.class_names, template, scale)
+        model = load_teacher_model(config.teacher.backbone, config.device, config.precision)
+        scale = (student or model).logit_scale
+        teacher = configured_teacher(config.teacher, model, split.class_names, template, scale)
     return towers_of(config, teacher, student)
 
 

@@ -8,7 +8,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.names import public_name
 from vlprompt.data.bank.manifest import differences
 from vlprompt.data.bank.records import Bank
@@ -19,6 +18,7 @@ from vlprompt.data.views import BankViews
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.methods import Method, find_method
 from vlprompt.training.config import DataConfig, RunConfig, TeacherConfig
+from vlprompt.training.teacher import load_teacher_model
 
 REGIONS_PER_IMAGE, IMAGES_AT_LEAST = 4, 8  # of a batch, unless the configuration says otherwise
 
@@ -63,7 +63,7 @@ def _wanted_teacher(given: TeacherConfig, class_names: Sequence[str]) -> dict[st
     names = names_in_file(Path(given.class_names_file)) if given.class_names_file else tuple(class_names)
     wanted: dict[str, Any] = {"class_names": names}
     if given.backbone:
-        teacher = load_backbone(given.backbone)
+        teacher = load_teacher_model(given.backbone)
         wanted |= {"name": public_name(teacher.name), "fingerprint": teacher.fingerprint}
     return wanted | {k: v for k in ("template", "logit_scale") if (v := getattr(given, k)) is not None}
 

@@ -1,0 +1,166 @@
+"""Where names point in the space that images share with texts, while the image tower of ``mini`` learns."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlprompt.backbones.lite0 import Kind, directions
+from vlprompt.data.openmoji import SUBGROUPS
+
+ALIKE = 0.5
+"""Cosine of two names' sentence embeddings from which on neither is wrong for the other."""
+FEWEST, MOST = 4, 400
+"""Kinds below a WordNet noun that is a class of its own."""
+
+
+def kinds_above(kinds: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Nouns that some but not nearly all kinds are one of → those kinds, without two nouns for the same."""
+    below: dict[str, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        for noun in dict.fromkeys(kind["above"]):
+            below.setdefault(noun, []).append(i)
+    found: dict[tuple[int, ...], str] = {}
+    for noun, members in below.items():
+        if FEWEST <= len(members) <= MOST:
+            found.setdefault(tuple(members), noun)  # the nearest of a chain without branches
+    return {noun: list(members) for members, noun in found.items()}
+
+
+def seen_kinds(data: Path) -> list[dict[str, Any]]:
+    """The kinds that photographs are told apart by, ``at`` their place among the teacher's classes."""
+    listed = json.loads((data / "kinds.json").read_text(encoding="utf-8"))
+    return [kind | {"at": at} for at, kind in enumerate(listed) if not kind["unseen"]]
+
+
+class Names(nn.Module):
+    """Directions of what drawings show (captions, sub-groups, classes, tags) and photographs (kinds, what is above).
+
+    A text's direction is a linear map of its sentence embedding; texts that pictures show may leave it a little
+    (``shift``), for sentences that mean nearly the same (``grinning face``, ``beaming face``) look different.
+    """
+
+    def __init__(self, data: Path, dim: int) -> None:
+        super().__init__()
+        captions = json.loads((data / "captions.json").read_text(encoding="utf-8"))
+        texts: list[str] = json.loads((data / "texts.json").read_text(encoding="utf-8"))
+        row = {text: i for i, text in reversed(list(enumerate(texts)))}
+        unicode_groups = sorted({c["subgroup"] for c in captions if c["subgroup"]})
+        class_of = {group: name for name, groups in SUBGROUPS.items() for group in groups}
+        tags = sorted({tag for c in captions for tag in c["tags"]})
+        kinds = seen_kinds(data)
+        above = kinds_above(kinds)
+        self.parts = {
+            "captions": list(range(len(captions))),
+            "groups": [row[group.replace("-", " ")] for group in unicode_groups],
+            "classes": [row[name] for name in SUBGROUPS],
+            "tags": [row[tag] for tag in tags],
+            "kinds": [row[kind["names"][0]] for kind in kinds],
+            "above": [row[noun] for noun in above],
+        }
+        embeddings = torch.from_numpy(np.load(data / "texts.npy")).float()
+        self.embeddings: Tensor
+        rows = [i for of_part in self.parts.values() for i in of_part]
+        shown = embeddings[rows]
+        start = sum(len(self.parts[part]) for part in ("captions", "groups", "classes", "tags"))
+        shown[start : start + len(kinds)] = directions(
+            [Kind(kind["id"], kind["text"], tuple(kind["names"]), kind["gloss"]) for kind in kinds],
+            lambda written: embeddings[[row[text] for text in written]],
+        )
+        self.register_buffer("embeddings", shown.to(torch.bfloat16), persistent=False)
+        self.map = nn.Linear(embeddings.shape[1], dim)
+        centre = shown.mean(0)
+        axes = torch.linalg.svd(shown - centre, full_matrices=False)[2][:dim]
+        spread = ((shown - centre) @ axes.T).std(0).clamp(min=1e-3)
+        with torch.no_grad():  # principal directions, evened out half-way
+            self.map.weight.copy_(axes / spread[:, None].sqrt())
+            self.map.bias.copy_(-self.map.weight @ centre)
+        self.shift = nn.Parameter(torch.zeros(len(rows), dim))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(16.0)))
+
+        group_index = {group: i for i, group in enumerate(unicode_groups)}
+        class_index = {name: i for i, name in enumerate(SUBGROUPS)}
+        group_of = [group_index.get(c["subgroup"], -1) for c in captions]
+        class_of_caption = [class_index[class_of[c["subgroup"]]] if c["subgroup"] in class_of else -1 for c in captions]
+        tag_index = {tag: i for i, tag in enumerate(tags)}
+        has_tag = torch.zeros(len(captions), len(tags))
+        for i, caption in enumerate(captions):
+            for tag in caption["tags"]:
+                has_tag[i, tag_index[tag]] = 1 / len(caption["tags"])
+        is_one_of = torch.zeros(len(kinds), len(above))
+        for i, members in enumerate(above.values()):
+            is_one_of[members, i] = 1
+        of_kinds, of_captions = shown[start : start + len(kinds)], shown[: len(captions)]
+        self.fixed: dict[str, Tensor] | None = None
+        self.has_tag: Tensor
+        self.group: Tensor
+        self.class_: Tensor
+        self.is_one_of: Tensor
+        self.alike: Tensor
+        self.register_buffer("has_tag", has_tag, persistent=False)
+        self.register_buffer("group", torch.tensor(group_of), persistent=False)
+        self.register_buffer("class_", torch.tensor(class_of_caption), persistent=False)
+        self.register_buffer("is_one_of", is_one_of, persistent=False)
+        self.register_buffer("alike", of_kinds @ of_captions.T > ALIKE, persistent=False)  # [kinds, captions]
+
+    def forward(self) -> dict[str, Tensor]:
+        """Unit directions of each part, [texts, D]."""
+        if self.fixed is not None:
+            return self.fixed
+        mapped = F.linear(self.embeddings, self.map.weight.to(torch.bfloat16)).float() + self.map.bias
+        directions = F.normalize(mapped + self.shift, dim=-1)
+        return dict(zip(self.parts, directions.split([len(rows) for rows in self.parts.values()]), strict=True))
+
+    def fix(self, directions: dict[str, Tensor]) -> None:
+        """Take these directions, and learn none."""
+        self.fixed = {kind: F.normalize(directions[kind], dim=-1) for kind in self.parts}
+        self.map.requires_grad_(False)
+        self.shift.requires_grad_(False)
+
+    @torch.no_grad()
+    def begin_from(self, features: Tensor) -> None:
+        """Point where a text tower does, whose features [texts, D] of all parts in turn these are."""
+        x = self.embeddings.float()
+        x = torch.cat([x, torch.ones(len(x), 1)], 1)
+        found = torch.linalg.solve(x.T @ x + 0.01 * len(x) / 384 * torch.eye(x.shape[1]), x.T @ features)
+        self.map.weight.copy_(found[:-1].T)
+        self.map.bias.copy_(found[-1])
+        self.shift.copy_(0.5 * (features - x @ found))
+
+    def of_drawings(self, features: Tensor, captions: Tensor) -> Tensor:
+        """Cross entropy over captions, sub-groups, classes and tags of unit features [B, D]."""
+        names = self()
+        scaled = self.log_scale.exp() * features
+        kinds = (scaled @ names["kinds"].T).masked_fill(self.alike.T[captions], -math.inf)
+        logits = torch.cat([scaled @ names["captions"].T, kinds], 1)
+        total = F.cross_entropy(logits, captions, label_smoothing=0.0)
+        for part, labels, weight in (("groups", self.group, 0.25), ("classes", self.class_, 0.25)):
+            label = labels[captions]
+            known = label >= 0
+            each = F.cross_entropy(scaled @ names[part].T, label.clamp(min=0), reduction="none")
+            total = total + weight * (each * known).sum() / len(known)
+        tags = self.has_tag[captions]
+        return total - 0.25 * (tags * (scaled @ names["tags"].T).log_softmax(-1)).sum(-1).mean()
+
+    def of_photographs(self, features: Tensor, chances: Tensor) -> Tensor:
+        """Cross entropy with chances [B, kinds] of what photographs show, and of what is above those.
+
+        All names stand against each other, those of drawings too, but for captions that mean about the likeliest kind.
+        """
+        names = self()
+        scaled = self.log_scale.exp() * features
+        captions = (scaled @ names["captions"].T).masked_fill(self.alike[chances.argmax(-1)], -math.inf)
+        kinds = scaled @ names["kinds"].T
+        total = torch.logsumexp(torch.cat([kinds, captions], 1), -1) - (chances * kinds).sum(-1)
+        wide = chances @ self.is_one_of
+        wide = wide / wide.sum(-1, keepdim=True).clamp(min=1e-6)
+        total = total - 0.25 * (wide * (scaled @ names["above"].T).log_softmax(-1)).sum(-1)
+        meant = F.normalize(chances @ names["kinds"].detach(), dim=-1)
+        return (total + 2 * (1 - (features * meant).sum(-1))).mean()
