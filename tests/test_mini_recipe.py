@@ -126,11 +126,38 @@ def packages(modules, tmp_path_factory) -> Path:
     return folder
 
 
+def write_kinds(folder: Path) -> None:
+    """Three kinds that photographs show, and one that is kept unseen."""
+    kinds = [
+        {"id": "n1", "text": "tench", "names": ["tench"], "gloss": "a fish", "above": ["animal"], "unseen": True},
+        {"id": "n2", "text": "ox, bovine", "names": ["ox", "bull"], "gloss": "a beast", "above": ["animal"]},
+        {"id": "n3", "text": "cup", "names": ["cup"], "gloss": "a thing to drink from", "above": ["thing"]},
+        {"id": "n4", "text": "cat", "names": ["cat", "true cat"], "gloss": "a pet", "above": ["animal"]},
+    ]
+    write(folder / "kinds.json", [{"unseen": False} | kind for kind in kinds])
+
+
+def write_photos(folder: Path) -> None:
+    """Photographs of two sources in one colour a kind, and what a classifier says of them."""
+    rng = np.random.default_rng(0)
+    for source, n in (("train", 24), ("val", 10)):
+        kind = rng.integers(1, 4, n)
+        pixels = rng.integers(0, 60, (n, 64, 64, 3)) + 60 * kind[:, None, None, None]
+        of("photos").write_array(folder / "photos" / f"{source}-pixels.npy", pixels.astype(np.uint8))
+        write(folder / "photos" / f"{source}-labels.json", [f"n{k + 1}" if i % 2 else "" for i, k in enumerate(kind)])
+        top = np.stack([kind, kind % 3 + 1], 1).astype(np.int16)
+        of("photos").write_array(folder / "photos" / f"{source}-top.npy", top)
+        chance = np.tile(np.array([0.6, 0.2], np.float16), (n, 1))
+        of("photos").write_array(folder / "photos" / f"{source}-chance.npy", chance)
+
+
 @pytest.fixture(scope="module")
 def pretraining(packages) -> Path:
     """The folder after data preparation; sentence embeddings are random, one direction a word."""
     data, embed = of("data"), of("embed")
     run(data, "--out", packages, "--size", 72)
+    write_kinds(packages)
+    write_photos(packages)
     texts = embed.all_texts(packages)[:400]
     words = sorted({word for text in texts for word in text.split()})
     rows = torch.randn(len(words), 384, generator=torch.Generator().manual_seed(0))
@@ -160,13 +187,14 @@ def settings(tmp_path_factory) -> Path:
         "render": 72,
         "seed": 0,
         "batch": 8,
+        "photographs": 0.5,
         **rates,
         "stages": [
             {"steps": 4, "layers": 2, "keep": 8},
             {"steps": 4, "layers": 4, "keep": 10},
             {"steps": 2, "layers": 4, "keep": 16},
         ],
-        "text": {"context_length": 16, "width": 16, "layers": 2, "heads": 2, "mlp_width": 32, "activation": "gelu"},
+        "text": {"context_length": 40, "width": 16, "layers": 2, "heads": 2, "mlp_width": 32, "activation": "gelu"},
         "text_training": {"steps": 10, "batch": 8, **rates},
     }
     file.write_text(yaml.safe_dump(content), encoding="utf-8")
@@ -228,6 +256,128 @@ def test_a_second_call_renders_nothing_again(pretraining, monkeypatch):
     monkeypatch.setattr(data, "render_all", None)
     run(data, "--out", pretraining)
     assert (pretraining / "pictures.json").read_bytes() == before
+
+
+WORDNET = """\
+  1 licence
+00000001 03 n 02 entity 0 thing 1 000 | that which is perceived; an existence
+00000002 05 n 02 crane 0 wading_bird 0 001 @ 00000001 n 0000 | large bird; long-necked
+00000003 06 n 01 crane 0 002 @ 00000001 n 0000 ~ 00000002 n 0000 | lifts heavy objects
+"""
+
+
+def test_wordnet_tells_kinds_apart(tmp_path, monkeypatch):
+    kinds, lite0 = of("kinds"), importlib.import_module("vlprompt.backbones.lite0")
+    write(tmp_path / "data.noun", WORDNET)
+    write(tmp_path / "index.noun", "  1 licence\ncrane n 2 1 @ 2 1 00000003 00000002  \nentity n 1 0 1 0 00000001  \n")
+    bird, machine = (lite0.Kind(f"n0000000{i}", "", ("",), "") for i in (2, 3))
+    monkeypatch.setattr(lite0, "kinds", lambda: [bird, machine])
+    monkeypatch.setattr(kinds, "UNSEEN", ("n00000003",))
+    run(kinds, "--out", tmp_path, "--wordnet", tmp_path, "--table", tmp_path / "kinds.tsv")
+    first, second = json.loads((tmp_path / "kinds.json").read_text())
+    assert first == {
+        "id": "n00000002", "text": "crane, entity", "names": ["crane", "wading bird"], "gloss": "large bird",
+        "above": ["entity"], "unseen": False,
+    }  # fmt: skip
+    assert (second["text"], second["unseen"]) == ("crane", True)
+    assert (tmp_path / "kinds.tsv").read_text().splitlines()[1:] == [
+        "n00000002\tcrane, entity\tcrane; wading bird\tlarge bird",
+        "n00000003\tcrane\tcrane\tlifts heavy objects",
+    ]
+
+
+def test_the_table_is_what_wordnet_says():
+    if not (of("kinds").WORDNET / "data.noun").is_file():
+        pytest.skip("wordnet-base is not installed")
+    lite0 = importlib.import_module("vlprompt.backbones.lite0")
+    found = of("kinds").kinds(of("kinds").WORDNET)
+    assert [lite0.Kind(k["id"], k["text"], tuple(k["names"]), k["gloss"]) for k in found] == lite0.kinds()
+    assert [kind["names"][0] for kind in found if kind["unseen"]] == [
+        "tench", "English springer", "cassette player", "chain saw", "church",
+        "French horn", "garbage truck", "gas pump", "golf ball", "parachute",
+    ]  # fmt: skip
+
+
+def test_photographs_are_read_and_classified(tmp_path):
+    photos, lite0 = of("photos"), importlib.import_module("vlprompt.backbones.lite0")
+    tiny, samples, trash = tmp_path / "tiny", tmp_path / "samples", tmp_path / "trash"
+    shoes = sorted((lite0.Path(lite0.__file__).parents[1] / "data" / "clothing" / "test" / "shoes").iterdir())
+    names = ["train/n01443537/images/n01443537_0.JPEG", "val/images/val_0.JPEG", "test/images/test_0.JPEG"]
+    for file, place in zip(shoes, [tiny / name for name in names], strict=False):
+        place.parent.mkdir(parents=True)
+        place.write_bytes(file.read_bytes())
+    write(tiny / "val" / "val_annotations.txt", "val_0.JPEG\tn01629819\t0\t0\t9\t9\n")
+    samples.mkdir()
+    for file, name in zip(shoes, ("n03680355_Loafer.JPEG", "n01440764_tench.JPEG"), strict=False):
+        (samples / name).write_bytes(file.read_bytes())
+    (trash / "glass").mkdir(parents=True)
+    (trash / "glass" / "glass1.jpg").write_bytes(shoes[3].read_bytes())
+    given = ("--tiny", tiny, "--samples", samples, "--trash", trash, "--out", tmp_path, "--processes", 1)
+    run(photos, *given)
+    found = {file.name.partition("-")[0]: np.load(file) for file in (tmp_path / "photos").glob("*-pixels.npy")}
+    assert {source: len(pixels) for source, pixels in found.items()} == {
+        "train": 1, "val": 1, "test": 1, "samples": photos.CROPS, "trash": 1,
+    }  # fmt: skip
+    assert all(pixels.shape[1:] == (64, 64, 3) for pixels in found.values())
+    labels = json.loads((tmp_path / "photos" / "samples-labels.json").read_text())
+    assert labels == ["n03680355"] * photos.CROPS, "the tench is kept unseen"
+    chance, top = (np.load(tmp_path / "photos" / f"train-{what}.npy") for what in ("chance", "top"))
+    hidden = {i for i, kind in enumerate(lite0.kinds()) if kind.id in of("kinds").UNSEEN}
+    assert not hidden & set(top.flatten().tolist())
+    assert (np.diff(chance.astype(float)) <= 0).all()
+    before = (tmp_path / "photos" / "train-chance.npy").stat().st_mtime_ns
+    run(photos, *given)
+    assert (tmp_path / "photos" / "train-chance.npy").stat().st_mtime_ns == before
+
+
+def test_chances_of_photographs(pretraining):
+    images, names = of("images"), of("names")
+    kinds, unseen = names.listed_kinds(pretraining)
+    assert ([kind["at"] for kind in kinds], [kind["id"] for kind in unseen]) == ([1, 2, 3], ["n1"])
+    photographs = images.Photographs(pretraining, [1, 2, 3], ["n2", "n3", "n4"])
+    labels = json.loads((pretraining / "photos" / "train-labels.json").read_text())
+    top = np.load(pretraining / "photos" / "train-top.npy") - 1
+    chances = photographs.chances(torch.arange(photographs.size))
+    torch.testing.assert_close(chances.sum(-1), torch.ones(photographs.size))
+    for row, label, (best, second) in zip(chances, labels, top.tolist(), strict=True):
+        own = 0.4 if label else 0.0
+        assert row[best].item() == pytest.approx(own + (1 - own) * 0.75, abs=1e-3)
+        assert row[second].item() == pytest.approx((1 - own) * 0.25, abs=1e-3)
+    assert images.Photographs(pretraining, [1, 2, 3], ["n2", "n3", "n4"], validation=True).size == 10
+
+    def views(seed: int) -> torch.Tensor:
+        return images.photo_view(photographs.read(torch.arange(8)), 32, torch.Generator().manual_seed(seed))
+
+    assert views(1).shape == (8, 3, 32, 32)
+    assert views(1).isfinite().all()
+    assert torch.equal(views(1), views(1))
+    assert (views(1) != views(2)).flatten(1).any(1).all()
+
+
+def test_nouns_above_kinds_are_classes_of_their_own():
+    names = of("names")
+    kinds = [{"above": ["dog", "animal", "thing"]}] * 4 + [{"above": ["cat", "animal", "thing"]}] * 3
+    kinds += [{"above": ["thing"]}] * names.MOST
+    assert names.kinds_above(kinds) == {"dog": [0, 1, 2, 3], "animal": list(range(7))}
+
+
+def test_training_goes_on_from_a_shipped_backbone(pretraining, settings, trained, tmp_path):
+    folder = tmp_path / "backbone"
+    run(of("export"), settings, "--out", trained, "--to", folder)
+    image, text, steps = of("image"), of("text"), of("steps")
+    words = text.unscaled_tower(load_backbone(str(folder)).text_tower)
+    for name, value in steps.part(load_file(trained / "text.safetensors"), "tower").items():
+        torch.testing.assert_close(words.state_dict()[name], value, rtol=2e-3, atol=1e-3)  # fp16 in between
+    assert words.config.eps == steps.EPS
+
+    tower, names = image.new_tower(ImageConfig(32, 8, 32, 4, 2, 64, 16, "gelu"), 0), of("names").Names(pretraining, 16)
+    texts = json.loads((pretraining / "texts.json").read_text())
+    backbone = load_backbone(str(folder))
+    image.begin_from(backbone, tower, names, texts)
+    assert torch.equal(tower.positions, backbone.image_tower.positions)
+    assert names.log_scale.exp().item() == pytest.approx(backbone.logit_scale, rel=1e-5)
+    said = backbone.encode_texts([texts[row] for row in names.parts["captions"]])
+    assert (names()["captions"] * said).sum(-1).mean() > 0.5
 
 
 def test_views_are_random_finite_and_repeatable(pretraining):
@@ -393,7 +543,7 @@ def test_a_larger_image_tower_points_where_the_text_tower_does(pretraining, sett
     expected = normalize(torch.stack(said).sum(0), dim=-1)[0]
     directions = load_file(trained / "names.safetensors")
     torch.testing.assert_close(directions["captions"][0], expected, rtol=1e-4, atol=1e-4)
-    assert set(directions) == {"captions", "groups", "classes", "tags"}
+    assert set(directions) == {"captions", "groups", "classes", "tags", "kinds", "above"}
 
 
 def test_figures_go_into_the_card(tmp_path):

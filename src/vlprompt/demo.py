@@ -1,4 +1,4 @@
-"""``vlprompt demo``: the whole job on the embedded backbone and pictures drawn on this machine, offline."""
+"""``vlprompt demo``: the whole job on the embedded backbone and images that come along, offline."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.splits import Split
 from vlprompt.drawing import Curve, Shown, draw_curves, draw_predictions
-from vlprompt.errors import ConfigError
+from vlprompt.errors import ConfigError, unknown
 from vlprompt.files import write_atomically
 from vlprompt.methods import Method
 from vlprompt.progress import Bar
@@ -24,89 +25,150 @@ from vlprompt.training.config import build_config
 from vlprompt.training.evaluate import EvaluationImages, evaluate, harmonic_mean, predict_logits
 from vlprompt.training.run import Result, train
 
-SHOTS = 8
-BEFORE, BEST = "zero_shot", "promptsrc"
-COMMON = {"data.min_scale": 0.6, "optim.warmup_epochs": 0}
-METHODS: dict[str, dict[str, Any]] = {
-    BEFORE: {},
-    "coop": {
-        "method.n_ctx": 4,
-        "method.init": "a photo of a",
-        "data.batch_size": 16,
-        "optim.lr": 0.001,
-        "train.epochs": 5,
-        **COMMON,
-    },
-    BEST: {"data.batch_size": 8, "train.epochs": 4, **COMMON},
-}
-"""What runs, with changes to the official settings: their 50 and 20 epochs would take minutes, and little is left of a
-drawing in a crop of a twelfth of it. Chosen on validation pictures."""
-
+BEFORE, PROBE = "zero_shot", "linear_probe"
 MARKER = "demo.json"
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
-def run_demo(out: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Train on half of the classes, measure both halves, draw curves and predictions; returns the figures.
+@dataclass(frozen=True)
+class Show:
+    """What the demo does with a data set."""
 
-    ``out`` is made anew if it holds an earlier demo. Raises ConfigError if it holds anything else.
+    thing: str
+    """What its images are called."""
+    shots: int
+    methods: Mapping[str, Mapping[str, Any]]
+    """Method → changes to its official settings, chosen on validation images."""
+    best: str
+    """The method whose predictions are drawn, and whose model is kept for use."""
+    twice: tuple[str, ...]
+    """Methods that are tuned on all classes, too."""
+
+
+_DRAWN = {"data.min_scale": 0.6, "optim.warmup_epochs": 0}
+SHOWS = {
+    "clothing-demo": Show(
+        "photograph",
+        16,
+        {
+            BEFORE: {},
+            PROBE: {},
+            "coop": {"method.n_ctx": 4, "method.init": "a photo of a", "data.batch_size": 16, "train.epochs": 10},
+            "promptsrc": {"data.batch_size": 8},
+            "drople": {"data.batch_size": 8},
+        },
+        "promptsrc",
+        (BEFORE, PROBE, "promptsrc"),
+    ),
+    # Little is left of a drawing in a crop of a twelfth of it, and official epochs would take minutes.
+    "openmoji": Show(
+        "picture",
+        8,
+        {
+            BEFORE: {},
+            "coop": {
+                "method.n_ctx": 4,
+                "method.init": "a photo of a",
+                "data.batch_size": 16,
+                "optim.lr": 0.001,
+                "train.epochs": 5,
+                **_DRAWN,
+            },
+            "promptsrc": {"data.batch_size": 8, "train.epochs": 4, **_DRAWN},
+        },
+        "promptsrc",
+        (),
+    ),
+}
+"""By data set."""
+
+
+def run_demo(out: Path, say: Callable[[str], None], data: str = "clothing-demo") -> dict[str, Any]:
+    """Train on half of the classes, measure both halves, then on all; draw curves and predictions; gives the figures.
+
+    ``out`` is made anew if it holds an earlier demo. Raises ConfigError if it holds anything else, and for a data set
+    that the demo does not know.
     """
+    if data not in SHOWS:
+        raise ConfigError(unknown("data set of the demo", data, SHOWS))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not (out / MARKER).is_file():
             raise ConfigError(f"output folder {out} is already in use: choose another with --out")
         shutil.rmtree(out)
     write_atomically(out / MARKER, "{}")
     began = time.monotonic()
-    dataset = load_dataset("openmoji", out / "data")
-    halves = {"base": dataset.split.subset("base"), "novel": dataset.split.subset("novel")}
-    say(_opening(dataset, halves, out))
+    show, dataset = SHOWS[data], load_dataset(data, out / "data")
+    parts = {classes: dataset.split.subset(classes) for classes in ("base", "novel", "all")}
+    say(_opening(show, dataset, parts))
     images = {
-        name: EvaluationImages(split.paths("test"), [i.label for i in split.test]) for name, split in halves.items()
+        name: EvaluationImages(split.paths("test"), [i.label for i in split.test]) for name, split in parts.items()
     }
+
+    def tune(name: str, classes: str, folder: Path) -> tuple[Method, Result]:
+        given = {"data.name": data, "data.root": str(out / "data"), "data.classes": classes, "data.shots": show.shots}
+        say(f"\n{name}, {classes} classes …")
+        with Bar() as bar:
+            method, result = train(build_config(name, overrides={**given, **show.methods[name]}), folder, bar)
+        say(_done(method, result))
+        return method, result
+
     tuned: dict[str, Method] = {}
     rows: dict[str, dict[str, float]] = {}
     curves: dict[str, Curve] = {}
-    for name, changes in METHODS.items():
-        given = {"data.name": "openmoji", "data.root": str(out / "data"), "data.classes": "base"}
-        config = build_config(name, overrides={**given, "data.shots": SHOTS, **changes})
-        say(f"\n{name} …")
-        with Bar() as bar:
-            tuned[name], result = train(config, out / name, bar)
-        say(_done(tuned[name], result))
-        accuracy = {
-            half: evaluate(tuned[name], images[half], split.class_names).accuracy for half, split in halves.items()
-        }
-        rows[name] = {**accuracy, "harmonic_mean": harmonic_mean(**accuracy), "seconds": result.seconds}
+    for name in show.methods:
+        tuned[name], result = tune(name, "base", out / name)
+        halves = ("base",) if name == PROBE else ("base", "novel")  # a classifier knows no other classes
+        row = {half: evaluate(tuned[name], images[half], parts[half].class_names).accuracy for half in halves}
+        if len(row) == 2:
+            row["harmonic_mean"] = harmonic_mean(**row)
+        rows[name] = {**row, "seconds": result.seconds}
         if curve := _curve(out / name):
             curves[name] = curve
+    for name in show.twice:
+        method, result = tune(name, "all", out / f"{name}-all")
+        rows[name]["all"] = evaluate(method, images["all"], parts["all"].class_names).accuracy
+        rows[name]["seconds"] += result.seconds
     picture, drawn = out / "predictions.png", out / "learning_curves.png"
-    draw_predictions(picture, {BEFORE: "before", BEST: "after"}, _shown(halves, tuned))
+    halves = {half: parts[half] for half in ("base", "novel")}
+    draw_predictions(picture, {BEFORE: "before", show.best: "after"}, _shown(halves, tuned, show.best))
     draw_curves(drawn, curves, {BEFORE: _val_accuracy(out / BEFORE)})
     total = time.monotonic() - began
-    say(_table(rows, halves))
-    say(_curves_in_text(curves))
-    say(_closing(out, picture, drawn, total))
+    say(_table(show, rows, parts))
+    say(_curves_in_text(curves, show.thing))
+    model = out / (f"{show.best}-all" if show.best in show.twice else show.best)
+    say(_closing(show, data, out, model, picture, drawn, total))
     figures = {
+        "data": data,
         "methods": rows,
         "picture": str(picture),
         "learning_curves": str(drawn),
-        "artefact": str(out / BEST),
+        "artefact": str(model),
         "seconds": total,
     }
     write_atomically(out / MARKER, json.dumps(figures, indent=2))
     return figures
 
 
-def _opening(dataset: LoadedDataset, halves: Mapping[str, Split], out: Path) -> str:
-    split, base, novel = dataset.split, halves["base"], halves["novel"]
-    pictures = len(split.train) + len(split.val) + len(split.test)
+def _opening(show: Show, dataset: LoadedDataset, parts: Mapping[str, Split]) -> str:
+    split, base, novel = dataset.split, parts["base"], parts["novel"]
+    n = len(split.train) + len(split.val) + len(split.test)
+
+    def few(names: Sequence[str]) -> str:
+        return ", ".join(names) if len(names) <= 5 else f"{', '.join(names[:3])}, …"
+
     return (
-        f"{pictures:,} OpenMoji pictures of {len(split.class_names)} classes, drawn from a font into {out / 'data'}.\n"
-        f"  base classes:  {len(base.class_names)}, whose pictures train ({', '.join(base.class_names[:3])}, …)\n"
-        f"  novel classes: {len(novel.class_names)}, never trained on ({', '.join(novel.class_names[:3])}, …)\n"
-        f"The backbone `mini`, a small model of pictures and texts that comes with vlprompt, finds the class name\n"
-        f"that fits a picture best. It stays as it is: prompts, a few vectors beside the words or the picture, are\n"
-        f"tuned on {SHOTS} pictures of each base class, and then measured on other pictures of both halves."
+        f"{n:,} {show.thing}s of {len(split.class_names)} classes, and a task: name the class of a {show.thing} it has never seen.\n"
+        f"  base classes:  {len(base.class_names)} ({few(base.class_names)})\n"
+        f"  novel classes: {len(novel.class_names)} ({few(novel.class_names)})\n"
+        f"\n"
+        f'The backbone `mini` turns a {show.thing} into numbers, and a text such as "a photo of a {base.class_names[0]}." too; it was\n'
+        f"trained so that what belongs together lies close. So it can name things it was never shown examples of:\n"
+        f"the class whose text lies nearest wins (zero_shot, \"before\").\n"
+        f"Prompt learning leaves `mini` as it is and tunes a few vectors that stand beside the words, or beside the\n"
+        f"{show.thing}, until the training {show.thing}s lie nearest to their own classes. Here {show.shots} {show.thing}s of each *base* class\n"
+        f"are shown; then other {show.thing}s of both halves are named. Novel classes were never tuned on: a good method\n"
+        f"gains on the base classes and loses nothing on the novel ones, which a plain classifier on the same numbers\n"
+        f"(linear_probe) cannot name at all."
     )
 
 
@@ -126,25 +188,28 @@ def _val_accuracy(run: Path) -> float:
     return json.loads((run / "metrics.json").read_text("utf-8"))["val_accuracy"]
 
 
-def _table(rows: Mapping[str, Mapping[str, float]], halves: Mapping[str, Split]) -> str:
-    n = {name: len(split.test) for name, split in halves.items()}
-    guess = {name: 100 / len(split.class_names) for name, split in halves.items()}
-    guesses = {"guessing": {**guess, "harmonic_mean": harmonic_mean(**guess)}}
-    lines = ["", "Accuracy in percent on the test pictures", f"{'':12} base   novel  harmonic mean"]
+def _table(show: Show, rows: Mapping[str, Mapping[str, float]], parts: Mapping[str, Split]) -> str:
+    n = {name: len(split.test) for name, split in parts.items()}
+    guess = {name: 100 / len(split.class_names) for name, split in parts.items()}
+    guesses = {"guessing": {**guess, "harmonic_mean": harmonic_mean(guess["base"], guess["novel"])}}
+    columns = {"base": "base", "novel": "novel", "harmonic_mean": "harmonic mean"}
+    columns |= {"all": f"all {len(parts['all'].class_names)}"} if show.twice else {}
+    lines = ["", f"Accuracy in percent on the test {show.thing}s", " ".join([" " * 12, *(c.rjust(6) for c in columns.values())])]
     for name, row in (guesses | dict(rows)).items():
-        lines.append(f"{name:12} {row['base']:5.1f}  {row['novel']:5.1f}  {row['harmonic_mean']:5.1f}")
-    error = max(math.sqrt(row[half] * (100 - row[half]) / n[half]) for row in rows.values() for half in n)
+        cells = [f"{row[key]:.1f}" if key in row else "-" for key in columns]
+        lines.append(" ".join([name.ljust(12), *(c.rjust(max(6, len(h))) for c, h in zip(cells, columns.values(), strict=True))]))
+    error = max(math.sqrt(row[half] * (100 - row[half]) / n[half]) for row in rows.values() for half in ("base", "novel") if half in row)
+    before, after = rows[BEFORE], rows[show.best]
     lines.append(
-        f"The harmonic mean is high only if both are. With {n['base']} and {n['novel']} pictures the standard error of "
-        f"base and novel is {error:.1f} points.\n"
-        "`mini` knows these class names, so little is left to learn; tuning gains most where names mean nothing to a\n"
-        "backbone (docs/quick-start.md)."
+        f"{show.best}: {after['base'] - before['base']:+.1f} points on base classes, "
+        f"{after['novel'] - before['novel']:+.1f} on novel ones that it never saw. The harmonic mean is high only\n"
+        f"if both are. With {n['base']} and {n['novel']} {show.thing}s the standard error of base and novel is up to {error:.1f} points."
     )
     return "\n".join([*lines, ""])
 
 
-def _curves_in_text(curves: Mapping[str, Curve]) -> str:
-    lines = ["Learning curves, epoch by epoch: loss on training pictures, accuracy in percent on val pictures"]
+def _curves_in_text(curves: Mapping[str, Curve], thing: str) -> str:
+    lines = [f"Learning curves, epoch by epoch: loss on training {thing}s, accuracy in percent on val {thing}s"]
     for name, (losses, accuracies) in curves.items():
         loss = f"loss {losses[0]:5.2f} {_bars(losses)} {losses[-1]:.2f}"
         lines.append(f"{name:12} {loss}   val {accuracies[0]:5.1f} {_bars(accuracies)} {accuracies[-1]:.1f}")
@@ -157,22 +222,26 @@ def _bars(values: Sequence[float]) -> str:
     return "".join(BLOCKS[round((v - low) / span * (len(BLOCKS) - 1)) if span else 0] for v in values)
 
 
-def _closing(out: Path, picture: Path, curves: Path, total: float) -> str:
-    run, command = shlex.quote(str(out / BEST)), _command()
-    size = round(sum((out / BEST / name).stat().st_size for name in FILES) / 1000)
+def _closing(show: Show, data: str, out: Path, model: Path, picture: Path, curves: Path, total: float) -> str:
+    run, command, best = shlex.quote(str(model)), _command(), show.best
+    size = round(sum((model / name).stat().st_size for name in FILES) / 1000)
+    looks = (
+        f"On these pictures in other looks (edges, grey, dark, small, rotated):\n"
+        f"  {command} evaluate {run} openmoji-edges --root {shlex.quote(str(out / 'data'))} --classes base"
+    )
+    drawings = f"On drawings instead of photographs: {command} demo --data openmoji --out demo-drawings"
     return (
-        f"Predictions before ({BEFORE}) and after ({BEST}): {picture}\n"
+        f"Predictions before ({BEFORE}) and after ({best}): {picture}\n"
         f"Learning curves: {curves}\n"
-        f"The tuned prompts, ready to use elsewhere: {out / BEST} ({', '.join(FILES)}: {size} kB)\n"
+        f"The tuned model, ready to use elsewhere: {model} ({', '.join(FILES)}: {size} kB)\n"
         f"All in {total:.0f} s.\n"
         f"\n"
         f"Next, on your own images, one folder a class in PHOTOS:\n"
-        f"  {command} train {BEST} PHOTOS --out runs/photos\n"
+        f"  {command} train {best} PHOTOS --out runs/photos\n"
         f"  {command} evaluate runs/photos PHOTOS\n"
         f'  {command} predict runs/photos IMAGE.jpg --class-names "any,other,classes"\n'
         f"With a large model add --backbone openai/clip-vit-base-patch16 (a folder or a hub id) to the first.\n"
-        f"On these pictures in other looks (edges, grey, dark, small, rotated):\n"
-        f"  {command} evaluate {run} openmoji-edges --root {shlex.quote(str(out / 'data'))} --classes base"
+        + (looks if data == "openmoji" else drawings)
     )
 
 
@@ -184,14 +253,17 @@ def _command() -> str:
     return f"{shlex.quote(str(python.relative_to(here) if python.is_relative_to(here) else python))} -m vlprompt"
 
 
-def _shown(halves: Mapping[str, Split], tuned: Mapping[str, Method]) -> dict[str, list[Shown]]:
-    """The first test picture of every class, with what each model says among its half's classes."""
+def _shown(halves: Mapping[str, Split], tuned: Mapping[str, Method], best: str) -> dict[str, list[Shown]]:
+    """Test images of every class, four where there are few classes, with what each model says among its half's."""
     shown = {}
     for half, split in halves.items():
-        first = [next(i for i in split.test if i.label == c) for c in range(len(split.class_names))]
-        paths = [split.root / item.path for item in first]
-        guesses = [_names(tuned[name], paths, split.class_names) for name in (BEFORE, BEST)]
-        shown[f"{half} classes"] = [Shown(*row) for row in zip(paths, split.class_names, *guesses, strict=True)]
+        each = 1 if len(split.class_names) > 10 else 4
+        of_class = [[i for i in split.test if i.label == c] for c in range(len(split.class_names))]
+        chosen = [item for items in of_class for item in items[:each]]
+        paths = [split.root / item.path for item in chosen]
+        guesses = [_names(tuned[name], paths, split.class_names) for name in (BEFORE, best)]
+        truths = [split.class_names[item.label] for item in chosen]
+        shown[f"{half} classes"] = [Shown(*row) for row in zip(paths, truths, *guesses, strict=True)]
     return shown
 
 

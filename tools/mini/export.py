@@ -1,6 +1,6 @@
 """Write the trained towers as a backbone: CLIP in Hugging Face format, in fp16.
 
-    python tools/mini/export.py tools/mini/mini.yaml --out pretraining/mini --to src/vlprompt/backbones/mini
+    python tools/mini/export.py tools/mini/photos.yaml --out pretraining/aligned --to src/vlprompt/backbones/mini
 
 Reads ``OUT/image.safetensors``, ``OUT/text.safetensors`` and ``OUT/tokenizer.json``, and with ``--data`` the table of
 the pictures' sources. The card (``README.md``) that is in the folder stays; ``evaluate.py`` writes its figures.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 import yaml
 from image import STATE as IMAGE_STATE
 from safetensors.torch import load_file, save
-from steps import part
+from steps import EPS, part, scaled
 from text import STATE as TEXT_STATE
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -61,12 +60,10 @@ SPREAD = 0.02
 def rescaled(state: dict[str, Tensor], spread: float = SPREAD) -> tuple[dict[str, Tensor], float]:
     """The text tower with token embeddings of another spread, and the factor; it says the same about every text.
 
-    Everything that is added to the residual stream is scaled; layer norms divide it out again if their epsilon goes
-    with the factor's square. Without this, official learning rates would hardly move a learned token of ``mini``.
+    Without this, official learning rates would hardly move a learned token of ``mini``.
     """
     factor = spread / state["token_embedding.weight"].std().item()
-    added = re.compile(r"token_embedding\.weight|positions|blocks\.\d+\.(out|fc_2)\.(weight|bias)")
-    return {name: factor * v if added.fullmatch(name) else v for name, v in state.items()}, factor
+    return scaled(state, factor), factor
 
 
 def hugging_face(state: dict[str, Tensor], tower: str) -> dict[str, Tensor]:
@@ -101,7 +98,7 @@ def config_of(settings: dict[str, Any], vocabulary: dict[str, int], factor: floa
             "num_attention_heads": tower["heads"],
             "intermediate_size": tower["mlp_width"],
             "hidden_act": tower["activation"],
-            "layer_norm_eps": 1e-5 * factor**2,
+            "layer_norm_eps": EPS * factor**2,
             "projection_dim": image["embed_dim"],
         }
 
@@ -169,7 +166,7 @@ def export(settings: dict[str, Any], out: Path, to: Path) -> int:
 def main() -> None:
     """Read and write."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("settings", type=Path, help="a file such as tools/mini/mini.yaml")
+    parser.add_argument("settings", type=Path, help="a file such as tools/mini/photos.yaml")
     parser.add_argument("--out", type=Path, required=True, help="folder of the towers' states and the tokenizer")
     parser.add_argument("--data", type=Path, help="folder that data.py wrote, for the table of sources")
     parser.add_argument("--to", type=Path, required=True, help="folder of the backbone")

@@ -1,6 +1,6 @@
 """Train the image tower of ``mini`` to point at the names of pictures.
 
-    python tools/mini/image.py tools/mini/mini.yaml --data pretraining --out pretraining/mini
+    python tools/mini/image.py tools/mini/photos.yaml --data pretraining --out pretraining/mini
     python -m torch.distributed.run --nproc-per-node=2 tools/mini/image.py …     # one process a core or a GPU
 
 Texts are not run: each caption, tag and sub-group stands for itself in a table of directions, which starts from
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import yaml
 from images import Photographs, Pictures, photo_view, plain, plain_photo, view
-from names import Names, seen_kinds
+from names import Names, listed_kinds
 from safetensors.torch import load_file
 from steps import Training, noise, part, processes
 from torch import Tensor, nn
@@ -186,7 +186,7 @@ def validate(
             found[kind] += int(((answer == label) & (label >= 0)).sum())
             n[kind] += int((label >= 0).sum())
     if photographs is not None:
-        for rows in torch.arange(0, len(photographs.rows), 5).split(256):
+        for rows in torch.arange(0, photographs.size, 5).split(256):
             images = plain_photo(photographs.read(rows).to(device), tower.config.image_size)
             answer = (encode(tower, images, blocks, None).float() @ directions["kinds"].T).argmax(1).cpu()
             found["kinds"] = found.get("kinds", 0) + int((answer == photographs.labels[rows]).sum())
@@ -197,7 +197,7 @@ def validate(
 def main() -> None:
     """Train, validate, save."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("settings", type=Path, help="a file such as tools/mini/mini.yaml")
+    parser.add_argument("settings", type=Path, help="a file such as tools/mini/photos.yaml")
     parser.add_argument("--data", type=Path, required=True, help="folder that data.py and embed.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of the state")
     parser.add_argument("--weights", type=Path, help="image.safetensors to begin with, of any image size")
@@ -225,7 +225,7 @@ def main() -> None:
     share = settings.get("photographs", 0)
     photographs = held_out_photographs = None
     if share:
-        kinds = seen_kinds(options.data)
+        kinds, _ = listed_kinds(options.data)
         of_kinds = [kind["at"] for kind in kinds], [kind["id"] for kind in kinds]
         photographs = Photographs(options.data, *of_kinds)
         held_out_photographs = Photographs(options.data, *of_kinds, validation=True)

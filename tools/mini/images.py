@@ -219,26 +219,33 @@ class Photographs:
 
     Args:
         data: the folder that ``photos.py`` wrote.
-        places: the teacher's classes that count, in order; chances are [B, len(places)].
-        validation: those of Tiny-ImageNet's val part instead of all others.
+        places: the classifier's classes that count, in order; chances are [B, len(places)].
+        ids: the WordNet ids of those.
+        validation: Tiny-ImageNet's val part instead of all others.
     """
 
     OWN = 0.4
-    """Share of its own label in the chances of a photograph that has one; the rest is the teacher's."""
+    """Share of its own label in the chances of a photograph that has one; the rest is the classifier's."""
 
     def __init__(self, data: Path, places: list[int], ids: list[str], validation: bool = False) -> None:
-        listed = json.loads((data / "photos.json").read_text(encoding="utf-8"))
-        self.pixels = np.load(data / "photos-64.npy", mmap_mode="r")
-        chosen = [i for i, p in enumerate(listed) if (p["kind"] == "val") == validation]
-        self.rows = torch.tensor(chosen)
+        folder = data / "photos"
+        every = sorted(file.name.removesuffix("-chance.npy") for file in folder.glob("*-chance.npy"))
+        sources = [name for name in every if (name == "val") == validation]
+        self.pixels = [np.load(folder / f"{name}-pixels.npy", mmap_mode="r") for name in sources]
+        self.starts = np.cumsum([0, *map(len, self.pixels)])
+        self.size = int(self.starts[-1])
         at = {id_: i for i, id_ in enumerate(ids)}
-        self.labels = torch.tensor([at.get(listed[i]["label"], -1) for i in chosen])
-        place = torch.full((max(places) + 1,), -1)
+        labels = [json.loads((folder / f"{name}-labels.json").read_text(encoding="utf-8")) for name in sources]
+        self.labels = torch.tensor([at.get(label, -1) for part in labels for label in part])
+        top, chance = (
+            torch.from_numpy(np.concatenate([np.load(folder / f"{name}-{what}.npy") for name in sources]))
+            for what in ("top", "chance")
+        )
+        place = torch.full((max(*places, int(top.max())) + 1,), -1)
         place[places] = torch.arange(len(places))
-        top = torch.from_numpy(np.load(data / "photos-top.npy")).long()[self.rows]
-        self.top = place[top.clamp(max=len(place) - 1)]
-        chance = torch.from_numpy(np.load(data / "photos-chance.npy")).float()[self.rows]
-        self.chance = chance / chance.sum(-1, keepdim=True)
+        found = place[top.long()]
+        self.top = found.clamp(min=0)
+        self.chance = F.normalize(chance.float() * (found >= 0), p=1.0, dim=-1)
         self.kinds = len(places)
 
     def chances(self, index: Tensor) -> Tensor:
@@ -250,14 +257,15 @@ class Photographs:
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """n photographs at random: indices."""
-        return torch.randint(len(self.rows), (n,), generator=generator)
+        return torch.randint(self.size, (n,), generator=generator)
 
     def read(self, index: Tensor) -> Tensor:
         """[B, 3, S, S] in 0…1."""
-        rows = self.rows[index].numpy()
-        order = np.argsort(rows)  # in the order of the disk
-        pixels = np.empty((len(rows), *self.pixels.shape[1:]), np.uint8)
-        pixels[order] = self.pixels[rows[order]]
+        rows = index.numpy()
+        pixels = np.empty((len(rows), *self.pixels[0].shape[1:]), np.uint8)
+        source = np.searchsorted(self.starts, rows, side="right") - 1
+        for at in np.argsort(rows):  # in the order of the disk
+            pixels[at] = self.pixels[source[at]][rows[at] - self.starts[source[at]]]
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255)
 
 

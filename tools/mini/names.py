@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,17 @@ def kinds_above(kinds: list[dict[str, Any]]) -> dict[str, list[int]]:
     return {noun: list(members) for members, noun in found.items()}
 
 
-def seen_kinds(data: Path) -> list[dict[str, Any]]:
-    """The kinds that photographs are told apart by, ``at`` their place among the teacher's classes."""
+def listed_kinds(data: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The kinds that photographs are told apart by, and those kept unseen; ``at`` is a kind's place among all."""
     listed = json.loads((data / "kinds.json").read_text(encoding="utf-8"))
-    return [kind | {"at": at} for at, kind in enumerate(listed) if not kind["unseen"]]
+    placed = [kind | {"at": at} for at, kind in enumerate(listed)]
+    return [kind for kind in placed if not kind["unseen"]], [kind for kind in placed if kind["unseen"]]
+
+
+def kind_embeddings(kinds: Sequence[dict[str, Any]], row: Mapping[str, int], embeddings: Tensor) -> Tensor:
+    """Sentence embeddings of kinds, [kinds, 384], from those of all texts; ``row`` says where a text's is."""
+    asked = [Kind(kind["id"], kind["text"], tuple(kind["names"]), kind["gloss"]) for kind in kinds]
+    return directions(asked, lambda written: embeddings[[row[text] for text in written]])
 
 
 class Names(nn.Module):
@@ -55,7 +63,7 @@ class Names(nn.Module):
         unicode_groups = sorted({c["subgroup"] for c in captions if c["subgroup"]})
         class_of = {group: name for name, groups in SUBGROUPS.items() for group in groups}
         tags = sorted({tag for c in captions for tag in c["tags"]})
-        kinds = seen_kinds(data)
+        kinds, _ = listed_kinds(data)
         above = kinds_above(kinds)
         self.parts = {
             "captions": list(range(len(captions))),
@@ -70,10 +78,7 @@ class Names(nn.Module):
         rows = [i for of_part in self.parts.values() for i in of_part]
         shown = embeddings[rows]
         start = sum(len(self.parts[part]) for part in ("captions", "groups", "classes", "tags"))
-        shown[start : start + len(kinds)] = directions(
-            [Kind(kind["id"], kind["text"], tuple(kind["names"]), kind["gloss"]) for kind in kinds],
-            lambda written: embeddings[[row[text] for text in written]],
-        )
+        shown[start : start + len(kinds)] = kind_embeddings(kinds, row, embeddings)
         self.register_buffer("embeddings", shown.to(torch.bfloat16), persistent=False)
         self.map = nn.Linear(embeddings.shape[1], dim)
         centre = shown.mean(0)
@@ -117,6 +122,10 @@ class Names(nn.Module):
         mapped = F.linear(self.embeddings, self.map.weight.to(torch.bfloat16)).float() + self.map.bias
         directions = F.normalize(mapped + self.shift, dim=-1)
         return dict(zip(self.parts, directions.split([len(rows) for rows in self.parts.values()]), strict=True))
+
+    def mapped(self, embeddings: Tensor) -> Tensor:
+        """Directions of any sentence embeddings [texts, 384], not normalised: [texts, D]."""
+        return F.linear(embeddings, self.map.weight, self.map.bias)
 
     def fix(self, directions: dict[str, Tensor]) -> None:
         """Take these directions, and learn none."""

@@ -1,18 +1,20 @@
-"""Photographs for the pretraining of ``mini``, and what a teacher says they show.
+"""Photographs for the pretraining of ``mini``, and what a classifier says they show.
 
-    python tools/mini/photos.py --tiny tiny-imagenet-200 --trash dataset-resized --out pretraining
+    python tools/mini/photos.py --tiny tiny-imagenet-200 --samples imagenet-sample-images --trash dataset-resized \
+        --out pretraining
 
-Reads Tiny-ImageNet (100,000 + 10,000 images of 64 px, ImageNet's terms: used for training, never shipped) and, if
-it is given, TrashNet (MIT). EfficientNet-lite0 (Apache-2.0) gives each image probabilities of ImageNet's 1,000
-classes. The ten classes of Imagenette are taken out of them, so that ``mini`` never learns those; the photographs of
-Imagenette measure it. A second call does only what is missing.
+Reads Tiny-ImageNet (120,000 images of 64 px) and, if they are given, one image of each of ImageNet's 1,000 classes, of
+which many crops are taken (both under ImageNet's terms: used for training, never shipped), and TrashNet (MIT).
+EfficientNet-lite0 (Apache-2.0) gives each photograph probabilities of ImageNet's classes. The ten classes of Imagenette
+are taken out of them, and out of the samples, so that ``mini`` never learns those: they measure it. A second call does
+only what is missing.
 
-Writes into the folder
+Writes into ``OUT/photos``, for each of the sources ``train``, ``val``, ``test``, ``samples`` and ``trash``
 
-* ``photos-64.npy``: [photographs, 64, 64, 3], uint8;
-* ``photos.json``: ``kind`` (train, val, trash) and ``label`` (a WordNet id, or TrashNet's word) of each;
-* ``photos-top.npy``: [photographs, 20], int16, the classes that the teacher finds likeliest;
-* ``photos-chance.npy``: [photographs, 20], float16, their probabilities.
+* ``SOURCE-pixels.npy``: [photographs, 64, 64, 3], uint8;
+* ``SOURCE-labels.json``: a WordNet id of each, "" where there is none;
+* ``SOURCE-top.npy``: [photographs, 20], int16, the classes that the classifier finds likeliest;
+* ``SOURCE-chance.npy``: [photographs, 20], float16, their probabilities.
 """
 
 from __future__ import annotations
@@ -31,41 +33,55 @@ from PIL import Image
 from torch.nn import functional as F
 
 from vlprompt.backbones.lite0 import IMAGE_SIZE, kinds, load_classifier
+from vlprompt.data.images import pixel_box, random_regions
 from vlprompt.files import write_atomically
 
 SIZE, TOP, PART = 64, 20, 1000
-PIXELS, TOPS, CHANCES = f"photos-{SIZE}.npy", "photos-top.npy", "photos-chance.npy"
+CROPS = 32
+"""Of each sample, which cover this share of its area or more."""
+LEAST = 0.25
 
 
-def listed(tiny: Path, trash: Path | None) -> Iterator[tuple[Path, str, str]]:
-    """Each photograph with its kind and its label."""
-    for file in sorted((tiny / "train").glob("*/images/*.JPEG")):
-        yield file, "train", file.parts[-3]
+def listed(tiny: Path, samples: Path | None, trash: Path | None) -> dict[str, list[tuple[Path, str]]]:
+    """The photographs of each source with their labels."""
     annotations = (tiny / "val" / "val_annotations.txt").read_text(encoding="ascii").splitlines()
-    for name, label, *_ in (line.split("\t") for line in annotations):
-        yield tiny / "val" / "images" / name, "val", label
-    for file in sorted(trash.glob("*/*.jpg")) if trash else ():
-        yield file, "trash", file.parts[-2]
+    found = {
+        "train": [(file, file.parts[-3]) for file in sorted((tiny / "train").glob("*/images/*.JPEG"))],
+        "val": [(tiny / "val" / "images" / name, id_) for name, id_, *_ in (line.split("\t") for line in annotations)],
+        "test": [(file, "") for file in sorted((tiny / "test" / "images").glob("*.JPEG"))],
+    }
+    if samples:
+        named = [(file, file.name.partition("_")[0]) for file in sorted(samples.glob("n*.JPEG"))]
+        found["samples"] = [(file, id_) for file, id_ in named if id_ not in UNSEEN]
+    if trash:
+        found["trash"] = [(file, "") for file in sorted(trash.glob("*/*.jpg"))]
+    return found
 
 
-def read(file: Path) -> np.ndarray:
-    """[SIZE, SIZE, 3] uint8: the middle square."""
+def read(file: Path, crops: int) -> Iterator[np.ndarray]:
+    """[SIZE, SIZE, 3] uint8: the middle square, or so many crops at random."""
     with Image.open(file, formats=["JPEG"]) as opened:
         image = opened.convert("RGB")
-    if image.size != (SIZE, SIZE):
+    width, height = image.size
+    if crops:
+        draw = np.random.default_rng(int.from_bytes(file.name.encode()[:8]))
+        boxes = [pixel_box(region, width, height) for region in random_regions(draw, width, height, crops, (LEAST, 1))]
+    else:
         side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
-    return np.asarray(image)
+        left, top = (width - side) // 2, (height - side) // 2
+        boxes = [(left, top, left + side, top + side)]
+    for box in boxes:
+        part = image.crop(box)
+        yield np.asarray(part if part.size == (SIZE, SIZE) else part.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
 
 
 def classified(part: tuple[Path, int, int]) -> tuple[np.ndarray, np.ndarray]:
     """The classifier's likeliest classes and their probabilities, of the photographs ``start`` to ``stop``."""
-    folder, start, stop = part
+    file, start, stop = part
     torch.set_num_threads(1)
-    classifier = load_classifier().to(torch.bfloat16, memory_format=torch.channels_last)
-    hidden = [at for at, (id_, _) in enumerate(kinds()) if id_ in UNSEEN]
-    pixels = np.load(folder / PIXELS, mmap_mode="r")[start:stop]
+    classifier = load_classifier().to(memory_format=torch.channels_last).to(torch.bfloat16)
+    hidden = [at for at, kind in enumerate(kinds()) if kind.id in UNSEEN]
+    pixels = np.load(file, mmap_mode="r")[start:stop]
     top, chance = np.zeros((len(pixels), TOP), np.int16), np.zeros((len(pixels), TOP), np.float16)
     for i in range(0, len(pixels), 64):
         images = (torch.from_numpy(pixels[i : i + 64].copy()).permute(0, 3, 1, 2).float() - 127) / 128
@@ -90,27 +106,31 @@ def main() -> None:
     """Read and classify."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--tiny", type=Path, required=True, help="folder of Tiny-ImageNet")
+    parser.add_argument("--samples", type=Path, help="folder of images n….JPEG, one a class of ImageNet")
     parser.add_argument("--trash", type=Path, help="folder of TrashNet, dataset-resized")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--processes", type=int, help="that classify; default: as many as there are cores")
     options = parser.parse_args()
-    photos = list(listed(options.tiny, options.trash))
-    about = [{"kind": kind, "label": label} for _, kind, label in photos]
-    pixels, chances = options.out / PIXELS, options.out / CHANCES
-    if not pixels.exists():
-        write_array(pixels, np.stack([read(file) for file, _, _ in photos]))
-        write_atomically(options.out / "photos.json", json.dumps(about, indent=0))
-        chances.unlink(missing_ok=True)
-    print(f"{len(photos)} photographs")
-    if not chances.exists():
-        parts = [(options.out, i, min(i + PART, len(photos))) for i in range(0, len(photos), PART)]
-        tops, found = [], []
-        with multiprocessing.get_context("spawn").Pool() as pool:
-            for i, (top, chance) in enumerate(pool.imap(classified, parts)):
-                tops.append(top)
-                found.append(chance)
-                print(f"{min((i + 1) * PART, len(photos))} of {len(photos)} classified", flush=True)
-        write_array(options.out / TOPS, np.concatenate(tops))
-        write_array(chances, np.concatenate(found))
+    for source, photos in listed(options.tiny, options.samples, options.trash).items():
+        files = ("pixels.npy", "labels.json", "top.npy", "chance.npy")
+        pixels, labels, top, chance = (options.out / "photos" / f"{source}-{file}" for file in files)
+        if not pixels.exists():
+            crops = CROPS if source == "samples" else 0
+            write_atomically(labels, json.dumps([label for _, label in photos for _ in range(crops or 1)]))
+            write_array(pixels, np.stack([view for file, _ in photos for view in read(file, crops)]))
+            chance.unlink(missing_ok=True)
+        n = len(np.load(pixels, mmap_mode="r"))
+        print(f"{source}: {n} photographs", flush=True)
+        if not chance.exists():
+            parts = [(pixels, i, min(i + PART, n)) for i in range(0, n, PART)]
+            tops, found = [], []
+            with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+                for i, (best, of_best) in enumerate(pool.imap(classified, parts)):
+                    tops.append(best)
+                    found.append(of_best)
+                    print(f"{min((i + 1) * PART, n)} of {n} classified", flush=True)
+            write_array(top, np.concatenate(tops))
+            write_array(chance, np.concatenate(found))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from vlprompt.files import write_atomically
 
+EPS = 1e-5
+"""Of layer norms while towers are trained."""
 SHOWN = 50
 """Steps between lines, and that a printed loss is the mean of."""
 
@@ -155,6 +158,16 @@ class Training:
 def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with ``prefix.``, without it."""
     return {k.removeprefix(prefix + "."): v for k, v in state.items() if k.startswith(prefix + ".")}
+
+
+def scaled(state: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """A text tower's weights with a residual stream ``factor`` times as large.
+
+    Everything that is added to it is scaled; layer norms divide it out again if their epsilon (``EPS`` in training)
+    goes with the factor's square.
+    """
+    added = re.compile(r"token_embedding\.weight|positions|blocks\.\d+\.(out|fc_2)\.(weight|bias)")
+    return {name: factor * v if added.fullmatch(name) else v for name, v in state.items()}
 
 
 def noise(*shape: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Train the text tower of ``mini`` to point where the image tower was taught to look.
 
-    python tools/mini/text.py tools/mini/mini.yaml --data pretraining --out pretraining/mini
+    python tools/mini/text.py tools/mini/photos.yaml --data pretraining --out pretraining/mini
 
 Texts that pictures show go to their own directions (``Names`` in ``image.py``); every other word and combination of
 words goes where the same map sends its sentence embedding. Half of the texts stand in a template, which must not move
@@ -15,7 +15,9 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,14 +27,16 @@ import yaml
 from data import PACKAGES, package_folder
 from embed import embed
 from image import STATE as IMAGE_STATE
-from image import Names, attention_of
+from image import attention_of
+from names import Names, kind_embeddings, listed_kinds
 from safetensors.torch import load_file, save
-from steps import Training, draw_by_weight, noise, part, processes
+from steps import EPS, Training, draw_by_weight, noise, part, processes, scaled
 from tokenizer import TEMPLATES, counts
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.towers import Block, TextConfig, TextTower
 from vlprompt.files import write_atomically
 
@@ -87,38 +91,74 @@ def new_tower(config: TextConfig, tokenizer: Tokenizer, seed: int) -> TextTower:
     return tower
 
 
+def unscaled_tower(tower: TextTower) -> TextTower:
+    """A shipped text tower as it was trained, before ``export.py`` made its residual stream smaller."""
+    factor = (tower.config.eps / EPS) ** 0.5
+    out = TextTower(replace(tower.config, eps=EPS))
+    out.load_state_dict(scaled(tower.state_dict(), 1 / factor))
+    return out
+
+
 class Texts:
-    """All texts with their directions, and how often each is drawn."""
+    """All texts with their directions, and how often each is drawn.
+
+    ``directions`` [texts, E]; ``shown`` [captions + kinds, E], which are told apart from one another; ``which``
+    [texts], the place of a text among those, -1 for one that is none of them, or several.
+    """
+
+    SHARES = {"other": 0.25, "tags": 0.15, "captions": 0.25, "groups": 0.05, "kinds": 0.25, "glosses": 0.05}
+    """Of the texts drawn."""
 
     def __init__(self, data: Path, names: Names) -> None:
         self.texts: list[str] = json.loads((data / "texts.json").read_text(encoding="utf-8"))
+        row = {text: i for i, text in reversed(list(enumerate(self.texts)))}
         embeddings = torch.from_numpy(np.load(data / "texts.npy")).float()
+        kinds, unseen = listed_kinds(data)
         with torch.no_grad():
-            directions = F.normalize(F.linear(embeddings, names.map.weight, names.map.bias), dim=-1)
+            self.directions = F.normalize(names.mapped(embeddings), dim=-1)
             shown = names()
-        # A text may be a tag, a caption and a class at once ("bird"): a tag gives way, a class takes half.
-        for kind in ("tags", "groups", "captions"):
-            directions[names.parts[kind]] = shown[kind]
-        both = names.parts["classes"]
-        captioned = torch.tensor([row < len(names.parts["captions"]) for row in both])[:, None]
-        directions[both] = F.normalize(shown["classes"] + captioned * directions[both], dim=-1)
-        self.directions, self.captions = directions, len(names.parts["captions"])
+            hidden = F.normalize(names.mapped(kind_embeddings(unseen, row, embeddings)), dim=-1)
+        sort = ["other"] * len(self.texts)
+        claims: dict[int, list[Tensor]] = {}  # where pictures say that a text points
+
+        def claim(rows: Sequence[int], directions: Tensor, share: str) -> None:
+            for i, direction in zip(rows, directions, strict=True):
+                claims.setdefault(i, []).append(direction)
+                sort[i] = share
+
+        for name, share in (("tags", "tags"), ("above", "kinds"), ("groups", "groups"), ("classes", "groups")):
+            claim(names.parts[name], shown[name], share)
+        sure = [(i, i) for i in names.parts["captions"]]
+        for at, (kind, direction) in enumerate(zip((*kinds, *unseen), (*shown["kinds"], *hidden), strict=True)):
+            said = dict.fromkeys(row[text] for text in (*kind["names"], kind["text"]))
+            claim(list(said), direction.expand(len(said), -1), "kinds")
+            claim([row[kind["gloss"]]], direction[None], "glosses")
+            if at < len(kinds):
+                sure += [(i, len(names.parts["captions"]) + at) for i in said]
+        # A text may be a tag and a caption at once ("bird"): a tag gives way, all others take equal parts.
+        tags = set(names.parts["tags"])
+        claim(names.parts["captions"], shown["captions"], "captions")
+        for i, directions in claims.items():
+            taken = directions[1:] if i in tags and len(directions) > 1 else directions
+            self.directions[i] = F.normalize(torch.stack(taken).sum(0), dim=-1)
+        self.shown = torch.cat([shown["captions"], shown["kinds"]])
+        self.which = torch.full((len(self.texts),), -1)
+        often = Counter(i for i, _ in sure)
+        for i, place in sure:
+            self.which[i] = place if often[i] == 1 else -1
+
         words = counts(data, package_folder(PACKAGES["words"], data / "packages") / "dict" / "index.sense")
-        common = torch.tensor(
-            [
-                math.log1p(min((words[word] for word in re.findall(r"[a-z]+", text.lower())), default=0))
-                for text in self.texts
-            ]
-        )
-        kind_of = torch.zeros(len(self.texts), dtype=torch.long)
-        kind_of[sorted({i for rows in names.parts.values() for i in rows})] = 1
-        kind_of[names.parts["groups"] + names.parts["classes"]] = 2
-        share = torch.tensor([0.3, 0.64, 0.06])  # other texts; captions and tags; sub-groups and classes
-        weights = torch.where(kind_of == 0, 0.2 + common, 1.0)
-        weights = weights * (share / torch.zeros(3).index_add(0, kind_of, weights))[kind_of]
-        others = (kind_of == 0).nonzero()[:, 0]
-        self.validation = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(0))[:VALIDATION]]
+        weights = torch.ones(len(self.texts))
+        others = [i for i, share in enumerate(sort) if share == "other"]
+        for i in others:
+            said = re.findall(r"[a-z]+", self.texts[i].lower())
+            weights[i] = 0.2 + math.log1p(min((words[word] for word in said), default=0))
+        validation = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))[:VALIDATION]
+        self.validation = torch.tensor(others)[validation]
         weights[self.validation] = 0
+        for share, drawn in self.SHARES.items():
+            rows = [i for i, of in enumerate(sort) if of == share]
+            weights[rows] *= drawn / max(float(weights[rows].sum()), 1e-9)
         self.ends = weights.double().cumsum(0)
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
@@ -144,9 +184,10 @@ def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 def main() -> None:
     """Train and save."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("settings", type=Path, help="a file such as tools/mini/mini.yaml")
+    parser.add_argument("settings", type=Path, help="a file such as tools/mini/photos.yaml")
     parser.add_argument("--data", type=Path, required=True, help="folder that data.py and embed.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of the image tower's state and the tokenizer")
+    parser.add_argument("--begin", help="backbone to begin with, as for --backbone of vlprompt")
     parser.add_argument("--save-every", type=int, default=500, help="steps")
     options = parser.parse_args()
     settings = yaml.safe_load(options.settings.read_text(encoding="utf-8"))
@@ -159,8 +200,12 @@ def main() -> None:
     names = Names(options.data, config.embed_dim)
     names.load_state_dict(part(load_file(options.out / IMAGE_STATE), "rest"))
     texts = Texts(options.data, names)
-    directions = texts.directions.to(device)
-    training = Training(new_tower(config, tokenizer, settings["seed"]).to(device), None, recipe, recipe["steps"])
+    directions, shown, which = texts.directions.to(device), texts.shown.to(device), texts.which.to(device)
+    if options.begin:
+        tower = unscaled_tower(load_backbone(options.begin).text_tower)
+    else:
+        tower = new_tower(config, tokenizer, settings["seed"])
+    training = Training(tower.to(device), None, recipe, recipe["steps"])
     size = recipe["batch"] // world
 
     @lru_cache(1)
@@ -190,9 +235,9 @@ def main() -> None:
             scores = scores.masked_fill(same & ~torch.eye(len(same), dtype=torch.bool, device=device), -math.inf)
             far = (1 - (features * aims).sum(-1)).mean()
             loss = 4 * far + F.cross_entropy(scores, torch.arange(len(scores), device=device))
-            captions = labels < texts.captions  # they are told apart from all others, not from those of a batch
-            of_all = 50 * features[captions] @ directions[: texts.captions].T
-            return loss + F.cross_entropy(of_all, labels[captions], reduction="sum") / len(labels)
+            place = which[labels]  # names of pictures are told apart from all others, not from those of a batch
+            of_all = 50 * features[place >= 0] @ shown.T
+            return loss + F.cross_entropy(of_all, place[place >= 0], reduction="sum") / len(labels)
 
         return loss_of
 
@@ -234,6 +279,7 @@ def validate(tower: nn.Module, tokenizer: Tokenizer, texts: Texts, names: Names)
         "other words": texts.validation.tolist(),
         "captions": names.parts["captions"][:VALIDATION],
         "classes": names.parts["classes"],
+        "kinds": names.parts["kinds"],
     }.items():
         tokens = tokenized(tokenizer, [texts.texts[i] for i in rows], tower.config.context_length)
         ids, ends = padded(tokens)

@@ -15,7 +15,7 @@ from vlprompt.cli.bank import bank_app
 from vlprompt.cli.bench import bench_app
 from vlprompt.cli.data import data_app
 from vlprompt.cli.models import models_app
-from vlprompt.cli.options import OUTPUT, Json, first_process, say
+from vlprompt.cli.options import DATA, OUTPUT, Json, first_process, say
 from vlprompt.cli.train import train_app
 from vlprompt.errors import Interrupted, VlpromptError
 
@@ -78,12 +78,18 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Folder for the pictures and the tuned models.", rich_help_panel=OUTPUT)
     ] = Path("demo"),
+    data: Annotated[
+        str,
+        typer.Option(
+            help="clothing-demo, photographs that come along; or openmoji, drawings made here.", rich_help_panel=DATA
+        ),
+    ] = "clothing-demo",
     json_output: Json = False,
 ) -> None:
     """Tune, measure and predict on the embedded backbone, offline, in under two minutes."""
     from vlprompt.demo import run_demo
 
-    result = run_demo(out, say)
+    result = run_demo(out, say, data)
     if json_output:
         print(json.dumps(result))
 
