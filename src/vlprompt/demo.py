@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,8 +117,8 @@ def run_demo(out: Path, say: Callable[[str], None], data: str = "clothing-demo")
     curves: dict[str, Curve] = {}
     for name in show.methods:
         tuned[name], result = tune(name, "base", out / name)
-        halves = ("base",) if name == PROBE else ("base", "novel")  # a classifier knows no other classes
-        row = {half: evaluate(tuned[name], images[half], parts[half].class_names).accuracy for half in halves}
+        known = ["base"] if name == PROBE else ["base", "novel"]  # a classifier knows no other classes
+        row = {half: evaluate(tuned[name], images[half], parts[half].class_names).accuracy for half in known}
         if len(row) == 2:
             row["harmonic_mean"] = harmonic_mean(**row)
         rows[name] = {**row, "seconds": result.seconds}
@@ -156,19 +156,20 @@ def _opening(show: Show, dataset: LoadedDataset, parts: Mapping[str, Split]) -> 
     def few(names: Sequence[str]) -> str:
         return ", ".join(names) if len(names) <= 5 else f"{', '.join(names[:3])}, …"
 
+    thing, text = show.thing, dataset.template.format(base.class_names[0])
     return (
-        f"{n:,} {show.thing}s of {len(split.class_names)} classes, and a task: name the class of a {show.thing} it has never seen.\n"
-        f"  base classes:  {len(base.class_names)} ({few(base.class_names)})\n"
-        f"  novel classes: {len(novel.class_names)} ({few(novel.class_names)})\n"
+        f"{n:,} {thing}s of {len(split.class_names)} classes, and the task to name the class of a new one.\n"
+        f"  base classes:  {len(base.class_names)}, which are tuned on ({few(base.class_names)})\n"
+        f"  novel classes: {len(novel.class_names)}, which are not ({few(novel.class_names)})\n"
         f"\n"
-        f'The backbone `mini` turns a {show.thing} into numbers, and a text such as "a photo of a {base.class_names[0]}." too; it was\n'
-        f"trained so that what belongs together lies close. So it can name things it was never shown examples of:\n"
-        f"the class whose text lies nearest wins (zero_shot, \"before\").\n"
-        f"Prompt learning leaves `mini` as it is and tunes a few vectors that stand beside the words, or beside the\n"
-        f"{show.thing}, until the training {show.thing}s lie nearest to their own classes. Here {show.shots} {show.thing}s of each *base* class\n"
-        f"are shown; then other {show.thing}s of both halves are named. Novel classes were never tuned on: a good method\n"
-        f"gains on the base classes and loses nothing on the novel ones, which a plain classifier on the same numbers\n"
-        f"(linear_probe) cannot name at all."
+        f"The backbone `mini`, a small model that comes along, turns a {thing} into numbers, and a text like\n"
+        f'"{text}" too. It was trained so that what belongs together lies close, and the class\n'
+        f"whose text lies nearest wins: that is zero_shot, which needs no example at all (before).\n"
+        f"Prompt learning leaves `mini` as it is. It tunes a few vectors, the prompts, that go into the model beside\n"
+        f"the words or the {thing}, until the training {thing}s lie nearest to the texts of their own classes.\n"
+        f"It sees {show.shots} {thing}s of each base class; then other {thing}s of both halves are named (after).\n"
+        f"A good method gains on the base classes, and loses nothing on the novel ones. linear_probe is a plain\n"
+        f"classifier on `mini`'s numbers: it uses no words, and so it cannot name a novel class."
     )
 
 
@@ -193,18 +194,24 @@ def _table(show: Show, rows: Mapping[str, Mapping[str, float]], parts: Mapping[s
     guess = {name: 100 / len(split.class_names) for name, split in parts.items()}
     guesses = {"guessing": {**guess, "harmonic_mean": harmonic_mean(guess["base"], guess["novel"])}}
     columns = {"base": "base", "novel": "novel", "harmonic_mean": "harmonic mean"}
-    columns |= {"all": f"all {len(parts['all'].class_names)}"} if show.twice else {}
-    lines = ["", f"Accuracy in percent on the test {show.thing}s", " ".join([" " * 12, *(c.rjust(6) for c in columns.values())])]
+    columns |= {"all": f"all {len(parts['all'].class_names)} classes"} if show.twice else {}
+
+    def line(name: str, cells: Iterable[str]) -> str:
+        return name.ljust(12) + "".join(
+            cell.rjust(max(8, len(head) + 2)) for cell, head in zip(cells, columns.values(), strict=True)
+        )
+
+    lines = ["", f"Accuracy in percent on the test {show.thing}s", line("", columns.values())]
     for name, row in (guesses | dict(rows)).items():
-        cells = [f"{row[key]:.1f}" if key in row else "-" for key in columns]
-        lines.append(" ".join([name.ljust(12), *(c.rjust(max(6, len(h))) for c, h in zip(cells, columns.values(), strict=True))]))
-    error = max(math.sqrt(row[half] * (100 - row[half]) / n[half]) for row in rows.values() for half in ("base", "novel") if half in row)
-    before, after = rows[BEFORE], rows[show.best]
-    lines.append(
-        f"{show.best}: {after['base'] - before['base']:+.1f} points on base classes, "
-        f"{after['novel'] - before['novel']:+.1f} on novel ones that it never saw. The harmonic mean is high only\n"
-        f"if both are. With {n['base']} and {n['novel']} {show.thing}s the standard error of base and novel is up to {error:.1f} points."
-    )
+        lines.append(line(name, (f"{row[key]:.1f}" if key in row else "-" for key in columns)))
+    halves = [(row[half], n[half]) for row in rows.values() for half in ("base", "novel") if half in row]
+    error = max(math.sqrt(accuracy * (100 - accuracy) / of) for accuracy, of in halves)
+    gain = {half: rows[show.best][half] - rows[BEFORE][half] for half in ("base", "novel")}
+    counted = f"{n['base']} base and {n['novel']} novel {show.thing}s"
+    lines += [
+        f"From {BEFORE} to {show.best}: {gain['base']:+.1f} points on base, {gain['novel']:+.1f} on novel classes.",
+        f"The harmonic mean is high only if both are. On {counted} the standard error is up to {error:.1f} points.",
+    ]
     return "\n".join([*lines, ""])
 
 
@@ -229,7 +236,7 @@ def _closing(show: Show, data: str, out: Path, model: Path, picture: Path, curve
         f"On these pictures in other looks (edges, grey, dark, small, rotated):\n"
         f"  {command} evaluate {run} openmoji-edges --root {shlex.quote(str(out / 'data'))} --classes base"
     )
-    drawings = f"On drawings instead of photographs: {command} demo --data openmoji --out demo-drawings"
+    drawings = f"The same with drawings instead of photographs:\n  {command} demo --data openmoji --out demo-drawings"
     return (
         f"Predictions before ({BEFORE}) and after ({best}): {picture}\n"
         f"Learning curves: {curves}\n"

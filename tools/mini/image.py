@@ -253,11 +253,13 @@ def main() -> None:
             images = torch.cat([images, photo_view(photographs.read(drawn).to(device), config.image_size, random)])
             chances = photographs.chances(drawn).to(device)
 
+        others = names.draw_others(generator)
+
         def loss_of(low: ImageTower) -> Tensor:
             features = F.normalize(encode(low, images, blocks, stages.keep(step), random).float(), dim=-1)
-            loss = names.of_drawings(features[: len(shown)], shown.to(device)) * ((size - photos) / size)
+            loss = names.of_drawings(features[: len(shown)], shown.to(device), others) * ((size - photos) / size)
             if photos:
-                loss = loss + names.of_photographs(features[len(shown) :], chances) * (photos / size)
+                loss = loss + names.of_photographs(features[len(shown) :], chances, others) * (photos / size)
             return loss
 
         return loss_of

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from data import PACKAGES, package_folder
+from tokenizer import counts
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlprompt.backbones.lite0 import Kind, directions
 from vlprompt.data.openmoji import SUBGROUPS
 
+RARE = 1
+"""Words that are met so often in WordNet's tagged texts, or more rarely, are not taken for everyday ones."""
+OTHERS = 3072
+"""Other words a step that no picture of the batch shows."""
 ALIKE = 0.5
 """Cosine of two names' sentence embeddings from which on neither is wrong for the other."""
 FEWEST, MOST = 4, 400
@@ -114,6 +121,13 @@ class Names(nn.Module):
         self.register_buffer("class_", torch.tensor(class_of_caption), persistent=False)
         self.register_buffer("is_one_of", is_one_of, persistent=False)
         self.register_buffer("alike", of_kinds @ of_captions.T > ALIKE, persistent=False)  # [kinds, captions]
+        taken = set(rows) | {i for i, text in enumerate(texts) if text.count(" ") > 1}
+        words = set((data / "words.txt").read_text(encoding="utf-8").splitlines())
+        met = counts(data, package_folder(PACKAGES["words"], data / "packages") / "dict" / "index.sense")
+        common = [all(met[word] > RARE for word in re.findall(r"[a-z]+", text.lower())) for text in texts]
+        others = [i for i, text in enumerate(texts) if i not in taken and text in words and common[i]]
+        self.others: Tensor
+        self.register_buffer("others", embeddings[others].to(torch.bfloat16), persistent=False)
 
     def forward(self) -> dict[str, Tensor]:
         """Unit directions of each part, [texts, D]."""
@@ -143,12 +157,28 @@ class Names(nn.Module):
         self.map.bias.copy_(found[-1])
         self.shift.copy_(0.5 * (features - x @ found))
 
-    def of_drawings(self, features: Tensor, captions: Tensor) -> Tensor:
-        """Cross entropy over captions, sub-groups, classes and tags of unit features [B, D]."""
+    def draw_others(self, generator: torch.Generator) -> Tensor:
+        """Sentence embeddings of some words that no picture is called by, [OTHERS, 384].
+
+        Without them, names that were never learned would draw pictures of everything: the map knows no better.
+        """
+        return self.others[torch.randint(len(self.others), (OTHERS,), generator=generator).to(self.others.device)]
+
+    def _wrong(self, scaled: Tensor, meant: Tensor, others: Tensor) -> Tensor:
+        """Logits of words that mean something else than embeddings ``meant`` [B, 384]: [B, OTHERS]."""
+        low = F.linear(others, self.map.weight.to(others.dtype)).float() + self.map.bias
+        return (scaled @ F.normalize(low, dim=-1).T).masked_fill(meant @ others.T > ALIKE, -math.inf)
+
+    def of_drawings(self, features: Tensor, captions: Tensor, others: Tensor) -> Tensor:
+        """Cross entropy over captions, sub-groups, classes and tags of unit features [B, D].
+
+        ``others`` are words that stand against the captions, as :meth:`draw_others` gives them.
+        """
         names = self()
         scaled = self.log_scale.exp() * features
         kinds = (scaled @ names["kinds"].T).masked_fill(self.alike.T[captions], -math.inf)
-        logits = torch.cat([scaled @ names["captions"].T, kinds], 1)
+        wrong = self._wrong(scaled, self.embeddings[captions], others)
+        logits = torch.cat([scaled @ names["captions"].T, kinds, wrong], 1)
         total = F.cross_entropy(logits, captions, label_smoothing=0.0)
         for part, labels, weight in (("groups", self.group, 0.25), ("classes", self.class_, 0.25)):
             label = labels[captions]
@@ -158,7 +188,7 @@ class Names(nn.Module):
         tags = self.has_tag[captions]
         return total - 0.25 * (tags * (scaled @ names["tags"].T).log_softmax(-1)).sum(-1).mean()
 
-    def of_photographs(self, features: Tensor, chances: Tensor) -> Tensor:
+    def of_photographs(self, features: Tensor, chances: Tensor, others: Tensor) -> Tensor:
         """Cross entropy with chances [B, kinds] of what photographs show, and of what is above those.
 
         All names stand against each other, those of drawings too, but for captions that mean about the likeliest kind.
@@ -167,7 +197,9 @@ class Names(nn.Module):
         scaled = self.log_scale.exp() * features
         captions = (scaled @ names["captions"].T).masked_fill(self.alike[chances.argmax(-1)], -math.inf)
         kinds = scaled @ names["kinds"].T
-        total = torch.logsumexp(torch.cat([kinds, captions], 1), -1) - (chances * kinds).sum(-1)
+        start = sum(len(self.parts[part]) for part in ("captions", "groups", "classes", "tags"))
+        wrong = self._wrong(scaled, self.embeddings[start + chances.argmax(-1)], others)
+        total = torch.logsumexp(torch.cat([kinds, captions, wrong], 1), -1) - (chances * kinds).sum(-1)
         wide = chances @ self.is_one_of
         wide = wide / wide.sum(-1, keepdim=True).clamp(min=1e-6)
         total = total - 0.25 * (wide * (scaled @ names["above"].T).log_softmax(-1)).sum(-1)
