@@ -90,7 +90,13 @@ def tree(folder: Path) -> dict[str, bytes | None]:
     ("arguments", "says"),
     [
         (["./photo"], ("folder photo does not exist: did you mean 'photos'?",)),
-        (["caltech11"], ("unknown data set 'caltech11': did you mean 'caltech101'?", "allowed: caltech101, dtd")),
+        (
+            ["caltech11"],
+            (
+                "unknown data set 'caltech11': did you mean 'caltech101'?",
+                "allowed: caltech101, clothing",
+            ),
+        ),
         (["dtd"], ("data set 'dtd' needs --root",)),
         (["dtd", "--root", "photos"], ("data set 'dtd': folder photos/dtd does not exist",)),
         (["photos/cat"], ("at least two classes are needed (found: none)",)),

@@ -20,9 +20,12 @@ from pictures import write_pictures
 from vlprompt import cli, demo, drawing
 from vlprompt.data import openmoji
 from vlprompt.data.benchmarks import table
+from vlprompt.data.datasets import load_dataset
 from vlprompt.drawing import Curve, Shown, draw_curves, draw_predictions
 from vlprompt.errors import ConfigError
-from vlprompt.training.evaluate import harmonic_mean
+from vlprompt.training.config import build_config
+from vlprompt.training.evaluate import EvaluationImages, evaluate, harmonic_mean
+from vlprompt.training.run import train
 
 CLASSES = {
     "clothing-demo": ("hat", "pants", "shoes", "skirt"),
@@ -184,6 +187,23 @@ def test_the_next_commands_work(ran: Ran, capsys: pytest.CaptureFixture[str]):
         assert sorted(path.name for path in (ran.folder / "data").iterdir()) == ["openmoji", "openmoji-edges"]
     else:
         assert commands[3] == ["demo", "--data", "openmoji", "--out", "demo-drawings"]
+
+
+def test_tuning_pays_on_photographs(tmp_path: Path):
+    """On the test photographs, with the demo's own seed: what the demo is there to show."""
+    data = "clothing-demo"
+    split, show = load_dataset(data).split, demo.SHOWS[data]
+    halves = {half: split.subset(half) for half in ("base", "novel")}
+    images = {half: EvaluationImages(part.paths("test"), part.labels("test")) for half, part in halves.items()}
+
+    def accuracies(name: str) -> dict[str, float]:
+        given = {"data.name": data, "data.classes": "base", "data.shots": show.shots, "data.workers": 0}
+        method, _ = train(build_config(name, overrides={**given, **show.methods[name]}), tmp_path / name)
+        return {half: evaluate(method, images[half], part.class_names).accuracy for half, part in halves.items()}
+
+    before, after = accuracies(demo.BEFORE), [accuracies(name) for name in ("coop", show.best)]
+    gains = [{half: tuned[half] - before[half] for half in halves} for tuned in after]
+    assert any(gain["base"] >= 15 and gain["novel"] >= -3 for gain in gains), gains
 
 
 @pytest.mark.parametrize(("found", "starts"), [("/usr/bin/vlprompt", "vlprompt"), (None, "{python} -m vlprompt")])

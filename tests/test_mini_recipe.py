@@ -546,6 +546,29 @@ def test_a_larger_image_tower_points_where_the_text_tower_does(pretraining, sett
     assert set(directions) == {"captions", "groups", "classes", "tags", "kinds", "above"}
 
 
+def test_half_of_the_mean_feature_of_photographs_goes(pretraining, settings, trained, tmp_path, capsys):
+    centre, image, images, steps = of("centre"), of("image"), of("images"), of("steps")
+    file = tmp_path / "image.safetensors"
+    file.write_bytes((trained / "image.safetensors").read_bytes())
+    photographs = images.Photographs(pretraining, [1, 2, 3], ["n2", "n3", "n4"])
+    shown = images.plain_photo(photographs.read(torch.arange(photographs.size)), 32)
+
+    def features() -> torch.Tensor:
+        tower = image.ImageTower(ImageConfig(**yaml.safe_load(settings.read_text())["image"]))
+        tower.load_state_dict(steps.part(load_file(file), "tower"))
+        return tower(shown)
+
+    before = features()
+    run(centre, settings, "--data", pretraining, "--out", tmp_path)
+    change = before - features()
+    torch.testing.assert_close(change, change[:1].expand_as(change), rtol=1e-3, atol=1e-4)  # the same for every image
+    torch.testing.assert_close(change[0], before.mean(0) / 2, rtol=0.2, atol=0.2)  # photographs were drawn at random
+    whole = file.read_bytes()
+    run(centre, settings, "--data", pretraining, "--out", tmp_path)
+    assert file.read_bytes() == whole
+    assert "centred already" in capsys.readouterr().out
+
+
 def test_figures_go_into_the_card(tmp_path):
     evaluate = of("evaluate")
     card = tmp_path / "README.md"

@@ -53,12 +53,19 @@ SHOWS = {
         {
             BEFORE: {},
             PROBE: {},
-            "coop": {"method.n_ctx": 4, "method.init": "a photo of a", "data.batch_size": 16, "train.epochs": 10},
-            "promptsrc": {"data.batch_size": 8},
-            "drople": {"data.batch_size": 8},
+            "coop": {
+                "method.n_ctx": 4,
+                "method.init": "a photo of a",
+                "data.batch_size": 16,
+                "optim.lr": 0.01,
+                "optim.warmup_epochs": 0,
+                "train.epochs": 10,
+            },
+            "promptsrc": {"data.batch_size": 8, "optim.lr": 0.03, "optim.warmup_epochs": 0, "train.epochs": 6},
+            "drople": {"data.batch_size": 8, "optim.lr": 0.004, "optim.warmup_epochs": 0, "train.epochs": 6},
         },
-        "promptsrc",
-        (BEFORE, PROBE, "promptsrc"),
+        "drople",
+        (BEFORE, PROBE, "coop"),
     ),
     # Little is left of a drawing in a crop of a twelfth of it, and official epochs would take minutes.
     "openmoji": Show(
