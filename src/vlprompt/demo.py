@@ -38,7 +38,7 @@ class Show:
     """What its images are called."""
     shots: int
     methods: Mapping[str, Mapping[str, Any]]
-    """Method → changes to its official settings, chosen on validation images."""
+    """Method → changes to its official settings, from trials on validation images (``docs/results.md``)."""
     best: str
     """The method whose predictions are drawn, and whose model is kept for use."""
     twice: tuple[str, ...]
