@@ -87,6 +87,8 @@ class Names(nn.Module):
         start = sum(len(self.parts[part]) for part in ("captions", "groups", "classes", "tags"))
         shown[start : start + len(kinds)] = kind_embeddings(kinds, row, embeddings)
         self.register_buffer("embeddings", shown.to(torch.bfloat16), persistent=False)
+        self.kind_embeddings: Tensor
+        self.register_buffer("kind_embeddings", self.embeddings[start : start + len(kinds)], persistent=False)
         self.map = nn.Linear(embeddings.shape[1], dim)
         centre = shown.mean(0)
         axes = torch.linalg.svd(shown - centre, full_matrices=False)[2][:dim]
@@ -197,8 +199,7 @@ class Names(nn.Module):
         scaled = self.log_scale.exp() * features
         captions = (scaled @ names["captions"].T).masked_fill(self.alike[chances.argmax(-1)], -math.inf)
         kinds = scaled @ names["kinds"].T
-        start = sum(len(self.parts[part]) for part in ("captions", "groups", "classes", "tags"))
-        wrong = self._wrong(scaled, self.embeddings[start + chances.argmax(-1)], others)
+        wrong = self._wrong(scaled, self.kind_embeddings[chances.argmax(-1)], others)
         total = torch.logsumexp(torch.cat([kinds, captions, wrong], 1), -1) - (chances * kinds).sum(-1)
         wide = chances @ self.is_one_of
         wide = wide / wide.sum(-1, keepdim=True).clamp(min=1e-6)
