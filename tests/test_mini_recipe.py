@@ -149,6 +149,8 @@ def write_photos(folder: Path) -> None:
         of("photos").write_array(folder / "photos" / f"{source}-top.npy", top)
         chance = np.tile(np.array([0.6, 0.2], np.float16), (n, 1))
         of("photos").write_array(folder / "photos" / f"{source}-chance.npy", chance)
+        grid = 20 * kind[:, None, None, None] * np.ones((5, 5, of("photos").AXES)) + 10 * np.arange(5)[:, None, None]
+        of("photos").write_array(folder / "photos" / f"{source}-grid.npy", grid.astype(np.int8))
 
 
 @pytest.fixture(scope="module")
@@ -345,9 +347,24 @@ def test_chances_of_photographs(pretraining):
         assert row[second].item() == pytest.approx((1 - own) * 0.25, abs=1e-3)
     assert images.Photographs(pretraining, [1, 2, 3], ["n2", "n3", "n4"], validation=True).size == 10
 
-    def views(seed: int) -> torch.Tensor:
-        return images.photo_view(photographs.read(torch.arange(8)), 32, torch.Generator().manual_seed(seed))
+    index = torch.arange(8)
+    seen = photographs.seen(index)
+    kind = top[:8, 0] + 1
+    torch.testing.assert_close(
+        seen[:, 0, :, 3] * 32, torch.from_numpy(20.0 * kind[:, None] + 10 * np.arange(5)).float()
+    )
 
+    def shown(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return images.photo_view(photographs.read(index), seen, 32, 4, torch.Generator().manual_seed(seed))
+
+    def views(seed: int) -> torch.Tensor:
+        return shown(seed)[0]
+
+    there = shown(1)[1]  # in the part that the view shows, from above to below
+    assert there.shape == (8, 16, seen.shape[1])
+    rows = there[..., 0].unflatten(1, (4, 4)).mean(2)
+    assert (rows.diff(dim=1) > 0).all()
+    assert (rows.mean(1) * 32 - 20 * torch.from_numpy(kind)).sub(20).abs().max() < 15
     assert views(1).shape == (8, 3, 32, 32)
     assert views(1).isfinite().all()
     assert torch.equal(views(1), views(1))
@@ -370,7 +387,10 @@ def test_training_goes_on_from_a_shipped_backbone(pretraining, settings, trained
         torch.testing.assert_close(words.state_dict()[name], value, rtol=2e-3, atol=1e-3)  # fp16 in between
     assert words.config.eps == steps.EPS
 
-    tower, names = image.new_tower(ImageConfig(32, 8, 32, 4, 2, 64, 16, "gelu"), 0), of("names").Names(pretraining, 16)
+    tower, names = (
+        image.new_tower(ImageConfig(32, 8, 32, 4, 2, 64, 16, "gelu"), 0),
+        of("names").Names(pretraining, 16, 32),
+    )
     texts = json.loads((pretraining / "texts.json").read_text())
     backbone = load_backbone(str(folder))
     image.begin_from(backbone, tower, names, texts)
@@ -415,7 +435,7 @@ def test_training_and_using_a_tower_are_one_computation(monkeypatch):
     torch.manual_seed(0)
     tower = image.new_tower(ImageConfig(32, 8, 32, 3, 2, 64, 16, "gelu"), 0)
     pictures = torch.randn(5, 3, 32, 32)
-    torch.testing.assert_close(image.encode(tower, pictures, [0, 1, 2], None), tower(pictures), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(image.encode(tower, pictures, [0, 1, 2], None)[0], tower(pictures), rtol=1e-4, atol=1e-5)
 
     monkeypatch.setattr(text, "embed", lambda texts: torch.randn(len(texts), 384))
     tokenizer = of("tokenizer").bpe_from_merges(["c a", "ca t</w>", "d o", "do g</w>"])
@@ -430,9 +450,9 @@ def test_blocks_that_join_change_nothing_at_first():
     image = of("image")
     tower = image.new_tower(ImageConfig(32, 8, 32, 4, 2, 64, 16, "gelu"), 0)
     pictures = torch.randn(5, 3, 32, 32)
-    before = image.encode(tower, pictures, [1, 3], None)
+    before = image.encode(tower, pictures, [1, 3], None)[0]
     image.grow(tower, [1, 3], [0, 1, 2, 3])
-    torch.testing.assert_close(image.encode(tower, pictures, [0, 1, 2, 3], None), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(image.encode(tower, pictures, [0, 1, 2, 3], None)[0], before, rtol=1e-4, atol=1e-5)
     assert any(p.abs().max() > 0 for p in tower.blocks[2].fc_1.parameters())
 
 

@@ -32,7 +32,7 @@ def centre(tower: ImageTower, photographs: Photographs) -> None:
     rows = photographs.draw(SAMPLE, torch.Generator().manual_seed(0))
     blocks = list(range(tower.config.layers))
     features = [
-        encode(tower, plain_photo(photographs.read(some), tower.config.image_size), blocks, None)
+        encode(tower, plain_photo(photographs.read(some), tower.config.image_size), blocks, None)[0]
         for some in rows.split(128)
     ]
     mean = torch.cat(features).mean(0)

@@ -247,6 +247,7 @@ class Photographs:
         self.top = found.clamp(min=0)
         self.chance = F.normalize(chance.float() * (found >= 0), p=1.0, dim=-1)
         self.kinds = len(places)
+        self.grids = [np.load(folder / f"{name}-grid.npy", mmap_mode="r") for name in sources]
 
     def chances(self, index: Tensor) -> Tensor:
         """[B, kinds], each row a sum of one."""
@@ -259,18 +260,29 @@ class Photographs:
         """n photographs at random: indices."""
         return torch.randint(self.size, (n,), generator=generator)
 
-    def read(self, index: Tensor) -> Tensor:
-        """[B, 3, S, S] in 0…1."""
+    def _rows(self, parts: list[np.ndarray], index: Tensor) -> Tensor:
         rows = index.numpy()
-        pixels = np.empty((len(rows), *self.pixels[0].shape[1:]), np.uint8)
+        out = np.empty((len(rows), *parts[0].shape[1:]), parts[0].dtype)
         source = np.searchsorted(self.starts, rows, side="right") - 1
         for at in np.argsort(rows):  # in the order of the disk
-            pixels[at] = self.pixels[source[at]][rows[at] - self.starts[source[at]]]
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255)
+            out[at] = parts[source[at]][rows[at] - self.starts[source[at]]]
+        return torch.from_numpy(out)
+
+    def read(self, index: Tensor) -> Tensor:
+        """[B, 3, S, S] in 0…1."""
+        return self._rows(self.pixels, index).permute(0, 3, 1, 2).float().div_(255)
+
+    def seen(self, index: Tensor) -> Tensor:
+        """What the classifier sees, along its axes: [B, K, 5, 5]."""
+        return self._rows(self.grids, index).permute(0, 3, 1, 2).float().div_(32)
 
 
-def photo_view(rgb: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Random views of photographs [B, 3, S, S] in 0…1: crops, flips, colour; [B, 3, size, size], normalised."""
+def photo_view(rgb: Tensor, seen: Tensor, size: int, patches: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random views of photographs [B, 3, S, S] in 0…1: crops, flips, colour.
+
+    Returns [B, 3, size, size], normalised, and what ``seen`` [B, K, 5, 5] says where the patches are,
+    [B, patches², K].
+    """
     n, device = len(rgb), rgb.device
     side = _uniform(n, 0.3, 1, generator, device).sqrt()
     stretch = torch.exp(_uniform(n, -0.2, 0.2, generator, device))
@@ -290,7 +302,9 @@ def photo_view(rgb: Tensor, size: int, generator: torch.Generator) -> Tensor:
     if len(rows):
         small = F.avg_pool2d(image[rows], 2)
         image[rows] = F.interpolate(small, size=(size, size), mode="bilinear", align_corners=False)
-    return (image - MEAN.to(device)) / STD.to(device)
+    grid = F.affine_grid(turn, [n, 3, patches, patches], align_corners=False)
+    where = F.grid_sample(seen, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return (image - MEAN.to(device)) / STD.to(device), where.flatten(2).transpose(1, 2)
 
 
 def plain_photo(rgb: Tensor, size: int) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from data import PACKAGES, package_folder
+from photos import AXES
 from tokenizer import counts
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -60,9 +61,10 @@ class Names(nn.Module):
 
     A text's direction is a linear map of its sentence embedding; texts that pictures show may leave it a little
     (``shift``), for sentences that mean nearly the same (``grinning face``, ``beaming face``) look different.
+    Beside names, features and patches (of ``width``) learn to say what a classifier sees (``seen``, ``seen_at``).
     """
 
-    def __init__(self, data: Path, dim: int) -> None:
+    def __init__(self, data: Path, dim: int, width: int) -> None:
         super().__init__()
         captions = json.loads((data / "captions.json").read_text(encoding="utf-8"))
         texts: list[str] = json.loads((data / "texts.json").read_text(encoding="utf-8"))
@@ -98,6 +100,8 @@ class Names(nn.Module):
             self.map.bias.copy_(-self.map.weight @ centre)
         self.shift = nn.Parameter(torch.zeros(len(rows), dim))
         self.log_scale = nn.Parameter(torch.tensor(math.log(16.0)))
+        self.seen = nn.Linear(dim, AXES)
+        self.seen_at = nn.Linear(width, AXES)
 
         group_index = {group: i for i, group in enumerate(unicode_groups)}
         class_index = {name: i for i, name in enumerate(SUBGROUPS)}
@@ -206,3 +210,13 @@ class Names(nn.Module):
         total = total - 0.25 * (wide * (scaled @ names["above"].T).log_softmax(-1)).sum(-1)
         meant = F.normalize(chances @ names["kinds"].detach(), dim=-1)
         return (total + 2 * (1 - (features * meant).sum(-1))).mean()
+
+    def of_seen(self, features: Tensor, tokens: Tensor, rows: Tensor, seen: Tensor) -> Tensor:
+        """How far unit features [B, D] are from saying what the classifier sees at all patches, [B, N, K].
+
+        And the ``tokens`` [B, n, W] of the patches ``rows`` [B, n] from saying what it sees there: one minus cosines.
+        """
+        all_, there = seen.mean(1), seen.gather(1, rows[..., None].expand(-1, -1, seen.shape[-1]))
+        tokens = F.linear(F.layer_norm(tokens, tokens.shape[-1:]), self.seen_at.weight.to(tokens.dtype)).float()
+        far = 1 - F.cosine_similarity(self.seen(features), all_, dim=-1).mean()
+        return 4 * far + 2 * (1 - F.cosine_similarity(tokens + self.seen_at.bias, there, dim=-1).mean())

@@ -197,7 +197,7 @@ def main() -> None:
     config = TextConfig(
         vocab_size=tokenizer.get_vocab_size(), embed_dim=settings["image"]["embed_dim"], **settings["text"]
     )
-    names = Names(options.data, config.embed_dim)
+    names = Names(options.data, config.embed_dim, settings["image"]["width"])
     names.load_state_dict(part(load_file(options.out / IMAGE_STATE), "rest"))
     texts = Texts(options.data, names)
     directions, shown, which = texts.directions.to(device), texts.shown.to(device), texts.which.to(device)
