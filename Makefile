@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint speed clean
 
 setup: $(VENV)/.done
 
@@ -19,12 +19,12 @@ test: lint
 	$(BIN)/python -m pytest
 
 lint: setup
-	$(BIN)/ruff check src tests tools benchmarks
-	$(BIN)/ruff format --check src tests tools benchmarks
+	$(BIN)/ruff check src tests tools speed
+	$(BIN)/ruff format --check src tests tools speed
 	$(BIN)/mypy
 
-bench: setup
-	$(BIN)/python -m benchmarks short
+speed: setup
+	$(BIN)/python -m speed short
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,8 +12,8 @@ from torch import Tensor
 from golden_cases import Case, close
 from vlprompt.backbones.backbone import unit
 from vlprompt.methods.base import total
-from vlprompt.methods.drople import DroPLe, entropy, objective, residual, rising
-from vlprompt.prompting.dropout import SharedTokens, content, drop, importance, look, scores
+from vlprompt.methods.drople.drople import DroPLe, entropy, objective, residual, rising
+from vlprompt.methods.drople.dropout import SharedTokens, content, drop, importance, look, scores
 
 
 def leaf(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlprompt.data.benchmarks.table import DATASETS
+from vlprompt.data.known.table import DATASETS
 
 CLASSES = ("cat", "dog", "sea horse")
 PARTS = {"train": 3, "val": 1, "test": 2}

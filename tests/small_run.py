@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vlprompt.config.schema import RunConfig, build_config
 from vlprompt.methods import find_method
-from vlprompt.training.config import RunConfig, build_config
 
 TINY = Path(__file__).parent / "golden" / "backbone"
 TEACHER = "mini"

@@ -19,11 +19,11 @@ import vlprompt
 from hub import Hub
 from pictures import pictures, write_pictures
 from vlprompt import PromptedModel, build_method, evaluate, fit, load_backbone, load_dataset
+from vlprompt.artefact.artefact import FORMAT_VERSION
 from vlprompt.cli import main
+from vlprompt.config.schema import build_config
 from vlprompt.errors import ArtefactError, ConfigError, DataError, VlpromptError
 from vlprompt.methods import METHODS
-from vlprompt.training.artefact import FORMAT_VERSION
-from vlprompt.training.config import build_config
 from vlprompt.training.run import train
 
 TINY = str(Path(__file__).parent / "golden" / "backbone")

@@ -33,10 +33,14 @@ from small_run import (
 from test_distributed import processes
 from vlprompt import PromptClassifier, build_method, fit
 from vlprompt.backbones.load import load_backbone
+from vlprompt.bank.build import build_bank
+from vlprompt.bank.config import bank_config
+from vlprompt.bank.manifest import SHARD_IMAGES, BankSettings, Features, Labels, describe, read_manifest
+from vlprompt.bank.records import FLOOR, Bank, top_k, verify
+from vlprompt.bank.regions import Crops, content_hash, restored, stored
+from vlprompt.config.schema import OptimConfig, TrainConfig
+from vlprompt.config.teacher import Teacher
 from vlprompt.data.augment import augment_patches
-from vlprompt.data.bank.manifest import SHARD_IMAGES, BankSettings, Features, Labels, describe, read_manifest
-from vlprompt.data.bank.records import FLOOR, Bank, top_k, verify
-from vlprompt.data.bank.regions import Crops, content_hash, restored, stored
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.images import load_image, pixel_box, random_regions
 from vlprompt.data.reading import ImageReader
@@ -44,13 +48,9 @@ from vlprompt.data.views import BankViews, Views
 from vlprompt.errors import ArtefactError, ConfigError, DataError, Interrupted
 from vlprompt.files import is_unfinished, write_atomically
 from vlprompt.methods import METHODS, Batch
-from vlprompt.training.bank.build import build_bank
-from vlprompt.training.bank.config import bank_config
-from vlprompt.training.config import OptimConfig, TrainConfig
 from vlprompt.training.loop import Training, training_views
 from vlprompt.training.run import saved_config, train
 from vlprompt.training.session import Session, Silent
-from vlprompt.training.teacher import Teacher
 
 REGIONS, TOP_K, BATCH = 10, 2, 4
 TRAINED = sorted(set(METHODS) - {"zero_shot", "linear_probe"})
@@ -1011,9 +1011,9 @@ def test_text_methods_train_without_images_image_tower_and_teacher(method, pictu
     split = load_dataset(pictures).split
     own = METHODS[method](tiny, CLASSES, METHODS[method].Config())
     reader = ImageReader(0)
-    from vlprompt.training.bank.views import find_bank
+    from vlprompt.bank.use import find_bank
+    from vlprompt.config.teacher import find_teacher
     from vlprompt.training.distributed import Processes
-    from vlprompt.training.teacher import find_teacher
 
     assert find_teacher(config, CLASSES, "{}", tiny) is None
     split = replace(split, val=())
@@ -1051,7 +1051,7 @@ def test_a_second_view_is_decoded_even_where_features_are_all_else_that_is_read(
 
 
 def test_the_rule_for_regions_of_an_image(pictures, bank, tiny) -> None:
-    from vlprompt.training.bank.views import _regions_per_image
+    from vlprompt.bank.use import _regions_per_image
 
     data = from_bank(pictures, bank).data
     found = {size: _regions_per_image(replace(data, batch_size=size), 500) for size in (1, 4, 16, 20, 28, 32, 128)}

@@ -20,23 +20,23 @@ import torch
 
 from miniature import build
 from small_run import CLASSES, TINY, make_pictures
-from vlprompt.data.benchmarks.table import DATASETS
+from vlprompt.bank.build import build_bank
+from vlprompt.bank.config import bank_config
+from vlprompt.bench import on_ray, pool
+from vlprompt.bench import results as results_module
+from vlprompt.bench import runs as runs_module
+from vlprompt.bench.lock import folder_lock
+from vlprompt.bench.pool import spread
+from vlprompt.bench.protocols import PROTOCOLS, Asked, fingerprint, plan, read_rows, take_shard
+from vlprompt.bench.results import Row, read_results, rows_of, to_csv
+from vlprompt.bench.runs import group_figures
+from vlprompt.config.schema import build_config
+from vlprompt.data.known.table import DATASETS
 from vlprompt.data.reading import CACHE_BYTES, ImageReader
 from vlprompt.data.splits import long_tail
 from vlprompt.errors import ConfigError, DataError, OutputError
-from vlprompt.experiments import on_ray, pool
-from vlprompt.experiments import results as results_module
-from vlprompt.experiments import runs as runs_module
-from vlprompt.experiments.lock import folder_lock
-from vlprompt.experiments.pool import spread
-from vlprompt.experiments.protocols import PROTOCOLS, Asked, fingerprint, plan, read_rows, take_shard
-from vlprompt.experiments.results import Row, read_results, rows_of, to_csv
-from vlprompt.experiments.runs import group_figures
 from vlprompt.methods import METHODS, Method
 from vlprompt.training import evaluate as evaluate_module
-from vlprompt.training.bank.build import build_bank
-from vlprompt.training.bank.config import bank_config
-from vlprompt.training.config import build_config
 from vlprompt.training.evaluate import Evaluation, EvaluationImages, evaluate
 
 QUICK = ("--backbone", str(TINY), "epochs=1", "warmup_epochs=0", "data.workers=0", "data.batch_size=2")
@@ -555,7 +555,8 @@ def test_a_bench_that_is_interrupted_goes_on(bench, photos: Path, trained, monke
 @pytest.mark.parametrize("file", ["figures.json", "results.csv", "prompts.safetensors", "last.safetensors"])
 def test_a_full_disk_loses_nothing(bench, photos: Path, trained, monkeypatch, tmp_path: Path, file: str) -> None:
     """The disk fills up when the second run writes ``file``."""
-    from vlprompt.training import artefact, checkpoints
+    from vlprompt.artefact import artefact
+    from vlprompt.training import checkpoints
 
     written_by = {"figures.json": runs_module, "results.csv": results_module}
     written_by |= {"prompts.safetensors": artefact, "last.safetensors": checkpoints}

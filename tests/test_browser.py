@@ -17,9 +17,9 @@ from PIL import Image
 
 from small_run import TINY, make_pictures
 from test_report import PLAIN, figures
-from vlprompt.experiments.published import ELEVEN
-from vlprompt.experiments.report import write_report
-from vlprompt.experiments.results import Row, to_csv
+from vlprompt.bench.report.published import ELEVEN
+from vlprompt.bench.report.report import write_report
+from vlprompt.bench.results import Row, to_csv
 from vlprompt.methods import METHODS
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

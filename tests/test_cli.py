@@ -23,7 +23,7 @@ from PIL import Image
 import vlprompt
 from small_run import RUN_FILES, TINY
 from vlprompt.cli import app, main
-from vlprompt.data.benchmarks.table import DATASETS
+from vlprompt.data.known.table import DATASETS
 from vlprompt.methods import METHODS
 
 COLOURS = {"blue": (30, 30, 220), "green": (30, 200, 30), "red": (220, 30, 30)}

@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vlprompt.data.benchmarks.table import DATASETS, Dataset
-from vlprompt.data.datasets import load_dataset, read_benchmark
+from vlprompt.data.datasets import load_dataset, read_known
 from vlprompt.data.folders import from_csv, from_folder
 from vlprompt.data.images import Preprocess, load_image, pixel_box, random_regions, to_rgb
+from vlprompt.data.known.table import DATASETS, Dataset
 from vlprompt.data.splits import Item, Split, read_split, write_split
 from vlprompt.errors import DataError, OutputError
 
@@ -625,7 +625,7 @@ def test_published_splits(tmp_path, name, first):
     for sub in dataset.subfolders:
         (tmp_path / dataset.folder / dataset.images / sub).mkdir(parents=True)
     (tmp_path / dataset.folder / dataset.split_file).symlink_to(SHARED / "splits" / dataset.split_file)
-    split, _ = read_benchmark(dataset, tmp_path / dataset.folder)
+    split, _ = read_known(dataset, tmp_path / dataset.folder)
     assert (len(split.class_names), split.class_names[0]) == (dataset.classes, first)
     assert tuple(len(split.items(part)) for part in ("train", "val", "test")) == dataset.sizes
     write_split(split, tmp_path / "again.json")

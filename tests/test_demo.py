@@ -17,13 +17,13 @@ import pytest
 from PIL import Image, features
 
 from pictures import write_pictures
-from vlprompt import cli, demo, drawing
-from vlprompt.data import openmoji
-from vlprompt.data.benchmarks import table
+from vlprompt import cli
+from vlprompt.config.schema import build_config
 from vlprompt.data.datasets import load_dataset
-from vlprompt.drawing import Curve, Shown, draw_curves, draw_predictions
+from vlprompt.data.known import openmoji, table
+from vlprompt.demo import demo, drawing
+from vlprompt.demo.drawing import Curve, Shown, draw_curves, draw_predictions
 from vlprompt.errors import ConfigError
-from vlprompt.training.config import build_config
 from vlprompt.training.evaluate import EvaluationImages, evaluate, harmonic_mean
 from vlprompt.training.run import train
 

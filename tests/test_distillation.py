@@ -18,8 +18,11 @@ from torch.nn.functional import kl_div
 from small_run import CLASSES, TEACHER, TINY, StopsAfter, arguments, configured, log, make_pictures, prompts, vlprompt
 from test_distributed import processes
 from vlprompt import PromptClassifier, build_method, fit
+from vlprompt.artefact.artefact import load_artefact, save_artefact
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
+from vlprompt.config.schema import OptimConfig, TrainConfig, build_config
+from vlprompt.config.teacher import Teacher
 from vlprompt.data.images import Preprocess, random_regions
 from vlprompt.data.views import TrainingViews
 from vlprompt.errors import ArtefactError, BackboneError, ConfigError, DataError, Interrupted
@@ -28,11 +31,8 @@ from vlprompt.methods.fdbpl import hinge, informativeness
 from vlprompt.methods.kdpl import divergences
 from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.prompting import text
-from vlprompt.training.artefact import load_artefact, save_artefact
-from vlprompt.training.config import OptimConfig, TrainConfig, build_config
 from vlprompt.training.loop import Training
 from vlprompt.training.run import saved_config, train
-from vlprompt.training.teacher import Teacher
 
 TAUGHT = sorted(name for name, cls in METHODS.items() if "teacher_probabilities" in cls.needs)
 NAMES = ("violin", "steam train", "yellow kite", "lamp", "old boot")  # of no other test: `tiny` remembers texts
@@ -414,7 +414,7 @@ def test_a_short_key_means_the_methods_own_setting_first() -> None:
 
 def test_off_is_a_word_in_a_file_too(tmp_path) -> None:
     (tmp_path / "c.yaml").write_text("pcd: off\nclass_specific: true\n")
-    from vlprompt.training.config import read_config
+    from vlprompt.config.schema import read_config
 
     settings = build_config("fdbpl_coop", file=read_config(tmp_path / "c.yaml")).settings
     assert (settings.pcd, settings.class_specific) == ("off", True)

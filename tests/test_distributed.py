@@ -13,13 +13,13 @@ import torch
 
 from small_run import CLASSES, TINY, arguments, environment, log, make_pictures, prompts
 from vlprompt.backbones.load import load_backbone
+from vlprompt.config.schema import OptimConfig, TrainConfig, build_config
 from vlprompt.data.images import Preprocess
 from vlprompt.data.views import TrainingViews
 from vlprompt.errors import ConfigError
 from vlprompt.methods import METHODS, find_method
 from vlprompt.methods.coop import CoOp
 from vlprompt.training import distributed
-from vlprompt.training.config import OptimConfig, TrainConfig, build_config
 from vlprompt.training.loop import Training
 from vlprompt.training.run import saved_config, train
 

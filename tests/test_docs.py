@@ -15,11 +15,11 @@ from PIL import Image
 
 from hub import Hub
 from vlprompt.cli import app
-from vlprompt.data.benchmarks.table import DATASETS
-from vlprompt.data.openmoji import CLASSES, pictures
+from vlprompt.config.schema import build_config, parse_override
+from vlprompt.data.known.openmoji import CLASSES, pictures
+from vlprompt.data.known.table import DATASETS
 from vlprompt.data.splits import PARTS, Item, Split
 from vlprompt.methods import METHODS
-from vlprompt.training.config import build_config, parse_override
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
@@ -129,8 +129,8 @@ def test_benches_can_begin(
     if words[words.index("--data") + 1] != "openmoji":
         given.append("--dry-run")
     monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setattr("vlprompt.experiments.pool.outcomes", lambda runs, out, workers, say: [])
-    monkeypatch.setattr("vlprompt.experiments.bench.find_bank", lambda config, class_names: None)  # a page builds them
+    monkeypatch.setattr("vlprompt.bench.pool.outcomes", lambda runs, out, workers, say: [])
+    monkeypatch.setattr("vlprompt.bench.bench.find_bank", lambda config, class_names: None)  # a page builds them
     monkeypatch.setattr("vlprompt.data.datasets.absent", lambda split: [])  # nothing is drawn
     for key in (key for key in DATASETS if key.startswith("openmoji")):
         monkeypatch.setitem(DATASETS, key, replace(DATASETS[key], make=openmoji))

@@ -35,11 +35,12 @@ from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.packing import pack, packed_attention
 from vlprompt.backbones.towers import plain_attention
+from vlprompt.cli.listing import listing, table
+from vlprompt.config.schema import build_config
 from vlprompt.errors import BackboneError, ConfigError, DataError
-from vlprompt.listing import listing, table
 from vlprompt.methods import METHODS, Batch, Method, find_method
-from vlprompt.prompting import decoupled
-from vlprompt.prompting.decoupled import (
+from vlprompt.methods.dpl import decoupled
+from vlprompt.methods.dpl.decoupled import (
     SubProcesses,
     attention_bias,
     decoupled_attention,
@@ -47,7 +48,6 @@ from vlprompt.prompting.decoupled import (
     text_attention,
 )
 from vlprompt.prompting.text import encode_classes
-from vlprompt.training.config import build_config
 
 NAMES = ("dog", "cat", "grey wolf", "forget-me-not", "car")
 WORDS = "a photo of a"

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from small_run import StopsAfter, configured, log, make_pictures, prompts
+from vlprompt.artefact.artefact import load_artefact, save_artefact
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.packing import pack, packed_attention
 from vlprompt.backbones.towers import plain_attention
+from vlprompt.config.schema import build_config
 from vlprompt.errors import ConfigError, Interrupted
-from vlprompt.methods import Batch, drople
+from vlprompt.methods import Batch
 from vlprompt.methods.base import total
-from vlprompt.methods.drople import LOG_SCALE_MAX, DroPLe, rising
-from vlprompt.prompting import dropout
+from vlprompt.methods.drople import drople, dropout
+from vlprompt.methods.drople.drople import LOG_SCALE_MAX, DroPLe, rising
 from vlprompt.prompting.attention import packed_with_maps, with_maps
 from vlprompt.prompting.text import encode_classes
-from vlprompt.training.artefact import load_artefact, save_artefact
-from vlprompt.training.config import build_config
 from vlprompt.training.run import train
 
 GOLDEN = Path(__file__).parent / "golden" / "backbone"

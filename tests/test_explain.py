@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from small_run import make_pictures
+from vlprompt.artefact.artefact import load_artefact, save_artefact
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.explain import draw_explanation, explain
 from vlprompt.methods import find_method
-from vlprompt.training.artefact import load_artefact, save_artefact
 
 NAMES = ("cat", "dog", "sea horse")
 

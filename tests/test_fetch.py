@@ -22,11 +22,11 @@ from pathlib import Path
 import pytest
 
 from miniature import build
-from vlprompt.data.benchmarks import fetch, unpack
-from vlprompt.data.benchmarks.fetch import DOWNLOADS, get
-from vlprompt.data.benchmarks.table import DATASETS, Source
 from vlprompt.data.datasets import load_dataset
+from vlprompt.data.known.table import DATASETS, Source
 from vlprompt.errors import DataError, OutputError
+from vlprompt.provision import fetch, unpack
+from vlprompt.provision.fetch import DOWNLOADS, get
 
 
 def fails(match: str):

@@ -11,6 +11,7 @@ from torch import Tensor
 import golden_drople
 from golden_cases import FOLDERS, Case, close, find_cases, load_official, view
 from vlprompt.backbones.backbone import unit
+from vlprompt.config.teacher import Teacher
 from vlprompt.methods import METHODS, Batch, Method, find_method
 from vlprompt.methods.base import total
 from vlprompt.methods.fdbpl import entropy, informativeness
@@ -18,7 +19,6 @@ from vlprompt.methods.kdpl import divergences
 from vlprompt.methods.promptsrc import gaussian_weights
 from vlprompt.methods.templates import IMAGENET_TEMPLATES
 from vlprompt.methods.zero_shot import frozen_class_features
-from vlprompt.training.teacher import Teacher
 
 CONFIGS: dict[str, Callable[[dict], dict]] = {
     "zero_shot": lambda h: {},

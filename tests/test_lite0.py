@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from small_run import TINY, configured, make_pictures
 from vlprompt.backbones import lite0
 from vlprompt.backbones.lite0 import Lite0, kinds
-from vlprompt.data.benchmarks.table import PHOTOGRAPHS
+from vlprompt.config.teacher import Teacher, load_teacher_model
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.images import load_image
+from vlprompt.data.known.table import PHOTOGRAPHS
 from vlprompt.errors import BackboneError
 from vlprompt.training.run import train
-from vlprompt.training.teacher import Teacher, load_teacher_model
 
 CLOTHES = ["dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt"]
 

@@ -13,10 +13,10 @@ import torch
 
 from small_run import CLASSES, TINY, configured, log, make_pictures, prompts
 from vlprompt.backbones.load import load_backbone
+from vlprompt.config.schema import OptimConfig, TrainConfig
 from vlprompt.data.views import TrainingViews
 from vlprompt.errors import ConfigError, VlpromptError
 from vlprompt.methods import find_method
-from vlprompt.training.config import OptimConfig, TrainConfig
 from vlprompt.training.interrupt import deferred_interrupt
 from vlprompt.training.loop import LossScale, Training
 from vlprompt.training.run import train

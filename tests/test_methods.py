@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vlprompt.artefact.artefact import load_artefact, save_artefact
 from vlprompt.backbones.backbone import Backbone
+from vlprompt.config.schema import build_config
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.methods import METHODS, Batch, Method, find_method
 from vlprompt.methods.base import total
 from vlprompt.methods.promptsrc import gaussian_weights
-from vlprompt.training.artefact import load_artefact, save_artefact
-from vlprompt.training.config import build_config
 
 NAMES = ("red square", "blue circle", "green star", "black dog", "old oak tree", "house", "sea_horse")
 OTHER_NAMES = ("one of the very old and very tall trees behind the red house", "向日葵", "подсолнух", "café", "x")

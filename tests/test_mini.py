@@ -12,12 +12,12 @@ from PIL import features
 from vlprompt import build_method, load_backbone
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import EMBEDDED
+from vlprompt.config.schema import build_config
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.images import load_image
-from vlprompt.data.openmoji import pictures
+from vlprompt.data.known.openmoji import pictures
 from vlprompt.data.splits import Split
 from vlprompt.methods import Method
-from vlprompt.training.config import build_config
 from vlprompt.training.evaluate import EvaluationImages, evaluate
 from vlprompt.training.run import train
 

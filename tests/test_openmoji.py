@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter, features
 
-from vlprompt.data import openmoji
-from vlprompt.data.benchmarks.table import DATASETS
 from vlprompt.data.datasets import load_dataset
-from vlprompt.data.domains import DOMAINS
-from vlprompt.data.openmoji import CLASSES, SUBGROUPS, Picture, make_openmoji, pictures, render
+from vlprompt.data.known import openmoji
+from vlprompt.data.known.domains import DOMAINS
+from vlprompt.data.known.openmoji import CLASSES, SUBGROUPS, Picture, make_openmoji, pictures, render
+from vlprompt.data.known.table import DATASETS
 from vlprompt.data.splits import PARTS
 from vlprompt.errors import DataError
 

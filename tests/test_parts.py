@@ -1,4 +1,4 @@
-"""What the benchmarks say about a step: operations as torch counts them, and parts that make up the whole."""
+"""What the speed measurements say about a step: operations as torch counts them, and parts that make up the whole."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.__main__ import main
-from benchmarks.parts import Clock, Parts
-from benchmarks.step import Work, computed, one_step, training
 from small_run import TINY
+from speed.__main__ import main
+from speed.parts import Clock, Parts
+from speed.step import Work, computed, one_step, training
 from vlprompt.backbones.backbone import Backbone
 
 
@@ -30,10 +30,10 @@ def test_operations_are_those_that_torch_counts(method: str, way: str, tiny: Bac
     assert sum(parts.flops.values()) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
-def test_the_command(vlprompt_benchmarks, tmp_path: Path) -> None:
+def test_the_command(python_speed, tmp_path: Path) -> None:
     file = tmp_path / "step.json"
     given = ["step", "coop", "maple", "--backbone", str(TINY), "--classes", "3", "--batch-size", "2", "--repeats", "1"]
-    code, out, _ = vlprompt_benchmarks(*given, "--no-memory", "--json", str(file))
+    code, out, _ = python_speed(*given, "--no-memory", "--json", str(file))
     assert code == 0
     rows = json.loads(file.read_text())["rows"]
     assert [list(row["ways"]) for row in rows] == [["plain", "default", "bank"], ["plain", "default"]]
@@ -46,10 +46,10 @@ def test_the_command(vlprompt_benchmarks, tmp_path: Path) -> None:
             assert (r["split_s"]["image"] == 0) == (way == "bank")
 
 
-def test_the_way_with_towers_in_bf16(vlprompt_benchmarks, tmp_path: Path) -> None:
+def test_the_way_with_towers_in_bf16(python_speed, tmp_path: Path) -> None:
     file = tmp_path / "step.json"
     given = ["step", "maple", "--backbone", "mini", "--classes", "3", "--ways", "default,bf16", "--repeats", "1"]
-    assert vlprompt_benchmarks(*given, "--json", str(file))[0] == 0
+    assert python_speed(*given, "--json", str(file))[0] == 0
     default, bf16 = (json.loads(file.read_text())["rows"][0]["ways"][way] for way in ("default", "bf16"))
     assert bf16["loss"] != default["loss"] == pytest.approx(bf16["loss"], rel=0.05)
     assert (set(default["share_of_matmul_rate"]), bf16["share_of_matmul_rate"]) == ({"image", "text"}, {})
@@ -65,19 +65,19 @@ def test_the_way_with_towers_in_bf16(vlprompt_benchmarks, tmp_path: Path) -> Non
         (["growth", "--along", "clases"], "error: unknown --along 'clases': did you mean 'classes'?"),
     ],
 )
-def test_bad_input_is_one_line(given: list[str], said: str, vlprompt_benchmarks) -> None:
-    code, _, error = vlprompt_benchmarks(*given)
+def test_bad_input_is_one_line(given: list[str], said: str, python_speed) -> None:
+    code, _, error = python_speed(*given)
     assert code == 2
     assert error.startswith(said)
     assert error.count("\n") == 1
 
 
 @pytest.fixture
-def vlprompt_benchmarks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    """The benchmarks' command line in this process: exit code, standard output, standard error."""
+def python_speed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """The command line of the speed measurements in this process: exit code, standard output, standard error."""
 
     def run(*given: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["benchmarks", *given])
+        monkeypatch.setattr(sys, "argv", ["speed", *given])
         return (main(), *capsys.readouterr())
 
     return run

@@ -15,10 +15,10 @@ import pytest
 
 from miniature import PHOTOGRAPHS, draw
 from test_fetch import Server
-from vlprompt.data.benchmarks.layouts import IMAGENETTE
-from vlprompt.data.benchmarks.table import DATASETS
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.images import load_image
+from vlprompt.data.known.layouts import IMAGENETTE
+from vlprompt.data.known.table import DATASETS
 from vlprompt.errors import DataError
 
 TINY = {"n01443537": "goldfish, Carassius auratus", "n01629819": "European fire salamander, Salamandra salamandra"}

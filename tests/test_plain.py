@@ -1,4 +1,4 @@
-"""The plain path of the benchmarks and the default give the same losses and gradients, in float64."""
+"""The plain path of the speed measurements and the default give the same losses and gradients, in float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.plain import plain
+from speed.plain import plain
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.towers import Block

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from small_run import TINY, environment, make_pictures
+from vlprompt.bench import on_ray
+from vlprompt.bench.protocols import Asked, Run, plan
+from vlprompt.bench.results import read_results
 from vlprompt.errors import ConfigError
-from vlprompt.experiments import on_ray
-from vlprompt.experiments.protocols import Asked, Run, plan
-from vlprompt.experiments.results import read_results
 
 QUICK = ("--backbone", str(TINY), "warmup_epochs=0", "data.workers=0", "data.batch_size=2", "--shots", "2")
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (extra: ray)")

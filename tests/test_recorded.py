@@ -9,12 +9,12 @@ import torch
 
 from small_run import CLASSES, TINY, make_pictures
 from vlprompt.backbones.load import load_backbone
+from vlprompt.config.schema import OptimConfig, TrainConfig
+from vlprompt.config.teacher import Teacher
 from vlprompt.data.views import TrainingViews
 from vlprompt.errors import ConfigError
 from vlprompt.methods import METHODS, find_method
-from vlprompt.training.config import OptimConfig, TrainConfig
 from vlprompt.training.loop import Training
-from vlprompt.training.teacher import Teacher
 
 TRAINED = sorted(set(METHODS) - {"zero_shot", "linear_probe"})
 

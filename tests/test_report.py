@@ -13,15 +13,15 @@ from xml.etree import ElementTree
 import pytest
 from scipy.stats import ttest_rel
 
+from vlprompt.bench.bench import note_planned
+from vlprompt.bench.cells import Cell, Difference
+from vlprompt.bench.protocols import Asked, plan
+from vlprompt.bench.report import plots
+from vlprompt.bench.report.published import BASE_TO_NOVEL_HM, ELEVEN
+from vlprompt.bench.report.report import latex, markdown, read_sections
+from vlprompt.bench.report.tables import studies, tables
+from vlprompt.bench.results import Row, to_csv
 from vlprompt.errors import ConfigError, DataError
-from vlprompt.experiments import plots
-from vlprompt.experiments.bench import note_planned
-from vlprompt.experiments.cells import Cell, Difference
-from vlprompt.experiments.protocols import Asked, plan
-from vlprompt.experiments.published import BASE_TO_NOVEL_HM, ELEVEN
-from vlprompt.experiments.report import latex, markdown, read_sections
-from vlprompt.experiments.results import Row, to_csv
-from vlprompt.experiments.tables import studies, tables
 from vlprompt.methods import METHODS
 from vlprompt.training.evaluate import harmonic_mean
 

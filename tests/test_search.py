@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vlprompt.experiments.results import Row, to_csv
+from vlprompt.bench.results import Row, to_csv
+from vlprompt.config.schema import build_config
 from vlprompt.methods import METHODS
-from vlprompt.training.config import build_config
 
 FILE = Path(__file__).parents[1] / "tools" / "search.py"
 

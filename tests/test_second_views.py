@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from small_run import CLASSES, configured, log, make_pictures
+from vlprompt.config.schema import OptimConfig, TrainConfig
 from vlprompt.data.augment import OPERATIONS, augment_patches
 from vlprompt.data.folders import from_folder
 from vlprompt.data.images import Preprocess
@@ -20,7 +21,6 @@ from vlprompt.data.splits import Item, Split, long_tail
 from vlprompt.data.views import TrainingViews
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.methods import Batch, Method
-from vlprompt.training.config import OptimConfig, TrainConfig
 from vlprompt.training.loop import Training
 from vlprompt.training.run import train
 from vlprompt.training.schedule import learning_rate

@@ -17,13 +17,13 @@ from PIL import Image
 from small_run import CLASSES, TINY, make_pictures
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
+from vlprompt.bench import shared
+from vlprompt.bench.results import read_results
+from vlprompt.bench.shared import SHARED, SharedImages, computed_once, decoded_once
 from vlprompt.data import reading
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.images import load_image
 from vlprompt.errors import DataError
-from vlprompt.experiments import shared
-from vlprompt.experiments.results import read_results
-from vlprompt.experiments.shared import SHARED, SharedImages, computed_once, decoded_once
 from vlprompt.methods import Method, find_method
 from vlprompt.training.evaluate import EvaluationImages, predict_logits
 

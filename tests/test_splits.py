@@ -16,19 +16,19 @@ from PIL import Image
 
 from conftest import SHARED
 from small_run import TINY
+from vlprompt.config.images import choose_images, run_split
+from vlprompt.config.schema import build_config
 from vlprompt.data import images, reading
-from vlprompt.data.benchmarks.table import DATASETS
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.folders import from_folder
 from vlprompt.data.images import Preprocess
+from vlprompt.data.known.table import DATASETS
 from vlprompt.data.reading import ImageReader, readable
 from vlprompt.data.splits import Item, Split, check_class_names, read_split, write_split
 from vlprompt.data.views import TrainingViews, evaluation_batches
 from vlprompt.errors import DataError
-from vlprompt.training.config import build_config
 from vlprompt.training.evaluate import score
 from vlprompt.training.run import train
-from vlprompt.training.selection import choose_images, run_split
 
 needs_shared = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the shared benchmark files are not here")
 NAMES = ("cat", "dog", "horse")

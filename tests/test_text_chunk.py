@@ -9,9 +9,9 @@ from small_run import TINY
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.towers import Block
+from vlprompt.config.schema import OptimConfig, TrainConfig
 from vlprompt.errors import ConfigError
 from vlprompt.methods import METHODS, Batch, Method, find_method
-from vlprompt.training.config import OptimConfig, TrainConfig
 from vlprompt.training.loop import Training
 
 NAMES = ("cat", "sea horse", "dog", "forget-me-not", "a dog of the sea")

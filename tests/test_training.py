@@ -19,8 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from small_run import RUN_FILES, TINY
+from vlprompt.artefact.artefact import FORMAT_VERSION, load_artefact, save_artefact
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
+from vlprompt.config.schema import OptimConfig, RunConfig, TrainConfig, build_config, parse_override, read_config
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.images import Preprocess, load_image
 from vlprompt.data.splits import read_split
@@ -28,8 +30,6 @@ from vlprompt.data.views import TrainingViews, Views, evaluation_batches
 from vlprompt.errors import ArtefactError, BackboneError, ConfigError, DataError, OutputError, VlpromptError
 from vlprompt.methods import METHODS, Batch, Method, find_method
 from vlprompt.training import run
-from vlprompt.training.artefact import FORMAT_VERSION, load_artefact, save_artefact
-from vlprompt.training.config import OptimConfig, RunConfig, TrainConfig, build_config, parse_override, read_config
 from vlprompt.training.evaluate import EvaluationImages, evaluate, harmonic_mean, predict_logits, score
 from vlprompt.training.loop import EpochLog, Training
 from vlprompt.training.run import Result, train

@@ -1,6 +1,6 @@
 """Choose the photographs of ten kinds of clothes that come with vlprompt.
 
-    python tools/demo_photos.py DATA/clothing --out src/vlprompt/data/clothing
+    python tools/demo_photos.py DATA/clothing --out src/vlprompt/data/known/clothing
 
 Reads class folders in train, val and test (Alexey Grigorev's clothing-dataset-small, CC0 1.0, shorter side 112 px).
 Of each class the first 16, 4 and 20 by the SHA-256 of their content, so that nothing but chance chooses.

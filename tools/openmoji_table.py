@@ -1,4 +1,4 @@
-"""Make ``src/vlprompt/data/openmoji.tsv``: code points, name, sub-group and family of the data set's pictures.
+"""Make ``src/vlprompt/data/known/openmoji.tsv``: code points, name, sub-group and family of the data set's pictures.
 
     python tools/openmoji_table.py
 
@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlprompt.data.openmoji import SUBGROUPS
+from vlprompt.data.known.openmoji import SUBGROUPS
 
 SOURCE = "emojibase-data@17.0.0"
 TABLE = Path(__file__).parent.parent / "src" / "vlprompt" / "data" / "openmoji.tsv"

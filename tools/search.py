@@ -19,10 +19,10 @@ from typing import Any
 
 import yaml
 
-from vlprompt.experiments.protocols import Rows, read_rows
-from vlprompt.experiments.report import read_sections, to_dict
+from vlprompt.bench.protocols import Rows, read_rows
+from vlprompt.bench.report.report import read_sections, to_dict
+from vlprompt.config.schema import build_config
 from vlprompt.methods import METHODS
-from vlprompt.training.config import build_config
 
 RATES = (0.3, 1, 3, 10)
 EPOCHS = (4, 8)

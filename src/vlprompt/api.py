@@ -19,23 +19,23 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from vlprompt.artefact.artefact import load_artefact, read_artefact_config, save_artefact
+from vlprompt.artefact.export import export_classes
+from vlprompt.artefact.hub import download, upload
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.names import may_be_hub_id
-from vlprompt.data.benchmarks.table import DEFAULT_TEMPLATE
+from vlprompt.bank.use import cannot_use_bank, find_bank
+from vlprompt.config.schema import OptimConfig, RunConfig, build_config
+from vlprompt.config.teacher import find_teacher
 from vlprompt.data.images import ImageSource
+from vlprompt.data.known.table import DEFAULT_TEMPLATE
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import check_class_names
 from vlprompt.errors import ConfigError, DataError, unknown
 from vlprompt.methods import Method, find_method
 from vlprompt.training import evaluate as evaluation
-from vlprompt.training.artefact import load_artefact, read_artefact_config, save_artefact
-from vlprompt.training.bank.views import cannot_use_bank, find_bank
-from vlprompt.training.config import OptimConfig, RunConfig, build_config
 from vlprompt.training.evaluate import Evaluation, EvaluationImages
-from vlprompt.training.export import export_classes
-from vlprompt.training.hub import download, upload
 from vlprompt.training.loop import EpochLog, Training, training_views
-from vlprompt.training.teacher import find_teacher
 
 Images = Sequence[ImageSource] | NDArray[np.uint8]
 Labels = Sequence[str] | Sequence[int] | NDArray[Any] | Tensor
@@ -208,7 +208,7 @@ class PromptedModel:
         return Predictions([names[c] for c in best], probabilities.numpy(), names)
 
     def export(self, file: str | os.PathLike[str], class_names: Sequence[str] | None = None) -> None:
-        """Class features for use without vlprompt; see :func:`vlprompt.training.export.export_classes`."""
+        """Class features for use without vlprompt; see :func:`vlprompt.artefact.export.export_classes`."""
         export_classes(self.method, _names(self.method, class_names), Path(file))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

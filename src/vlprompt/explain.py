@@ -14,11 +14,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from vlprompt.data.images import load_image
-from vlprompt.drawing import FAINT, GRID, SCALE, Sheet
+from vlprompt.demo.drawing import FAINT, GRID, SCALE, Sheet
 from vlprompt.errors import ArtefactError, OutputError
 from vlprompt.files import write_atomically
 from vlprompt.methods import Method
-from vlprompt.methods.drople import BlockDropout, DroPLe
+from vlprompt.methods.drople.drople import BlockDropout, DroPLe
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 from vlprompt.api import TRAINING, Images, PromptedModel, build_configured, fit_configured, full_keys, method_keys
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
-from vlprompt.data.benchmarks.table import DEFAULT_TEMPLATE
-from vlprompt.training.config import build_config
+from vlprompt.config.schema import build_config
+from vlprompt.data.known.table import DEFAULT_TEMPLATE
 
 
 class PromptClassifier(ClassifierMixin, BaseEstimator):

@@ -21,7 +21,7 @@ from data import PACKAGES, lemmas, package_folder
 from torch import Tensor
 
 from vlprompt.backbones.lite0 import sentence_encoder
-from vlprompt.data.openmoji import SUBGROUPS
+from vlprompt.data.known.openmoji import SUBGROUPS
 from vlprompt.files import write_atomically
 
 

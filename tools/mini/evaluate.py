@@ -22,15 +22,15 @@ from torch import Tensor
 
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.lite0 import Lite0
+from vlprompt.config.schema import build_config
+from vlprompt.config.teacher import load_teacher_model
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.images import load_image
-from vlprompt.data.openmoji import CLASSES, pictures
+from vlprompt.data.known.openmoji import CLASSES, pictures
 from vlprompt.files import write_atomically
 from vlprompt.prompting.text import fill
-from vlprompt.training.config import build_config
 from vlprompt.training.evaluate import EvaluationImages, evaluate
 from vlprompt.training.run import train
-from vlprompt.training.teacher import load_teacher_model
 
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlprompt.backbones.lite0 import Kind, directions
-from vlprompt.data.openmoji import SUBGROUPS
+from vlprompt.data.known.openmoji import SUBGROUPS
 
 RARE = 1
 """Words that are met so often in WordNet's tagged texts, or more rarely, are not taken for everyday ones."""

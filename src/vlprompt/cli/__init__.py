@@ -87,7 +87,7 @@ def demo(
     json_output: Json = False,
 ) -> None:
     """Tune, measure and predict on the embedded backbone, offline, in under two minutes."""
-    from vlprompt.demo import run_demo
+    from vlprompt.demo.demo import run_demo
 
     result = run_demo(out, say, data)
     if json_output:
@@ -102,7 +102,7 @@ def list_(
     json_output: Json = False,
 ) -> None:
     """List methods, backbones or data sets."""
-    from vlprompt.listing import listing, table
+    from vlprompt.cli.listing import listing, table
 
     rows = listing(what)
     print(json.dumps({what: rows}) if json_output else table(rows))

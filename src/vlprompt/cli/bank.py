@@ -121,9 +121,9 @@ def build(
     existing bank does not have are added to it; those that are not computed yet and no longer among the data are
     left out.
     """
-    from vlprompt.progress import CountBar
-    from vlprompt.training.bank.build import build_bank
-    from vlprompt.training.bank.config import bank_config, parse_part
+    from vlprompt.bank.build import build_bank
+    from vlprompt.bank.config import bank_config, parse_part
+    from vlprompt.cli.progress import CountBar
 
     given = {
         "data.name": data,
@@ -164,7 +164,7 @@ def build(
 @bank_app.command(epilog="Example: vlprompt bank info banks/caltech --json")
 def info(bank: BankFolder, json_output: Json = False) -> None:
     """Show what a region bank holds and how it was made."""
-    from vlprompt.data.bank.manifest import describe, read_manifest, summary
+    from vlprompt.bank.manifest import describe, read_manifest, summary
 
     manifest = read_manifest(bank)
     print(json.dumps(describe(manifest)) if json_output else summary(manifest))
@@ -180,7 +180,7 @@ def verify(
     json_output: Json = False,
 ) -> None:
     """Compare a region bank's files with their checksums and, given DATA, its images with what they were."""
-    from vlprompt.data.bank.records import verify as verify_bank
+    from vlprompt.bank.records import verify as verify_bank
     from vlprompt.data.datasets import load_dataset
 
     if root and not data:

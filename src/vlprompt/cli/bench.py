@@ -102,7 +102,7 @@ def bench(
         bool,
         typer.Option("--skip-existing", help="Keep finished runs and resume stopped ones.", rich_help_panel=TRAINING),
     ] = False,
-    out: Annotated[Path, typer.Option(help="The benchmark's folder.", rich_help_panel=OUTPUT)],
+    out: Annotated[Path, typer.Option(help="The bench folder.", rich_help_panel=OUTPUT)],
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the runs' folders and stop.", rich_help_panel=OUTPUT)
     ] = False,
@@ -114,8 +114,8 @@ def bench(
     Methods have the protocol's official settings; KEY=VALUE changes them in all runs. A run that fails does not stop
     the others, and is reported at the end (exit code 1). `vlprompt report OUT` prints the tables.
     """
-    from vlprompt.experiments.bench import bench as run_bench
-    from vlprompt.experiments.protocols import (
+    from vlprompt.bench.bench import bench as run_bench
+    from vlprompt.bench.protocols import (
         Asked,
         choose_rows,
         plan,
@@ -124,8 +124,8 @@ def bench(
         split_values,
         take_shard,
     )
-    from vlprompt.progress import CountBar
-    from vlprompt.training.config import parse_override
+    from vlprompt.cli.progress import CountBar
+    from vlprompt.config.schema import parse_override
 
     if (methods is None) == (rows is None):
         raise ConfigError("give either --methods or --rows")
@@ -166,21 +166,19 @@ def bench(
 
 @bench_app.command(epilog="Example: vlprompt report runs/b2n --reference coop")
 def report(
-    folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="A benchmark's folder: the --out of `vlprompt bench`.")
-    ],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A bench folder: the --out of `vlprompt bench`.")],
     reference: Annotated[
         str | None,
         typer.Option(help="Row to compare the others with; default: zero_shot.", rich_help_panel=OUTPUT),
     ] = None,
     json_output: Json = False,
 ) -> None:
-    """Print the tables of a benchmark, and write report.md, report.tex and report.html into its folder.
+    """Print the tables of a bench folder, and write report.md, report.tex and report.html into its folder.
 
     Means and standard deviations over seeds, averages over data sets, paired differences to a reference; missing runs
     are shown as missing. The HTML page also has plots, and needs no other file.
     """
-    from vlprompt.experiments.report import read_sections, to_dict, write_report
+    from vlprompt.bench.report.report import read_sections, to_dict, write_report
 
     text = write_report(folder, reference)
     print(

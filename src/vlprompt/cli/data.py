@@ -27,15 +27,15 @@ from vlprompt.errors import ConfigError, DataError, unknown
 data_app = typer.Typer(
     rich_markup_mode="markdown",
     no_args_is_help=True,
-    help="Benchmarks: list them, fetch them, check their folders, and write splits to publish.",
+    help="Data sets: list them, fetch them, check their folders, and write splits to publish.",
     epilog="Example: vlprompt data get dtd --root data",
 )
 
 
 @data_app.command("list", epilog="Example: vlprompt data list --json")
 def list_(json_output: Json = False) -> None:
-    """List the benchmarks: folder, classes, images, licence, and whether they can be fetched."""
-    from vlprompt.listing import listing, table
+    """List the known data sets: folder, classes, images, licence, and whether they can be fetched."""
+    from vlprompt.cli.listing import listing, table
 
     rows = listing("datasets")
     print(json.dumps({"datasets": rows}) if json_output else table(rows))
@@ -44,18 +44,18 @@ def list_(json_output: Json = False) -> None:
 @data_app.command(epilog="Example: vlprompt data get dtd eurosat --root data")
 def get(
     names: Annotated[list[str], typer.Argument(metavar="NAME", help="One or more of `vlprompt data list`.")],
-    root: Annotated[Path, typer.Option(help="Folder that holds the benchmarks.", rich_help_panel=DATA)],
+    root: Annotated[Path, typer.Option(help="Folder that holds the data sets.", rich_help_panel=DATA)],
     json_output: Json = False,
 ) -> None:
-    """Fetch benchmarks from public mirrors into CoOp's layout.
+    """Fetch data sets from public mirrors into CoOp's layout.
 
     What is there already is left alone, and a broken download continues. Files are compared with their checksums where
     those are known, and archives are unpacked aside and moved into place whole. An archive that you put into
     ROOT/.vlprompt-downloads yourself is used as if it had been fetched. Mind the licences.
     """
-    from vlprompt.data.benchmarks.fetch import get as get_dataset
-    from vlprompt.data.benchmarks.table import DATASETS, find_dataset
-    from vlprompt.progress import CountBar
+    from vlprompt.cli.progress import CountBar
+    from vlprompt.data.known.table import DATASETS, find_dataset
+    from vlprompt.provision.fetch import get as get_dataset
 
     chosen = {name: find_dataset(name) for name in names}
     if strange := [name for name, dataset in chosen.items() if dataset is None]:
@@ -86,8 +86,8 @@ def check(
     For the usual mistakes of layout (ImageNet's val images in one folder, SUN397 in SUN397, …) it prints the shell
     commands that fix them. The exit code is 2 if anything is wrong.
     """
-    from vlprompt.data.benchmarks.check import check as check_dataset
-    from vlprompt.progress import CountBar
+    from vlprompt.cli.progress import CountBar
+    from vlprompt.provision.check import check as check_dataset
 
     with CountBar("images") as bar:
         report = check_dataset(data, root and root.expanduser(), split_file, not quick, bar)
@@ -119,10 +119,10 @@ def split(
     It holds no images and no folders of this machine. `vlprompt train … --split-file FILE` reads it back, and needs
     none of --shots, --seed and --classes then.
     """
+    from vlprompt.config.images import run_split
+    from vlprompt.config.schema import build_config
     from vlprompt.data.datasets import load_dataset
     from vlprompt.data.splits import PARTS, write_split
-    from vlprompt.training.config import build_config
-    from vlprompt.training.selection import run_split
 
     if out.exists():
         raise ConfigError(f"{out} is there already: choose another --out, or remove it")

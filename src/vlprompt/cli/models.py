@@ -45,9 +45,9 @@ def evaluate(
     json_output: Json = False,
 ) -> None:
     """Measure a tuned model's accuracy and calibration on a data set's images and class names."""
+    from vlprompt.artefact.artefact import load_artefact
     from vlprompt.data.datasets import load_dataset
     from vlprompt.data.reading import CACHE_BYTES, ImageReader, readable
-    from vlprompt.training.artefact import load_artefact
     from vlprompt.training.evaluate import EvaluationImages
     from vlprompt.training.evaluate import evaluate as evaluate_method
 
@@ -92,9 +92,9 @@ def predict(
     ] = False,
 ) -> None:
     """Classify images with a tuned model, under its own class names or any others."""
+    from vlprompt.artefact.artefact import load_artefact
+    from vlprompt.cli.predict import find_images, predict_images, read_class_names, show
     from vlprompt.data.reading import CACHE_BYTES, ImageReader, readable
-    from vlprompt.predict import find_images, predict_images, read_class_names, show
-    from vlprompt.training.artefact import load_artefact
 
     if json_output and csv:
         raise ConfigError("--json and --csv exclude each other")
@@ -118,9 +118,9 @@ def export(
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.", rich_help_panel=OUTPUT)],
 ) -> None:
     """Write class features and scale for use without vlprompt; for methods that leave the image tower alone."""
-    from vlprompt.predict import read_class_names
-    from vlprompt.training.artefact import load_artefact
-    from vlprompt.training.export import export_classes
+    from vlprompt.artefact.artefact import load_artefact
+    from vlprompt.artefact.export import export_classes
+    from vlprompt.cli.predict import read_class_names
 
     method = load_artefact(run, backbone)
     names = read_class_names(class_names, class_names_file) or method.class_names
@@ -143,9 +143,9 @@ def explain(
     json_output: Json = False,
 ) -> None:
     """Draw which parts of an image matter to a model of drople, and which its token dropout would hit."""
+    from vlprompt.artefact.artefact import load_artefact
     from vlprompt.explain import explain as explain_image
     from vlprompt.explain import write_explanation
-    from vlprompt.training.artefact import load_artefact
 
     explanation = explain_image(load_artefact(run, backbone, device, precision), image, seed)
     write_explanation(explanation, out, image.name, seed)

@@ -12,13 +12,13 @@ from vlprompt.data.splits import Classes
 DATA, MODEL, TRAINING, OUTPUT = "Data", "Model", "Training", "Output"
 """Panels of ``--help``, in the order in which commands show them."""
 
-_DATA = "A benchmark's name (with --root), a folder of class folders, or a CSV file."
+_DATA = "A known data set's name (with --root), a folder of class folders, or a CSV file."
 SPLIT_FILE = (
     "File that says which of DATA's images are train, val and test: a run's split.json, CoOp's file, a few-shot list."
 )
 
 Data = Annotated[str, typer.Argument(metavar="DATA", help=_DATA)]
-Root = Annotated[Path | None, typer.Option(help="Folder that holds the benchmarks.", rich_help_panel=DATA)]
+Root = Annotated[Path | None, typer.Option(help="Folder that holds the data sets.", rich_help_panel=DATA)]
 SplitFile = Annotated[Path | None, typer.Option(help=SPLIT_FILE, rich_help_panel=DATA)]
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Leave out images that cannot be read, and count them.", rich_help_panel=DATA)

@@ -41,7 +41,7 @@ from vlprompt.cli.options import (
 from vlprompt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vlprompt.training.config import RunConfig
+    from vlprompt.config.schema import RunConfig
 
 train_app = typer.Typer()
 
@@ -85,7 +85,7 @@ def train(
     Every epoch is saved: `vlprompt train --resume RUN` resumes a stopped run. Started by `torchrun --nproc-per-node N
     -m vlprompt train …` or `accelerate launch`, N processes share each batch.
     """
-    from vlprompt.training.config import build_config, parse_override, read_config
+    from vlprompt.config.schema import build_config, parse_override, read_config
 
     given = {
         "data.name": data,
@@ -128,7 +128,7 @@ def train(
 
 
 def _train(config: RunConfig, out: Path, json_output: bool, resume: bool = False) -> None:
-    from vlprompt.progress import Bar
+    from vlprompt.cli.progress import Bar
     from vlprompt.training.run import train as train_run
 
     with Bar() as bar:

@@ -1,4 +1,4 @@
-"""``load_dataset``: a benchmark's name, a folder or a CSV file in, its split and template out."""
+"""``load_dataset``: a known data set's name, a folder or a CSV file in, its split and template out."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlprompt.data.benchmarks.table import DATASETS, DEFAULT_TEMPLATE, Dataset, find_dataset
 from vlprompt.data.folders import from_csv, from_folder
+from vlprompt.data.known.table import DATASETS, DEFAULT_TEMPLATE, Dataset, find_dataset
 from vlprompt.data.splits import PARTS, Classes, Split, missing, read_split
 from vlprompt.errors import DataError, first_few, unknown
 
@@ -37,23 +37,23 @@ def load_dataset(
     root: str | os.PathLike[str] | None = None,
     split_file: str | os.PathLike[str] | None = None,
 ) -> LoadedDataset:
-    """Load a benchmark of ``DATASETS`` (by name or title; case, "-" and "_" do not matter), a folder, or a CSV file.
+    """Load a data set of ``DATASETS`` (by name or title; case, "-" and "_" do not matter), a folder, or a CSV file.
 
-    A benchmark lies in its folder below ``root``; without ``root``, one made on this machine goes to the
-    user's cache. A benchmark's name wins over a folder of that name: write ``./dtd`` for the folder.
+    A known data set lies in its folder below ``root``; without ``root``, one made on this machine goes to the
+    user's cache. A known name wins over a folder of that name: write ``./dtd`` for the folder.
 
     With ``split_file``, ``data`` says where the images lie (for a CSV, beside it) and the file says which of them are
     what: the ``split.json`` of a run, a split file in CoOp's format or a published few-shot list. It replaces the data
     set's own classes and parts. A run's file holds the classes of that run only.
 
     Raises DataError for what does not exist, naming the path looked for or the nearest name: all images of a split must
-    be there. A benchmark's training and test images must be of the same classes, those of ``split_file`` too.
+    be there. A known data set's training and test images must be of the same classes, those of ``split_file`` too.
     """
     data, file = os.fspath(data), None if split_file is None else Path(split_file).expanduser()
     if dataset := find_dataset(data):
-        folder = benchmark_folder(dataset, root)
+        folder = known_folder(dataset, root)
         try:
-            split, source = read_benchmark(dataset, folder, file)
+            split, source = read_known(dataset, folder, file)
             if file or not dataset.from_folders:
                 _complete(split, source)
         except DataError as error:
@@ -79,15 +79,15 @@ def load_dataset(
     raise DataError(f"{reason}; a folder of class folders or a .csv file of path,label is accepted too")
 
 
-def benchmark_folder(dataset: Dataset, root: str | os.PathLike[str] | None) -> Path:
-    """Where a benchmark lies, or will; raises DataError if it needs a root."""
+def known_folder(dataset: Dataset, root: str | os.PathLike[str] | None) -> Path:
+    """Where a known data set lies, or will; raises DataError if it needs a root."""
     if root is None and dataset.make is None:
         raise DataError(f"data set '{dataset.name}' needs --root, the folder that holds '{dataset.folder}'")
     return (_cache() if root is None else Path(root).expanduser()) / dataset.folder
 
 
-def read_benchmark(dataset: Dataset, folder: Path, file: Path | None = None) -> tuple[Split, str]:
-    """A benchmark's split, or that of ``file`` with the benchmark's images, and what it was read from.
+def read_known(dataset: Dataset, folder: Path, file: Path | None = None) -> tuple[Split, str]:
+    """A known data set's split, or that of ``file`` with its images, and what it was read from.
 
     It is not looked whether the images exist. Raises DataError for folders and lists that do not, and for training and
     test images of different classes.

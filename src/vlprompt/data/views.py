@@ -21,9 +21,9 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from vlprompt.bank.records import Bank
+from vlprompt.bank.regions import restored
 from vlprompt.data.augment import augment_patches
-from vlprompt.data.bank.records import Bank
-from vlprompt.data.bank.regions import restored
 from vlprompt.data.images import ImageSource, Preprocess, Region, random_regions
 from vlprompt.data.reading import ImageReader
 

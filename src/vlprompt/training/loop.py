@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlprompt.data.bank.records import Bank
+from vlprompt.bank.records import Bank
+from vlprompt.bank.use import bank_views
+from vlprompt.config.schema import DataConfig, OptimConfig, TrainConfig
+from vlprompt.config.teacher import Teacher
 from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.views import BankViews, TrainingViews, Views
 from vlprompt.errors import ConfigError, VlpromptError
 from vlprompt.methods import Batch, Method
-from vlprompt.training.bank.views import bank_views
-from vlprompt.training.config import DataConfig, OptimConfig, TrainConfig
 from vlprompt.training.distributed import Processes
 from vlprompt.training.recorded import Gradients, Recorded, Terms
 from vlprompt.training.schedule import build_optimizer, learning_rate
-from vlprompt.training.teacher import Teacher
 
 
 @dataclass(frozen=True)

@@ -19,25 +19,25 @@ import torch
 from PIL.Image import Image
 
 import vlprompt
+from vlprompt.artefact.artefact import save_artefact
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.names import public_name
-from vlprompt.data.bank.records import Bank
+from vlprompt.bank.records import Bank
+from vlprompt.bank.use import cannot_use_bank, find_bank, read_by, regions_used
+from vlprompt.config.images import choose_images
+from vlprompt.config.schema import RunConfig, build_config, read_config
+from vlprompt.config.teacher import Teacher, find_teacher
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split, read_split, write_split
 from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError
 from vlprompt.files import cannot_write, held, write_atomically
 from vlprompt.methods import Method, MethodConfig, find_method
-from vlprompt.training.artefact import save_artefact
-from vlprompt.training.bank.views import cannot_use_bank, find_bank, read_by, regions_used
 from vlprompt.training.checkpoints import History, checkpoint_file, remove_unfinished
-from vlprompt.training.config import RunConfig, build_config, read_config
 from vlprompt.training.distributed import Processes, join_processes
 from vlprompt.training.evaluate import EvaluationImages, evaluate
-from vlprompt.training.selection import choose_images
 from vlprompt.training.session import Progress, Session, Silent
-from vlprompt.training.teacher import Teacher, find_teacher
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import nn
 
+from vlprompt.config.schema import OptimConfig
 from vlprompt.methods import Method
-from vlprompt.training.config import OptimConfig
 
 
 def learning_rate(epoch: float, epochs: int, config: OptimConfig) -> float:

@@ -9,19 +9,19 @@ from contextlib import closing
 from pathlib import Path
 from typing import Protocol
 
-from vlprompt.data.bank.records import Bank
+from vlprompt.bank.records import Bank
+from vlprompt.config.schema import RunConfig
+from vlprompt.config.teacher import Teacher
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split
 from vlprompt.errors import ConfigError
 from vlprompt.files import write_atomically
 from vlprompt.methods import Method
 from vlprompt.training.checkpoints import History, load_checkpoint, save_checkpoint
-from vlprompt.training.config import RunConfig
 from vlprompt.training.distributed import Processes
 from vlprompt.training.evaluate import EvaluationImages, evaluate
 from vlprompt.training.interrupt import deferred_interrupt
 from vlprompt.training.loop import EpochLog, Training, training_views
-from vlprompt.training.teacher import Teacher
 from vlprompt.training.trackers import NoTracker, Tracker, find_tracker
 
 

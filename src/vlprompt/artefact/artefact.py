@@ -1,0 +1,168 @@
+"""The artefact: a tuned model as a small folder that reloads elsewhere, without the training data.
+
+``prompts.safetensors`` holds what inference needs, ``config.json`` how to read it, ``README.md`` tells people.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+import vlprompt
+from vlprompt.artefact.card import model_card
+from vlprompt.backbones.backbone import Backbone
+from vlprompt.backbones.load import EMBEDDED, load_backbone
+from vlprompt.backbones.names import public_name
+from vlprompt.errors import ArtefactError, BackboneError, ConfigError, one_line, unknown
+from vlprompt.files import write_atomically
+from vlprompt.methods import Method, find_method
+
+FORMAT_VERSION = 2
+"""2 added ``about`` and ``prompts`` (checksum and shapes); artefacts of version 1 are read without that check."""
+
+PROMPTS, CONFIG, CARD = "prompts.safetensors", "config.json", "README.md"
+FILES = (CONFIG, PROMPTS, CARD)
+
+
+def save_artefact(
+    method: Method, folder: Path, about: Mapping[str, Any] | None = None, *, public: bool = False
+) -> None:
+    """Write a tuned model into ``folder``; ``about`` (data, settings, metrics) goes into its model card.
+
+    A backbone in a folder is noted with its whole path, or where the model is for others (``public``) by name alone.
+    """
+    backbone = method.backbone
+    state = {k: v.detach().float().cpu().contiguous() for k, v in method.inference_state().items()}
+    prompts = save(state)
+    about = {key: str(value) for key, value in (about or {}).items()}
+    config = {
+        "format_version": FORMAT_VERSION,
+        "vlprompt_version": vlprompt.__version__,
+        "method": method.name,
+        "settings": asdict(method.config),
+        "class_names": list(method.class_names),
+        "template": method.template,
+        "backbone": {
+            "name": (public_name if public else _place)(backbone.name),
+            "fingerprint": backbone.fingerprint,
+            "licence": backbone.licence,
+        },
+        "prompts": {"sha256": sha256(prompts).hexdigest(), "shapes": {k: list(v.shape) for k, v in state.items()}},
+        "about": about,
+    }
+    write_atomically(folder / PROMPTS, prompts)
+    write_atomically(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False))
+    write_atomically(folder / CARD, model_card(method, about))
+
+
+def load_artefact(
+    folder: Path, backbone: str | Backbone | None = None, device: str = "cpu", precision: str = "fp32"
+) -> Method:
+    """Read a tuned model; ``backbone`` says where its backbone lies if not where it was, or is the loaded one.
+
+    A loaded backbone stays where it is, in its precision.
+
+    Raises ArtefactError if the folder is no artefact, comes from a newer version, holds other tensors than were
+    saved, does not fit the method, or was tuned on another backbone.
+    """
+    config = read_artefact_config(folder)
+    try:
+        cls = find_method(config["method"])
+        settings = TypeAdapter(cls.Config).validate_python(config["settings"])
+        if extra := set(config["settings"]) - set(asdict(settings)):  # pydantic passes them over
+            raise ConfigError(unknown(f"setting of {cls.name}", min(extra), asdict(settings)))
+        class_names = TypeAdapter(tuple[str, ...]).validate_python(config["class_names"])
+        state = _read_prompts(folder / PROMPTS, config)
+        loaded = _load_backbone(backbone, config["backbone"], folder, device, precision)
+        method = cls(loaded, class_names, settings, TypeAdapter(str).validate_python(config["template"]))
+    except (KeyError, TypeError, ValueError, ValidationError, SafetensorError, OSError, ConfigError) as error:
+        raise _unreadable(folder, error) from None
+    try:
+        method.load_inference_state(state)
+    except (RuntimeError, KeyError) as error:
+        reason = one_line(error)
+        raise ArtefactError(f"{PROMPTS} in {folder} does not fit {cls.name}: {reason}") from None
+    return method.to(loaded.device).eval().requires_grad_(False)
+
+
+def read_artefact_config(folder: Path) -> dict[str, Any]:
+    """What ``config.json`` says; raises ArtefactError if it is not there, not readable, or of a newer version."""
+    file = folder / CONFIG
+    if not file.is_file():
+        raise ArtefactError(f"no tuned model in {folder}: it has no {CONFIG} (was the run finished?)")
+    try:
+        config = json.loads(file.read_text("utf-8"))
+        version = config["format_version"]
+        newer = version > FORMAT_VERSION
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise _unreadable(folder, error) from None
+    if newer:
+        raise ArtefactError(
+            f"{folder} has format_version {version}; this vlprompt reads up to {FORMAT_VERSION}: update it"
+        )
+    return config
+
+
+def _unreadable(folder: Path, error: Exception) -> ArtefactError:
+    reason = f"no {error} in {CONFIG}" if isinstance(error, KeyError) else one_line(error)
+    return ArtefactError(f"cannot read the tuned model in {folder}: {reason}")
+
+
+def _read_prompts(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors, if they are the ones that were saved."""
+    content = file.read_bytes()
+    if config["format_version"] < 2:
+        return load(content)
+    expected = config["prompts"]
+    if sha256(content).hexdigest() == expected["sha256"]:
+        return load(content)
+    raise ValueError(f"{PROMPTS} is not the file that was saved: {_difference(content, expected['shapes'])}")
+
+
+def _difference(content: bytes, shapes: Mapping[str, list[int]]) -> str:
+    try:
+        found = {name: list(tensor.shape) for name, tensor in load(content).items()}
+    except (SafetensorError, ValueError) as error:
+        return f"it is damaged ({one_line(error, 100)})"
+    for name in sorted({*shapes, *found}):
+        if name not in found:
+            return f"tensor '{name}' is missing"
+        if name not in shapes:
+            return f"tensor '{name}' was added"
+        if shapes[name] != found[name]:
+            return f"tensor '{name}' is {found[name]} and was {shapes[name]}"
+    return f"its content has changed (its sha256 is not the one in {CONFIG})"
+
+
+def _place(backbone: str) -> str:
+    """A backbone's name, by which it is found from any folder."""
+    path = Path(backbone).expanduser()
+    return str(path.resolve()) if backbone not in EMBEDDED and path.exists() else backbone
+
+
+def _load_backbone(
+    given: str | Backbone | None, expected: Mapping[str, Any], folder: Path, device: str, precision: str
+) -> Backbone:
+    try:
+        if not isinstance(given, Backbone):
+            given = load_backbone(given or expected["name"], device, precision)  # type: ignore[arg-type]
+    except BackboneError as error:
+        if given:
+            raise
+        advice = "say where it lies with --backbone (in Python: backbone=)"
+        raise ArtefactError(f"{folder} was tuned on backbone '{expected['name']}': {error}; {advice}") from None
+    if given.fingerprint != expected["fingerprint"]:
+        raise ArtefactError(
+            f"{folder} was tuned on backbone '{expected['name']}' ({expected['fingerprint'][:12]}…), "
+            f"but '{given.name}' has other weights ({given.fingerprint[:12]}…)"
+        )
+    return given

@@ -1,0 +1,300 @@
+"""The protocols, each as data: what is trained, and what is measured then; and the runs that one of them asks for."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from vlprompt.config.schema import RunConfig, build_config, parse_yaml
+from vlprompt.config.teacher import teacher_name
+from vlprompt.data.known.table import DATASETS, find_dataset
+from vlprompt.data.splits import Classes
+from vlprompt.errors import ConfigError, first_few, one_line, unknown
+from vlprompt.methods import find_method
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Which runs, and which measurements of each."""
+
+    about: str
+    """What it asks, in a sentence."""
+    train: Classes = "all"
+    """The classes that are trained on."""
+    measured: tuple[Classes, ...] = ("all",)
+    """The classes of the same data set that are measured."""
+    targets: Literal["none", "others", "domains"] = "none"
+    """Data sets that are measured beside the one that was trained on: the other ones given, or its domains."""
+    shots: tuple[int, ...] = (16,)
+    """Training images a class: a run each."""
+    preset: str | None = None
+    """The preset of a method's official settings for it, if it has one; before it come ``PRESET-NAME``, for the data
+    set of that name, and ``PRESET-N``, for N shots."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of all its runs."""
+    groups: bool = False
+    """Whether the classes are also measured in three groups, of many, medium and few training images."""
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    "base-to-novel": Protocol(
+        "Do prompts tuned on half of the classes serve the other half?", train="base", measured=("base", "novel"),
+        preset="base-to-novel",
+    ),
+    "few-shot": Protocol(
+        "How much do a few images a class bring?", shots=(1, 2, 4, 8, 16), preset="few-shot",
+    ),
+    "cross-dataset": Protocol(
+        "Do prompts tuned on one data set serve others?", targets="others", preset="cross-dataset"
+    ),
+    "domain-generalization": Protocol(
+        "Do prompts tuned on one data set serve its classes in another look?", targets="domains",
+        preset="cross-dataset",
+    ),
+    "long-tail": Protocol(
+        "What becomes of classes with few images where others have many?", preset="long-tail",
+        settings={"data.imbalance": 10.0}, groups=True,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Images that a tuned model is scored on."""
+
+    data: str
+    """As given: a known data set's name, a folder or a CSV file."""
+    classes: Classes
+    split: str
+    """"test" or "val"."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a protocol, and what is measured of it."""
+
+    protocol: str
+    name: str
+    """The row of the tables that it belongs to: the method's name, or one with settings of its own."""
+    config: RunConfig
+    measurements: tuple[Measurement, ...]
+
+    @property
+    def data(self) -> str:
+        """The data set that it is trained on, as tables print it."""
+        return data_name(self.config.data.name)
+
+    @property
+    def folder(self) -> Path:
+        """Below the bench folder."""
+        backbone, shots, seed = backbone_name(self.config.backbone), self.config.data.shots, self.config.seed
+        return Path(self.protocol, self.data, self.name, backbone, f"shots_{shots}", f"seed_{seed}")
+
+    def __str__(self) -> str:
+        return f"{self.data} {self.name}, {self.config.data.shots} shots, seed {self.config.seed}"
+
+
+Rows = Mapping[str, tuple[str, Mapping[str, Any]]]
+"""Names, each with a method and settings."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What ``vlprompt bench`` is asked for."""
+
+    protocol: str
+    rows: Rows
+    data: Sequence[str]
+    seeds: Sequence[int]
+    shots: Sequence[int] = ()
+    """The protocol's if none are given."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of all runs; a row's own come before them."""
+    teacher: str | None = None
+    """For the methods that learn from one."""
+    split: str = "test"
+
+
+def plan(asked: Asked) -> list[Run]:
+    """The runs, data set by data set, method by method.
+
+    Raises ConfigError before anything is run: for a protocol, method, preset or setting that does not exist, for
+    settings that the protocol decides, for two runs in one folder or two data sets in one column of the tables, for a
+    method that lacks its teacher, and where no target data sets are known.
+    """
+    if asked.protocol not in PROTOCOLS:
+        raise ConfigError(unknown("protocol", asked.protocol, PROTOCOLS))
+    protocol = PROTOCOLS[asked.protocol]
+    for what, values in (("methods", asked.rows), ("data", asked.data), ("seeds", asked.seeds)):
+        if not values:
+            raise ConfigError(f"--{what}: there must be at least one")
+    sources, targets = _sources(asked.protocol, protocol, asked.data)
+    runs: dict[Path, Run] = {}
+    for data in sources:
+        own = [Measurement(data, classes, asked.split) for classes in protocol.measured]
+        measurements = (*own, *(Measurement(target, "all", asked.split) for target in targets))
+        named = [(data_name(m.data), m.classes) for m in measurements]
+        if twice := [name for name, _ in named if named.count((name, "all")) > 1]:
+            raise ConfigError(f"--data: two data sets would be '{twice[0]}' in the tables: each is given once")
+        for name, (method, settings) in asked.rows.items():
+            if not name or Path(name).name != name or name.startswith("."):
+                raise ConfigError(f"row '{name}' is no name of a folder")
+            for shots in asked.shots or protocol.shots:
+                for seed in asked.seeds:
+                    config = _configure(asked, protocol, method, settings, data, shots, seed)
+                    run = Run(asked.protocol, name, config, measurements)
+                    if run.folder in runs:
+                        raise ConfigError(f"two runs would be {run.folder}: data sets, seeds and shots are given once")
+                    runs[run.folder] = run
+    return list(runs.values())
+
+
+def _sources(name: str, protocol: Protocol, data: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """The data sets that are trained on, and those that each run is measured on beside its own."""
+    if protocol.targets == "none":
+        return data, ()
+    source, targets = data[0], data[1:]
+    if protocol.targets == "domains" and not targets and (dataset := find_dataset(source)):
+        targets = [d.name for d in DATASETS.values() if d.domain_of == dataset.name]
+    if not targets:
+        known = sorted({d.domain_of for d in DATASETS.values() if d.domain_of})
+        hint = f" (known without: those of {', '.join(known)})" if protocol.targets == "domains" else ""
+        raise ConfigError(f"{name}: --data {source} needs the data sets to test on after it, separated by commas{hint}")
+    return [source], targets
+
+
+def _configure(
+    asked: Asked, protocol: Protocol, method: str, own: Mapping[str, Any], data: str, shots: int, seed: int
+) -> RunConfig:
+    cls, own = find_method(method), dict(own)
+    closest = (f"{protocol.preset}-{data_name(data)}", f"{protocol.preset}-{shots}", protocol.preset)
+    official = next((p for p in closest if p in cls.presets), None)
+    preset = own.pop("preset", official)
+    decided = {"data.name": data, "data.classes": protocol.train, "data.shots": shots, "seed": seed}
+    taught = {"teacher.backbone": asked.teacher} if asked.teacher and "teacher_probabilities" in cls.needs else {}
+    config = build_config(method, preset, overrides={**protocol.settings, **decided, **taught, **asked.settings, **own})
+    said = {**vars(config), **{f"data.{key}": value for key, value in vars(config.data).items()}}
+    for key, value in decided.items():
+        if said[key] != value:
+            raise ConfigError(f"{key} = {said[key]}: the protocol and the options of bench decide it ({value})")
+    teacher_name(config)
+    return config
+
+
+def read_rows(file: Path) -> Rows:
+    """Named settings from a YAML file, to compare more than methods with their defaults::
+
+        method: dpl                  # of rows that name no other
+        set: {carry: add}            # settings of the rows of this method
+        rows:
+          exact: {instance_to_prompt: exact}
+          small: {preset: mini}        # in place of the protocol's
+          frozen: {method: zero_shot}
+
+    Raises ConfigError for a file that cannot be read or has another form.
+    """
+    try:
+        content = parse_yaml(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read rows from {file}: {one_line(error, most=None)}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("rows"), dict) or not content["rows"]:
+        raise ConfigError(f"{file} must hold rows: names with settings")
+    if strange := set(content) - {"method", "set", "rows"}:
+        raise ConfigError(f"{file}: {unknown('key', min(map(str, strange)), ('method', 'set', 'rows'))}")
+    rows: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    for name, settings in content["rows"].items():
+        if not isinstance(settings or {}, dict):
+            raise ConfigError(f"{file}: row '{name}' must hold settings: {{key: value}}")
+        own = dict(settings or {})
+        method = own.pop("method", content.get("method"))
+        if method is None:
+            raise ConfigError(f"{file}: row '{name}' names no method")
+        common = content.get("set") or {} if content.get("method") in (None, method) else {}
+        rows[str(name)] = method, common | own
+    return rows
+
+
+def choose_rows(rows: Rows, only: Sequence[str]) -> Rows:
+    """The rows that ``only`` names, separated by commas or one each; raises ConfigError for a name that is no row."""
+    kept = [text for text in only if text in rows]  # a name may have commas in it
+    kept += split_values("--only", [text for text in only if text not in rows]) if len(kept) < len(only) else []
+    if missing := [name for name in kept if name not in rows]:
+        raise ConfigError(f"--only: {unknown('row', missing[0], rows)}")
+    return {name: row for name, row in rows.items() if name in kept}
+
+
+def split_values(option: str, given: Sequence[str] | None) -> list[str]:
+    """Values of an option given with commas, or several times; raises ConfigError for empty or repeated ones."""
+    values = [part.strip() for text in given or [] for part in text.split(",")]
+    if twice := sorted({value for value in values if values.count(value) > 1}):
+        raise ConfigError(f"{option}: given twice: {first_few(twice)}")
+    if not all(values):
+        raise ConfigError(f"{option}: there is an empty name between commas")
+    return values
+
+
+def split_numbers(option: str, given: Sequence[str]) -> list[int]:
+    """The same for whole numbers."""
+    values = split_values(option, given)
+    if strange := [value for value in values if not value.isdecimal()]:
+        raise ConfigError(f"{option} {strange[0]} (allowed: whole numbers separated by commas)")
+    return [int(value) for value in values]
+
+
+def take_shard(runs: Sequence[Run], shard: str | None) -> list[Run]:
+    """The ``i``-th of ``n`` equal shares of the runs, for ``shard`` = "i/n"; raises ConfigError for what is none."""
+    if shard is None:
+        return list(runs)
+    i, n = map(int, found.groups()) if (found := re.fullmatch(r"(\d+)/(\d+)", shard)) else (0, 0)
+    if not 1 <= i <= n:
+        raise ConfigError(f"--shard {shard} (allowed: i/n, from 1/n to n/n)")
+    return list(runs[i - 1 :: n])
+
+
+def data_name(data: str) -> str:
+    """A data set as folders and tables name it."""
+    dataset = find_dataset(data)
+    return dataset.name if dataset else Path(data).expanduser().resolve().name.removesuffix(".csv")
+
+
+def _last_part(path: str | None) -> str | None:
+    return path and Path(path).expanduser().resolve().name
+
+
+def backbone_name(backbone: str) -> str:
+    """A backbone as folders and tables name it: of a local one, the last part of its path."""
+    path = Path(backbone).expanduser()
+    name = path.resolve().name.removesuffix(".safetensors") if path.exists() else backbone
+    return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "backbone"
+
+
+_NOT_THE_RESULT = ("data.root", "data.workers", "train.device", "train.graphs", "train.report_to")
+
+
+def result_settings(config: RunConfig) -> dict[str, Any]:
+    """Every setting that decides a result, flat, except the seed: what runs that are averaged must have in common.
+
+    Data, backbones, banks and split files are there by name, wherever they lie.
+    """
+    data, teacher = config.data, config.teacher.backbone
+    data = replace(data, name=data_name(data.name), split_file=_last_part(data.split_file), bank=_last_part(data.bank))
+    config = replace(
+        config, backbone=backbone_name(config.backbone), data=data,
+        teacher=replace(config.teacher, backbone=teacher and backbone_name(teacher)),
+    )  # fmt: skip
+    flat: dict[str, Any] = {}
+    for key, value in config.to_dict().items():
+        flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
+    return {k: v for k, v in flat.items() if k not in _NOT_THE_RESULT and k != "seed"}
+
+
+def fingerprint(config: RunConfig) -> str:
+    """Twelve hexadecimal digits that stand for :func:`result_settings`."""
+    return sha256(json.dumps(result_settings(config), sort_keys=True).encode()).hexdigest()[:12]

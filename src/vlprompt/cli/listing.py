@@ -1,0 +1,67 @@
+"""What ``vlprompt list`` shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def listing(what: str) -> list[dict[str, Any]]:
+    """Rows about methods, backbones or data sets; the first column is the name."""
+    if what == "methods":
+        from vlprompt.methods import METHODS
+
+        return [
+            {
+                "name": name,
+                "paper": m.paper,
+                "year": m.year,
+                "learns": m.learns,
+                "needs": sorted(m.needs),
+                "parity": m.parity,
+                "presets": sorted(m.presets),
+                "transductive": m.transductive,
+            }
+            for name, m in sorted(METHODS.items())
+        ]
+    if what == "datasets":
+        from vlprompt.data.known.table import DATASETS
+
+        return [
+            {
+                "name": d.name,
+                "title": d.title,
+                "folder": d.folder,
+                "classes": d.classes,
+                "images": sum(d.sizes),
+                "domain_of": d.domain_of,
+                "template": d.template,
+                "get": "drawn here" if d.make else "by hand" if d.by_hand else "vlprompt data get",
+                "licence": d.licence,
+            }
+            for d in DATASETS.values()
+        ]
+    from vlprompt.backbones.lite0 import NAME as LITE0
+    from vlprompt.backbones.load import EMBEDDED
+
+    return [
+        *({"name": name, "source": "embedded", "formats": "Hugging Face CLIP"} for name in EMBEDDED),
+        {"name": "FOLDER", "source": "local", "formats": "Hugging Face CLIP or SigLIP; open_clip"},
+        {"name": "FILE.safetensors", "source": "local", "formats": "OpenAI CLIP state dict"},
+        {"name": "OWNER/MODEL", "source": "hub", "formats": "Hugging Face CLIP or SigLIP; open_clip"},
+        {"name": "open_clip:MODEL/TAG", "source": "open_clip", "formats": "vision transformers"},
+        {"name": LITE0, "source": "vlprompt[teacher]", "formats": "--teacher only"},
+    ]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as aligned columns."""
+    head = list(rows[0])
+    cells = [head, *([_cell(row[key]) for key in head] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(value) or "-"
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value) or "-"

@@ -1,0 +1,321 @@
+"""The configuration of a run: defaults < the method's settings < preset < file < command line, checked as a whole."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from os import PathLike
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
+
+from vlprompt.data.splits import Classes
+from vlprompt.errors import ConfigError, one_line, unknown
+from vlprompt.methods import MethodConfig, find_method
+from vlprompt.methods.base import Template
+
+Fraction = Annotated[float, Gt(0), Le(1)]
+Folder = Annotated[str, BeforeValidator(lambda path: str(path) if isinstance(path, PathLike) else path)]
+
+
+def _check_views(value: Any) -> int | str:
+    if value == "random":
+        return value
+    if not re.fullmatch("[1-9][0-9]*", str(value)):
+        raise ValueError("random, or a number from 1 on")
+    return int(value)
+
+
+ViewCount = Annotated[int | Literal["random"], BeforeValidator(_check_views)]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images of which classes, and how training reads them."""
+
+    name: str = ""
+    """A known data set's name, a folder or a CSV file."""
+    root: str | None = None
+    """Folder that holds the data sets."""
+    split_file: str | None = None
+    """Which of the images are train, val and test, if not the data set's own split."""
+    shots: Annotated[int, Ge(1)] | None = None
+    """Training images per class; all if not given."""
+    allow_fewer: bool = False
+    """Whether classes with fewer images than shots use what they have."""
+    imbalance: Annotated[float, Ge(1)] = 1.0
+    """Shots of the first class to those of the last, fewer and fewer in between: a long tail."""
+    val_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Share of each class's training images that becomes val before shots are drawn, where there is no val split."""
+    classes: Classes = "all"
+    """First half of the classes, second half, or all."""
+    batch_size: Annotated[int, Ge(1)] = 32
+    """Images in a training step."""
+    min_scale: Fraction = 0.08
+    """Smallest share of the image that a random crop covers."""
+    workers: Annotated[int, Ge(0)] = 2
+    """Threads that decode and crop ahead of the training steps."""
+    skip_bad: bool = False
+    """Whether images that cannot be read are left out instead of stopping the run."""
+    bank: Folder | None = None
+    """Folder of the region bank that training views come from, in place of random ones."""
+    views: ViewCount | None = None
+    """How many regions of each image, of a bank, its first ones; all if not given. Without a bank views are random."""
+    regions_per_image: Annotated[int, Ge(1)] | None = None
+    """Regions that a batch holds of each of its images, of a bank; 4, or fewer where that leaves less than 8 images."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The frozen model whose predictions replace labels, for methods that learn from a teacher."""
+
+    backbone: str | None = None
+    """What ``backbone`` takes; usually a larger one."""
+    template: Template | None = None
+    """Text of the classes; the data set's if not given, "a photo of a {}." for the classes of a file."""
+    logit_scale: Annotated[float, Gt(0)] | None = None
+    """What its cosines are multiplied by; the student's scale if not given, as in KDPL."""
+    class_names_file: str | None = None
+    """Class names, one per line, that it chooses among instead of the data set's, which then stay unknown."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser and learning-rate schedule."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """Optimiser."""
+    lr: Annotated[float, Gt(0)] = 0.002
+    """Learning rate after the warm-up."""
+    momentum: Annotated[float, Ge(0)] = 0.9
+    """Momentum of SGD."""
+    weight_decay: Annotated[float, Ge(0)] = 5e-4
+    """Weight decay; acts on prompts too, as in the official code."""
+    warmup_epochs: Annotated[float, Ge(0)] = 1
+    """Epochs at the warm-up rate before the cosine starts; 0.1 is the first tenth of the first epoch's steps."""
+    warmup_lr: Annotated[float, Gt(0)] = 1e-5
+    """Learning rate of the warm-up."""
+    min_lr: Annotated[float, Ge(0)] = 0.0
+    """Learning rate that the cosine falls to."""
+    cosine_epochs: Annotated[int, Ge(1)] = 1
+    """Epochs that the cosine spans, if more than those trained."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length and numerics of training."""
+
+    epochs: Annotated[int, Ge(1)] = 50
+    """Passes over the training images."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the frozen towers; prompts are fp32."""
+    accumulate: Annotated[int, Ge(1)] = 1
+    """Parts that each batch is computed in, one after the other, to need less memory; the step is the same."""
+    text_chunk: Annotated[int, Ge(1)] | None = None
+    """Classes whose texts are encoded at once, and again in the backward pass, to save memory; all if not given."""
+    graphs: bool = False
+    """Whether steps are recorded as CUDA graphs and replayed: the same results, faster where a model is small."""
+    select: Literal["last", "val"] = "last"
+    """Keep the prompts of the last epoch, or those of the first epoch with the best val accuracy."""
+    report_to: Literal["tensorboard", "wandb"] | None = None
+    """Where each epoch's figures go besides log.jsonl."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's result."""
+
+    method: str
+    """The method's name."""
+    settings: MethodConfig
+    """The method's own settings."""
+    backbone: str = "mini"
+    """The frozen model."""
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 1
+    """Decides the few-shot images, the initial prompts, and the order and crops of training images."""
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values, as in the configuration file."""
+        d = asdict(self)
+        settings = d.pop("settings")
+        return {**d, "method": {"name": self.method, **settings}}
+
+    def to_yaml(self) -> str:
+        """The configuration as a file that ``--config`` reads."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+SECTIONS = {"data": DataConfig, "teacher": TeacherConfig, "optim": OptimConfig, "train": TrainConfig}
+
+
+class _SafeLoader(yaml.SafeLoader):
+    """Safe YAML in which true and false are the only truth values; ``off`` and ``no`` are words."""
+
+
+TRUTH = "tag:yaml.org,2002:bool"
+_SafeLoader.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if rule[0] != TRUTH] for first, rules in _SafeLoader.yaml_implicit_resolvers.items()
+}
+_SafeLoader.add_implicit_resolver(TRUTH, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values; like ``yaml.safe_load``, it builds no other objects."""
+    return yaml.load(text, _SafeLoader)
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A YAML file's keys, flattened: ``{"optim.lr": 0.01, …}``."""
+    try:
+        content = parse_yaml(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read configuration {file}: {one_line(error, most=None)}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"configuration {file} must hold keys and values")
+    return dict(_flatten(content))
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """``key=value`` from the command line; the value is read as YAML (``1e-3`` too, which YAML takes for text)."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"'{text}' is not key=value")
+    try:
+        parsed = parse_yaml(value)
+    except yaml.YAMLError:
+        parsed = value
+    return key.strip(), parsed if parsed is None or isinstance(parsed, (str, int, float)) else value
+
+
+def build_config(
+    method: str,
+    preset: str | None = None,
+    file: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """Merge and check a run's configuration; keys are flat, ``optim.lr`` or, where it is clear, ``lr``.
+
+    A method's own setting comes before one of the same name elsewhere.
+
+    Raises ConfigError that lists every unknown key and every value out of range at once.
+    """
+    cls = find_method(method)
+    if preset is not None and preset not in cls.presets:
+        if not cls.presets:
+            raise ConfigError(f"method '{method}' has no presets (asked for '{preset}')")
+        raise ConfigError(unknown(f"preset of {method}", preset, cls.presets))
+    known = _known_keys(cls.Config)
+    problems: list[str] = []
+    merged: dict[str, Any] = {}
+    for layer in (cls.settings, cls.presets[preset] if preset else {}, file or {}, overrides or {}):
+        for key, value in layer.items():
+            full = _resolve(key, known, problems)
+            if full is not None:
+                merged[full] = value
+    if (named := merged.pop("method.name", method)) != method:
+        problems.append(f"method.name = {named}: the command asks for '{method}'")
+    nested: dict[str, dict[str, Any]] = {s: {} for s in ("method", *SECTIONS)}
+    top: dict[str, Any] = {}
+    for key, value in merged.items():
+        section, _, name = key.rpartition(".")
+        (nested[section] if section else top)[name] = value
+    sections = {s: checked(c, nested[s], f"{s}.", problems) for s, c in SECTIONS.items()}
+    settings = checked(cls.Config, nested["method"], "method.", problems)
+    top = _checked_top(top, problems)
+    if "teacher_probabilities" not in cls.needs:
+        given = [f"teacher.{key} = {value}" for key, value in nested["teacher"].items() if value is not None]
+        problems += [f"{setting}: method '{method}' learns without a teacher" for setting in given]
+    if problems:
+        keys = f" (allowed keys: {', '.join(known)})" if any("unknown key" in p for p in problems) else ""
+        raise ConfigError("; ".join(problems) + keys)
+    return RunConfig(method=method, settings=settings, **top, **sections)
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _known_keys(settings: type) -> list[str]:
+    keys = ["backbone", "seed", "method.name", *(f"method.{f.name}" for f in fields(settings))]
+    return keys + [f"{s}.{f.name}" for s, c in SECTIONS.items() for f in fields(c)]
+
+
+def _resolve(key: str, known: list[str], problems: list[str]) -> str | None:
+    """The full key that ``key`` means: itself, or the one key that ends in it."""
+    if key in known:
+        return key
+    ending = [k for k in known if k.rpartition(".")[2] == key]
+    ending = [k for k in ending if k.startswith("method.") and key != "name"] or ending
+    if len(ending) == 1:
+        return ending[0]
+    if ending:
+        problems.append(f"key '{key}' is not clear (write one of {', '.join(ending)})")
+        return None
+    name, short = key.rpartition(".")[2], {k.rpartition(".")[2]: k for k in reversed(known)}
+    # A name that exists in another section is nearer than any other name in the section given.
+    near = [name] if name in short else get_close_matches(key, known, 1, 0.6) or get_close_matches(name, short, 1, 0.6)
+    guess = f": did you mean '{short.get(near[0], near[0])}'?" if near else ""
+    problems.append(f"unknown key '{key}'{guess}")
+    return None
+
+
+def checked(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+    """An instance of a configuration dataclass, or None with the problems noted."""
+    assert is_dataclass(cls)
+    hints = get_type_hints(cls)
+    try:
+        checked = TypeAdapter(cls).validate_python({k: _no_truth(v, hints[k]) for k, v in values.items()})
+    except ValidationError as error:
+        problems += _one_line_each(error, prefix)
+        return None
+    for name, value in vars(checked).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{prefix}{name} = {value} (allowed: finite number)")
+    return checked
+
+
+def _checked_top(values: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    hints, plain = get_type_hints(RunConfig, include_extras=True), get_type_hints(RunConfig)
+    checked = {}
+    for key, value in values.items():
+        try:
+            checked[key] = TypeAdapter(hints[key]).validate_python(_no_truth(value, plain[key]))
+        except ValidationError as error:
+            problems += _one_line_each(error, key)
+    return checked
+
+
+def _no_truth(value: Any, hint: Any) -> Any:
+    """``true`` as text where a number is asked for: pydantic would read it as 1."""
+    allowed = {hint, *get_args(hint)}
+    return str(value).lower() if isinstance(value, bool) and bool not in allowed and allowed & {int, float} else value
+
+
+def _one_line_each(error: ValidationError, prefix: str) -> list[str]:
+    lines: dict[str, str] = {}
+    for e in error.errors():
+        key = f"{prefix}{e['loc'][0] if e['loc'] else ''}"
+        rule = e["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
+        near = ""
+        if e["type"] == "literal_error":
+            options = [o.strip("'") for o in e["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+            match = get_close_matches(str(e["input"]), options, 1, 0.5)
+            near = f"; did you mean '{match[0]}'?" if match else ""
+        lines.setdefault(key, f"{key} = {e['input']} (allowed: {rule[0].lower()}{rule[1:]}{near})")
+    return list(lines.values())

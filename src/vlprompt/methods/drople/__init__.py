@@ -1,0 +1,5 @@
+"""DroPLe: the method, its token dropout and its adapters."""
+
+from vlprompt.methods.drople.drople import DroPLe
+
+__all__ = ["DroPLe"]
