@@ -31,7 +31,8 @@ from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split
 from vlprompt.errors import ConfigError
 from vlprompt.methods import find_method
-from vlprompt.training.loop import Training, training_views
+from vlprompt.training.loop import Training
+from vlprompt.training.prepare import Sources, prepare
 
 ONLINE, TEMPLATE = "kdpl_coop", "a photo of a {}."
 PAIRS = (("mini", "mini"), ("random:32", "random:32"), ("random:32", "random:16"))
@@ -61,10 +62,10 @@ def measure(pair: tuple[str, str], split: Split, folder: Path, args: argparse.Na
             torch.manual_seed(1)
             method = find_method(name)(student, split.class_names, run.settings, TEMPLATE).to(args.device)
             asked, bank = (teacher, None) if way == "online" else (None, Bank(out))
-            views = training_views(
-                method, split.paths("train"), split.labels("train"), run.data, run.seed, reader, asked, bank
-            )
-            jobs[way] = Training(method, views, run.optim, run.train, teacher=asked)
+            sources = Sources(asked, bank, split.class_names)
+            job = prepare(run, sources, method, split.paths("train"), split.labels("train"), run.seed, reader)
+            assert job is not None
+            jobs[way] = job
         seconds: dict[str, list[float]] = {way: [] for way in jobs}
         for _ in range(1 + args.epochs):
             for way, job in jobs.items():

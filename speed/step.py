@@ -31,13 +31,14 @@ from speed.plain import plain
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.towers import ImageConfig, TextConfig
 from vlprompt.config.schema import build_config
+from vlprompt.data.batches import Batch, TrainingViews
 from vlprompt.data.reading import ImageReader
-from vlprompt.data.views import TrainingViews, Views
 from vlprompt.errors import ConfigError, VlpromptError, unknown
-from vlprompt.methods import Method, find_method
+from vlprompt.methods import Can, Method, find_method
 from vlprompt.methods.templates import IMAGENET_TEMPLATES
 from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.training.loop import EpochLog, Training
+from vlprompt.training.watchers import EachEpoch
 
 METHODS = ("coop", "cocoop", "kgcoop", "maple", "promptsrc", "drople", "fdbpl_coop", "dpl")
 EQUAL_WAYS = ("plain", "default", "bank")
@@ -65,14 +66,14 @@ class OneBatch:
 
     seed = 1
 
-    def __init__(self, views: Views) -> None:
+    def __init__(self, views: Batch) -> None:
         self.views, self.images_per_batch = views, len(views.labels)
 
     def __len__(self) -> int:
         """One batch in an epoch."""
         return 1
 
-    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Views]:
+    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
         """The batch."""
         yield self.views
 
@@ -89,7 +90,7 @@ def computed(work: Work, backbone: Backbone) -> Iterator[None]:
 
 def reads_bank(method: Method) -> bool:
     """Whether frozen image features from a bank spare the method anything."""
-    return "frozen_image_features" in method.needs or not method.prompts_images
+    return "frozen_image_features" in method.needs or Can.USE_FROZEN_FEATURES in method.config.can
 
 
 def training(work: Work, backbone: Backbone) -> Training:
@@ -107,8 +108,8 @@ def training(work: Work, backbone: Backbone) -> Training:
     images, second = torch.randn(2, n, 3, size, size, generator=random)
     features = normalize(torch.randn(n, backbone.embed_dim, generator=random), dim=-1)
     taught = (3 * torch.randn(n, work.classes, generator=random)).softmax(-1)
-    bank, reads_images = work.way == "bank", method.prompts_images or work.way != "bank"
-    views = Views(
+    bank, reads_images = work.way == "bank", config.reads_pixels or work.way != "bank"
+    views = Batch(
         images if reads_images else None,
         torch.arange(n) % work.classes,
         frozen_image_features=features if bank else None,
@@ -122,7 +123,7 @@ def one_step(job: Training) -> float:
     """Train for one step; returns the loss."""
     logs: list[EpochLog] = []
     job.config = replace(job.config, epochs=job.epoch + 1)
-    job.run(after_epoch=logs.append)
+    job.run([EachEpoch(logs.append)])
     return sum(logs[0].losses.values())
 
 
@@ -168,7 +169,7 @@ def resident(key: str) -> float:
 
 def data_seconds(method: Method, way: str, batch_size: int, folder: Path, clock: Clock) -> float:
     """What making one batch of views takes, in the calling thread, in the second epoch."""
-    if way == "bank" and not method.prompts_images:
+    if way == "bank" and Can.USE_FROZEN_FEATURES in method.config.can:
         return 0.0  # features and labels are read from a memory-mapped file
     split = pictures(folder, batch_size, PICTURE, 1)
     with ImageReader(0, room=0 if way == "plain" else None) as reader:

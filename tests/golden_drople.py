@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from golden_cases import Case, close
 from vlprompt.backbones.backbone import unit
-from vlprompt.methods.base import total
-from vlprompt.methods.drople.drople import DroPLe, entropy, objective, residual, rising
+from vlprompt.data.batches import Batch
+from vlprompt.methods.base import Output, total
+from vlprompt.methods.drople.drople import DroPLe, entropy, regularisers, residual, rising
 from vlprompt.methods.drople.dropout import SharedTokens, content, drop, importance, look, scores
 
 
@@ -47,6 +49,13 @@ def check_importance(case: Case) -> None:
             ours = drop(tensors["in/hidden_states"], rows, p, "gaussian", sigma)
         close("tokens", ours, after)
         assert 0 < (ours != tensors["in/hidden_states"]).any(-1).sum() < rows.numel() * len(ours)
+
+
+def objective(v, t, v0, t0, scale, labels, seen, lam, config: DroPLe.Config) -> dict[str, torch.Tensor]:
+    """All loss terms of DroPLe, of features given."""
+    out, method = Output(v, t, scale * v @ t.T, seen), SimpleNamespace(config=config)
+    supervision = DroPLe.supervision(method, out, Batch(None, labels))  # type: ignore[arg-type]
+    return supervision | regularisers(out, v0, t0, scale, lam, config)
 
 
 def check_shared_tokens(case: Case) -> None:

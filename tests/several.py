@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from vlprompt import cli
-from vlprompt.methods import METHODS
+from vlprompt.methods import METHODS, Can
 from vlprompt.methods.coop import CoOp
 
 
@@ -20,7 +20,11 @@ class Coupled(CoOp):
     """A method whose loss compares images of a batch."""
 
     name = "coupled"
-    couples_batch = True
+
+    class Config(CoOp.Config):
+        """Those of coop."""
+
+        can = CoOp.Config().can & ~Can.SPLIT_BATCHES
 
 
 if __name__ == "__main__":

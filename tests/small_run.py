@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vlprompt.config.schema import RunConfig, build_config
 from vlprompt.methods import find_method
+from vlprompt.training.watchers import Watcher
 
 TINY = Path(__file__).parent / "golden" / "backbone"
 TEACHER = "mini"
@@ -79,19 +80,17 @@ def log(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-class StopsAfter:
-    """Progress that interrupts as Ctrl-C does, in the n-th step."""
+class StopsAfter(Watcher):
+    """Watcher that interrupts as Ctrl-C does, in the n-th step."""
 
     def __init__(self, n: int) -> None:
         self.n = n
 
-    def start(self, steps, epochs, done=0):
-        self.started = steps, epochs, done
+    def start(self, training):
+        steps = len(training.views)
+        self.started = steps, training.config.epochs, training.epoch * steps + training.step
 
     def step(self):
         self.n -= 1
         if not self.n:
             signal.raise_signal(signal.SIGINT)
-
-    def epoch(self, log, val_accuracy):
-        pass

@@ -23,7 +23,7 @@ from vlprompt.artefact.artefact import FORMAT_VERSION
 from vlprompt.cli import main
 from vlprompt.config.schema import build_config
 from vlprompt.errors import ArtefactError, ConfigError, DataError, VlpromptError
-from vlprompt.methods import METHODS
+from vlprompt.methods import METHODS, Can
 from vlprompt.training.run import train
 
 TINY = str(Path(__file__).parent / "golden" / "backbone")
@@ -523,8 +523,8 @@ def test_exported_file_gives_the_same_logits_without_vlprompt(name, tiny, tmp_pa
 def test_what_cannot_be_exported_is_refused_by_name(name, tiny, tmp_path):
     method = build_method(name, tiny, NAMES)
     file = tmp_path / "classes.safetensors"
-    if method.image_dependent or method.prompts_images:
-        with fails(ArtefactError, f"cannot export {name}: its (class|image) features"):
+    if Can.EXPORT_CLASSES not in method.config.can:
+        with fails(ArtefactError, f"cannot export {name}: it(s class features are different| does more to images)"):
             PromptedModel(method).export(file)
         assert not file.exists()
     else:

@@ -38,19 +38,20 @@ from vlprompt.bank.config import bank_config
 from vlprompt.bank.manifest import SHARD_IMAGES, BankSettings, Features, Labels, describe, read_manifest
 from vlprompt.bank.records import FLOOR, Bank, top_k, verify
 from vlprompt.bank.regions import Crops, content_hash, restored, stored
+from vlprompt.bank.views import BankViews
 from vlprompt.config.schema import OptimConfig, TrainConfig
 from vlprompt.config.teacher import Teacher
 from vlprompt.data.augment import augment_patches
+from vlprompt.data.batches import Batch
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.images import load_image, pixel_box, random_regions
 from vlprompt.data.reading import ImageReader
-from vlprompt.data.views import BankViews, Views
 from vlprompt.errors import ArtefactError, ConfigError, DataError, Interrupted
 from vlprompt.files import is_unfinished, write_atomically
-from vlprompt.methods import METHODS, Batch
-from vlprompt.training.loop import Training, training_views
+from vlprompt.methods import METHODS, Can
+from vlprompt.training.loop import Training
+from vlprompt.training.prepare import find_sources, prepare
 from vlprompt.training.run import saved_config, train
-from vlprompt.training.session import Session, Silent
 
 REGIONS, TOP_K, BATCH = 10, 2, 4
 TRAINED = sorted(set(METHODS) - {"zero_shot", "linear_probe"})
@@ -733,7 +734,7 @@ def test_a_folder_that_is_no_bank(pictures) -> None:
 
 def views(pictures: Path, bank: Path, preprocess=None, batch_size=8, m=4, seed=3, **more: Any) -> BankViews:
     split = load_dataset(pictures).split
-    given = {"features": True, "probabilities": True, "workers": 0, **more}
+    given = {"features": True, "probabilities": True, "reader": ImageReader(more.pop("workers", 0)), **more}
     return BankViews(
         Bank(bank), split.paths("train"), split.labels("train"), preprocess, batch_size, seed,
         regions_per_image=m, **given,
@@ -741,8 +742,8 @@ def views(pictures: Path, bank: Path, preprocess=None, batch_size=8, m=4, seed=3
 
 
 def same(one, other) -> bool:
-    pairs = list(zip(one, other, strict=True))
-    return all((a is None and b is None) or torch.equal(a, b) for a, b in pairs)
+    a, b = one.tensors(), other.tensors()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -755,8 +756,9 @@ def test_a_batch_holds_several_regions_of_each_image_that_is_decoded(workers, pi
     assert len(made) == len(batches) == 18 // 8
     assert len(decoded) == 2 * len(batches)
     opened, files = made.bank, made.files
-    for images, labels, nothing, features, p, second in batches:
-        assert (images.shape, nothing, second) == ((8, 3, tiny.image_size, tiny.image_size), None, None)
+    for batch in batches:
+        images, labels, features, p = batch.tensors().values()
+        assert images.shape == (8, 3, tiny.image_size, tiny.image_size)
         torch.testing.assert_close(tiny.encode_images(images), features, rtol=0, atol=1e-5)
         torch.testing.assert_close(p.sum(-1), torch.ones(8))
         assert labels.tolist() == [labels[0]] * 4 + [labels[4]] * 4
@@ -804,8 +806,8 @@ def test_an_epoch_can_begin_anywhere_and_be_shared(pictures, bank, tiny) -> None
     assert all(same(a, b) for a, b in zip(whole[1:], later, strict=True))
     pieces = [list(made.epoch(3, 0, (k, 4))) for k in range(4)]
     for i, batch in enumerate(whole):
-        joined = [None if batch[j] is None else torch.cat([piece[i][j] for piece in pieces]) for j in range(6)]
-        assert same(batch, joined)
+        joined = {name: torch.cat([piece[i].tensors()[name] for piece in pieces]) for name in batch.tensors()}
+        assert same(batch, Batch(**joined))
 
 
 class ByHand:
@@ -830,11 +832,11 @@ class ByHand:
                 if self.patch_size:
                     seconds.append(self.preprocess.tensor(augment_patches(crop, self.patch_size, rng)))
             known = np.concatenate(records)
-            yield Views(
+            yield Batch(
                 torch.stack(images),
                 torch.tensor(labels),
                 frozen_image_features=self.made.bank.features(known) if self.read else None,
-                teacher_probabilities=self.made.bank.probabilities(known),
+                teacher_probabilities=self.made.bank.probabilities(known) if self.made.probabilities else None,
                 second_view=torch.stack(seconds) if seconds else None,
             )
 
@@ -847,7 +849,7 @@ def test_a_second_view_is_of_the_same_pixels_in_a_draw_of_its_own(workers, pictu
     for epoch in (0, 7):
         for batch, plain, expected in zip(made.epoch(epoch), alone.epoch(epoch), hand.epoch(epoch), strict=True):
             assert same(batch, expected)
-            assert same(batch[:5], plain[:5])
+            assert same(replace(batch, second_view=None), plain)
             assert not any(torch.equal(a, b) for a, b in zip(batch.images, batch.second_view, strict=True))
 
 
@@ -877,10 +879,9 @@ def test_two_steps_from_a_bank_are_those_online_on_the_same_regions(method, pict
     """Bit by bit with the bank's features; nearly with those that the image tower gives in batches of another size."""
     own = METHODS[method](tiny, CLASSES, METHODS[method].Config())
     read, side, taught = tiny.preprocess, own.patch_size, "teacher_probabilities" in own.needs
-    features = "frozen_image_features" in own.needs or not own.prompts_images
-    made = views(
-        pictures, bank, read if own.prompts_images else None, features=features, probabilities=taught, patch_size=side
-    )
+    pixels = Can.USE_FROZEN_FEATURES not in own.config.can
+    features = "frozen_image_features" in own.needs or not pixels
+    made = views(pictures, bank, read if pixels else None, features=features, probabilities=taught, patch_size=side)
     banked = trained(method, made, tiny, epochs=1)
     same_features = trained(method, ByHand(made, read, side, read=features), tiny, epochs=1)
     online = trained(method, ByHand(made, read, side), tiny, epochs=1)
@@ -919,10 +920,11 @@ def test_any_method_trains_from_a_bank(method, pictures, bank, tiny, tmp_path, m
     assert "bank_fingerprint" in (tmp_path / "run" / "environment.json").read_text()
     plain = views(pictures, bank, tiny.preprocess, batch_size=4, m=1, seed=1, features=False)
     shown = [step.images for epoch in range(2) for step in plain.epoch(epoch)]
-    reads = "frozen_image_features" in cls.needs or not tuned.prompts_images
+    pixels = Can.USE_FROZEN_FEATURES not in tuned.config.can
+    reads = "frozen_image_features" in cls.needs or not pixels
     for batch, images in zip(seen, shown, strict=True):
         assert batch.images is None or torch.equal(batch.images, images)
-        assert (batch.images is not None) == tuned.prompts_images
+        assert (batch.images is not None) == pixels
         assert (batch.second_view is not None) == ("second_view" in cls.needs)
         assert (batch.frozen_image_features is not None) == reads
         if reads:
@@ -1011,17 +1013,12 @@ def test_text_methods_train_without_images_image_tower_and_teacher(method, pictu
     split = load_dataset(pictures).split
     own = METHODS[method](tiny, CLASSES, METHODS[method].Config())
     reader = ImageReader(0)
-    from vlprompt.bank.use import find_bank
-    from vlprompt.config.teacher import find_teacher
-    from vlprompt.training.distributed import Processes
-
-    assert find_teacher(config, CLASSES, "{}", tiny) is None
-    split = replace(split, val=())
-    opened = find_bank(config, CLASSES)
-    session = Session(config, Path("unused"), own, split, Processes(), reader, Silent(), None, opened)
+    sources = find_sources(config, CLASSES, "{}", tiny)
+    assert sources.teacher is None
+    job = prepare(config, sources, own, split.paths("train"), split.labels("train"), config.seed, reader)
     monkeypatch.setattr(reader, "image", None)
     monkeypatch.setattr(tiny, "image_tower", None)
-    assert session.training.run()
+    assert job.run()
 
 
 def test_a_method_that_prompts_images_decodes_them(pictures, bank, tiny) -> None:
@@ -1040,12 +1037,11 @@ def test_a_second_view_is_decoded_even_where_features_are_all_else_that_is_read(
             return super().losses(batch)
 
     seen: list[Batch] = []
-    split, opened, reader = load_dataset(pictures).split, Bank(bank), ImageReader(0)
+    split, reader = load_dataset(pictures).split, ImageReader(0)
     own = Twice(tiny, CLASSES, Twice.Config())
     config = from_bank(pictures, bank)
     images, labels = split.paths("train"), split.labels("train")
-    made = training_views(own, images, labels, config.data, config.seed, reader, bank=opened)
-    assert Training(own, made, config.optim, config.train).run()
+    assert prepare(config, find_sources(config, CLASSES, "{}", tiny), own, images, labels, config.seed, reader).run()
     assert all(batch.second_view.shape == batch.images.shape for batch in seen)
     assert all(batch.frozen_image_features is not None for batch in seen)
 
@@ -1066,7 +1062,7 @@ def test_a_stopped_run_goes_on_with_its_bank_and_no_other(method, pictures, bank
     train(config, tmp_path / "whole")
     run = tmp_path / "stopped"
     with pytest.raises(Interrupted):
-        train(config, run, StopsAfter(6))
+        train(config, run, [StopsAfter(6)])
     shutil.rmtree(own)
     build(pictures, own, **{"crops.seed": 2})
     with pytest.raises(ArtefactError, match="was begun with another region bank than it has now"):

@@ -533,18 +533,17 @@ def test_our_own_fault_in_a_run_keeps_its_trace(bench, photos: Path, monkeypatch
 
 def test_a_bench_that_is_interrupted_goes_on(bench, photos: Path, trained, monkeypatch) -> None:
     """Ctrl-C in the second run's first step: a checkpoint is saved, and no other run begins."""
-    from vlprompt.training.session import Session
+    from vlprompt.training.checkpoints import Keeper
 
-    original, count = Session.train, []
+    original, count = Keeper.start, []
 
-    def train(self, say):
+    def start(self, training):
         count.append(1)
         if len(count) == 2:
-            step = self.progress.step
-            self.progress.step = lambda: (signal.raise_signal(signal.SIGINT), step())
-        return original(self, say)
+            self.step = lambda: signal.raise_signal(signal.SIGINT)
+        original(self, training)
 
-    monkeypatch.setattr(Session, "train", train)
+    monkeypatch.setattr(Keeper, "start", start)
     code, _, err = bench("base-to-novel", *GIVEN, "--data", photos)
     assert code == 130
     assert err.splitlines()[-1] == "interrupted; 1 of 3 runs are finished; to continue: --skip-existing"

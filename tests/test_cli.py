@@ -195,7 +195,7 @@ def test_methods_are_listed_first() -> None:
     assert maple == {
         "name": "maple", "paper": "Khattak et al., CVPR", "year": 2023,
         "learns": "deep text prompts coupled to visual prompts", "needs": [], "parity": "golden",
-        "presets": ["cross-dataset", "mini"], "transductive": False,
+        "presets": ["cross-dataset", "mini"],
     }  # fmt: skip
 
 

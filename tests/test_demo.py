@@ -21,6 +21,7 @@ from vlprompt import cli
 from vlprompt.config.schema import build_config
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.known import openmoji, table
+from vlprompt.data.reading import ImageReader
 from vlprompt.demo import demo, drawing
 from vlprompt.demo.drawing import Curve, Shown, draw_curves, draw_predictions
 from vlprompt.errors import ConfigError
@@ -194,7 +195,9 @@ def test_tuning_pays_on_photographs(tmp_path: Path):
     data = "clothing-demo"
     split, show = load_dataset(data).split, demo.SHOWS[data]
     halves = {half: split.subset(half) for half in ("base", "novel")}
-    images = {half: EvaluationImages(part.paths("test"), part.labels("test")) for half, part in halves.items()}
+    images = {
+        half: EvaluationImages(part.paths("test"), part.labels("test"), ImageReader(0)) for half, part in halves.items()
+    }
 
     def accuracies(name: str) -> dict[str, float]:
         given = {"data.name": data, "data.classes": "base", "data.shots": show.shots, "data.workers": 0}

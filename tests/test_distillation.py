@@ -23,12 +23,13 @@ from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.config.schema import OptimConfig, TrainConfig, build_config
 from vlprompt.config.teacher import Teacher
+from vlprompt.data.batches import TrainingViews
 from vlprompt.data.images import Preprocess, random_regions
-from vlprompt.data.views import TrainingViews
+from vlprompt.data.reading import ImageReader
 from vlprompt.errors import ArtefactError, BackboneError, ConfigError, DataError, Interrupted
 from vlprompt.methods import METHODS, Batch, Method, find_method
+from vlprompt.methods.base import divergences
 from vlprompt.methods.fdbpl import hinge, informativeness
-from vlprompt.methods.kdpl import divergences
 from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.prompting import text
 from vlprompt.training.loop import Training
@@ -94,7 +95,7 @@ def test_its_fingerprint_covers_all_that_decides_the_probabilities(mini: Backbon
 def views(pictures: Path, teacher: Preprocess | None, student: Preprocess, workers: int = 0) -> TrainingViews:
     files = sorted((pictures / "train").rglob("*.png"))
     labels = [CLASSES.index(file.parent.name) for file in files]
-    return TrainingViews(files, labels, student, batch_size=5, seed=3, workers=workers, teacher=teacher)
+    return TrainingViews(files, labels, student, 5, 3, reader=ImageReader(workers), teacher=teacher)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -106,11 +107,11 @@ def test_the_teacher_sees_the_students_regions_in_its_own_size_and_scale(picture
     seen = 0
     files = sorted((pictures / "train").rglob("*.png"))
     order = np.random.default_rng([3, 2]).permutation(len(files))
-    for (images, labels, *_), (same, same_labels, theirs, *_) in zip(plain, both, strict=True):
-        assert torch.equal(images, same)
-        assert torch.equal(labels, same_labels)
-        assert theirs.shape == (5, 3, 48, 48)
-        for student, view in zip(images, theirs, strict=True):
+    for batch, same in zip(plain, both, strict=True):
+        assert torch.equal(batch.images, same.images)
+        assert torch.equal(batch.labels, same.labels)
+        assert same.teacher_images.shape == (5, 3, 48, 48)
+        for student, view in zip(batch.images, same.teacher_images, strict=True):
             i = order[seen]
             image = Image.open(files[i])
             region = random_regions(np.random.default_rng([3, 2, i]), *image.size)[0]
@@ -172,7 +173,7 @@ def test_the_most_probable_classes_of_a_batch_alone_are_compared(tiny: Backbone,
     batch, k = make_batch(tiny), 3
     mean = batch.teacher_probabilities.mean(0).tolist()
     best = sorted(sorted(range(len(NAMES)), key=lambda c: -mean[c])[:k])
-    ours = make(tiny, name, classes_per_batch=k).losses(batch)
+    ours = make(tiny, name).losses(batch.comparing(k))
 
     fewer = make(tiny, name)  # the same as a method of those classes alone, under the teacher's odds among them
     fewer.class_names = tuple(NAMES[c] for c in best)
@@ -186,7 +187,7 @@ def test_the_most_probable_classes_of_a_batch_alone_are_compared(tiny: Backbone,
     assert ours.keys() == plain.keys()
     for term in ours:
         torch.testing.assert_close(ours[term], plain[term], atol=1e-5, rtol=1e-4)
-    everything = make(tiny, name, classes_per_batch=len(NAMES) + 3).losses(batch)
+    everything = make(tiny, name).losses(batch.comparing(len(NAMES) + 3))
     assert all(torch.equal(everything[term], value) for term, value in make(tiny, name).losses(batch).items())
 
 
@@ -199,31 +200,32 @@ def test_methods_of_text_prompts_need_no_images_where_their_features_are_given(t
 
 
 def test_classes_that_change_in_every_step_do_not_fill_the_memory(tiny: Backbone) -> None:
-    method = make(tiny, "kdpl_coop", classes_per_batch=2)
+    method = make(tiny, "kdpl_coop")
     for seed in range(3 * text.LISTS_KEPT):
-        method.losses(make_batch(tiny, seed=seed))
+        method.losses(make_batch(tiny, seed=seed).comparing(2))
     lists = {tuple(n) for n in method.context._packed}
     assert 1 < len(lists) <= text.LISTS_KEPT
     for name in ("kdpl_vpt", "kdpl_promptsrc"):  # frozen features of all classes, once
         other = load_backbone(str(TINY))
-        method = make(other, name, classes_per_batch=2)
+        method = make(other, name)
         known = []
         for seed in range(3):
-            method.losses(make_batch(other, seed=seed))
+            method.losses(make_batch(other, seed=seed).comparing(2))
             known.append(len(other._known))
         assert known[0] == known[-1] == 1
 
 
 @pytest.mark.parametrize("name", TAUGHT)
 def test_one_class_a_batch_would_teach_nothing(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"^method.classes_per_batch = 1 \(allowed: greater than or equal to 2\)$"):
+    with pytest.raises(ConfigError, match=r"^teacher.classes_per_batch = 1 \(allowed: greater than or equal to 2\)$"):
         build_config(name, overrides={"classes_per_batch": 1})
-    assert build_config(name, overrides={"classes_per_batch": 2}).settings.classes_per_batch == 2
+    assert build_config(name, overrides={"classes_per_batch": 2}).teacher.classes_per_batch == 2
 
 
-def test_class_specific_contexts_take_all_classes_or_none(tiny: Backbone) -> None:
-    with pytest.raises(ConfigError, match=r"^method.classes_per_batch = 3 \(allowed with class_specific: none"):
-        make(tiny, "kdpl_coop", class_specific=True, classes_per_batch=3)
+def test_class_specific_contexts_take_all_classes_or_none(tiny: Backbone, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^teacher.classes_per_batch = 3 \(allowed where each class has"):
+        train(configured(pictures, "kdpl_coop", class_specific=True, classes_per_batch=3), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     assert make(tiny, "kdpl_coop", class_specific=True, n_ctx=2, init=None).losses(make_batch(tiny))
 
 
@@ -294,7 +296,7 @@ def test_the_negative_context_is_not_saved(tiny: Backbone, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "settings", "couples"),
     [
-        ("kdpl_coop", {}, False), ("kdpl_coop", {"classes_per_batch": 3}, True),
+        ("kdpl_coop", {}, False),
         ("fdbpl_coop", {}, False), ("fdbpl_coop", {"pcd": "hinge"}, True), ("fdbpl_promptsrc", {}, True),
     ],
 )  # fmt: skip
@@ -386,6 +388,7 @@ def test_the_command_line_takes_a_teacher(pictures, tmp_path) -> None:
     shown = vlprompt(*given, "--teacher", "mini", "logit_scale=30", "--dry-run")
     assert yaml.safe_load(shown.stdout)["teacher"] == {
         "backbone": "mini", "template": None, "logit_scale": 30.0, "class_names_file": None,
+        "classes_per_batch": None,
     }  # fmt: skip
     refused = vlprompt(*given)
     expected = "error: teacher.backbone is not given: method 'kdpl_coop' learns from a teacher (--teacher)\n"
@@ -393,8 +396,8 @@ def test_the_command_line_takes_a_teacher(pictures, tmp_path) -> None:
 
 
 def test_bad_teachers(pictures, tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"^teacher.backbone = mini: method 'coop' learns without a teacher$"):
-        build_config("coop", overrides={"teacher.backbone": "mini"})
+    with pytest.raises(ConfigError, match=r"^teacher.logit_scale = 30: method 'coop' learns from labels, unless teac"):
+        build_config("coop", overrides={"teacher.logit_scale": 30})
     assert build_config("coop", overrides={"teacher.backbone": None}) == build_config("coop")
     with pytest.raises(BackboneError, match=r"^no backbone 'minni': did you mean 'mini'"):
         train(configured(pictures, "kdpl_vpt", **{"teacher.backbone": "minni"}), tmp_path / "run")
@@ -426,7 +429,7 @@ def test_a_stopped_run_goes_on_with_its_teacher_and_no_other(name, pictures, tin
     train(config, tmp_path / "whole")
     run = tmp_path / "stopped"
     with pytest.raises(Interrupted):
-        train(config, run, StopsAfter(2))
+        train(config, run, [StopsAfter(2)])
     other = yaml.safe_load((run / "config.yaml").read_text())
     other["teacher"]["backbone"] = str(TINY)
     whole = (run / "config.yaml").read_bytes()
@@ -442,7 +445,7 @@ def test_a_stopped_run_goes_on_with_its_teacher_and_no_other(name, pictures, tin
 
 def test_a_class_agnostic_run(pictures, dictionary, tmp_path) -> None:
     said: list[str] = []
-    more = {"teacher.class_names_file": str(dictionary), "method.classes_per_batch": 4, "train.epochs": 1}
+    more = {"teacher.class_names_file": str(dictionary), "teacher.classes_per_batch": 4, "train.epochs": 1}
     method, result = train(configured(pictures, "kdpl_coop", **more), tmp_path / "run", say=said.append)
     assert method.class_names == WORDS
     assert f"taught by {TEACHER}: 7 classes, 'a photo of a {{}}.'" in said[0]

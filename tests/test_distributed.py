@@ -14,10 +14,11 @@ import torch
 from small_run import CLASSES, TINY, arguments, environment, log, make_pictures, prompts
 from vlprompt.backbones.load import load_backbone
 from vlprompt.config.schema import OptimConfig, TrainConfig, build_config
+from vlprompt.data.batches import TrainingViews
 from vlprompt.data.images import Preprocess
-from vlprompt.data.views import TrainingViews
+from vlprompt.data.reading import ImageReader
 from vlprompt.errors import ConfigError
-from vlprompt.methods import METHODS, find_method
+from vlprompt.methods import METHODS, Can, find_method
 from vlprompt.methods.coop import CoOp
 from vlprompt.training import distributed
 from vlprompt.training.loop import Training
@@ -118,7 +119,7 @@ def test_a_batch_in_parts_equals_a_whole_one(method, pictures):
         torch.manual_seed(1)
         cls = find_method(method)
         ours = cls(backbone, CLASSES, cls.Config()).double()
-        views = TrainingViews(files, labels, to_double(backbone.preprocess), batch_size=5, seed=1, workers=0)
+        views = TrainingViews(files, labels, to_double(backbone.preprocess), 5, 1, reader=ImageReader(0))
         settings = TrainConfig(epochs=2, accumulate=parts)
         assert Training(ours, views, OptimConfig(lr=0.01, warmup_epochs=0), settings).run()
         return ours.state_dict()
@@ -167,7 +168,12 @@ def test_parts_that_are_refused(pictures, tmp_path, monkeypatch):
     class Coupled(CoOp):
         """A method whose loss compares images of a batch."""
 
-        name, couples_batch = "coupled", True
+        name = "coupled"
+
+        class Config(CoOp.Config):
+            """Those of coop."""
+
+            can = CoOp.Config().can & ~Can.SPLIT_BATCHES
 
     monkeypatch.setitem(METHODS, "coupled", Coupled)
     with pytest.raises(ConfigError, match=r"^method 'coupled' compares .*: it does not allow train.accumulate = 2$"):

@@ -37,12 +37,17 @@ def blocks(page: Path, *languages: str) -> list[str]:
     return [text for language, text in every if language in languages]
 
 
+# A method of one's own, which is a file: docs/adding-a-method.md.
+ADDING = REPOSITORY / "docs" / "adding-a-method.md"
+OWN_FILE, OWN_METHOD = "my_taskres.py", blocks(ADDING, "python")[0]
+
+
 # --- Python ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the photographs that the pages speak of, to run them in."""
+    """A folder with the photographs and the method's file that the pages speak of, to run them in."""
     rng = np.random.default_rng(0)
     for folder, colour in COLOURS.items():
         for i in range(8):
@@ -50,6 +55,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             file = tmp_path / "photos" / folder / f"{i}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(file)
+    (tmp_path / OWN_FILE).write_text(OWN_METHOD, "utf-8")
     Hub(tmp_path / "hub", monkeypatch)
     monkeypatch.chdir(tmp_path)
     for registry in (METHODS, DATASETS):  # pages add to them
@@ -63,12 +69,39 @@ def test_python_runs(page: Path, place: Path) -> None:
     before = set(METHODS), set(DATASETS)
     namespace = {"__name__": "page"}
     try:
-        for code in blocks(page, "python"):
+        for code in (code for code in blocks(page, "python") if code != OWN_METHOD):
             exec(compile(code, name(page), "exec", dont_inherit=True), namespace)
     finally:
         for registry, known in zip((METHODS, DATASETS), before, strict=True):
             for key in set(registry) - known:
                 del registry[key]
+
+
+# --- a method of one's own ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The page's method in the folder where commands run."""
+    (tmp_path / OWN_FILE).write_text(OWN_METHOD, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
+
+
+def test_a_method_of_ones_own_is_trained_and_compared(place: Path, own_method: None, vlprompt) -> None:
+    """The page's commands, one after the other."""
+    assert OWN_METHOD.startswith(f"# {OWN_FILE}\n")
+    lines = [line for block in blocks(ADDING, "bash") for line in block.splitlines()]
+    assert [line.split()[1] for line in lines] == ["train", "evaluate", "predict", "bench"]
+    for line in lines:
+        words = shlex.split(line)[1:]
+        code, _, err = vlprompt(*words)
+        assert code == 0, err
+    rows = (place / "benches" / "taskres" / "results.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:]]
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -91,7 +124,7 @@ def test_there_are_commands_on_every_page_that_should_have_some() -> None:
 
 
 @pytest.mark.parametrize(("page", "words"), [pytest.param(p, w, id=f"{name(p)}: {' '.join(w)}") for p, w in commands()])
-def test_commands_are_valid(page: Path, words: list[str]) -> None:
+def test_commands_are_valid(page: Path, words: list[str], own_method: None) -> None:
     command, rest = typer.main.get_command(app), words
     while hasattr(command, "resolve_command"):  # a group of commands
         _, command, rest = command.resolve_command(command.make_context("vlprompt", rest[:1]), rest)

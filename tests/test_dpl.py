@@ -38,7 +38,7 @@ from vlprompt.backbones.towers import plain_attention
 from vlprompt.cli.listing import listing, table
 from vlprompt.config.schema import build_config
 from vlprompt.errors import BackboneError, ConfigError, DataError
-from vlprompt.methods import METHODS, Batch, Method, find_method
+from vlprompt.methods import METHODS, Batch, Can, Method, find_method
 from vlprompt.methods.dpl import decoupled
 from vlprompt.methods.dpl.decoupled import (
     SubProcesses,
@@ -544,7 +544,7 @@ def test_a_branch_that_is_off_is_frozen() -> None:
             v, t = method.encode_images(images), method.class_features(NAMES)
             assert torch.allclose(v, method.backbone.encode_images(images)) == (branches == "textual")
             assert torch.allclose(t, frozen_class(method.backbone)) == (branches == "visual")
-            assert method.prompts_images == (branches == "visual")
+            assert (Can.USE_FROZEN_FEATURES not in method.config.can) == (branches == "visual")
             assert not torch.allclose(method.logits(v, t), frozen)
     marked = torch.randn(3, 16, dtype=torch.float64)
     textual = make(branches="textual")

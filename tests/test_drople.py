@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from golden_drople import objective
 from small_run import StopsAfter, configured, log, make_pictures, prompts
 from vlprompt.artefact.artefact import load_artefact, save_artefact
 from vlprompt.backbones.backbone import Backbone, unit
@@ -189,12 +190,12 @@ def test_scores_one_token_at_a_time(g: int) -> None:
 def test_probabilities_do_not_depend_on_the_other_classes_and_images(double: Backbone, draws: list) -> None:
     settings = {"sigma": 0.0, "depth_text": 4, "depth_vision": 3}
     together, images = make(double, **settings), pictures(double)
-    together._texts(torch.zeros(1).long())
+    together._texts(together.class_names, torch.zeros(1).long())
     texts = [p for _, p in draws]
     draws.clear()
     for c, name in enumerate(NAMES):
         alone = make(double, [name], **settings)
-        alone._texts(torch.zeros(1).long())
+        alone._texts(alone.class_names, torch.zeros(1).long())
         for i, (_, p) in enumerate(draws):
             order = list(together.context.packed(double, NAMES, share=False).order.argsort())
             close(texts[i].unflatten(1, (len(NAMES), -1))[0, order.index(c)], p[0])
@@ -222,7 +223,7 @@ def test_what_is_hit(tiny: Backbone, draws: list) -> None:
         method._images(pictures(tiny))
         assert [rows.tolist() for rows, _ in draws] == [[*range(1, patches + 1)], [*range(1, patches + 5)]]
         draws.clear()
-        method._texts(torch.zeros(1).long())
+        method._texts(method.class_names, torch.zeros(1).long())
         text = method.context.packed(tiny, NAMES, share=False)
         positions = [sorted({int(text.positions[r]) for r in rows}) for rows, _ in draws]
         # Before the last prompted layer only noise on the start token is carried on; zero spares it always.
@@ -266,7 +267,7 @@ def test_sampling_is_one_draw_a_block(tiny: Backbone, monkeypatch: pytest.Monkey
         method = make(tiny, names)
         method._images(pictures(tiny, n))
         assert len(calls) == method.config.depth_vision
-        method._texts(torch.zeros(n).long())
+        method._texts(method.class_names, torch.zeros(n).long())
         assert len(calls) == method.config.depth_vision + method.config.depth_text
 
 
@@ -315,7 +316,7 @@ def test_without_noise_features_are_those_of_evaluation(double: Backbone, kind: 
     method = make(double, dropout=kind, sigma=0.0)
     images, labels = pictures(double), torch.tensor([0, 2, 4, 2])
     v, of_images = method._images(images)
-    t, of_texts = method._texts(labels)
+    t, of_texts = method._texts(method.class_names, labels)
     close(v, method.encode_images(images))
     close(t, method.class_features(NAMES))
     assert len(of_images) == len(of_texts) == method.aligned == 6
@@ -346,7 +347,7 @@ def test_tokens_that_the_next_block_replaces_need_no_dropout(double: Backbone) -
             )[0, 0]
             for name in NAMES
         ]
-        t, _ = method._texts(torch.zeros(1).long())
+        t, _ = method._texts(method.class_names, torch.zeros(1).long())
         close(t, unit(torch.stack(alone)))
         assert (t - method.class_features(NAMES)).abs().max() > 1e-3
 
@@ -363,7 +364,7 @@ def test_what_the_shared_tokens_see_one_image_and_text_at_a_time(double: Backbon
     shared, images = method.shared, pictures(double)
     assert shared is not None
     _, of_images = method._images(images)
-    _, of_texts = method._texts(labels)
+    _, of_texts = method._texts(method.class_names, labels)
 
     def seen(mapped: nn.Linear, x: Tensor) -> Tensor:  # [N, D], as in the paper
         wx = mapped(x)
@@ -419,7 +420,7 @@ def test_probabilities_of_a_text_from_the_papers_formulas(name: str, double: Bac
     shared, states = method.shared, list[Tensor]()
     assert shared is not None
     with torch.no_grad():
-        method._texts(torch.zeros(1).long())
+        method._texts(method.class_names, torch.zeros(1).long())
         text = method.context.packed(double, (name,), share=False)
         tower(text, method.context.prompts(), None, lambda i, x: states.append(x[0]) or x)
         x = states[i - 1].clone()
@@ -481,9 +482,7 @@ def test_a_batch_in_parts_is_the_whole(double: Backbone) -> None:
     method, batch = make(double, dropout="none"), batch_of(double, 5)
     whole = method.losses(batch)
     halves = [slice(0, 2), slice(2, 5)]
-    parts = [
-        method.losses(Batch(**{k: t if t is None else t[part] for k, t in vars(batch).items()})) for part in halves
-    ]
+    parts = [method.losses(batch.map(lambda t, part=part: t[part])) for part in halves]
     for term, value in whole.items():
         close(0.4 * parts[0][term] + 0.6 * parts[1][term], value)
 
@@ -497,16 +496,16 @@ def test_the_learned_branch_alone_sees_the_second_view(tiny: Backbone) -> None:
 
 
 def test_the_frozen_branch_is_the_plain_view_and_the_data_sets_template(double: Backbone) -> None:
-    """What :func:`objective`, which golden cases check, is given."""
+    """What the loss terms, which golden cases check, are given."""
     torch.manual_seed(0)
     template, batch = "one {}, drawn.", batch_of(double)
     method = DroPLe(double, NAMES, DroPLe.Config(dropout="none"), template).double()
     v, t = method.encode_images(batch.second_view), method.class_features(NAMES)
     v0 = double.encode_images(batch.images)
     t0 = double.encode_texts([template.replace("{}", name.replace("_", " ")) for name in NAMES])
-    seen = list(zip(method._images(batch.second_view)[1], method._texts(batch.labels)[1], strict=True))
+    seen = list(zip(method._images(batch.second_view)[1], method._texts(NAMES, batch.labels)[1], strict=True))
     method.after_epoch(0, 2)
-    expected = drople.objective(v, t, v0, t0, method.scale(), batch.labels, seen, method.lam, method.config)
+    expected = objective(v, t, v0, t0, method.scale(), batch.labels, seen, method.lam, method.config)
     losses = method.losses(batch)
     assert losses.keys() == expected.keys()
     for term, value in expected.items():
@@ -673,7 +672,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(n: int, photos: Path, tmp_p
     config = configured(photos, "drople", **{"train.epochs": 3, "method.lora_rank": 2, "optim.warmup_epochs": 0.1})
     train(config, tmp_path / "whole")
     with pytest.raises(Interrupted):
-        train(config, tmp_path / "stopped", StopsAfter(n))
+        train(config, tmp_path / "stopped", [StopsAfter(n)])
     train(config, tmp_path / "stopped", resume=True)
     ours, theirs = prompts(tmp_path / "stopped"), prompts(tmp_path / "whole")
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)

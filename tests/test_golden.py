@@ -13,9 +13,8 @@ from golden_cases import FOLDERS, Case, close, find_cases, load_official, view
 from vlprompt.backbones.backbone import unit
 from vlprompt.config.teacher import Teacher
 from vlprompt.methods import METHODS, Batch, Method, find_method
-from vlprompt.methods.base import total
+from vlprompt.methods.base import divergences, total
 from vlprompt.methods.fdbpl import entropy, informativeness
-from vlprompt.methods.kdpl import divergences
 from vlprompt.methods.promptsrc import gaussian_weights
 from vlprompt.methods.templates import IMAGENET_TEMPLATES
 from vlprompt.methods.zero_shot import frozen_class_features

@@ -14,12 +14,14 @@ import torch
 from small_run import CLASSES, TINY, configured, log, make_pictures, prompts
 from vlprompt.backbones.load import load_backbone
 from vlprompt.config.schema import OptimConfig, TrainConfig
-from vlprompt.data.views import TrainingViews
+from vlprompt.data.batches import TrainingViews
+from vlprompt.data.reading import ImageReader
 from vlprompt.errors import ConfigError, VlpromptError
 from vlprompt.methods import find_method
 from vlprompt.training.interrupt import deferred_interrupt
 from vlprompt.training.loop import LossScale, Training
 from vlprompt.training.run import train
+from vlprompt.training.watchers import Watcher
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def training(method: str, pictures: Path, precision: str, weight: float = 1.0, *
     backbone = load_backbone(str(TINY), "cpu", precision)
     files = sorted((pictures / "train").rglob("*.png"))
     labels = [CLASSES.index(file.parent.name) for file in files]
-    views = TrainingViews(files, labels, backbone.preprocess, batch_size=12, seed=1, workers=0)
+    views = TrainingViews(files, labels, backbone.preprocess, 12, 1, reader=ImageReader(0))
     torch.manual_seed(1)
     optim = OptimConfig(lr=0.001 / weight, momentum=0, weight_decay=0, warmup_epochs=0)
     return Training(Weighted(backbone, CLASSES, cls.Config()), views, optim, TrainConfig(epochs=1, **config))
@@ -97,28 +99,27 @@ def test_fp16_scale_is_resumed(pictures, tmp_path):
 
 
 def test_select_val_keeps_the_first_best_epoch(pictures, tmp_path, monkeypatch):
-    from vlprompt.training import session
+    from vlprompt.training import run
 
     accuracies = iter([50.0, 80.0, 80.0])
-    monkeypatch.setattr(session, "evaluate", lambda *_: SimpleNamespace(accuracy=next(accuracies)))
+    monkeypatch.setattr(run, "evaluate", lambda *_: SimpleNamespace(accuracy=next(accuracies, 0.0)))
     settings = {"optim.lr": 0.01, "train.epochs": 3}
     _, result = train(configured(pictures, **settings, **{"train.select": "val"}), tmp_path / "best")
     assert result.val_accuracy == 80.0
     assert [row["val_accuracy"] for row in log(tmp_path / "best")] == [50.0, 80.0, 80.0]
     assert "3 (kept: 2, chosen on the val images)" in (tmp_path / "best" / "README.md").read_text()
     stopped = configured(pictures, **settings)
-    monkeypatch.setattr(session, "evaluate", lambda *_: SimpleNamespace(accuracy=0.0))
+    monkeypatch.setattr(run, "evaluate", lambda *_: SimpleNamespace(accuracy=0.0))
     seen = {}
 
-    class Watch(session.Session):
-        def _after_epoch(self, log):
-            super()._after_epoch(log)
-            seen[log.epoch + 1] = self.method.context.vectors.detach().clone()
+    class Watch(Watcher):
+        def start(self, training):
+            self.vectors = training.method.context.vectors
 
-    from vlprompt.training import run
+        def epoch(self, log):
+            seen[log.epoch + 1] = self.vectors.detach().clone()
 
-    monkeypatch.setattr(run, "Session", Watch)
-    train(stopped, tmp_path / "last")
+    train(stopped, tmp_path / "last", [Watch()])
     best, last = (prompts(tmp_path / name)["context.vectors"] for name in ("best", "last"))
     assert torch.equal(best, seen[2])
     assert torch.equal(last, seen[3])

@@ -36,8 +36,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in 
     "drople, uniform": ("drople", {"dropout": "uniform", "lam_schedule": "fixed"}),
     "zero_shot, ensemble": ("zero_shot", {"ensemble": "select"}),
     "linear_probe, given C": ("linear_probe", {"C": 10.0}),
-    "kdpl_coop, three classes a batch": ("kdpl_coop", {"classes_per_batch": 3}),
-    "kdpl_promptsrc, three classes a batch": ("kdpl_promptsrc", {"classes_per_batch": 3}),
     "fdbpl_coop, hinge": ("fdbpl_coop", {"pcd": "hinge"}),
 }
 STEPS, IMAGES = 3, 28
@@ -492,7 +490,7 @@ SRC = {"method.text_weight": 25, "method.image_weight": 10, "method.average_mean
 SHALLOWER = {
     "method.depth_text": 3, "method.depth_vision": 3, "method.average_mean": 6, "method.average_std": 10,
 }  # fmt: skip
-TAUGHT = {"method.classes_per_batch": None}
+TAUGHT = {"teacher.classes_per_batch": None}
 DECOUPLED = {  # reconstructed: ours, not published
     "method.branches": "both", "method.text": "sentence", "method.template": None, "method.carry": "add",
     "method.instance_to_prompt": "constant", "method.prompt_to_prompt": "keep", "method.prompt_to_instance": "exact",

@@ -16,6 +16,7 @@ from vlprompt.config.schema import build_config
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.images import load_image
 from vlprompt.data.known.openmoji import pictures
+from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split
 from vlprompt.methods import Method
 from vlprompt.training.evaluate import EvaluationImages, evaluate
@@ -44,7 +45,7 @@ def mini() -> Backbone:
 
 
 def score(method: Method, split: Split) -> float:
-    images = EvaluationImages(split.paths("test"), split.labels("test"))
+    images = EvaluationImages(split.paths("test"), split.labels("test"), ImageReader(2))
     return evaluate(method, images, split.class_names).accuracy
 
 

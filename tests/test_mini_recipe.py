@@ -302,23 +302,39 @@ def test_the_table_is_what_wordnet_says():
 
 def test_photographs_are_read_and_classified(tmp_path):
     photos, lite0 = of("photos"), importlib.import_module("vlprompt.backbones.lite0")
-    tiny, samples, trash = tmp_path / "tiny", tmp_path / "samples", tmp_path / "trash"
-    shoes = sorted((lite0.Path(lite0.__file__).parents[1] / "data" / "clothing" / "test" / "shoes").iterdir())
+    tiny, more, samples, trash = (tmp_path / name for name in ("tiny", "more", "samples", "trash"))
+    shoes = sorted((lite0.Path(lite0.__file__).parents[1] / "data" / "known" / "clothing" / "test" / "shoes").iterdir())
     names = ["train/n01443537/images/n01443537_0.JPEG", "val/images/val_0.JPEG", "test/images/test_0.JPEG"]
     for file, place in zip(shoes, [tiny / name for name in names], strict=False):
         place.parent.mkdir(parents=True)
         place.write_bytes(file.read_bytes())
     write(tiny / "val" / "val_annotations.txt", "val_0.JPEG\tn01629819\t0\t0\t9\t9\n")
+    for name in ("train/n01532829/1.jpg", "val/n01532829/2.jpg", "train/n03417042/3.jpg"):
+        (more / name).parent.mkdir(parents=True)
+        (more / name).write_bytes(shoes[0].read_bytes())
     samples.mkdir()
     for file, name in zip(shoes, ("n03680355_Loafer.JPEG", "n01440764_tench.JPEG"), strict=False):
         (samples / name).write_bytes(file.read_bytes())
     (trash / "glass").mkdir(parents=True)
     (trash / "glass" / "glass1.jpg").write_bytes(shoes[3].read_bytes())
-    given = ("--tiny", tiny, "--samples", samples, "--trash", trash, "--out", tmp_path, "--processes", 1)
+    given = (
+        "--tiny",
+        tiny,
+        "--more",
+        more,
+        "--samples",
+        samples,
+        "--trash",
+        trash,
+        "--out",
+        tmp_path,
+        "--processes",
+        1,
+    )
     run(photos, *given)
     found = {file.name.partition("-")[0]: np.load(file) for file in (tmp_path / "photos").glob("*-pixels.npy")}
     assert {source: len(pixels) for source, pixels in found.items()} == {
-        "train": 1, "val": 1, "test": 1, "samples": photos.CROPS, "trash": 1,
+        "train": 1, "val": 1, "test": 1, "more": 2, "samples": photos.CROPS, "trash": 1,
     }  # fmt: skip
     assert all(pixels.shape[1:] == (64, 64, 3) for pixels in found.values())
     labels = json.loads((tmp_path / "photos" / "samples-labels.json").read_text())

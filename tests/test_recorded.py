@@ -11,9 +11,10 @@ from small_run import CLASSES, TINY, make_pictures
 from vlprompt.backbones.load import load_backbone
 from vlprompt.config.schema import OptimConfig, TrainConfig
 from vlprompt.config.teacher import Teacher
-from vlprompt.data.views import TrainingViews
+from vlprompt.data.batches import TrainingViews
+from vlprompt.data.reading import ImageReader
 from vlprompt.errors import ConfigError
-from vlprompt.methods import METHODS, find_method
+from vlprompt.methods import METHODS, Can, find_method
 from vlprompt.training.loop import Training
 
 TRAINED = sorted(set(METHODS) - {"zero_shot", "linear_probe"})
@@ -24,18 +25,16 @@ def pictures(tmp_path_factory) -> Path:
     return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
-def training(method: str, pictures: Path, device: str, precision: str = "fp32", own: dict | None = None, **config):
+def training(method: str, pictures: Path, device: str, precision: str = "fp32", k: int | None = None, **config):
     cls, backbone = find_method(method), load_backbone(str(TINY), device, precision)
     files = sorted((pictures / "train").rglob("*.png"))
     labels = [CLASSES.index(file.parent.name) for file in files]
     teacher = Teacher(backbone, CLASSES, "a {}.", 20.0) if "teacher_probabilities" in cls.needs else None
     torch.manual_seed(1)
-    tuned = cls(backbone, CLASSES, cls.Config(**(own or {}))).to(device)
-    views = TrainingViews(
-        files, labels, backbone.preprocess, batch_size=5, seed=1, workers=0, patch_size=tuned.patch_size
-    )
+    tuned = cls(backbone, CLASSES, cls.Config()).to(device)
+    views = TrainingViews(files, labels, backbone.preprocess, 5, 1, reader=ImageReader(0), patch_size=tuned.patch_size)
     optim = OptimConfig(lr=0.001, warmup_epochs=0)
-    return Training(tuned, views, optim, TrainConfig(epochs=3, device=device, **config), teacher=teacher)
+    return Training(tuned, views, optim, TrainConfig(epochs=3, device=device, **config), None, teacher, k)
 
 
 def test_graphs_need_a_gpu(pictures):
@@ -45,7 +44,8 @@ def test_graphs_need_a_gpu(pictures):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="recording needs a GPU")
 @pytest.mark.parametrize(
-    ("method", "parts"), [(m, n) for m in TRAINED for n in (1, 2) if n == 1 or not find_method(m).couples_batch]
+    ("method", "parts"),
+    [(m, n) for m in TRAINED for n in (1, 2) if n == 1 or Can.SPLIT_BATCHES in find_method(m).Config().can],
 )
 def test_recorded_steps_equal_plain_ones(method, parts, pictures):
     learned = []
@@ -71,12 +71,12 @@ def test_steps_are_recorded_on_the_gpu_of_the_run(pictures):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="recording needs a GPU")
 @pytest.mark.parametrize(
-    ("method", "precision", "own", "said"),
+    ("method", "precision", "k", "said"),
     [
-        ("coop", "fp16", {}, "train.graphs records no fp16 steps"),
-        ("kdpl_coop", "fp32", {"classes_per_batch": 2}, "method 'kdpl_coop' compares other classes in every step"),
+        ("coop", "fp16", None, "train.graphs records no fp16 steps"),
+        ("kdpl_coop", "fp32", 2, "method 'kdpl_coop' does other operations from step to step"),
     ],
 )
-def test_what_cannot_be_recorded(method, precision, own, said, pictures):
+def test_what_cannot_be_recorded(method, precision, k, said, pictures):
     with pytest.raises(ConfigError, match=said):
-        training(method, pictures, "cuda", precision, own, graphs=True)
+        training(method, pictures, "cuda", precision, k, graphs=True)

@@ -22,7 +22,6 @@ from vlprompt.bench.report.report import latex, markdown, read_sections
 from vlprompt.bench.report.tables import studies, tables
 from vlprompt.bench.results import Row, to_csv
 from vlprompt.errors import ConfigError, DataError
-from vlprompt.methods import METHODS
 from vlprompt.training.evaluate import harmonic_mean
 
 PLAIN = Row(
@@ -419,26 +418,6 @@ def test_json_has_every_table(vlprompt, tmp_path: Path) -> None:
     average, dtd, _ = json.loads(out)["tables"]
     assert average["title"] == "Average over 2 data sets"
     assert dtd["rows"]["coop"]["base"] == {"mean": 72, "std": 2, "by_seed": {"1": 70, "2": 74, "3": 72}}
-
-
-def test_transductive_methods_are_marked(vlprompt, tmp_path: Path, monkeypatch) -> None:
-    """With a dagger behind the name of each of its rows, and a footnote, in all three forms and in ``list``."""
-
-    class Dummy(METHODS["coop"]):
-        name, transductive = "dummy", True
-
-    monkeypatch.setitem(METHODS, "dummy", Dummy)
-    rows = [replace(r, method="dummy" if r.name == "coop" else r.method) for r in base_to_novel()]
-    assert vlprompt("report", folder(tmp_path, rows))[0] == 0
-    note = "transductive: it learns from the unlabelled test images."
-    forms = {kind: (tmp_path / f"report.{kind}").read_text("utf-8") for kind in ("md", "tex", "html")}
-    for kind, name in (("md", "| coop† |"), ("tex", r"coop$^\dagger$ &"), ("html", "<td>coop†</td>")):
-        assert forms[kind].count(name) == forms[kind].count(note) == 3, kind
-        assert not any(f"zero_shot{mark}" in forms[kind] for mark in ("†", "$"))
-    _, out, _ = vlprompt("list", "methods", "--json")
-    assert [m["name"] for m in json.loads(out)["methods"] if m["transductive"]] == ["dummy"]
-    monkeypatch.undo()
-    assert "†" not in markdown(read_sections(tmp_path))
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from vlprompt.methods.coop import CoOp
 from vlprompt.training import run as run_module
 from vlprompt.training.checkpoints import checkpoint_file
 from vlprompt.training.run import saved_config, train
-from vlprompt.training.session import Silent
+from vlprompt.training.watchers import Watcher
 
 EPOCHS = 4
 METHOD_SETTINGS = {"coop": [], "promptsrc": ["average_mean=3"]}
@@ -106,10 +106,10 @@ def test_an_interrupt_within_an_epoch_loses_nothing(method, n, pictures, tmp_pat
     config = configured(pictures, method, **{"train.epochs": 2, "optim.name": "adamw"})
     train(config, tmp_path / "whole")
     with pytest.raises(Interrupted, match=r"vlprompt train --resume"):
-        train(config, tmp_path / "stopped", StopsAfter(n))
+        train(config, tmp_path / "stopped", [StopsAfter(n)])
     progress = StopsAfter(-1)
     assert saved_config(tmp_path / "stopped") == config
-    train(config, tmp_path / "stopped", progress, resume=True)
+    train(config, tmp_path / "stopped", [progress], resume=True)
     assert progress.started == (3, 2, n + 1)  # the step after the signal is the last that is done
     same(tmp_path / "stopped", tmp_path / "whole")
 
@@ -128,7 +128,7 @@ def test_resume_takes_the_runs_own_settings_only(vlprompt, pictures, tmp_path):
 def test_two_runs_that_write_one_folder(pictures, tmp_path, monkeypatch):
     """The second is refused, and what the first has there stays: while it runs, and if both began together."""
 
-    class Resumes(Silent):
+    class Resumes(Watcher):
         def step(self):
             with pytest.raises(ConfigError, match=r"another process has begun a run there"):
                 train(config, tmp_path / "run", resume=True)
@@ -140,7 +140,7 @@ def test_two_runs_that_write_one_folder(pictures, tmp_path, monkeypatch):
         return load_dataset(*given)
 
     config, tried = configured(pictures, **{"train.epochs": 1}), []
-    train(config, tmp_path / "run", Resumes())
+    train(config, tmp_path / "run", [Resumes()])
     assert tried
     monkeypatch.setattr(run_module, "load_dataset", load)
     with pytest.raises(ConfigError, match=r"another process has begun a run there"):
@@ -217,7 +217,7 @@ def test_what_is_not_finite_stops_the_run(bad_method, gradient_only, says, pictu
         train(config, tmp_path / "run")
     assert [row["epoch"] for row in log(tmp_path / "run")] == [1]
     seen = StopsAfter(-1)
-    train(config, tmp_path / "run", seen, resume=True)  # from the checkpoint of epoch 1; this time all is well
+    train(config, tmp_path / "run", [seen], resume=True)  # from the checkpoint of epoch 1; this time all is well
     assert seen.started == (3, 3, 3)
     bad_method.steps = 5
     train(config, tmp_path / "never", resume=False)
@@ -239,7 +239,7 @@ def test_a_bad_picture_is_found_before_a_run_and_before_it_goes_on(part, tmp_pat
     assert not run.exists()
     picture.write_bytes(whole)
     with pytest.raises(Interrupted):
-        train(config, run, StopsAfter(2))
+        train(config, run, [StopsAfter(2)])
     picture.write_bytes(whole[:60])
     with pytest.raises(DataError):
         train(config, run, resume=True)

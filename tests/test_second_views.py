@@ -15,15 +15,18 @@ from torch import Tensor
 from small_run import CLASSES, configured, log, make_pictures
 from vlprompt.config.schema import OptimConfig, TrainConfig
 from vlprompt.data.augment import OPERATIONS, augment_patches
+from vlprompt.data.batches import TrainingViews
 from vlprompt.data.folders import from_folder
 from vlprompt.data.images import Preprocess
+from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Item, Split, long_tail
-from vlprompt.data.views import TrainingViews
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.methods import Batch, Method
+from vlprompt.methods.base import Can, MethodConfig
 from vlprompt.training.loop import Training
 from vlprompt.training.run import train
 from vlprompt.training.schedule import learning_rate
+from vlprompt.training.watchers import EachEpoch
 
 PREPROCESS = Preprocess(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
@@ -82,16 +85,21 @@ def test_patches_need_not_divide_the_image() -> None:
 def views(folder: Path, patch_size: int | None, seed: int = 1, workers: int = 0) -> TrainingViews:
     split = from_folder(folder)
     return TrainingViews(
-        split.paths("train"), split.labels("train"), PREPROCESS, 4, seed, workers=workers, patch_size=patch_size
+        split.paths("train"),
+        split.labels("train"),
+        PREPROCESS,
+        4,
+        seed,
+        reader=ImageReader(workers),
+        patch_size=patch_size,
     )
 
 
 def test_plain_views_are_the_same_with_a_second_one_beside_them(pictures: Path) -> None:
-    for (x, y, *_), (images, labels, *_, second) in zip(
-        views(pictures, None).epoch(2), views(pictures, 8).epoch(2), strict=True
-    ):
-        assert torch.equal(x, images)
-        assert torch.equal(y, labels)
+    for plain, both in zip(views(pictures, None).epoch(2), views(pictures, 8).epoch(2), strict=True):
+        images, second = both.images, both.second_view
+        assert torch.equal(plain.images, images)
+        assert torch.equal(plain.labels, both.labels)
         assert second.shape == images.shape
         changed = (second != images).any(1).unflatten(2, (4, 8)).unflatten(1, (4, 8)).any(-1).any(2)
         assert 0.8 < changed.float().mean() < 1, "most patches of the same crop are changed"
@@ -99,7 +107,7 @@ def test_plain_views_are_the_same_with_a_second_one_beside_them(pictures: Path) 
 
 def test_second_views_depend_on_seed_epoch_and_image_alone(pictures: Path) -> None:
     def seconds(epoch: int, start: int = 0, **more: int) -> list[Tensor]:
-        return [second for *_, second in views(pictures, 8, **more).epoch(epoch, start)]
+        return [batch.second_view for batch in views(pictures, 8, **more).epoch(epoch, start)]
 
     first = seconds(1)
     assert all(torch.equal(a, b) for a, b in zip(first, seconds(1, workers=3), strict=True))
@@ -108,8 +116,16 @@ def test_second_views_depend_on_seed_epoch_and_image_alone(pictures: Path) -> No
         assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+class SplitsBatches(MethodConfig):
+    @property
+    def can(self) -> Can:
+        return Can.SPLIT_BATCHES
+
+
 class Watcher(Method):
     """Keeps what it is given."""
+
+    Config = SplitsBatches
 
     name, needs = "watcher", frozenset({"second_view"})
 
@@ -135,7 +151,7 @@ def watched(backbone, pictures: Path, optim: OptimConfig, epochs: int, accumulat
     )
     method.training_ = training
     method.logs = []
-    assert training.run(after_epoch=method.logs.append)
+    assert training.run([EachEpoch(method.logs.append)])
     return method
 
 
@@ -145,7 +161,7 @@ def test_a_method_that_needs_it_is_given_the_second_view(tiny, pictures: Path) -
     expected = list(views(pictures, 8).epoch(0))
     given = [torch.cat([b.second_view for b in method.batches[i : i + 2]]) for i in range(0, len(method.batches), 2)]
     assert len(method.batches) == 2 * len(expected)
-    assert all(torch.equal(a, b[-1]) for a, b in zip(given, expected, strict=True))
+    assert all(torch.equal(a, b.second_view) for a, b in zip(given, expected, strict=True))
     assert all(b.frozen_image_features is None for b in method.batches)
 
 

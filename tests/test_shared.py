@@ -23,6 +23,7 @@ from vlprompt.bench.shared import SHARED, SharedImages, computed_once, decoded_o
 from vlprompt.data import reading
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.images import load_image
+from vlprompt.data.reading import ImageReader
 from vlprompt.errors import DataError
 from vlprompt.methods import Method, find_method
 from vlprompt.training.evaluate import EvaluationImages, predict_logits
@@ -55,11 +56,13 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def images_of(photos: Path, folder: Path | None = None) -> EvaluationImages:
     split = load_dataset(str(photos)).split
     paths, labels = split.paths("test"), split.labels("test")
-    return SharedImages(paths, labels, 2, folder=folder) if folder else EvaluationImages(paths, labels)
+    if folder is None:
+        return EvaluationImages(paths, labels, ImageReader(2))
+    return SharedImages(paths, labels, ImageReader(2), folder=folder)
 
 
 def logits_of(method: Method, images: EvaluationImages) -> torch.Tensor:
-    return predict_logits(method, images.features(method), CLASSES)
+    return predict_logits(method, images, CLASSES)
 
 
 @pytest.mark.parametrize("name", ["coop", "maple"])
@@ -145,7 +148,7 @@ def test_what_is_shared_stays_until_all_runs_are_finished(vlprompt, photos: Path
 def test_an_image_that_is_missing_is_named(tiny: Backbone, photos: Path, tmp_path: Path) -> None:
     images = images_of(photos)
     (photos / "test" / CLASSES[0] / "0.png").unlink()
-    ours = SharedImages(images.images, images.labels.tolist(), 2, folder=tmp_path / "s")
+    ours = SharedImages(images.images, images.labels.tolist(), ImageReader(2), folder=tmp_path / "s")
     with pytest.raises(DataError, match=r"0\.png: No such file"):
         logits_of(find_method("zero_shot")(tiny, CLASSES), ours)
     assert not list((tmp_path / "s").glob("*.npy"))

@@ -19,13 +19,13 @@ from small_run import TINY
 from vlprompt.config.images import choose_images, run_split
 from vlprompt.config.schema import build_config
 from vlprompt.data import images, reading
+from vlprompt.data.batches import TrainingViews, evaluation_batches
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.folders import from_folder
 from vlprompt.data.images import Preprocess
 from vlprompt.data.known.table import DATASETS
 from vlprompt.data.reading import ImageReader, readable
 from vlprompt.data.splits import Item, Split, check_class_names, read_split, write_split
-from vlprompt.data.views import TrainingViews, evaluation_batches
 from vlprompt.errors import DataError
 from vlprompt.training.evaluate import score
 from vlprompt.training.run import train
@@ -420,7 +420,7 @@ def test_views_do_not_depend_on_threads_or_memory(photos, room):
         with ImageReader(workers, room) as reader:
             training = TrainingViews(paths, range(30), preprocess, 7, 3, reader=reader)
             made = [views.images for epoch in range(2) for views in training.epoch(epoch)]
-            return made + list(evaluation_batches(paths, preprocess, 8, reader=reader))
+            return made + list(evaluation_batches(paths, preprocess, reader, 8))
 
     expected = views(0, 0)
     assert [len(batch) for batch in expected] == [7] * 8 + [8, 8, 8, 6]
@@ -433,7 +433,7 @@ def test_an_unreadable_image_among_views_is_named(photos):
     paths[4].write_bytes(b"")
     preprocess = Preprocess(16, (0, 0, 0), (1, 1, 1))
     with ImageReader(2) as reader, fails(rf"{paths[4]}: the file is empty"):
-        list(evaluation_batches(paths, preprocess, 2, reader=reader))
+        list(evaluation_batches(paths, preprocess, reader, 2))
 
 
 def test_pillows_draft_mode_is_not_exact(tmp_path):

@@ -23,17 +23,19 @@ from vlprompt.artefact.artefact import FORMAT_VERSION, load_artefact, save_artef
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.config.schema import OptimConfig, RunConfig, TrainConfig, build_config, parse_override, read_config
+from vlprompt.data.batches import Batch, TrainingViews, evaluation_batches
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.images import Preprocess, load_image
+from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import read_split
-from vlprompt.data.views import TrainingViews, Views, evaluation_batches
 from vlprompt.errors import ArtefactError, BackboneError, ConfigError, DataError, OutputError, VlpromptError
-from vlprompt.methods import METHODS, Batch, Method, find_method
+from vlprompt.methods import METHODS, Method, find_method
 from vlprompt.training import run
 from vlprompt.training.evaluate import EvaluationImages, evaluate, harmonic_mean, predict_logits, score
 from vlprompt.training.loop import EpochLog, Training
 from vlprompt.training.run import Result, train
 from vlprompt.training.schedule import learning_rate
+from vlprompt.training.watchers import EachEpoch, Watcher
 
 COLOURS = {"blue": (30, 30, 220), "green": (30, 200, 30), "red": (220, 30, 30)}
 
@@ -140,8 +142,8 @@ class Steps:
     def __len__(self) -> int:
         return 2
 
-    def epoch(self, epoch: int, start: int, share: tuple[int, int]) -> Iterator[Views]:
-        yield from [Views(torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.long))] * 2
+    def epoch(self, epoch: int, start: int, share: tuple[int, int]) -> Iterator[Batch]:
+        yield from [Batch(torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.long))] * 2
 
 
 def fit(
@@ -151,7 +153,7 @@ def fit(
     epochs: int,
     after_epoch: Callable[[EpochLog], None] = lambda log: None,
 ) -> None:
-    assert Training(method, views, optim, TrainConfig(epochs=epochs)).run(after_epoch=after_epoch)  # type: ignore[arg-type]
+    assert Training(method, views, optim, TrainConfig(epochs=epochs)).run([EachEpoch(after_epoch)])  # type: ignore[arg-type]
 
 
 def fit_slope(tiny: Backbone, optim: OptimConfig, epochs: int) -> tuple[Slope, list[EpochLog]]:
@@ -217,7 +219,9 @@ def test_training_reduces_the_loss(tiny: Backbone, photos: Path) -> None:
     for name in ("coop", "maple"):
         torch.manual_seed(0)
         method, logs = find_method(name)(tiny, dataset.split.class_names), []
-        views = TrainingViews(dataset.split.paths("train"), [i.label for i in items], tiny.preprocess, 4, 1, workers=0)
+        views = TrainingViews(
+            dataset.split.paths("train"), [i.label for i in items], tiny.preprocess, 4, 1, reader=ImageReader(0)
+        )
         fit(method, views, OptimConfig(warmup_epochs=0), 3, after_epoch=logs.append)
         assert logs[-1].losses["ce"] < 0.5 * logs[0].losses["ce"]
 
@@ -418,7 +422,7 @@ def which(images: Tensor) -> list[int]:
 
 
 def views(paths: list[Path], batch_size: int = 4, seed: int = 1, workers: int = 0) -> TrainingViews:
-    return TrainingViews(paths, range(len(paths)), SMALL, batch_size, seed, workers=workers)
+    return TrainingViews(paths, range(len(paths)), SMALL, batch_size, seed, reader=ImageReader(workers))
 
 
 @pytest.fixture(scope="module")
@@ -430,11 +434,11 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def batches(paths: list[Path], epoch: int = 0, **options: Any) -> list[Views]:
+def batches(paths: list[Path], epoch: int = 0, **options: Any) -> list[Batch]:
     return list(views(paths, **options).epoch(epoch))
 
 
-def same(a: list[Views], b: list[Views]) -> bool:
+def same(a: list[Batch], b: list[Batch]) -> bool:
     return len(a) == len(b) and all(
         torch.equal(x.images, y.images) and torch.equal(x.labels, y.labels) for x, y in zip(a, b, strict=True)
     )
@@ -456,9 +460,10 @@ def test_views_depend_on_seed_epoch_and_image_alone(photographs: list[Path]) -> 
     assert same(again, first)
     for other in (batches(photographs, 1, batch_size=2), batches(photographs, batch_size=2, seed=2)):
         assert not same(other, first)
-        pixels = {tuple(image.flatten().tolist()) for images, *_ in first for image in images}
-        assert pixels.isdisjoint(tuple(image.flatten().tolist()) for images, *_ in other for image in images)
-    orders = {tuple(torch.cat([y for _, y, *_ in batches(photographs, e, batch_size=2)]).tolist()) for e in range(5)}
+        pixels = {tuple(image.flatten().tolist()) for batch in first for image in batch.images}
+        assert pixels.isdisjoint(tuple(image.flatten().tolist()) for batch in other for image in batch.images)
+    epochs = (batches(photographs, epoch, batch_size=2) for epoch in range(5))
+    orders = {tuple(torch.cat([batch.labels for batch in epoch]).tolist()) for epoch in epochs}
     assert len(orders) == 5
 
 
@@ -467,9 +472,9 @@ def test_every_image_is_used_at_most_once_and_the_rest_dropped(pictures: list[Pa
     for epoch in range(8):
         found = batches(pictures, epoch)
         assert len(found) == len(views(pictures)) == 2
-        assert all(images.shape == (4, 3, 16, 16) for images, *_ in found)
-        shown = [i for images, *_ in found for i in which(images)]
-        assert shown == [i for _, labels, *_ in found for i in labels.tolist()]  # images keep their labels
+        assert all(batch.images.shape == (4, 3, 16, 16) for batch in found)
+        shown = [i for batch in found for i in which(batch.images)]
+        assert shown == [i for batch in found for i in batch.labels.tolist()]  # images keep their labels
         assert len(set(shown)) == 8
         left_out |= set(range(11)) - set(shown)
     assert len(left_out) > 3  # others every epoch
@@ -480,7 +485,7 @@ def test_every_image_is_used_at_most_once_and_the_rest_dropped(pictures: list[Pa
 def test_a_single_short_batch_is_kept(pictures: list[Path], n: int, workers: int) -> None:
     found = batches(pictures[:n], batch_size=4, workers=workers)
     assert len(found) == len(views(pictures[:n])) == 1
-    assert sorted(which(found[0][0])) == list(range(n))
+    assert sorted(which(found[0].images)) == list(range(n))
 
 
 def test_images_are_decoded_once_as_long_as_there_is_room(
@@ -503,7 +508,7 @@ def test_images_are_decoded_once_as_long_as_there_is_room(
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_evaluation_batches_are_whole_images_in_order(pictures: list[Path], workers: int) -> None:
-    found = list(evaluation_batches(pictures, SMALL, 4, workers))
+    found = list(evaluation_batches(pictures, SMALL, ImageReader(workers), 4))
     assert [len(b) for b in found] == [4, 4, 3]
     assert torch.equal(torch.cat(found), torch.stack([SMALL(load_image(p)) for p in pictures]))
 
@@ -514,7 +519,7 @@ def test_an_image_that_cannot_be_read_is_named(pictures: list[Path], workers: in
     with pytest.raises(DataError, match=one_line(r"gone\.png")):
         batches(paths, batch_size=2, workers=workers)
     with pytest.raises(DataError, match=one_line(r"gone\.png")):
-        list(evaluation_batches(paths, SMALL, 2, workers))
+        list(evaluation_batches(paths, SMALL, ImageReader(workers), 2))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -605,8 +610,8 @@ def test_evaluate_equals_scoring_image_by_image(
     method = find_method(name)(tiny, split.class_names).eval()
     paths, labels = split.paths("test"), [item.label for item in split.test]
     if name == "cocoop":  # a few images at a time, where each has texts of its own
-        monkeypatch.setattr("vlprompt.training.evaluate.TEXTS_AT_ONCE", 6)
-    images = EvaluationImages(paths, labels)
+        monkeypatch.setattr("vlprompt.methods.base.TEXTS_AT_ONCE", 6)
+    images = EvaluationImages(paths, labels, ImageReader(0))
     result = evaluate(method, images, split.class_names)
     assert result == evaluate(method, images, split.class_names)  # now from remembered features
     with torch.no_grad():
@@ -625,10 +630,10 @@ def test_frozen_image_features_are_computed_once(tiny: Backbone, photos: Path, m
     calls: list[int] = []
     encode = Backbone.encode_images
     monkeypatch.setattr(Backbone, "encode_images", lambda self, x: calls.append(len(x)) or encode(self, x))
-    images = EvaluationImages(split.paths("test"), [item.label for item in split.test])
+    images = EvaluationImages(split.paths("test"), [item.label for item in split.test], ImageReader(0))
     for name in ("zero_shot", "coop", "cocoop"):
         method = find_method(name)(tiny, split.class_names)
-        predict_logits(method, images.features(method), ("other", "names"))
+        predict_logits(method, images, ("other", "names"))
     assert calls == [9]
 
 
@@ -685,7 +690,7 @@ def test_the_metrics_are_those_of_the_saved_model(
     assert metrics["trainable_parameters"] == 4 * tiny.text_tower.config.width
     loaded, split = load_artefact(out), read_split(out / "split.json", photos)
     for part in ("train", "val"):
-        images = EvaluationImages(split.paths(part), [item.label for item in split.items(part)])
+        images = EvaluationImages(split.paths(part), [item.label for item in split.items(part)], ImageReader(0))
         assert evaluate(loaded, images, split.class_names).accuracy == metrics[f"{part}_accuracy"]
     assert torch.equal(loaded.context.vectors, method.context.vectors)
     assert not method.training
@@ -723,20 +728,23 @@ def test_the_seed_decides_the_run(tiny_from_memory: None, photos: Path, tmp_path
 def test_a_run_reports_its_progress(tiny_from_memory: None, photos: Path, tmp_path: Path) -> None:
     events: list[object] = []
 
-    class Watch:
-        def start(self, steps: int, epochs: int, done: int = 0) -> None:
-            events.append((steps, epochs, done))
+    class Watch(Watcher):
+        def start(self, training: Training) -> None:
+            events.append((len(training.views), training.config.epochs, training.epoch, training.step))
 
         def step(self) -> None:
             events.append("step")
 
-        def epoch(self, log: EpochLog, val_accuracy: float | None) -> None:
-            assert val_accuracy is not None
+        def epoch(self, log: EpochLog) -> None:
+            assert log.val_accuracy is not None
             events.append(log.epoch)
 
+        def close(self) -> None:
+            events.append("close")
+
     said: list[str] = []
-    train(configure(photos), tmp_path / "run", Watch(), said.append)
-    assert events == [(3, 2, 0), "step", "step", "step", 0, "step", "step", "step", 1]
+    train(configure(photos), tmp_path / "run", [Watch()], said.append)
+    assert events == [(3, 2, 0, 0), "step", "step", "step", 0, "step", "step", "step", 1, "close"]
     assert "3 classes of photos, 12 training images\n2,048 learned parameters: context.vectors [16, 128]" in said[0]
 
 

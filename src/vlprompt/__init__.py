@@ -9,14 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from vlprompt.errors import VlpromptError
+from vlprompt.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from vlprompt.api import PromptedModel, build_method, evaluate, fit
     from vlprompt.backbones.load import load_backbone
     from vlprompt.data.datasets import load_dataset
     from vlprompt.sklearn import PromptClassifier
-
-__version__ = "0.1.0"
 
 __all__ = [
     "PromptClassifier",

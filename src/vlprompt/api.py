@@ -24,26 +24,29 @@ from vlprompt.artefact.export import export_classes
 from vlprompt.artefact.hub import download, upload
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.names import may_be_hub_id
-from vlprompt.bank.use import cannot_use_bank, find_bank
 from vlprompt.config.schema import OptimConfig, RunConfig, build_config
-from vlprompt.config.teacher import find_teacher
 from vlprompt.data.images import ImageSource
 from vlprompt.data.known.table import DEFAULT_TEMPLATE
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import check_class_names
 from vlprompt.errors import ConfigError, DataError, unknown
 from vlprompt.methods import Method, find_method
+from vlprompt.methods.registry import source_of
 from vlprompt.training import evaluate as evaluation
 from vlprompt.training.evaluate import Evaluation, EvaluationImages
-from vlprompt.training.loop import EpochLog, Training, training_views
+from vlprompt.training.prepare import find_sources, fits_features, prepare
+from vlprompt.training.watchers import EachEpoch, EpochLog
 
 Images = Sequence[ImageSource] | NDArray[np.uint8]
 Labels = Sequence[str] | Sequence[int] | NDArray[Any] | Tensor
 
+WORKERS = 2
+"""Threads that decode images ahead."""
 TRAINING = {
     **{f.name: f"optim.{f.name}" for f in fields(OptimConfig)},
     **{name: f"train.{name}" for name in ("epochs", "accumulate", "text_chunk", "graphs")},
     "teacher": "teacher.backbone",
+    "classes_per_batch": "teacher.classes_per_batch",
     **{name: f"data.{name}" for name in ("batch_size", "min_scale", "workers", "bank", "views", "regions_per_image")},
 }
 """What ``fit`` can be told, and its key in the run configuration."""
@@ -58,7 +61,7 @@ def build_method(
     seed: int = 1,
     **settings: Any,
 ) -> Method:
-    """A method of ``vlprompt list methods``, ready to be fitted.
+    """A method of ``vlprompt list methods``, or of a file (``./my_method.py``), ready to be fitted.
 
     ``template`` is the data set's text with {} for the class name; ``settings`` are the method's own (``n_ctx=4``;
     where a name is taken, ``**{"method.template": …}``). ``seed`` decides the initial prompts; the global random
@@ -103,20 +106,23 @@ def fit(
     preset: str | None = None,
     seed: int = 1,
     after_epoch: Callable[[EpochLog], None] = lambda log: None,
+    extra: Mapping[str, Tensor] | None = None,
     **settings: Any,
 ) -> Method:
     """Fit a method on labelled images, as ``vlprompt train`` does: same views, same steps, same prompts.
 
     Without ``settings`` (``epochs``, ``lr``, ``batch_size``, … as in ``TRAINING``) the method's official ones apply,
-    or those of ``preset``; methods that learn from a teacher need ``teacher``, a name that ``load_backbone`` takes, or
-    ``bank``, the folder of a region bank with labels. A bank gives any method its views; images then are files.
+    or those of ``preset``. With ``teacher``, a name that ``load_backbone`` takes, it learns from that model instead of
+    the labels. A ``bank``, the folder of a region bank, gives any method its views; images then are files. ``extra``
+    holds tensors [n, …] that a method of one's own ``needs`` of each image, by name.
     ``seed`` decides order and crops. ``after_epoch`` is told the mean loss terms of each epoch. Returns the method.
     Raises ConfigError for unknown settings, a missing teacher, a bank that does not fit and loaded models, DataError
     for images and labels that do not fit together and images that the bank lacks, VlpromptError if a loss is not
     finite.
     """
     keys = full_keys(settings, TRAINING, "training setting")
-    return fit_configured(method, images, labels, build_config(method.name, preset, overrides=keys), seed, after_epoch)
+    config = build_config(source_of(method), preset, overrides=keys)
+    return fit_configured(method, images, labels, config, seed, after_epoch, extra)
 
 
 def fit_configured(
@@ -126,23 +132,21 @@ def fit_configured(
     config: RunConfig,
     seed: int,
     after_epoch: Callable[[EpochLog], None] = lambda log: None,
+    extra: Mapping[str, Tensor] | None = None,
 ) -> Method:
     """Fit under a checked configuration; see :func:`fit`."""
     images, indices = _labelled(images, labels, method.class_names)
     if not method.trains and any(True for _ in method.parameters()):
         raise ConfigError(f"{method.name} is frozen, as loaded models are: build a new one to fit it")
     with ImageReader(config.data.workers) as reader, _random_state_kept():
-        bank = find_bank(config, method.class_names)
-        if not method.trains:
-            if bank:
-                raise cannot_use_bank(method)
-            seen = EvaluationImages(images, indices, reader=reader)
-            method.fit_features(seen.frozen(method), seen.labels)
-            return method.eval()
-        teacher = find_teacher(config, method.class_names, method.template, method.backbone)
-        views = training_views(method, images, indices, config.data, seed, reader, teacher, bank)
-        Training(method, views, config.optim, config.train, teacher=teacher).run(after_epoch=after_epoch)
-    return method
+        sources = find_sources(config, method.class_names, method.template, method.backbone)
+        training = prepare(config, sources, method, images, indices, seed, reader, extra=extra)
+        if fits_features(method):
+            whole = EvaluationImages(images, indices, reader)
+            method.fit_features(whole.frozen(method), whole.labels)
+        if training:
+            training.run([EachEpoch(after_epoch)])
+    return method.eval()
 
 
 def evaluate(
@@ -155,7 +159,8 @@ def evaluate(
     method = model.method if isinstance(model, PromptedModel) else model
     names = _names(method, class_names)
     images, indices = _labelled(images, labels, names)
-    return evaluation.evaluate(method, EvaluationImages(images, indices), names)
+    with ImageReader(WORKERS, room=0) as reader:
+        return evaluation.evaluate(method, EvaluationImages(images, indices, reader), names)
 
 
 class Predictions(NamedTuple):
@@ -197,8 +202,8 @@ class PromptedModel:
         names, images = _names(self.method, class_names), _images(images)
         if not images:
             return torch.zeros(0, len(names))
-        features = EvaluationImages(images).features(self.method)
-        return evaluation.predict_logits(self.method, features, names)
+        with ImageReader(WORKERS if len(images) > 1 else 0, room=0) as reader:
+            return evaluation.predict_logits(self.method, EvaluationImages(images, [], reader), names)
 
     def predict(self, images: Images, class_names: Sequence[str] | None = None) -> Predictions:
         """The most probable class of each image and all probabilities; errors as in ``logits``."""
@@ -232,9 +237,11 @@ class PromptedModel:
         are not those that were saved, or the backbone is another one.
         """
         folder = Path(name).expanduser()
-        if not folder.is_dir() and may_be_hub_id(str(name)):
+        local = folder.is_dir() or not may_be_hub_id(str(name))
+        if not local:
             folder = download(str(name), revision)
-        method = load_artefact(folder, backbone, device, precision)
+        # Code comes from this machine alone: what is downloaded names no file of methods.
+        method = load_artefact(folder, backbone, device, precision, files=local)
         return cls(method, read_artefact_config(folder).get("about"))
 
     def push_to_hub(

@@ -27,6 +27,7 @@ from vlprompt.config.teacher import load_teacher_model
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.images import load_image
 from vlprompt.data.known.openmoji import CLASSES, pictures
+from vlprompt.data.reading import ImageReader
 from vlprompt.files import write_atomically
 from vlprompt.prompting.text import fill
 from vlprompt.training.evaluate import EvaluationImages, evaluate
@@ -102,7 +103,7 @@ def probe_on_caltech(name: str, root: Path) -> dict[str, float]:
         with TemporaryDirectory() as folder:
             method, _ = train(config, Path(folder) / "run")
         split = load_dataset("caltech101", root).split.subset("base")
-        images = EvaluationImages(split.paths("test"), split.labels("test"))
+        images = EvaluationImages(split.paths("test"), split.labels("test"), ImageReader(2))
         found.append(evaluate(method, images, split.class_names).accuracy)
     return {"caltech101_base_probe": round(sum(found) / len(found), 1)}
 

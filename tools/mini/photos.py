@@ -1,15 +1,16 @@
 """Photographs for the pretraining of ``mini``, and what a classifier says they show.
 
-    python tools/mini/photos.py --tiny tiny-imagenet-200 --samples imagenet-sample-images --trash dataset-resized \
-        --out pretraining
+    python tools/mini/photos.py --tiny tiny-imagenet-200 --more mini-imagenet --samples imagenet-sample-images \
+        --trash dataset-resized --out pretraining
 
-Reads Tiny-ImageNet (120,000 images of 64 px) and, if they are given, one image of each of ImageNet's 1,000 classes, of
-which many crops are taken (both under ImageNet's terms: used for training, never shipped), and TrashNet (MIT).
+Reads Tiny-ImageNet (120,000 images of 64 px) and, if they are given, mini-ImageNet (60,000 of 84 px), one image of each
+of ImageNet's 1,000 classes, of which many crops are taken (all three under ImageNet's terms: used for training, never
+shipped), and TrashNet (MIT).
 EfficientNet-lite0 (Apache-2.0) gives each photograph probabilities of ImageNet's classes. The ten classes of Imagenette
-are taken out of them, and out of the samples, so that ``mini`` never learns those: they measure it. A second call does
+are taken out of them, and out of the images, so that ``mini`` never learns those: they measure it. A second call does
 only what is missing.
 
-Writes into ``OUT/photos``, for each of the sources ``train``, ``val``, ``test``, ``samples`` and ``trash``
+Writes into ``OUT/photos``, for each of the sources ``train``, ``val``, ``test``, ``more``, ``samples`` and ``trash``
 
 * ``SOURCE-pixels.npy``: [photographs, 64, 64, 3], uint8;
 * ``SOURCE-labels.json``: a WordNet id of each, "" where there is none;
@@ -48,7 +49,9 @@ CROPS = 32
 LEAST = 0.25
 
 
-def listed(tiny: Path, samples: Path | None, trash: Path | None) -> dict[str, list[tuple[Path, str]]]:
+def listed(
+    tiny: Path, more: Path | None, samples: Path | None, trash: Path | None
+) -> dict[str, list[tuple[Path, str]]]:
     """The photographs of each source with their labels."""
     annotations = (tiny / "val" / "val_annotations.txt").read_text(encoding="ascii").splitlines()
     found = {
@@ -56,6 +59,10 @@ def listed(tiny: Path, samples: Path | None, trash: Path | None) -> dict[str, li
         "val": [(tiny / "val" / "images" / name, id_) for name, id_, *_ in (line.split("\t") for line in annotations)],
         "test": [(file, "") for file in sorted((tiny / "test" / "images").glob("*.JPEG"))],
     }
+    if more:
+        found["more"] = [
+            (file, file.parent.name) for file in sorted(more.glob("*/n*/*.jpg")) if file.parent.name not in UNSEEN
+        ]
     if samples:
         named = [(file, file.name.partition("_")[0]) for file in sorted(samples.glob("n*.JPEG"))]
         found["samples"] = [(file, id_) for file, id_ in named if id_ not in UNSEEN]
@@ -149,6 +156,7 @@ def main() -> None:
     """Read and classify."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--tiny", type=Path, required=True, help="folder of Tiny-ImageNet")
+    parser.add_argument("--more", type=Path, help="folder of mini-ImageNet, with train/WNID/*.jpg, val/WNID/*.jpg")
     parser.add_argument("--samples", type=Path, help="folder of images n….JPEG, one a class of ImageNet")
     parser.add_argument("--trash", type=Path, help="folder of TrashNet, dataset-resized")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
@@ -156,7 +164,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.out / "photos"
     axes = folder / "axes.npy"
-    for source, photos in listed(options.tiny, options.samples, options.trash).items():
+    for source, photos in listed(options.tiny, options.more, options.samples, options.trash).items():
         files = ("pixels.npy", "labels.json", "top.npy", "chance.npy", "grid.npy")
         pixels, labels, *outputs = (folder / f"{source}-{file}" for file in files)
         if not pixels.exists():

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from hashlib import sha256
@@ -17,14 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-import vlprompt
 from vlprompt.artefact.card import model_card
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import EMBEDDED, load_backbone
 from vlprompt.backbones.names import public_name
 from vlprompt.errors import ArtefactError, BackboneError, ConfigError, one_line, unknown
 from vlprompt.files import write_atomically
-from vlprompt.methods import Method, find_method
+from vlprompt.methods import METHODS, Method, find_method
+from vlprompt.methods.registry import GROUP, file_of
+from vlprompt.version import __version__
 
 FORMAT_VERSION = 2
 """2 added ``about`` and ``prompts`` (checksum and shapes); artefacts of version 1 are read without that check."""
@@ -46,8 +48,9 @@ def save_artefact(
     about = {key: str(value) for key, value in (about or {}).items()}
     config = {
         "format_version": FORMAT_VERSION,
-        "vlprompt_version": vlprompt.__version__,
+        "vlprompt_version": __version__,
         "method": method.name,
+        **_method_file(method),
         "settings": asdict(method.config),
         "class_names": list(method.class_names),
         "template": method.template,
@@ -65,18 +68,24 @@ def save_artefact(
 
 
 def load_artefact(
-    folder: Path, backbone: str | Backbone | None = None, device: str = "cpu", precision: str = "fp32"
+    folder: Path,
+    backbone: str | Backbone | None = None,
+    device: str = "cpu",
+    precision: str = "fp32",
+    *,
+    files: bool = True,
 ) -> Method:
     """Read a tuned model; ``backbone`` says where its backbone lies if not where it was, or is the loaded one.
 
-    A loaded backbone stays where it is, in its precision.
+    A loaded backbone stays where it is, in its precision. A method that lies in a file of its own is read from there,
+    unless ``files`` is false; a warning tells if the file has changed since.
 
     Raises ArtefactError if the folder is no artefact, comes from a newer version, holds other tensors than were
     saved, does not fit the method, or was tuned on another backbone.
     """
     config = read_artefact_config(folder)
     try:
-        cls = find_method(config["method"])
+        cls = _find_method(config, folder, files)
         settings = TypeAdapter(cls.Config).validate_python(config["settings"])
         if extra := set(config["settings"]) - set(asdict(settings)):  # pydantic passes them over
             raise ConfigError(unknown(f"setting of {cls.name}", min(extra), asdict(settings)))
@@ -110,6 +119,31 @@ def read_artefact_config(folder: Path) -> dict[str, Any]:
             f"{folder} has format_version {version}; this vlprompt reads up to {FORMAT_VERSION}: update it"
         )
     return config
+
+
+def _method_file(method: Method) -> dict[str, Any]:
+    """The file that the method was loaded from, if it is no package's."""
+    file = file_of(type(method))
+    return {"method_file": {"path": str(file), "sha256": sha256(file.read_bytes()).hexdigest()}} if file else {}
+
+
+def _find_method(config: Mapping[str, Any], folder: Path, files: bool) -> type[Method]:
+    name, source = config["method"], config.get("method_file")
+    if source is None:
+        return find_method(name)
+    file = Path(source["path"])
+    known = METHODS.get(name)
+    if known and file_of(known) in (None, file):
+        return known
+    if not files or not file.is_file():
+        raise ArtefactError(
+            f"{folder} was tuned with method '{name}' of file {file}, which is "
+            f"{'not run for a downloaded model' if not files else 'not there'}: load it first with "
+            f'find_method("…/{file.name}"), or install it under the entry point group {GROUP}'
+        )
+    if sha256(file.read_bytes()).hexdigest() != source["sha256"]:
+        warnings.warn(f"{file} has changed since {folder} was tuned with it", stacklevel=3)
+    return find_method(str(file))
 
 
 def _unreadable(folder: Path, error: Exception) -> ArtefactError:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import vlprompt
 from vlprompt.backbones.names import is_hub_id, public_name
 from vlprompt.methods import Method
+from vlprompt.version import __version__
 
 SHOWN = 20  # class names
 
@@ -38,7 +38,7 @@ tags: [prompt-learning, {method.name}]{_base_model(backbone.name)}
 # {method.name} on {public_name(backbone.name)}
 
 {(method.__doc__ or "").splitlines()[0]}
-Tuned with vlprompt {vlprompt.__version__}. The backbone's weights are not in this folder: they are loaded from where
+Tuned with vlprompt {__version__}. The backbone's weights are not in this folder: they are loaded from where
 they are published, under their own licence, and checked against the fingerprint.
 
 | | |

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-import vlprompt
 from vlprompt.backbones.names import public_name
 from vlprompt.data.splits import check_class_names
 from vlprompt.errors import ArtefactError
 from vlprompt.files import write_atomically
-from vlprompt.methods import Method
+from vlprompt.methods import Can, Method
+from vlprompt.version import __version__
 
 EXPORT_VERSION = 1
 
@@ -35,10 +35,10 @@ def export_classes(method: Method, class_names: Sequence[str], out: Path) -> Non
         raise ArtefactError(f"{out} must end in .safetensors")
     if method.image_dependent:
         raise ArtefactError(f"cannot export {method.name}: its class features are different for each image")
-    if method.prompts_images:
+    if Can.EXPORT_CLASSES not in method.config.can:
         raise ArtefactError(
-            f"cannot export {method.name}: its image features need its visual prompts, which the plain backbone "
-            "lacks; ship the run folder and use vlprompt predict"
+            f"cannot export {method.name}: it does more to images than the plain backbone, or to their features; ship "
+            "the run folder and use vlprompt predict"
         )
     check_class_names(class_names, "class names")
     with torch.no_grad():
@@ -47,7 +47,7 @@ def export_classes(method: Method, class_names: Sequence[str], out: Path) -> Non
     backbone = method.backbone
     metadata = {
         "export_version": str(EXPORT_VERSION),
-        "vlprompt_version": vlprompt.__version__,
+        "vlprompt_version": __version__,
         "method": method.name,
         "backbone": public_name(backbone.name),
         "backbone_fingerprint": backbone.fingerprint,

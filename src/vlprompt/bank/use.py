@@ -8,15 +8,17 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from vlprompt.backbones.names import public_name
 from vlprompt.bank.manifest import differences
 from vlprompt.bank.records import Bank
+from vlprompt.bank.views import BankViews
 from vlprompt.config.schema import DataConfig, RunConfig, TeacherConfig
 from vlprompt.config.teacher import load_teacher_model
 from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import names_in_file
-from vlprompt.data.views import BankViews
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.methods import Method, find_method
 
@@ -38,7 +40,7 @@ def find_bank(config: RunConfig, class_names: Sequence[str]) -> Bank | None:
     bank = Bank(Path(data.bank).expanduser())
     built = bank.settings
     wanted: dict[str, Any] = {"crops": {"min_scale": data.min_scale}}
-    if "teacher_probabilities" in cls.needs:
+    if config.taught:
         if not built.teacher:
             raise ConfigError(
                 f"region bank {data.bank} has no teacher's labels, which method '{cls.name}' learns from: "
@@ -91,25 +93,21 @@ def _divisors(data: DataConfig, regions: int) -> list[int]:
     return [d for d in range(1, min(data.batch_size, regions) + 1) if data.batch_size % d == 0]
 
 
-def read_by(method: Method, bank: Bank) -> tuple[bool, bool]:
-    """Whether the method reads the bank's labels, and its features."""
-    labels, features = "teacher_probabilities" in method.needs, bank.settings.features is not None
-    return labels, features and ("frozen_image_features" in method.needs or not method.prompts_images)
-
-
-def cannot_use_bank(method: Method) -> ConfigError:
-    """The error for a bank that is given to a method without training steps."""
-    return ConfigError(f"method '{method.name}' takes no training steps: it reads no region bank (--bank)")
+def read_by(config: RunConfig, bank: Bank) -> tuple[bool, bool]:
+    """Whether the run reads the bank's labels, and its features."""
+    needed = "frozen_image_features" in find_method(config.method).needs or not config.reads_pixels
+    return config.taught, needed and bank.settings.features is not None
 
 
 def bank_views(
     bank: Bank,
+    config: RunConfig,
     method: Method,
     images: Sequence[ImageSource],
     labels: Sequence[int],
-    data: DataConfig,
     seed: int,
     reader: ImageReader,
+    extra: Mapping[str, Tensor] | None = None,
 ) -> BankViews:
     """Training views from a bank; images are decoded only if the method reads more of them than the bank has.
 
@@ -119,12 +117,12 @@ def bank_views(
     files = [Path(image) for image in images if isinstance(image, (str, PathLike))]
     if len(files) < len(images):
         raise DataError(f"region bank {bank.folder} knows images by their files: it has none that are in memory")
-    reads_labels, reads_features = read_by(method, bank)
+    data, (reads_labels, reads_features) = config.data, read_by(config, bank)
     if reads_features:
         student = method.backbone
         _compare(bank, {"features": {"name": public_name(student.name), "fingerprint": student.fingerprint}})
     regions = regions_used(data, bank)
-    decodes = method.prompts_images or not reads_features or method.patch_size is not None
+    decodes = config.reads_pixels or not reads_features or method.patch_size is not None
     return BankViews(
         bank,
         files,
@@ -138,4 +136,5 @@ def bank_views(
         probabilities=reads_labels,
         patch_size=method.patch_size,
         reader=reader,
+        extra=extra,
     )

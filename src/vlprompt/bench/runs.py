@@ -127,8 +127,9 @@ def measure(method: Method, config: RunConfig, split: Split, part: str, shared_f
     items, paths = split.items(part), split.paths(part)
     kept = _readable(tuple(paths), config.data.workers) if config.data.skip_bad else range(len(paths))
     labels = [items[i].label for i in kept]
-    images = SharedImages([paths[i] for i in kept], labels, config.data.workers, folder=shared_folder)
-    return evaluate(method, images, split.class_names)
+    with ImageReader(config.data.workers, room=0) as reader:
+        images = SharedImages([paths[i] for i in kept], labels, reader, folder=shared_folder)
+        return evaluate(method, images, split.class_names)
 
 
 @lru_cache(32)

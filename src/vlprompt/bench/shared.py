@@ -19,9 +19,9 @@ from numpy.typing import DTypeLike, NDArray
 from PIL import Image
 from torch import Tensor
 
+from vlprompt.data.batches import evaluation_batches
 from vlprompt.data.images import load_image
 from vlprompt.data.reading import ImageReader
-from vlprompt.data.views import evaluation_batches
 from vlprompt.files import alone, unfinished_name
 from vlprompt.methods import Method
 from vlprompt.training.evaluate import EvaluationImages
@@ -41,12 +41,11 @@ class SharedImages(EvaluationImages):
         self,
         images: Sequence[Path],
         labels: Sequence[int],
-        workers: int = 2,
-        reader: ImageReader | None = None,
+        reader: ImageReader,
         *,
         folder: Path,
     ) -> None:
-        super().__init__(images, labels, workers, reader)
+        super().__init__(images, labels, reader)
         self.folder = folder
         self._identity = list(map(_identity, images))
 
@@ -55,9 +54,7 @@ class SharedImages(EvaluationImages):
         preprocess, size = method.backbone.preprocess, method.backbone.preprocess.image_size
 
         def pixels() -> Iterator[NDArray]:
-            whole = evaluation_batches(
-                self.images, lambda image: np.array(preprocess.whole(image)), workers=self.workers, reader=self.reader
-            )
+            whole = evaluation_batches(self.images, lambda image: np.array(preprocess.whole(image)), self.reader)
             yield from (batch.numpy() for batch in whole)
 
         shape = len(self.images), size, size, 3
@@ -65,8 +62,7 @@ class SharedImages(EvaluationImages):
         if kept is None:
             yield from super().views(method)
             return
-        with ImageReader(self.workers, room=0) as reader:
-            yield from evaluation_batches(kept, preprocess.tensor, reader=reader)
+        yield from evaluation_batches(kept, preprocess.tensor, self.reader)
 
     def frozen(self, method: Method) -> Tensor:
         """Normalised features from the frozen image tower, [n, E], from the file."""

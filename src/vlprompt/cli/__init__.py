@@ -65,7 +65,7 @@ def start(
 ) -> None:
     """Adapt a frozen vision-language model (CLIP and relatives) to your classes by learning a few prompt tokens."""
     if version:
-        from vlprompt import __version__
+        from vlprompt.version import __version__
 
         print(__version__)
         raise typer.Exit

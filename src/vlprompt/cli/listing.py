@@ -19,7 +19,6 @@ def listing(what: str) -> list[dict[str, Any]]:
                 "needs": sorted(m.needs),
                 "parity": m.parity,
                 "presets": sorted(m.presets),
-                "transductive": m.transductive,
             }
             for name, m in sorted(METHODS.items())
         ]

@@ -62,7 +62,7 @@ def evaluate(
     method.take_template(dataset.template)
     with ImageReader(room=CACHE_BYTES if skip_bad else 0) as reader:
         kept = readable(paths, reader, skip_bad, say)
-        images = EvaluationImages([paths[i] for i in kept], [items[i].label for i in kept], reader=reader)
+        images = EvaluationImages([paths[i] for i in kept], [items[i].label for i in kept], reader)
         result = evaluate_method(method, images, chosen.class_names)
     if json_output:
         print(json.dumps({**result.to_dict(), "skipped": len(paths) - len(kept)}))

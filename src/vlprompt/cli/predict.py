@@ -46,11 +46,11 @@ def read_class_names(text: str | None, file: Path | None) -> tuple[str, ...] | N
 
 
 def predict_images(
-    method: Method, paths: Sequence[Path], class_names: Sequence[str], top: int, reader: ImageReader | None = None
+    method: Method, paths: Sequence[Path], class_names: Sequence[str], top: int, reader: ImageReader
 ) -> list[dict[str, Any]]:
     """For each image its ``top`` most probable classes: ``{"image": …, "top": [{"class": …, "probability": …}]}``."""
-    images = EvaluationImages(paths, reader=reader)
-    probabilities = predict_logits(method, images.features(method), class_names).double().softmax(-1)
+    images = EvaluationImages(paths, [], reader)
+    probabilities = predict_logits(method, images, class_names).double().softmax(-1)
     best, labels = probabilities.topk(min(top, len(class_names)))
     return [
         {

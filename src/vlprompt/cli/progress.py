@@ -7,11 +7,12 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vlprompt.training.loop import EpochLog
+from vlprompt.training.loop import Training
+from vlprompt.training.watchers import EpochLog, Watcher
 
 
-class Bar:
-    """Draws a training run; see :class:`vlprompt.training.session.Progress`."""
+class Bar(Watcher):
+    """Draws a training run."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -19,27 +20,26 @@ class Bar:
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True)
         self.epochs = 0
 
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
-        self.bar.stop()
-
-    def start(self, steps: int, epochs: int, done: int = 0) -> None:
+    def start(self, training: Training) -> None:
         """Training begins."""
-        self.epochs = epochs
+        self.epochs, steps = training.config.epochs, len(training.views)
         self.bar.start()
-        self.task = self.bar.add_task("", total=steps * epochs, completed=done)
+        done = training.epoch * steps + training.step
+        self.task = self.bar.add_task("", total=steps * self.epochs, completed=done)
 
     def step(self) -> None:
         """A step is done."""
         self.bar.advance(self.task)
 
-    def epoch(self, log: EpochLog, val_accuracy: float | None) -> None:
+    def epoch(self, log: EpochLog) -> None:
         """An epoch is done."""
         terms = "  ".join(f"{term} {value:.3f}" for term, value in log.losses.items())
-        val = "" if val_accuracy is None else f"  val {val_accuracy:.1f} %"
+        val = "" if log.val_accuracy is None else f"  val {log.val_accuracy:.1f} %"
         self.console.print(f"epoch {log.epoch + 1}/{self.epochs}  lr {log.lr:.2g}  {terms}{val}")
+
+    def close(self) -> None:
+        """Training is over."""
+        self.bar.stop()
 
 
 class CountBar:

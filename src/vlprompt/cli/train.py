@@ -131,8 +131,7 @@ def _train(config: RunConfig, out: Path, json_output: bool, resume: bool = False
     from vlprompt.cli.progress import Bar
     from vlprompt.training.run import train as train_run
 
-    with Bar() as bar:
-        _, result = train_run(config, out, bar, say, resume=resume)
+    _, result = train_run(config, out, [Bar()], say, resume=resume)
     if not first_process():
         return
     if json_output:

@@ -17,8 +17,9 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from vlprompt.data.splits import Classes
 from vlprompt.errors import ConfigError, one_line, unknown
-from vlprompt.methods import MethodConfig, find_method
+from vlprompt.methods import Can, MethodConfig, find_method
 from vlprompt.methods.base import Template
+from vlprompt.methods.registry import is_file
 
 Fraction = Annotated[float, Gt(0), Le(1)]
 Folder = Annotated[str, BeforeValidator(lambda path: str(path) if isinstance(path, PathLike) else path)]
@@ -73,7 +74,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The frozen model whose predictions replace labels, for methods that learn from a teacher."""
+    """The frozen model whose predictions replace labels."""
 
     backbone: str | None = None
     """What ``backbone`` takes; usually a larger one."""
@@ -83,6 +84,10 @@ class TeacherConfig:
     """What its cosines are multiplied by; the student's scale if not given, as in KDPL."""
     class_names_file: str | None = None
     """Class names, one per line, that it chooses among instead of the data set's, which then stay unknown."""
+    classes_per_batch: Annotated[int, Ge(2)] | None = None
+    """Classes most probable to the teacher in a batch, which alone are compared; all if not given.
+
+    Of one class teacher and student would be equally sure, and nothing learned."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ class RunConfig:
     """Everything that decides a run's result."""
 
     method: str
-    """The method's name."""
+    """The method's name, or the file that it lies in."""
     settings: MethodConfig
     """The method's own settings."""
     backbone: str = "mini"
@@ -145,6 +150,16 @@ class RunConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def taught(self) -> bool:
+        """Whether a teacher's predictions, its own or those in a bank, stand in the labels' place."""
+        return self.teacher.backbone is not None or "teacher_probabilities" in find_method(self.method).needs
+
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether training runs the image tower on views, instead of reading frozen features of them."""
+        return Can.USE_FROZEN_FEATURES not in self.settings.can
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values, as in the configuration file."""
@@ -212,6 +227,7 @@ def build_config(
     Raises ConfigError that lists every unknown key and every value out of range at once.
     """
     cls = find_method(method)
+    method = str(Path(method).expanduser().resolve()) if is_file(method) else method
     if preset is not None and preset not in cls.presets:
         if not cls.presets:
             raise ConfigError(f"method '{method}' has no presets (asked for '{preset}')")
@@ -234,13 +250,34 @@ def build_config(
     sections = {s: checked(c, nested[s], f"{s}.", problems) for s, c in SECTIONS.items()}
     settings = checked(cls.Config, nested["method"], "method.", problems)
     top = _checked_top(top, problems)
-    if "teacher_probabilities" not in cls.needs:
+    if "teacher_probabilities" not in cls.needs and nested["teacher"].get("backbone") is None:
         given = [f"teacher.{key} = {value}" for key, value in nested["teacher"].items() if value is not None]
-        problems += [f"{setting}: method '{method}' learns without a teacher" for setting in given]
+        problems += [
+            f"{key}: method '{cls.name}' learns from labels, unless teacher.backbone is given" for key in given
+        ]
     if problems:
         keys = f" (allowed keys: {', '.join(known)})" if any("unknown key" in p for p in problems) else ""
         raise ConfigError("; ".join(problems) + keys)
-    return RunConfig(method=method, settings=settings, **top, **sections)
+    config = RunConfig(method=method, settings=settings, **top, **sections)
+    check_capabilities(cls.name, config.settings.can, config.train, config.teacher.classes_per_batch)
+    return config
+
+
+def check_capabilities(
+    name: str, can: Can, train: TrainConfig, classes_per_batch: int | None = None, processes: int = 1
+) -> None:
+    """Raise ConfigError if training, in so many processes, asks for what a method does not say it ``can``."""
+    chosen = "" if classes_per_batch is None else f" (teacher.classes_per_batch = {classes_per_batch})"
+    how = [f"{processes} processes"] * (processes > 1)
+    how += [f"train.accumulate = {train.accumulate}"] * (train.accumulate > 1)
+    if how and (Can.SPLIT_BATCHES not in can or chosen):
+        raise ConfigError(
+            f"method '{name}' compares the images of a batch{chosen}: it does not allow {' and '.join(how)}"
+        )
+    if train.text_chunk is not None and Can.SPLIT_TEXTS not in can:
+        raise ConfigError(f"train.text_chunk: method '{name}' encodes the texts of all classes at once")
+    if train.graphs and (Can.REPLAY_STEPS not in can or chosen):
+        raise ConfigError(f"train.graphs: method '{name}' does other operations from step to step{chosen}")
 
 
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -17,7 +17,6 @@ from vlprompt.config.schema import RunConfig, TeacherConfig
 from vlprompt.data.known.table import DEFAULT_TEMPLATE
 from vlprompt.data.splits import names_in_file
 from vlprompt.errors import ConfigError
-from vlprompt.methods import find_method
 from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.prompting.text import fill
 
@@ -51,7 +50,7 @@ def teacher_name(config: RunConfig) -> str | None:
 
     Raises ConfigError naming the key if there should be one, and is none.
     """
-    if config.data.bank or "teacher_probabilities" not in find_method(config.method).needs:
+    if config.data.bank or not config.taught:
         return None
     if config.teacher.backbone is None:
         raise ConfigError(f"teacher.backbone is not given: method '{config.method}' learns from a teacher (--teacher)")

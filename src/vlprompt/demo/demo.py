@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vlprompt.data.datasets import LoadedDataset, load_dataset
+from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split
 from vlprompt.demo.drawing import Curve, Shown, draw_curves, draw_predictions
 from vlprompt.errors import ConfigError, unknown
@@ -108,14 +109,13 @@ def run_demo(out: Path, say: Callable[[str], None], data: str = "clothing-demo")
     parts = {classes: dataset.split.subset(classes) for classes in ("base", "novel", "all")}
     say(_opening(show, dataset, parts))
     images = {
-        name: EvaluationImages(split.paths("test"), [i.label for i in split.test]) for name, split in parts.items()
+        name: EvaluationImages(split.paths("test"), split.labels("test"), ImageReader(0)) for name, split in parts.items()
     }
 
     def tune(name: str, classes: str, folder: Path) -> tuple[Method, Result]:
         given = {"data.name": data, "data.root": str(out / "data"), "data.classes": classes, "data.shots": show.shots}
         say(f"\n{name}, {classes} classes …")
-        with Bar() as bar:
-            method, result = train(build_config(name, overrides={**given, **show.methods[name]}), folder, bar)
+        method, result = train(build_config(name, overrides={**given, **show.methods[name]}), folder, [Bar()])
         say(_done(method, result))
         return method, result
 
@@ -282,5 +282,5 @@ def _shown(halves: Mapping[str, Split], tuned: Mapping[str, Method], best: str) 
 
 
 def _names(method: Method, paths: Sequence[Path], class_names: Sequence[str]) -> list[str]:
-    best = predict_logits(method, EvaluationImages(paths).features(method), class_names).argmax(-1)
+    best = predict_logits(method, EvaluationImages(paths, [], ImageReader(0)), class_names).argmax(-1)
     return [class_names[c] for c in best.tolist()]

@@ -1,5 +1,6 @@
 """The methods, one file each; importing this package registers them."""
 
+from vlprompt.data.batches import Batch
 from vlprompt.methods import (  # noqa: F401
     cocoop,
     coop,
@@ -16,6 +17,17 @@ from vlprompt.methods import (  # noqa: F401
     vpt,
     zero_shot,
 )
-from vlprompt.methods.base import METHODS, Batch, Method, MethodConfig, find_method, register
+from vlprompt.methods.base import Can, Method, MethodConfig, Output
+from vlprompt.methods.registry import METHODS, find_method, method_names, register
 
-__all__ = ["METHODS", "Batch", "Method", "MethodConfig", "find_method", "register"]
+__all__ = [
+    "METHODS",
+    "Batch",
+    "Can",
+    "Method",
+    "MethodConfig",
+    "Output",
+    "find_method",
+    "method_names",
+    "register",
+]

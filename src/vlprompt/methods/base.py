@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, TypeVar
+from enum import Flag, auto
+from typing import Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Ge
 from pydantic import AfterValidator
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.backbones.towers import Prompts
-from vlprompt.errors import ConfigError, DataError, unknown
+from vlprompt.data.batches import Batch
+from vlprompt.errors import ConfigError, DataError
 from vlprompt.prompting.text import TextContext, encode_classes, encode_in_parts
+
+TEXTS_AT_ONCE = 2000
+"""Class texts encoded together where each image has its own (CoCoOp)."""
+KEPT = 4
+"""Lists of class names whose features a tuned model remembers."""
 
 Count = Annotated[int, Ge(1)]
 Weight = Annotated[float, Ge(0)]
@@ -41,30 +49,53 @@ def small_backbone(lr: float, epochs: int, min_scale: float, **own: Any) -> dict
     } | {f"method.{key}": value for key, value in own.items()}
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One step's data: images [B, 3, S, S] preprocessed, labels [B], and what the method ``needs`` beyond them.
+class Can(Flag):
+    """What may be done with a method beyond training it on whole batches and asking it about images."""
 
-    Images are left out where frozen features are all that the method reads of them.
-    """
+    USE_FROZEN_FEATURES = auto()
+    """It reads nothing of an image but its features from the frozen tower, which are computed once."""
+    SPLIT_BATCHES = auto()
+    """Its loss is a mean over images: parts of a batch, and processes, give the same step."""
+    SPLIT_TEXTS = auto()
+    """The texts of all classes may be encoded a few at a time (``text_chunk``)."""
+    REPLAY_STEPS = auto()
+    """A step does the same operations whatever its batch holds: it may be recorded as a CUDA graph."""
+    EXPORT_CLASSES = auto()
+    """Its logits are scale · v · tᵀ + bias, v the plain backbone's normalised image features."""
 
-    images: Tensor | None
-    labels: Tensor
-    frozen_image_features: Tensor | None = None
-    """Normalised features of the same views from the frozen image tower, [B, E]."""
-    teacher_probabilities: Tensor | None = None
-    """What a larger frozen model takes the same views for, [B, C] in fp32 at least; each row sums to 1."""
-    second_view: Tensor | None = None
-    """The same views, each of their patches changed by a RandAugment of its own, [B, 3, S, S]."""
+
+LEARNS_PROMPTS = Can.SPLIT_BATCHES | Can.SPLIT_TEXTS | Can.REPLAY_STEPS
+"""Of methods whose loss is a mean over images, and whose class features come from :meth:`Method.encode_classes`."""
+LEARNS_TEXT = LEARNS_PROMPTS | Can.USE_FROZEN_FEATURES | Can.EXPORT_CLASSES
+"""Of those that leave images alone."""
 
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """Base of the methods' settings; each method adds its own."""
+    """Base of the methods' options; each method adds its own."""
+
+    @property
+    def can(self) -> Can:
+        """What may be done with the method under these options; what it does not say is not done."""
+        return Can(0)
 
     def unused(self) -> dict[str, str]:
-        """Settings that have no effect, each with the setting whose value makes it so."""
+        """Options that have no effect, each with the option whose value makes it so."""
         return {}
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a method makes of a batch."""
+
+    v: Tensor
+    """Image features as ``logits`` reads them, [B, E]."""
+    t: Tensor
+    """Features of the K classes that are compared, [K, E], or [B, K, E] if they depend on the image."""
+    logits: Tensor
+    """[B, K]"""
+    extra: Any = None
+    """Whatever else the method's own loss terms read."""
 
 
 class Method(nn.Module):
@@ -83,28 +114,19 @@ class Method(nn.Module):
     """How the numbers are checked: ``golden`` vectors of the official code, or an ``identity`` that pins them down;
     ``reconstructed`` from a description, where neither code nor numbers are public."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What a batch must bring beyond images and labels: ``frozen_image_features``, ``second_view``, or
-    ``teacher_probabilities`` in place of labels."""
+    """What a batch must bring beyond images and labels: ``frozen_image_features``, ``second_view``,
+    ``teacher_probabilities`` in place of labels, or the name of something in ``extra``."""
     settings: ClassVar[Mapping[str, Any]] = {}
     """The official training settings (base-to-novel), by key of the run configuration."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Other settings by name: ``cross-dataset``, ``few-shot``, …"""
     rates: ClassVar[Mapping[str, float]] = {}
     """Parameters, by how their names begin, that learn at this share of the learning rate."""
-    prompts_images: bool = False
-    """Whether the image tower reads learned tokens; if not, image features are frozen."""
-
     image_dependent: ClassVar[bool] = False
     """Whether class features depend on the image."""
-    couples_batch: bool = False
-    """Whether a loss term is more than a mean over images, so that a batch cannot be computed in parts."""
-    changes_texts: bool = False
-    """Whether the texts that a step encodes depend on its batch, so that one step cannot be replayed for another."""
+    learns_prompts: ClassVar[bool] = True
+    """Whether what it learns belongs to the template that it was trained with."""
 
-    transductive: ClassVar[bool] = False
-    """Whether it learns from the unlabelled images that it is tested on; tables mark it."""
-    needs_all_texts: ClassVar[bool] = False
-    """Whether the texts of all classes are encoded at once, whatever ``text_chunk`` says."""
     text_chunk: int | None = None
     """Classes whose texts are encoded at once, to need less memory; all if not given."""
 
@@ -122,34 +144,21 @@ class Method(nn.Module):
         self.class_names = tuple(class_names)
         self.config: Any = self.Config() if config is None else config
         self.template = template
+        self._kept: dict[tuple, Tensor] = {}
         self.build()
 
     def build(self) -> None:
-        """Create the learned parameters."""
+        """Create what is learned."""
 
-    def take_template(self, template: str) -> None:
-        """Read class names in the template of another data set, unless prompts were learned with the old one."""
-        if next(self.parameters(), None) is None:
-            self.template = template
+    # --- from images and names to logits --------------------------------------------------------------
 
     def class_features(self, class_names: Sequence[str], image_features: Tensor | None = None) -> Tensor:
         """Normalised class features [C, E], or [B, C, E] if they depend on ``image_features`` [B, E]."""
         raise NotImplementedError
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Named loss terms, already weighted; their sum is minimised."""
-        raise NotImplementedError
-
     def visual_prompts(self) -> Prompts | None:
         """Learned tokens of the image tower, if the method has any."""
         return None
-
-    def image_features(self, batch: Batch) -> Tensor:
-        """Normalised features of the batch's images with the method's visual prompts: [B, E]."""
-        if not self.prompts_images and batch.frozen_image_features is not None:
-            return batch.frozen_image_features
-        assert batch.images is not None
-        return self.encode_images(batch.images)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Normalised features of images [B, 3, S, S] with the method's visual prompts: [B, E]."""
@@ -157,6 +166,46 @@ class Method(nn.Module):
         if prompts is None:
             return self.backbone.encode_images(images)
         return unit(self.backbone.image_tower(images.to(self.backbone.device), prompts))
+
+    def adapt(self, image_features: Tensor) -> Tensor:
+        """What ``logits`` reads of image features [B, E]."""
+        return image_features
+
+    def logits(self, image_features: Tensor, class_features: Tensor) -> Tensor:
+        """[B, C] logits of normalised features."""
+        return self.backbone.logits(image_features, class_features)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, class_names: Sequence[str]) -> Tensor:
+        """Logits for any class names, [B, C], of preprocessed images [B, 3, S, S].
+
+        Or of their features from the frozen tower [B, E], if these are all that the method reads of images. Evaluation,
+        prediction and export ask here and nowhere else: what a method does to images or logits, it always does.
+        """
+        names = tuple(class_names)
+        if x.ndim == 2 and Can.USE_FROZEN_FEATURES not in self.config.can:
+            raise ConfigError(f"method '{self.name}' reads images, and was given their frozen features")
+        v = self.adapt(self.encode_images(x) if x.ndim == 4 else x)
+        if not self.image_dependent:
+            return self.logits(v, self.kept_class_features(names))
+        parts = v.split(max(TEXTS_AT_ONCE // len(names), 1))
+        return torch.cat([self.logits(part, self.class_features(names, part)) for part in parts])
+
+    def kept_class_features(self, class_names: Sequence[str]) -> Tensor:
+        """Class features of a tuned model; the last few lists' are remembered while nothing of the model changes."""
+        if self.training:
+            return self.class_features(class_names)
+        state = [(t.data_ptr(), t._version) for t in self.state_dict(keep_vars=True).values()]
+        key = (tuple(class_names), self.template, self.text_chunk, *state)
+        if key not in self._kept:
+            if len(self._kept) == KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = self.class_features(class_names)
+        return self._kept[key]
+
+    def scale_and_bias(self) -> tuple[Tensor, Tensor]:
+        """What ``logits`` multiplies and adds: logits = scale · v · tᵀ + bias; the bias is a number, or [C]."""
+        return torch.tensor(self.backbone.logit_scale), torch.tensor(self.backbone.logit_bias)
 
     def encode_classes(self, class_names: Sequence[str], context: TextContext, bias: Tensor | None = None) -> Tensor:
         """Class features under a learned context; see :func:`vlprompt.prompting.text.encode_classes`."""
@@ -167,13 +216,48 @@ class Method(nn.Module):
             return encode_in_parts(tower, prompts, context.packed_parts(self.backbone, class_names, at_once), at_once)
         return encode_classes(tower, prompts, context.packed(self.backbone, class_names))
 
-    def logits(self, image_features: Tensor, class_features: Tensor) -> Tensor:
-        """[B, C] logits of normalised features."""
-        return self.backbone.logits(image_features, class_features)
+    # --- learning --------------------------------------------------------------------------------------
 
-    def scale_and_bias(self) -> tuple[Tensor, Tensor]:
-        """What ``logits`` multiplies and adds: logits = scale · v · tᵀ + bias; the bias is a number, or [C]."""
-        return torch.tensor(self.backbone.logit_scale), torch.tensor(self.backbone.logit_bias)
+    def fit_features(self, features: Tensor, labels: Tensor) -> None:
+        """Fit on frozen features [n, E] and labels [n] of the whole training images, before any gradient steps."""
+
+    def image_features(self, batch: Batch) -> Tensor:
+        """Normalised features of the batch's images with the method's visual prompts: [B, E]."""
+        if Can.USE_FROZEN_FEATURES in self.config.can and batch.frozen_image_features is not None:
+            return batch.frozen_image_features
+        assert batch.images is not None
+        return self.encode_images(batch.images)
+
+    def names_of(self, classes: Tensor | slice) -> tuple[str, ...]:
+        """The names of all classes, or of those given as indices [K]."""
+        if isinstance(classes, slice):
+            return self.class_names[classes]
+        return tuple(self.class_names[c] for c in classes.tolist())
+
+    def features_of(self, classes: Tensor | slice, image_features: Tensor | None = None) -> Tensor:
+        """Features of the classes that a batch compares, all or those given as indices; other texts are not encoded."""
+        return self.class_features(self.names_of(classes), image_features)
+
+    def forward(self, batch: Batch) -> Output:
+        """Features and logits of a training batch, among the classes that it compares."""
+        v = self.adapt(self.image_features(batch))
+        t = self.features_of(batch.compared, v if self.image_dependent else None)
+        return Output(v, t, self.logits(v, t))
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Named loss terms, already weighted; their sum is minimised."""
+        out = self(batch)
+        return {**self.supervision(out, batch), **self.regularisers(out, batch)}
+
+    def supervision(self, out: Output, batch: Batch) -> dict[str, Tensor]:
+        """What the labels say, or a teacher in their place: cross-entropy, or KDPL's two divergences."""
+        if batch.teacher_probabilities is not None:
+            return symmetric_kl(out.logits, batch.taught)
+        return {"ce": cross_entropy(out.logits, batch.labels)}
+
+    def regularisers(self, out: Output, batch: Batch) -> dict[str, Tensor]:
+        """The loss terms beside the supervision."""
+        return {}
 
     def objectives(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is differentiated, by name: the sum of the loss terms, unless the method steps along less than that."""
@@ -219,8 +303,10 @@ class Method(nn.Module):
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over the tensors of :meth:`training_state`."""
 
-    def fit_features(self, features: Tensor, labels: Tensor) -> None:
-        """Fit on frozen features [n, E] and labels [n], for methods without gradient steps."""
+    def take_template(self, template: str) -> None:
+        """Read class names in the template of another data set, unless prompts were learned with the old one."""
+        if not self.learns_prompts or next(self.parameters(), None) is None:
+            self.template = template
 
     @property
     def trains(self) -> bool:
@@ -246,23 +332,14 @@ def total(losses: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(list(losses.values())).sum()
 
 
-METHODS: dict[str, type[Method]] = {}
-M = TypeVar("M", bound=Method)
+def divergences(logits: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p ‖ q) and KL(q ‖ p) of each image, [B] each, between p [B, K] and the softmax q of logits [B, K]."""
+    log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()  # a probability may be too small for its dtype
+    log_q = logits.log_softmax(-1)
+    return (p * (log_p - log_q)).sum(-1), (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
-def register(name: str) -> Callable[[type[M]], type[M]]:
-    """Make a method known under ``name``."""
-
-    def add(cls: type[M]) -> type[M]:
-        cls.name = name
-        METHODS[name] = cls
-        return cls
-
-    return add
-
-
-def find_method(name: str) -> type[Method]:
-    """The method registered as ``name``; raises ConfigError with the nearest match."""
-    if name not in METHODS:
-        raise ConfigError(unknown("method", name, METHODS))
-    return METHODS[name]
+def symmetric_kl(logits: Tensor, p: Tensor) -> dict[str, Tensor]:
+    """Learning from a teacher (KDPL, Mistretta et al., ECCV 2024): both divergences from it, half of each."""
+    forward, reverse = divergences(logits, p)
+    return {"kl_forward": 0.5 * forward.mean(), "kl_reverse": 0.5 * reverse.mean()}

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from vlprompt.methods.base import Batch, Count, Method, MethodConfig, register
+from vlprompt.methods.base import LEARNS_TEXT, Can, Count, Method, MethodConfig
 from vlprompt.methods.coop import SGD
+from vlprompt.methods.registry import register
 from vlprompt.prompting.text import TextContext
 
 REDUCTION = 16  # the meta-net's hidden layer is the embedding's width over this
@@ -36,6 +36,11 @@ class CoCoOp(Method):
         init: str | None = "a photo of a"
         """Words that initialise the context instead of noise."""
 
+        @property
+        def can(self) -> Can:
+            """All but export: each image has class features of its own."""
+            return LEARNS_TEXT & ~Can.EXPORT_CLASSES
+
     def build(self) -> None:
         """Create context and meta-net."""
         self.context = TextContext(self.backbone, self.config.n_ctx, self.config.init)
@@ -47,9 +52,3 @@ class CoCoOp(Method):
         """[B, C, E], for ``image_features`` [B, E]."""
         assert image_features is not None
         return self.encode_classes(class_names, self.context, bias=self.meta_net(image_features))
-
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy."""
-        image_features = self.image_features(batch)
-        logits = self.logits(image_features, self.class_features(self.class_names, image_features))
-        return {"ce": cross_entropy(logits, batch.labels)}

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from vlprompt.methods.base import Batch, Count, Method, MethodConfig, register, small_backbone
+from vlprompt.methods.base import LEARNS_TEXT, Can, Count, Method, MethodConfig, small_backbone
+from vlprompt.methods.registry import register
 from vlprompt.prompting.text import TextContext
 
 SGD = {"optim.name": "sgd", "optim.lr": 0.002, "optim.warmup_epochs": 1}
@@ -52,6 +52,11 @@ class CoOp(Method):
         position: Literal["end", "middle", "front"] = "end"
         """Where the class name stands."""
 
+        @property
+        def can(self) -> Can:
+            """Everything."""
+            return LEARNS_TEXT
+
     def build(self) -> None:
         """Create the context."""
         c = self.config
@@ -66,8 +71,3 @@ class CoOp(Method):
     def class_features(self, class_names: Sequence[str], image_features: Tensor | None = None) -> Tensor:
         """[C, E], the same for every image."""
         return self.encode_classes(class_names, self.context)
-
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy."""
-        logits = self.logits(self.image_features(batch), self.class_features(self.class_names))
-        return {"ce": cross_entropy(logits, batch.labels)}

@@ -10,10 +10,12 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from vlprompt.methods.base import Batch, Count, register, small_backbone
+from vlprompt.data.batches import Batch
+from vlprompt.methods.base import Can, Count, Output, divergences, small_backbone
 from vlprompt.methods.coop import CoOp
-from vlprompt.methods.kdpl import Distilled, divergences
+from vlprompt.methods.kdpl import TAUGHT
 from vlprompt.methods.promptsrc import PromptSRC
+from vlprompt.methods.registry import register
 from vlprompt.prompting.text import TextContext
 
 EPS = 1e-6  # inside the logarithm of every entropy
@@ -45,7 +47,7 @@ def hinge(v: Tensor, d: Tensor, p: Tensor, w: Tensor) -> Tensor:
 
 
 @register("fdbpl_coop")
-class FDBPLCoOp(Distilled, CoOp):
+class FDBPLCoOp(CoOp):
     """CoOp with a positive and a negative context, taught by a larger frozen model's labels of image regions.
 
     With w, the informativeness of a region to the teacher: w-weighted ½·KL(teacher ‖ student) + ½·KL(student ‖
@@ -56,10 +58,11 @@ class FDBPLCoOp(Distilled, CoOp):
     """
 
     paper, year, learns = "Zhang et al., arXiv", 2025, "positive and negative text context"
+    needs = TAUGHT
     presets = {"mini": small_backbone(lr=0.02, epochs=4, min_scale=0.08, n_ctx=2)}
 
     @dataclass(frozen=True)
-    class Config(Distilled.Config, CoOp.Config):
+    class Config(CoOp.Config):
         """Settings of fdbpl_coop."""
 
         n_ctx: Count = 4
@@ -71,6 +74,11 @@ class FDBPLCoOp(Distilled, CoOp):
         pcd: Literal["off", "hinge"] = "off"
         """The cascade: none, as the official numbers have it, or our reconstruction."""
 
+        @property
+        def can(self) -> Can:
+            """As CoOp, but the cascade compares the images of a batch."""
+            return super().can if self.pcd == "off" else super().can & ~Can.SPLIT_BATCHES
+
     def build(self) -> None:
         """Create both contexts."""
         super().build()
@@ -79,15 +87,13 @@ class FDBPLCoOp(Distilled, CoOp):
         self.negative: TextContext | None = TextContext(
             self.backbone, c.n_ctx, c.init_negative, position=c.position, n_classes=n_classes
         )
-        self.couples_batch = self.couples_batch or c.pcd != "off"
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def supervision(self, out: Output, batch: Batch) -> dict[str, Tensor]:
         """The positive context like the teacher, the negative one undecided where the teacher is."""
         assert self.negative is not None
-        classes, p = self.taught(batch)
-        v, positive = self.image_features(batch), self.features_of(classes)
-        negative = self.encode_classes(self.names_of(classes), self.negative)
-        logits, against = self.logits(v, positive), self.logits(v, negative)
+        p, logits = batch.taught, out.logits
+        negative = self.encode_classes(self.names_of(batch.compared), self.negative)
+        against = self.logits(out.v, negative)
         w = informativeness(p)
         forward, reverse = divergences(logits, p)
         terms = {
@@ -97,7 +103,7 @@ class FDBPLCoOp(Distilled, CoOp):
             "cosine": SIMILARITY * (w * cosine_similarity(logits, against)).mean(),
         }
         if self.config.pcd == "hinge":
-            terms["pcd"] = CASCADE * hinge(v, positive - negative, p, w)
+            terms["pcd"] = CASCADE * hinge(out.v, out.t - negative, p, w)
         return terms
 
     def inference_state(self) -> dict[str, Tensor]:
@@ -111,7 +117,7 @@ class FDBPLCoOp(Distilled, CoOp):
 
 
 @register("fdbpl_promptsrc")
-class FDBPLPromptSRC(Distilled, PromptSRC):
+class FDBPLPromptSRC(PromptSRC):
     """PromptSRC taught by a larger frozen model's labels of image regions, weighted by how informative they are.
 
     Loss: mean w · (½·KL(teacher ‖ student) + ½·KL(student ‖ teacher)) in place of the cross-entropy, w over all
@@ -120,7 +126,7 @@ class FDBPLPromptSRC(Distilled, PromptSRC):
     """
 
     paper, year = "Zhang et al., arXiv", 2025
-    needs = Distilled.needs | PromptSRC.needs
+    needs = PromptSRC.needs | TAUGHT
     presets = {
         "cross-dataset": PromptSRC.presets["cross-dataset"],
         "mini": small_backbone(
@@ -134,19 +140,19 @@ class FDBPLPromptSRC(Distilled, PromptSRC):
             average_mean=6,
         ),
     }
-    couples_batch = True
 
     @dataclass(frozen=True)
-    class Config(Distilled.Config, PromptSRC.Config):
+    class Config(PromptSRC.Config):
         """Settings of fdbpl_promptsrc."""
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Both divergences from the teacher by the mean weight, and the three distances to frozen CLIP."""
+        @property
+        def can(self) -> Can:
+            """Not in parts: its weight is the batch's."""
+            return super().can & ~Can.SPLIT_BATCHES
+
+    def supervision(self, out: Output, batch: Batch) -> dict[str, Tensor]:
+        """Both divergences from the teacher by the mean weight."""
         assert batch.teacher_probabilities is not None
         w = informativeness(batch.teacher_probabilities).mean()
-        classes, p = self.taught(batch)
-        v, t = self.image_features(batch), self.features_of(classes)
-        logits = self.logits(v, t)
-        forward, reverse = divergences(logits, p)
-        terms = {"kl_forward": w * 0.5 * forward.mean(), "kl_reverse": w * 0.5 * reverse.mean()}
-        return {**terms, **self.consistency(batch, v, t, logits, classes)}
+        forward, reverse = divergences(out.logits, batch.taught)
+        return {"kl_forward": w * 0.5 * forward.mean(), "kl_reverse": w * 0.5 * reverse.mean()}

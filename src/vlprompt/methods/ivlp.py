@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.towers import Prompts
-from vlprompt.methods.base import Batch, Count, Method, MethodConfig, register
+from vlprompt.methods.base import LEARNS_PROMPTS, Can, Count, Method, MethodConfig
+from vlprompt.methods.registry import register
 from vlprompt.prompting.text import TextContext
 from vlprompt.prompting.visual import VisualPrompts
 
@@ -47,7 +47,6 @@ class IVLP(Method):
         "cross-dataset": {"method.depth_text": 3, "method.depth_vision": 3},
         "few-shot": {"train.epochs": 50},
     }
-    prompts_images = True
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
@@ -64,6 +63,11 @@ class IVLP(Method):
         init: str | None = "a photo of a"
         """Words that initialise the text tokens of the first layer."""
 
+        @property
+        def can(self) -> Can:
+            """What learned prompts allow."""
+            return LEARNS_PROMPTS
+
     def build(self) -> None:
         """Create the prompts of both towers."""
         c = self.config
@@ -77,8 +81,3 @@ class IVLP(Method):
     def class_features(self, class_names: Sequence[str], image_features: Tensor | None = None) -> Tensor:
         """[C, E], the same for every image."""
         return self.encode_classes(class_names, self.context)
-
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy."""
-        logits = self.logits(self.image_features(batch), self.class_features(self.class_names))
-        return {"ce": cross_entropy(logits, batch.labels)}

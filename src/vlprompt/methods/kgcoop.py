@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from vlprompt.methods.base import Batch, Count, Method, MethodConfig, Weight, register, small_backbone
+from vlprompt.data.batches import Batch
+from vlprompt.methods.base import LEARNS_TEXT, Can, Count, Method, MethodConfig, Output, Weight, small_backbone
 from vlprompt.methods.coop import SGD
+from vlprompt.methods.registry import register
 from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.prompting.text import TextContext
 
@@ -38,6 +39,11 @@ class KgCoOp(Method):
         w: Weight = 8.0
         """Weight of the distance to the frozen class features."""
 
+        @property
+        def can(self) -> Can:
+            """Everything."""
+            return LEARNS_TEXT
+
     def build(self) -> None:
         """Create the context."""
         self.context = TextContext(self.backbone, self.config.n_ctx, self.config.init)
@@ -46,10 +52,7 @@ class KgCoOp(Method):
         """[C, E], the same for every image."""
         return self.encode_classes(class_names, self.context)
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy and the distance to the frozen class features."""
-        t = self.class_features(self.class_names)
-        t0 = frozen_class_features(self.backbone, self.class_names, [self.template])
-        logits = self.logits(self.image_features(batch), t)
-        kg = 1 - (t * t0).sum(-1).mean()
-        return {"ce": cross_entropy(logits, batch.labels), "kg": self.config.w * kg}
+    def regularisers(self, out: Output, batch: Batch) -> dict[str, Tensor]:
+        """The distance to the frozen class features."""
+        t0 = frozen_class_features(self.backbone, self.class_names, [self.template])[batch.compared]
+        return {"kg": self.config.w * (1 - (out.t * t0).sum(-1).mean())}

@@ -12,7 +12,8 @@ from annotated_types import Gt
 from torch import Tensor
 
 from vlprompt.errors import DataError
-from vlprompt.methods.base import Method, MethodConfig, register
+from vlprompt.methods.base import Can, Method, MethodConfig
+from vlprompt.methods.registry import register
 
 GRID = (0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)  # inverse regularisation tried on normalised features
 FOLDS = 3
@@ -36,6 +37,11 @@ class LinearProbe(Method):
         """Inverse L2 strength; if not given, chosen by cross-validation on the training images."""
         max_iter: Annotated[int, Gt(0)] = 1000
         """Iterations of the solver (L-BFGS)."""
+
+        @property
+        def can(self) -> Can:
+            """There are no steps."""
+            return Can.USE_FROZEN_FEATURES | Can.EXPORT_CLASSES
 
     weight: Tensor
     bias: Tensor

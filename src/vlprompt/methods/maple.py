@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from vlprompt.backbones.towers import Prompts
-from vlprompt.methods.base import Batch, Count, Method, MethodConfig, register, small_backbone
+from vlprompt.methods.base import LEARNS_PROMPTS, Can, Count, Method, MethodConfig, small_backbone
 from vlprompt.methods.ivlp import deep_context
+from vlprompt.methods.registry import register
 from vlprompt.prompting.visual import CoupledPrompts
 
 
@@ -36,7 +36,6 @@ class MaPLe(Method):
         "cross-dataset": {"optim.lr": 0.0026, "train.epochs": 2, "method.depth": 3},
         "mini": small_backbone(lr=0.0035, epochs=8, min_scale=0.6, n_ctx=2, depth=12),
     }
-    prompts_images = True
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
@@ -48,6 +47,11 @@ class MaPLe(Method):
         """Layers with tokens of their own, in both towers."""
         init: str | None = "a photo of a"
         """Words that initialise the text tokens of the first layer."""
+
+        @property
+        def can(self) -> Can:
+            """What learned prompts allow."""
+            return LEARNS_PROMPTS
 
     def build(self) -> None:
         """Create text prompts and the maps to visual prompts."""
@@ -66,11 +70,6 @@ class MaPLe(Method):
     def class_features(self, class_names: Sequence[str], image_features: Tensor | None = None) -> Tensor:
         """[C, E], the same for every image."""
         return self.encode_classes(class_names, self.context)
-
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy."""
-        logits = self.logits(self.image_features(batch), self.class_features(self.class_names))
-        return {"ce": cross_entropy(logits, batch.labels)}
 
     def inference_state(self) -> dict[str, Tensor]:
         """Text prompts and the visual prompts they map to, [depth, M, D]."""

@@ -9,10 +9,11 @@ from typing import Annotated
 import torch
 from annotated_types import Gt
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from vlprompt.methods.base import Batch, Count, Method, MethodConfig, Weight, register
+from vlprompt.data.batches import Batch
+from vlprompt.methods.base import LEARNS_TEXT, Can, Count, Method, MethodConfig, Output, Weight, total
 from vlprompt.methods.coop import SGD
+from vlprompt.methods.registry import register
 from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.prompting.text import TextContext
 
@@ -45,6 +46,11 @@ class ProGrad(Method):
         temperature: Annotated[float, Gt(0)] = 1.0
         """Softens both predictions in the KL."""
 
+        @property
+        def can(self) -> Can:
+            """Everything: gradients are added up before one vetoes the other."""
+            return LEARNS_TEXT
+
     def build(self) -> None:
         """Create the context."""
         c = self.config
@@ -58,23 +64,21 @@ class ProGrad(Method):
         """[C, E], the same for every image."""
         return self.encode_classes(class_names, self.context)
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy, and the soft cross-entropy to the zero-shot prediction (which only vetoes)."""
-        v = self.image_features(batch)
-        logits = self.logits(v, self.class_features(self.class_names))
-        t0 = frozen_class_features(self.backbone, self.class_names, [self.template])
-        zero_shot = self.logits(v, t0) / self.config.temperature
-        kl = -(zero_shot.softmax(-1) * (logits / self.config.temperature).log_softmax(-1)).sum(-1).mean()
-        return {"ce": cross_entropy(logits, batch.labels), "kl": kl * self.config.temperature**2}
+    def regularisers(self, out: Output, batch: Batch) -> dict[str, Tensor]:
+        """The soft cross-entropy to the zero-shot prediction (which only vetoes)."""
+        t0 = frozen_class_features(self.backbone, self.class_names, [self.template])[batch.compared]
+        zero_shot = self.logits(out.v, t0) / self.config.temperature
+        kl = -(zero_shot.softmax(-1) * (out.logits / self.config.temperature).log_softmax(-1)).sum(-1).mean()
+        return {"kl": kl * self.config.temperature**2}
 
     def objectives(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Both terms, each with a gradient of its own."""
-        return {"kl": losses["kl"], "ce": losses["ce"]}
+        """The veto and the supervision, each with a gradient of its own."""
+        return {"kl": losses["kl"], "supervision": total({k: v for k, v in losses.items() if k != "kl"})}
 
     def combine(self, gradients: Mapping[str, Sequence[Tensor]]) -> list[Tensor]:
         """g_CE, without its component along g_KL where the two oppose each other, parameter by parameter."""
         combined = []
-        for ce, kl in zip(gradients["ce"], gradients["kl"], strict=True):
+        for ce, kl in zip(gradients["supervision"], gradients["kl"], strict=True):
             n = kl / kl.norm()
             along = (ce * n).sum()
             combined.append(ce - self.config.lambda_ * along * n if along < 0 else ce)

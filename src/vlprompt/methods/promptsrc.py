@@ -10,10 +10,12 @@ from typing import Annotated
 import torch
 from annotated_types import Gt
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import kl_div
 
-from vlprompt.methods.base import Batch, Weight, register, small_backbone
+from vlprompt.data.batches import Batch
+from vlprompt.methods.base import Output, Weight, small_backbone
 from vlprompt.methods.ivlp import IVLP
+from vlprompt.methods.registry import register
 from vlprompt.methods.templates import IMAGENET_TEMPLATES
 from vlprompt.methods.zero_shot import frozen_class_features
 
@@ -77,25 +79,17 @@ class PromptSRC(IVLP):
         super().build()
         self.average: dict[str, Tensor] = {}
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy and the three distances to frozen CLIP."""
-        v, t = self.image_features(batch), self.class_features(self.class_names)
-        logits = self.logits(v, t)
-        return {"ce": cross_entropy(logits, batch.labels), **self.consistency(batch, v, t, logits)}
-
-    def consistency(
-        self, batch: Batch, v: Tensor, t: Tensor, logits: Tensor, classes: Tensor | slice = slice(None)
-    ) -> dict[str, Tensor]:
-        """The three distances to frozen CLIP, where t [C, E] and logits [B, C] are those of ``classes``."""
+    def regularisers(self, out: Output, batch: Batch) -> dict[str, Tensor]:
+        """The three distances to frozen CLIP."""
         v0 = batch.frozen_image_features
         assert v0 is not None
-        t0 = frozen_class_features(self.backbone, self.class_names, IMAGENET_TEMPLATES, "raw")[classes]
+        t0 = frozen_class_features(self.backbone, self.class_names, IMAGENET_TEMPLATES, "raw")[batch.compared]
         logits0 = self.logits(v0, t0)
-        kl = kl_div(logits.log_softmax(-1), logits0.log_softmax(-1), reduction="sum", log_target=True)
+        kl = kl_div(out.logits.log_softmax(-1), logits0.log_softmax(-1), reduction="sum", log_target=True)
         return {
-            "text_l1": self.config.text_weight * (t - t0).abs().mean(),
-            "image_l1": self.config.image_weight * (v - v0).abs().mean(),
-            "logits_kl": kl / logits.numel(),
+            "text_l1": self.config.text_weight * (out.t - t0).abs().mean(),
+            "image_l1": self.config.image_weight * (out.v - v0).abs().mean(),
+            "logits_kl": kl / out.logits.numel(),
         }
 
     def training_state(self) -> dict[str, Tensor]:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from vlprompt.backbones.towers import Prompts
-from vlprompt.methods.base import Batch, Count, Method, MethodConfig, Template, register
+from vlprompt.methods.base import LEARNS_PROMPTS, Can, Count, Method, MethodConfig, Template
+from vlprompt.methods.registry import register
 from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.prompting.visual import VisualPrompts
 
@@ -30,7 +30,6 @@ class VPT(Method):
         "data.batch_size": 4,
         "train.epochs": 5,
     }
-    prompts_images = True
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
@@ -42,6 +41,11 @@ class VPT(Method):
         """Layers that get tokens of their own; all of the image tower's (12 in ViT-B) if not given."""
         template: Template = "a photo of a {}."
         """Text of the classes."""
+
+        @property
+        def can(self) -> Can:
+            """What learned prompts allow, but for texts: they are frozen, and encoded once."""
+            return LEARNS_PROMPTS & ~Can.SPLIT_TEXTS
 
     def build(self) -> None:
         """Create the visual prompts."""
@@ -56,7 +60,6 @@ class VPT(Method):
         """[C, E], frozen."""
         return frozen_class_features(self.backbone, class_names, [self.config.template])
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy."""
-        logits = self.logits(self.image_features(batch), self.class_features(self.class_names))
-        return {"ce": cross_entropy(logits, batch.labels)}
+    def features_of(self, classes: Tensor | slice, image_features: Tensor | None = None) -> Tensor:
+        """Those of all classes are computed once."""
+        return self.class_features(self.class_names)[classes]

@@ -9,7 +9,8 @@ from typing import Literal
 from torch import Tensor
 
 from vlprompt.backbones.backbone import Backbone, unit
-from vlprompt.methods.base import Method, MethodConfig, Template, register
+from vlprompt.methods.base import Can, Method, MethodConfig, Template
+from vlprompt.methods.registry import register
 from vlprompt.methods.templates import ENSEMBLES
 from vlprompt.prompting.text import check_known, fill
 
@@ -48,6 +49,11 @@ class ZeroShot(Method):
         """Text with {} for the class name; the data set's own if not given."""
         ensemble: Literal["none", "select", "imagenet"] = "none"
         """Average over the 7 templates selected for ImageNet, or over its first 60 (PromptSRC's list)."""
+
+        @property
+        def can(self) -> Can:
+            """There are no steps."""
+            return Can.USE_FROZEN_FEATURES | Can.EXPORT_CLASSES
 
         def unused(self) -> dict[str, str]:
             """A template beside an ensemble."""

@@ -13,11 +13,11 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-import vlprompt
 from vlprompt.data.known.table import Dataset, Source
 from vlprompt.errors import DataError
 from vlprompt.files import cannot_write
 from vlprompt.provision.unpack import unpack
+from vlprompt.version import __version__
 
 DOWNLOADS = ".vlprompt-downloads"
 """Below the root: what is on its way. An archive that was put here by hand is used instead of being fetched."""
@@ -103,7 +103,7 @@ def _fetch(url: str, file: Path, known: bool, progress: Progress) -> None:
     part = _part(file)
     tag = part.with_suffix(".tag")  # what the server called this version of the file
     came = part.stat().st_size if part.is_file() else 0
-    headers = {"User-Agent": f"vlprompt/{vlprompt.__version__}"}
+    headers = {"User-Agent": f"vlprompt/{__version__}"}
     if came and (tag.is_file() or known):
         headers["Range"] = f"bytes={came}-"
         if tag.is_file():

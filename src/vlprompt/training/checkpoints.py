@@ -6,6 +6,7 @@ One file, ``checkpoints/last.safetensors``, replaced as a whole: tensors, and th
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-import vlprompt
 from vlprompt.errors import ArtefactError, one_line
 from vlprompt.files import is_unfinished, write_atomically
 from vlprompt.training.loop import LossScale, Training
+from vlprompt.training.watchers import EpochLog, Watcher
+from vlprompt.version import __version__
 
 FORMAT_VERSION = 1
 
@@ -31,6 +33,8 @@ class History:
     """The lines of log.jsonl."""
     seconds: float = 0.0
     """Spent until the last checkpoint."""
+    earlier: float = 0.0
+    """Of these, before the run was last resumed."""
     best_epoch: int = 0
     """Epoch (from 1) with the best val accuracy; 0 while there is none."""
     best_accuracy: float = -1.0
@@ -41,6 +45,42 @@ class History:
     def kept(self) -> dict[str, Any] | None:
         """The row of the epoch whose prompts are kept: the best if it is selected, or the last."""
         return self.rows[(self.best_epoch or len(self.rows)) - 1] if self.rows else None
+
+
+class Keeper(Watcher):
+    """Keeps a run's folder while it trains: log.jsonl, the checkpoint, and the best epoch's prompts if they count.
+
+    Begins where the run's last checkpoint is. ``writes`` is true in the first of several processes.
+    """
+
+    def __init__(self, run: Path, training: Training, selects: bool, writes: bool) -> None:
+        self.run, self.training, self.selects, self.writes = run, training, selects, writes
+        self.history = load_checkpoint(run, training)
+        self.history.earlier, self.began = self.history.seconds, time.monotonic()
+
+    def start(self, training: Training) -> None:
+        """The log ends where the checkpoint does."""
+        self._write_log()
+
+    def epoch(self, log: EpochLog) -> None:
+        """A line in the log, and a checkpoint."""
+        history = self.history
+        history.rows.append(log.row())
+        if self.selects and log.val_accuracy is not None and log.val_accuracy > history.best_accuracy:
+            history.best_epoch, history.best_accuracy = log.epoch + 1, log.val_accuracy
+            history.best = {k: v.detach().clone() for k, v in self.training.method.state_dict().items()}
+        self._write_log()
+        self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        self.history.seconds = self.history.earlier + time.monotonic() - self.began
+        if self.writes:
+            save_checkpoint(self.run, self.training, self.history)
+
+    def _write_log(self) -> None:
+        if self.writes:
+            write_atomically(self.run / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.history.rows))
 
 
 def checkpoint_file(run: Path) -> Path:
@@ -61,7 +101,7 @@ def save_checkpoint(run: Path, training: Training, history: History) -> None:
     }
     numbers = {
         "format_version": FORMAT_VERSION,
-        "vlprompt_version": vlprompt.__version__,
+        "vlprompt_version": __version__,
         "backbone_fingerprint": training.method.backbone.fingerprint,
         "teacher_fingerprint": training.teacher and training.teacher.fingerprint,
         "views_fingerprint": training.views.fingerprint,
@@ -69,7 +109,7 @@ def save_checkpoint(run: Path, training: Training, history: History) -> None:
         "step": training.step,
         "sums": training.sums,
         "loss_scale": asdict(training.scale),
-        "history": {k: v for k, v in vars(history).items() if k != "best"},
+        "history": {k: v for k, v in vars(history).items() if k not in ("best", "earlier")},
     }
     write_atomically(checkpoint_file(run), save(tensors, {"checkpoint": json.dumps(numbers)}))
 

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlprompt.data.batches import evaluation_batches
 from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import repeated
-from vlprompt.data.views import evaluation_batches
-from vlprompt.methods import Method
+from vlprompt.methods import Can, Method
 
 BINS = 15
-TEXTS_AT_ONCE = 2000  # class texts encoded together where each image has its own (CoCoOp)
 
 
 class EvaluationImages:
@@ -25,23 +24,16 @@ class EvaluationImages:
     Labels are read where accuracy is measured only.
     """
 
-    def __init__(
-        self,
-        images: Sequence[ImageSource],
-        labels: Sequence[int] = (),
-        workers: int = 2,
-        reader: ImageReader | None = None,
-    ) -> None:
-        self.images, self.labels, self.workers, self.reader = images, torch.tensor(labels), workers, reader
+    def __init__(self, images: Sequence[ImageSource], labels: Sequence[int], reader: ImageReader) -> None:
+        self.images, self.labels, self.reader = images, torch.tensor(labels), reader
         self._frozen: dict[str, Tensor] = {}
 
-    def features(self, method: Method) -> Iterator[Tensor]:
-        """Normalised features with the method's visual prompts, [B, E] at a time."""
-        if method.prompts_images:
-            for images in self.views(method):
-                yield method.encode_images(images)
-            return
-        yield self.frozen(method)
+    def read_by(self, method: Method) -> Iterator[Tensor]:
+        """What the method's ``predict`` reads: views a batch at a time, or all frozen features at once."""
+        if Can.USE_FROZEN_FEATURES in method.config.can:
+            yield self.frozen(method)
+        else:
+            yield from self.views(method)
 
     def frozen(self, method: Method) -> Tensor:
         """Normalised features from the frozen image tower, [n, E]."""
@@ -52,19 +44,12 @@ class EvaluationImages:
 
     def views(self, method: Method) -> Iterator[Tensor]:
         """Evaluation views for the method's backbone, [B, 3, S, S] at a time."""
-        return evaluation_batches(self.images, method.backbone.preprocess, workers=self.workers, reader=self.reader)
+        return evaluation_batches(self.images, method.backbone.preprocess, self.reader)
 
 
-@torch.no_grad()
-def predict_logits(method: Method, features: Iterator[Tensor], class_names: Sequence[str]) -> Tensor:
-    """Logits of image features for any class names: [n, C], on the CPU."""
-    names = tuple(class_names)
-    if not method.image_dependent:
-        t = method.class_features(names)
-        return torch.cat([method.logits(v, t).cpu() for v in features])
-    step = max(TEXTS_AT_ONCE // len(names), 1)
-    parts = [part for v in features for part in v.split(step)]
-    return torch.cat([method.logits(v, method.class_features(names, v)).cpu() for v in parts])
+def predict_logits(method: Method, images: EvaluationImages, class_names: Sequence[str]) -> Tensor:
+    """The method's logits of images for any class names: [n, C], on the CPU."""
+    return torch.cat([method.predict(x, class_names).cpu() for x in images.read_by(method)])
 
 
 @dataclass(frozen=True)
@@ -95,8 +80,7 @@ class Evaluation:
 
 def evaluate(method: Method, images: EvaluationImages, class_names: Sequence[str]) -> Evaluation:
     """Evaluate on images labelled by index into ``class_names``, which need not be those trained on."""
-    logits, labels = predict_logits(method, images.features(method), class_names), images.labels
-    return score(logits, labels, class_names)
+    return score(predict_logits(method, images, class_names), images.labels, class_names)
 
 
 def score(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Evaluation:

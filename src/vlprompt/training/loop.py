@@ -4,62 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from itertools import repeat
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlprompt.bank.records import Bank
-from vlprompt.bank.use import bank_views
-from vlprompt.config.schema import DataConfig, OptimConfig, TrainConfig
+from vlprompt.bank.views import BankViews
+from vlprompt.config.schema import OptimConfig, TrainConfig, check_capabilities
 from vlprompt.config.teacher import Teacher
-from vlprompt.data.images import ImageSource
-from vlprompt.data.reading import ImageReader
-from vlprompt.data.views import BankViews, TrainingViews, Views
+from vlprompt.data.batches import Batch, TrainingViews
 from vlprompt.errors import ConfigError, VlpromptError
-from vlprompt.methods import Batch, Method
+from vlprompt.methods import Method
 from vlprompt.training.distributed import Processes
 from vlprompt.training.recorded import Gradients, Recorded, Terms
 from vlprompt.training.schedule import build_optimizer, learning_rate
-
-
-@dataclass(frozen=True)
-class EpochLog:
-    """What one epoch gave: the mean of each loss term, and the learning rate at its end."""
-
-    epoch: int
-    lr: float
-    losses: dict[str, float]
-
-
-def training_views(
-    method: Method,
-    images: Sequence[ImageSource],
-    labels: Sequence[int],
-    data: DataConfig,
-    seed: int,
-    reader: ImageReader,
-    teacher: Teacher | None = None,
-    bank: Bank | None = None,
-) -> TrainingViews | BankViews:
-    """The views that a method, and its teacher if it has one, are trained on: a region bank's, or else random ones."""
-    if bank:
-        return bank_views(bank, method, images, labels, data, seed, reader)
-    return TrainingViews(
-        images,
-        labels,
-        method.backbone.preprocess,
-        data.batch_size,
-        seed,
-        min_scale=data.min_scale,
-        reader=reader,
-        teacher=teacher.backbone.preprocess if teacher else None,
-        patch_size=method.patch_size,
-    )
+from vlprompt.training.watchers import EpochLog, Watcher
 
 
 @dataclass
@@ -97,9 +59,12 @@ class Training:
         config: TrainConfig,
         processes: Processes | None = None,
         teacher: Teacher | None = None,
+        classes_per_batch: int | None = None,
+        validate: Callable[[], float | None] = lambda: None,
     ) -> None:
         self.method, self.views, self.optim, self.config = method, views, optim, config
         self.processes, self.teacher = processes or Processes(), teacher
+        self.classes_per_batch, self.validate = classes_per_batch, validate
         self.optimizer = build_optimizer(method, optim)
         self.scaled = method.backbone.dtype == torch.float16
         self.scale = LossScale(2.0**16 if self.scaled else 1.0)
@@ -110,37 +75,43 @@ class Training:
         """Steps done in the epoch after them."""
         self.sums: dict[str, float] = {}
         """Sums of the loss terms over these steps."""
-        self._check_parts()
-        if config.text_chunk is not None and method.needs_all_texts:
-            raise ConfigError(f"train.text_chunk: method '{method.name}' encodes the texts of all classes at once")
+        check_capabilities(method.name, method.config.can, config, classes_per_batch, self.processes.size)
+        self._check_size()
         method.text_chunk = config.text_chunk
 
-    def run(
-        self,
-        after_step: Callable[[], None] = lambda: None,
-        after_epoch: Callable[[EpochLog], None] = lambda log: None,
-        asked_to_stop: Callable[[], bool] = lambda: False,
-    ) -> bool:
+    def run(self, watchers: Sequence[Watcher] = (), asked_to_stop: Callable[[], bool] = lambda: False) -> bool:
         """Train to the last epoch; False if asked to stop before (any process may be), after a whole step.
 
-        ``after_epoch`` sees the method as it would be saved then. Raises VlpromptError naming term (or parameter),
-        epoch and step if a loss (or gradient) is not finite.
+        ``watchers`` see the method as it would be saved then. Raises VlpromptError naming term (or parameter), epoch
+        and step if a loss (or gradient) is not finite.
         """
+        with ExitStack() as stack:
+            for watcher in watchers:
+                stack.callback(watcher.close)
+                watcher.start(self)
+            return self._run(watchers, asked_to_stop)
+
+    def _run(self, watchers: Sequence[Watcher], asked_to_stop: Callable[[], bool]) -> bool:
         self.method.train()
         shard = self.processes.rank, self.processes.size
         while self.epoch < self.config.epochs:
-            for views in self.views.epoch(self.epoch, self.step, shard):
+            for batch in self.views.epoch(self.epoch, self.step, shard):
                 self._set_rate()
-                stopping = self._step(views, asked_to_stop)
+                stopping = self._step(batch, asked_to_stop)
                 self.step += 1
-                after_step()
+                for watcher in watchers:
+                    watcher.step()
                 if stopping:
                     return False
             self.method.after_epoch(self.epoch, self.config.epochs)
             lr = learning_rate(self.epoch + 1 - 1 / len(self.views), self.config.epochs, self.optim)
-            log = EpochLog(self.epoch, lr, {term: value / len(self.views) for term, value in self.sums.items()})
+            losses = {term: value / len(self.views) for term, value in self.sums.items()}
+            self.method.eval()
+            log = EpochLog(self.epoch, lr, losses, self.validate())
+            self.method.train()
             self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
-            after_epoch(log)
+            for watcher in watchers:
+                watcher.epoch(log)
         self.method.eval()
         return True
 
@@ -149,12 +120,11 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["share"]
 
-    def _step(self, views: Views, asked_to_stop: Callable[[], bool]) -> bool:
+    def _step(self, batch: Batch, asked_to_stop: Callable[[], bool]) -> bool:
         """One optimiser step on this process's share of a batch; whether any process was asked to stop."""
         parts, device = self.config.accumulate, self.method.backbone.device
         seed = np.random.SeedSequence([self.views.seed, self.epoch, self.step, self.processes.rank])
-        split = [repeat(None, parts) if tensor is None else tensor.to(device).tensor_split(parts) for tensor in views]
-        of_parts = [Views._make(part) for part in zip(*split, strict=True)]
+        of_parts = batch.map(lambda t: t.to(device)).parts(parts)
         if self.recorded:
             for part in of_parts:
                 self.recorded.prepare(part)
@@ -177,7 +147,7 @@ class Training:
         self._apply(gradients)
         return bool(stopping)
 
-    def _compute(self, views: Views) -> tuple[Terms, Gradients]:
+    def _compute(self, views: Batch) -> tuple[Terms, Gradients]:
         """The loss terms of a part of a batch, weighted by its share of it, and their gradients (scaled in fp16)."""
         backbone = self.method.backbone
         # On a CPU, in bf16, the fused kernel's backward pass takes twice as long as that of plain products.
@@ -195,21 +165,20 @@ class Training:
             raise ConfigError(f"train.graphs needs a GPU (train.device = {self.config.device})")
         if self.scaled:
             raise ConfigError("train.graphs records no fp16 steps, whose loss scale changes (allowed: fp32, bf16)")
-        if self.method.changes_texts:
-            raise ConfigError(f"train.graphs: method '{self.method.name}' compares other classes in every step")
         return Recorded(self._compute)
 
-    def _batch(self, views: Views) -> Batch:
-        """What the method needs about a batch's views: what did not come with them is computed."""
+    def _batch(self, views: Batch) -> Batch:
+        """The views with what the method needs about them: what did not come with them is computed."""
         needs, backbone, images = self.method.needs, self.method.backbone, views.images
         frozen, taught = views.frozen_image_features, views.teacher_probabilities
         if frozen is not None:
             frozen = frozen.to(torch.promote_types(backbone.dtype, frozen.dtype))
         elif "frozen_image_features" in needs and images is not None:
             frozen = backbone.encode_images(images)
-        if "teacher_probabilities" in needs and self.teacher and images is not None:
+        if self.teacher and taught is None and images is not None:
             taught = self.teacher.probabilities(images if views.teacher_images is None else views.teacher_images)
-        return Batch(images, views.labels, frozen, taught, views.second_view)
+        batch = replace(views, frozen_image_features=frozen, teacher_probabilities=taught)
+        return batch.comparing(self.classes_per_batch)
 
     def _log(self, losses: dict[str, float]) -> None:
         for term, value in losses.items():
@@ -242,13 +211,9 @@ class Training:
     def _where(self) -> str:
         return f"epoch {self.epoch + 1}, step {self.step + 1}"
 
-    def _check_parts(self) -> None:
-        """Every part of a batch must hold an image, and the loss must be a mean over images."""
+    def _check_size(self) -> None:
+        """Every part of a batch must hold an image."""
         size, parts = self.processes.size, self.config.accumulate
-        if size * parts == 1:
-            return
-        how = " and ".join([f"{size} processes"] * (size > 1) + [f"train.accumulate = {parts}"] * (parts > 1))
-        if self.method.couples_batch:
-            raise ConfigError(f"method '{self.method.name}' compares the images of a batch: it does not allow {how}")
         if self.views.images_per_batch < size * parts:
-            raise ConfigError(f"a batch of {self.views.images_per_batch} images is too small for {how}")
+            how = [f"{size} processes"] * (size > 1) + [f"train.accumulate = {parts}"] * (parts > 1)
+            raise ConfigError(f"a batch of {self.views.images_per_batch} images is too small for {' and '.join(how)}")

@@ -8,16 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlprompt.data.views import Views
+from vlprompt.data.batches import Batch
 
 Terms = dict[str, Tensor]
 Gradients = dict[str, list[Tensor]]
-Compute = Callable[[Views], tuple[Terms, Gradients]]
+Compute = Callable[[Batch], tuple[Terms, Gradients]]
 """What a batch, or a part of one, gives: the loss terms, and the gradients of each objective."""
 
 
 class _Recording(NamedTuple):
-    inputs: Views
+    inputs: Batch
     graph: torch.cuda.CUDAGraph
     terms: Terms
     gradients: Gradients
@@ -34,15 +34,15 @@ class Recorded:
         self.compute = compute
         self._recordings: dict[tuple, _Recording] = {}
 
-    def prepare(self, views: Views) -> None:
-        """Record what views of this shape need, unless that is done; draws random numbers."""
-        if (key := _key(views)) in self._recordings:
+    def prepare(self, batch: Batch) -> None:
+        """Record what a batch of this shape needs, unless that is done; draws random numbers."""
+        if (key := _key(batch)) in self._recordings:
             return
-        with torch.cuda.device(views.labels.device):  # streams and graphs are the current GPU's, which may be another
-            self._recordings[key] = self._record(views)
+        with torch.cuda.device(batch.labels.device):  # streams and graphs are the current GPU's, which may be another
+            self._recordings[key] = self._record(batch)
 
-    def _record(self, views: Views) -> _Recording:
-        inputs = Views._make(None if t is None else t.clone() for t in views)
+    def _record(self, batch: Batch) -> _Recording:
+        inputs = batch.map(torch.clone)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # what is made once only, such as frozen class features, is made here
@@ -54,12 +54,12 @@ class Recorded:
             terms, gradients = self.compute(inputs)
         return _Recording(inputs, graph, terms, gradients)
 
-    def __call__(self, views: Views) -> tuple[Terms, Gradients]:
-        """What ``compute`` would give, for views of a shape that is prepared."""
-        inputs, graph, terms, gradients = self._recordings[_key(views)]
-        for there, new in zip(inputs, views, strict=True):
-            if there is not None and new is not None:
-                there.copy_(new)
+    def __call__(self, batch: Batch) -> tuple[Terms, Gradients]:
+        """What ``compute`` would give, for a batch of a shape that is prepared."""
+        inputs, graph, terms, gradients = self._recordings[_key(batch)]
+        new = batch.tensors()
+        for name, there in inputs.tensors().items():
+            there.copy_(new[name])
         graph.replay()  # its outputs are overwritten by the next replay
         return (
             {term: value.clone() for term, value in terms.items()},
@@ -67,5 +67,5 @@ class Recorded:
         )
 
 
-def _key(views: Views) -> tuple:
-    return tuple(None if t is None else (t.shape, t.dtype) for t in views)
+def _key(batch: Batch) -> tuple:
+    return tuple((name, t.shape, t.dtype) for name, t in batch.tensors().items())

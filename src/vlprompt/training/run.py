@@ -9,7 +9,7 @@ import shlex
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,26 +18,27 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-import vlprompt
 from vlprompt.artefact.artefact import save_artefact
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.names import public_name
-from vlprompt.bank.records import Bank
-from vlprompt.bank.use import cannot_use_bank, find_bank, read_by, regions_used
+from vlprompt.bank.use import read_by, regions_used
 from vlprompt.config.images import choose_images
 from vlprompt.config.schema import RunConfig, build_config, read_config
-from vlprompt.config.teacher import Teacher, find_teacher
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split, read_split, write_split
 from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError
 from vlprompt.files import cannot_write, held, write_atomically
-from vlprompt.methods import Method, MethodConfig, find_method
-from vlprompt.training.checkpoints import History, checkpoint_file, remove_unfinished
+from vlprompt.methods import Method, MethodConfig
+from vlprompt.training.checkpoints import History, Keeper, checkpoint_file, remove_unfinished
 from vlprompt.training.distributed import Processes, join_processes
 from vlprompt.training.evaluate import EvaluationImages, evaluate
-from vlprompt.training.session import Progress, Session, Silent
+from vlprompt.training.interrupt import deferred_interrupt
+from vlprompt.training.loop import Training
+from vlprompt.training.prepare import Sources, build, find_sources, fits_features, prepare
+from vlprompt.training.watchers import Watcher, find_service
+from vlprompt.version import __version__
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Result:
 def train(
     config: RunConfig,
     out: Path,
-    progress: Progress | None = None,
+    watchers: Sequence[Watcher] = (),
     say: Callable[[str], None] = lambda text: None,
     *,
     resume: bool = False,
@@ -81,52 +82,68 @@ def train(
     began = time.monotonic()
     with join_processes(config.train.device) as processes, ImageReader(config.data.workers, decode=decode) as reader:
         if not processes.first:
-            progress, say = None, lambda text: None
+            watchers, say = (), lambda text: None
         with processes.first_alone():
             dataset = load_dataset(config.data.name, config.data.root, config.data.split_file)
             split, skipped = choose_images(config, dataset, reader, say)
             backbone = load_backbone(config.backbone, processes.device, config.train.precision)
-            teacher = find_teacher(config, split.class_names, dataset.template, backbone)
-            bank = find_bank(config, split.class_names)
-        labels = bank.settings.teacher if bank and "teacher_probabilities" in find_method(config.method).needs else None
-        method = _build(config, backbone, split, (teacher or labels or split).class_names, dataset.template)
-        session = (
-            Session(config, out, method, split, processes, reader, progress or Silent(), teacher, bank)
-            if method.trains
-            else None
+            sources = find_sources(config, split.class_names, dataset.template, backbone)
+        method = build(config, sources, backbone, dataset.template, split.class_names)
+        images, val = (images_of(split.paths(part), split.labels(part), reader=reader) for part in ("train", "val"))
+
+        def val_accuracy() -> float | None:
+            return evaluate(method, val, split.class_names).accuracy if split.val else None
+
+        paths, labels = split.paths("train"), split.labels("train")
+        training = prepare(
+            config, sources, method, paths, labels, config.seed, reader, processes=processes, validate=val_accuracy
         )
-        if bank and not session:
-            raise cannot_use_bank(method)
+        if config.train.select == "val" and not split.val:
+            raise ConfigError("train.select = val: there are no val images to select on")
+        services = [find_service(s, out, config.to_dict()) for s in [config.train.report_to] if s and processes.first]
         if resume:
             _check_images(out, split)
         processes.wait()  # all have seen that the folder can be used
         with _run_folder(out, resume, processes):
-            say(_opening(config, dataset, split, method, processes, teacher, bank))
-            for note in [*_unused(config.settings), *(_only_warm_up(config) if session else [])]:
+            say(_opening(config, dataset, split, method, processes, sources))
+            for note in [*_unused(config.settings), *(_only_warm_up(config) if training else [])]:
                 say(note)
             if processes.first:
-                _describe(out, config, split, environment(backbone, teacher, bank), resume)
-            history, images = History(), images_of(split.paths("train"), split.labels("train"), reader=reader)
-            if session:
-                history = session.train(say)
-            else:
+                _describe(out, config, split, environment(backbone, sources), resume)
+            if fits_features(method):
                 method.fit_features(images.frozen(method), images.labels)
-                method.eval()
-                if processes.first:
-                    write_atomically(out / "log.jsonl", "")
+            history = _steps(config, out, training, [*services, *watchers], say) if training else History()
+            if not training and processes.first:
+                write_atomically(out / "log.jsonl", "")
+            method.eval()
+            kept = history.kept["val_accuracy"] if history.kept else val_accuracy()
             train_accuracy = evaluate(method, images, split.class_names).accuracy
-            val_accuracy = history.kept["val_accuracy"] if history.kept else None
-            if not history.kept and split.val:
-                val = images_of(split.paths("val"), split.labels("val"), reader=reader)
-                val_accuracy = evaluate(method, val, split.class_names).accuracy
             trainable = sum(p.numel() for p in method.learned())
-            seconds = time.monotonic() - began + (session.earlier if session else 0.0)
-            epochs, taught_by = len(history.rows), config.teacher.backbone or (labels.name if labels else None)
-            result = Result(str(out), epochs, train_accuracy, val_accuracy, trainable, seconds, skipped, taught_by)
+            seconds = time.monotonic() - began + history.earlier
+            taught_by = config.teacher.backbone or sources.taught_by if config.taught else None
+            result = Result(str(out), len(history.rows), train_accuracy, kept, trainable, seconds, skipped, taught_by)
             if processes.first:
                 write_atomically(out / "metrics.json", json.dumps(vars(result), indent=2))
                 save_artefact(method, out, about(config, dataset, result, history))
     return method.requires_grad_(False), result
+
+
+def _steps(
+    config: RunConfig, out: Path, training: Training, watchers: Sequence[Watcher], say: Callable[[str], None]
+) -> History:
+    """Train from the run's last checkpoint, or from the start, to the end; Ctrl-C saves and is raised then."""
+    keeper = Keeper(out, training, config.train.select == "val", training.processes.first)
+    if training.epoch or training.step:
+        say(f"resumed after epoch {training.epoch}" + f" and {training.step} steps" * (training.step > 0))
+    with deferred_interrupt(insist=training.processes.size == 1) as asked:
+        if not training.run([keeper, *watchers], asked):
+            keeper.save()
+            raise KeyboardInterrupt
+    if asked():  # during the last validation
+        raise KeyboardInterrupt
+    if keeper.selects:
+        training.method.load_state_dict(keeper.history.best)
+    return keeper.history
 
 
 def saved_config(run: Path) -> RunConfig:
@@ -140,23 +157,13 @@ def saved_config(run: Path) -> RunConfig:
     return build_config(values["method.name"], file=values)
 
 
-def _build(config: RunConfig, backbone: Backbone, split: Split, class_names: tuple[str, ...], template: str) -> Method:
-    """The configured method, untrained; ``class_names`` are what it learns about: the split's, or a teacher's own."""
-    torch.manual_seed(config.seed)
-    method = find_method(config.method)(backbone, class_names, config.settings, template)
-    if class_names != split.class_names and not method.takes_new_classes:
-        raise ConfigError("teacher.class_names_file: with class_specific the classes are the data set's own")
-    return method.to(backbone.device)
-
-
 def _opening(
     config: RunConfig,
     dataset: LoadedDataset,
     split: Split,
     method: Method,
     processes: Processes,
-    teacher: Teacher | None,
-    bank: Bank | None,
+    sources: Sources,
 ) -> str:
     """What is trained, in a few lines: teacher or bank, and the learned parameters by shape, like ones together."""
     together = f" in {processes.size} processes" if processes.size > 1 else ""
@@ -164,14 +171,14 @@ def _opening(
     like = Counter((re.sub(r"\d+", "*", n), tuple(p.shape)) for n, p in method.named_parameters() if p.requires_grad)
     shapes = (f"{f'{n} × ' if n > 1 else ''}{name} {list(shape)}" for (name, shape), n in like.items())
     lines = [
-        f"{config.method} on {method.backbone.name}{together}: {len(split.class_names)} classes of {dataset.name}, "
+        f"{method.name} on {method.backbone.name}{together}: {len(split.class_names)} classes of {dataset.name}, "
         f"{len(split.train)} training images",
         f"{total:,} learned parameters" + (f": {', '.join(shapes)}" if total else ""),
     ]
-    if teacher:
+    if teacher := sources.teacher:
         lines.insert(1, f"taught by {teacher.backbone.name}: {len(teacher.class_names)} classes, '{teacher.template}'")
-    if bank:
-        (labels, features), t = read_by(method, bank), bank.settings.teacher
+    if bank := sources.bank:
+        (labels, features), t = read_by(config, bank), bank.settings.teacher
         used, there = regions_used(config.data, bank), bank.settings.regions
         what = [f"{f'{used} of ' if used < there else ''}{there} regions of each image"]
         what += [f"labelled by {t.name} with '{t.template}' and logit scale {t.logit_scale:g}"] if labels and t else []
@@ -251,11 +258,12 @@ def _run_folder(out: Path, resume: bool, processes: Processes) -> Iterator[None]
         lock.close()
 
 
-def environment(backbone: Backbone, teacher: Teacher | None = None, bank: Bank | None = None) -> dict[str, Any]:
+def environment(backbone: Backbone, sources: Sources | None = None) -> dict[str, Any]:
     """What a run's result may depend on besides its configuration."""
+    teacher, bank = (sources.teacher, sources.bank) if sources else (None, None)
     gpu = backbone.device.type == "cuda"
     return {
-        "vlprompt": vlprompt.__version__,
+        "vlprompt": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),

@@ -12,10 +12,7 @@ from vlprompt.bench.protocols import PROTOCOLS
 from vlprompt.bench.results import Row
 from vlprompt.bench.runs import GROUPS
 from vlprompt.errors import ConfigError, DataError, first_few, unknown
-from vlprompt.methods import METHODS
 from vlprompt.training.evaluate import harmonic_mean
-
-DAGGER = "†"
 
 
 @dataclass(frozen=True)
@@ -28,14 +25,12 @@ class Table:
     best: tuple[float | None, ...]
     """The highest mean of each column; None where there is nothing to compare."""
     note: str = ""
-    marked: frozenset[str] = frozenset()
-    """Rows of transductive methods."""
     data: tuple[str, ...] = ()
     """The data sets that were trained on."""
 
     def label(self, name: str) -> str:
         """A row's name as it is printed."""
-        return name + DAGGER if name in self.marked else name
+        return name
 
 
 @dataclass(frozen=True)
@@ -235,10 +230,8 @@ def _table(study: Study, title: str, data: Sequence[str], columns: Columns, refe
     head += [f"{head[-1]} − {reference}"] if compared else []
     best += [None] * (len(head) + 1 - len(best))
     gone = [name for name, row in cells.items() if any(str(cell) == MISSING for cell in row)]
-    marked = frozenset(r.name for r in study.rows if r.method in METHODS and METHODS[r.method].transductive)
     notes = [f"Missing runs: {first_few(gone)}."] if gone else []
-    notes += [f"{DAGGER} transductive: it learns from the unlabelled test images."] if marked else []
-    return Table(title, (*head, "train, s"), tuple(lines), tuple(best), " ".join(notes), marked, tuple(data))
+    return Table(title, (*head, "train, s"), tuple(lines), tuple(best), " ".join(notes), tuple(data))
 
 
 def _highest(cells: Iterable[Cell]) -> float | None:

@@ -9,13 +9,13 @@ from typing import Annotated, Literal
 import torch
 from annotated_types import Gt, Le
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from vlprompt.backbones.backbone import unit
 from vlprompt.backbones.towers import ImageTower, Prompts, TextTower
-from vlprompt.methods.base import Batch, Method, Template, Weight, register, small_backbone
+from vlprompt.methods.base import LEARNS_PROMPTS, LEARNS_TEXT, Can, Method, Template, Weight, small_backbone
 from vlprompt.methods.dpl.decoupled import SentencePrompts, SubProcesses, image_attention, text_attention
 from vlprompt.methods.ivlp import IVLP, deep_context
+from vlprompt.methods.registry import register
 from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.prompting.text import TextContext, encode_classes
 from vlprompt.prompting.visual import VisualPrompts
@@ -35,7 +35,6 @@ class DPL(Method):
     paper, year = "Xu et al., arXiv", 2023
     learns = "deep text and visual prompts under decoupled attention"
     parity = "reconstructed"
-    needs_all_texts = True
     settings = IVLP.settings
     presets = {
         "textual": {"method.branches": "textual", "optim.lr": 0.002},
@@ -73,6 +72,11 @@ class DPL(Method):
         scale_prompts: Annotated[float, Gt(0)] = 2.0
         """Factor of the prompt→instance odds, if scaled."""
 
+        @property
+        def can(self) -> Can:
+            """Its attention reads all texts at once; images are frozen where it prompts texts alone."""
+            return (LEARNS_TEXT if self.branches == "textual" else LEARNS_PROMPTS) & ~Can.SPLIT_TEXTS
+
         def unused(self) -> dict[str, str]:
             """Settings of a branch that is off, scales of weights that are not scaled, the constant where it is none, a
             sentence that is not there."""
@@ -97,8 +101,7 @@ class DPL(Method):
         if c.branches != "visual":
             self.context = self._context()
             self.log_odds_text = self._log_odds(b.text_tower)
-        self.prompts_images = c.branches != "textual"
-        if self.prompts_images:
+        if c.branches != "textual":
             self.visual = VisualPrompts(b, c.n_ctx_vision, c.depth_vision, c.carry)
             self.log_odds_vision = self._log_odds(b.image_tower)
 
@@ -123,7 +126,7 @@ class DPL(Method):
 
     def visual_prompts(self) -> Prompts | None:
         """The learned tokens of the image tower, if it has any."""
-        return self.visual.prompts() if self.prompts_images else None
+        return None if self.config.branches == "textual" else self.visual.prompts()
 
     def encode_images(self, images: Tensor) -> Tensor:
         """[B, E]"""
@@ -141,8 +144,3 @@ class DPL(Method):
         packed = self.context.packed(self.backbone, class_names, share=False)
         attention = text_attention(tower, packed, self._sub_processes(c.scale_text), self.log_odds_text)
         return encode_classes(tower, self.context.prompts(), packed, attention=attention)
-
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy."""
-        logits = self.logits(self.image_features(batch), self.class_features(self.class_names))
-        return {"ce": cross_entropy(logits, batch.labels)}

@@ -16,11 +16,13 @@ from torch.nn.functional import cross_entropy, kl_div
 from vlprompt.backbones.backbone import unit
 from vlprompt.backbones.packing import Attention, packed_attention
 from vlprompt.backbones.towers import AfterBlock, plain_attention
+from vlprompt.data.batches import Batch
 from vlprompt.errors import ConfigError
-from vlprompt.methods.base import Batch, Count, Weight, register, small_backbone
+from vlprompt.methods.base import LEARNS_PROMPTS, Can, Count, Output, Weight, small_backbone
 from vlprompt.methods.drople.dropout import SharedTokens, drop, importance, look, scores
 from vlprompt.methods.drople.lora import VisualLoRA
 from vlprompt.methods.ivlp import IVLP, deep_context
+from vlprompt.methods.registry import register
 from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.prompting.attention import packed_with_maps, with_maps
 from vlprompt.prompting.visual import VisualPrompts
@@ -54,7 +56,6 @@ class DroPLe(IVLP):
 
     paper, year, learns = "arXiv 2512.07234, AAAI", 2026, "deep text and visual prompts under token dropout"
     needs = frozenset({"frozen_image_features", "second_view"})
-    needs_all_texts = True
     settings = {
         "optim.name": "adamw",
         "optim.lr": 2e-4,
@@ -119,6 +120,11 @@ class DroPLe(IVLP):
         """Strength of the adapters, which are multiplied by lora_alpha / lora_rank."""
         lora_dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
         """Share of the adapters' input channels that a training step leaves out."""
+
+        @property
+        def can(self) -> Can:
+            """Dropout reads all texts at once."""
+            return LEARNS_PROMPTS & ~Can.SPLIT_TEXTS
 
         def unused(self) -> dict[str, str]:
             """Settings of a dropout, a noise, residual entropies or adapters that there are not."""
@@ -191,17 +197,26 @@ class DroPLe(IVLP):
 
     # --- training -----------------------------------------------------------------------------------
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """The terms of :func:`objective`, under dropout in training mode."""
-        v0, t0 = batch.frozen_image_features, frozen_class_features(self.backbone, self.class_names, [self.template])
-        assert v0 is not None
+    def forward(self, batch: Batch) -> Output:
+        """Features and logits under dropout in training mode; ``extra`` is what the shared tokens see."""
         assert batch.second_view is not None
         with torch.no_grad():  # in place: beyond its ends a clamp has no gradient, and would never come back
             self.logit_scale.clamp_(0, LOG_SCALE_MAX)
         v, seen_of_images = self._images(batch.second_view)
-        t, seen_of_texts = self._texts(batch.labels)
-        seen = list(zip(seen_of_images, seen_of_texts, strict=True))
-        return objective(v, t, v0, t0, self.scale(), batch.labels, seen, self.lam, self.config)
+        t, seen_of_texts = self._texts(self.names_of(batch.compared), batch.targets)
+        return Output(v, t, self.scale() * v @ t.T, list(zip(seen_of_images, seen_of_texts, strict=True)))
+
+    def supervision(self, out: Output, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy with smoothed labels, or a teacher's in their place."""
+        if batch.teacher_probabilities is not None:
+            return super().supervision(out, batch)
+        return {"ce": cross_entropy(out.logits, batch.labels, label_smoothing=self.config.label_smoothing)}
+
+    def regularisers(self, out: Output, batch: Batch) -> dict[str, Tensor]:
+        """The terms of :func:`regularisers`."""
+        v0, t0 = batch.frozen_image_features, frozen_class_features(self.backbone, self.class_names, [self.template])
+        assert v0 is not None
+        return regularisers(out, v0, t0[batch.compared], self.scale(), self.lam, self.config)
 
     def _images(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Image features [B, E], and what the shared tokens see in each aligned block, [B, R, width]."""
@@ -226,11 +241,11 @@ class DroPLe(IVLP):
         attentions = [recording if i < mapped else plain for i in range(self.backbone.image_tower.config.layers)]
         return self._image_tower(images, attentions, after_block, self.training), seen
 
-    def _texts(self, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _texts(self, class_names: Sequence[str], labels: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Class features [C, E], and what the shared tokens see of the labels' texts in each aligned block."""
         assert self.shared is not None
         tower, shared = self.backbone.text_tower, self.shared
-        text = self.context.packed(self.backbone, self.class_names, share=False)
+        text = self.context.packed(self.backbone, class_names, share=False)
         keys, maps, seen = shared.keys(shared.text), list[Tensor](), list[Tensor]()
         rows_of_labels, mask = text.rows(labels)
 
@@ -340,28 +355,19 @@ class DroPLe(IVLP):
         return blocks
 
 
-def objective(
-    v: Tensor,
-    t: Tensor,
-    v0: Tensor,
-    t0: Tensor,
-    scale: Tensor,
-    labels: Tensor,
-    seen: Sequence[tuple[Tensor, Tensor]],
-    lam: Tensor,
-    c: DroPLe.Config,
+def regularisers(
+    out: Output, v0: Tensor, t0: Tensor, scale: Tensor, lam: Tensor, c: DroPLe.Config
 ) -> dict[str, Tensor]:
-    """The loss terms of normalised features, learned v [B, E] and t [C, E], frozen v0 and t0.
+    """The loss terms beside the cross-entropy, of learned features and of frozen v0 [B, E] and t0 [C, E].
 
-    ``seen`` holds what the shared tokens see of the images and of their labels' texts, [B, R, width] each, layer by
-    layer. All terms are weighted; the residual entropies are maximised, so theirs is negative.
+    ``out.extra`` holds what the shared tokens see of the images and of their labels' texts, [B, R, width] each, layer
+    by layer. All terms are weighted; the residual entropies are maximised, so theirs is negative.
     """
-    logits, logits0 = scale * v @ t.T, scale * v0 @ t0.T
+    v, t, logits, logits0 = out.v, out.t, out.logits, scale * v0 @ t0.T
     kl = kl_div(logits.log_softmax(-1), logits0.log_softmax(-1), reduction="sum", log_target=True)
     h_v, h_t = entropy(scale * residual(v, v0, lam) @ t0.T), entropy(scale * v0 @ residual(t, t0, lam).T)
-    apart = [0.5 * (1 - cosine(of_image, of_text)).mean() for of_image, of_text in seen]
+    apart = [0.5 * (1 - cosine(of_image, of_text)).mean() for of_image, of_text in out.extra]
     return {
-        "ce": cross_entropy(logits, labels, label_smoothing=c.label_smoothing),
         "text_consistency": c.text_weight * (t - t0).abs().mean(),
         "image_consistency": c.image_weight * (v - v0).abs().mean(),
         "distillation": c.distillation_weight * kl / logits.numel(),

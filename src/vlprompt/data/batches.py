@@ -1,0 +1,170 @@
+"""Batches of views: random regions for training, whole images for evaluation, made ahead by threads.
+
+Every view depends on (seed, epoch, image) alone, not on the number of threads or on what ran before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL.Image import Image
+from torch import Tensor
+
+from vlprompt.data.augment import augment_patches
+from vlprompt.data.images import ImageSource, Preprocess, Region, random_regions
+from vlprompt.data.reading import ImageReader
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's images, labels, and what comes with them; what does not is None.
+
+    The loop adds what the method needs and the data did not bring.
+    """
+
+    images: Tensor | None
+    """[B, 3, S, S] preprocessed; left out where frozen features are all that is read of them."""
+    labels: Tensor
+    """[B]"""
+    frozen_image_features: Tensor | None = None
+    """Normalised features of the same views from the frozen image tower, [B, E]."""
+    teacher_probabilities: Tensor | None = None
+    """What a teacher takes the same views for, [B, C] in fp32 at least; each row sums to 1. In place of labels."""
+    second_view: Tensor | None = None
+    """The same views, each of their patches changed by a RandAugment of its own, [B, 3, S, S]."""
+    teacher_images: Tensor | None = None
+    """The same views as the teacher reads them, if it reads others."""
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """Whatever else a method needs of each image, by name: [B, …]."""
+    classes: Tensor | None = None
+    """Of a teacher's classes those that are compared, as indices [K]; all if not given."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with each of its tensors changed."""
+        own = {f.name: change(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **own, extra={name: change(value) for name, value in self.extra.items()})
+
+    def parts(self, n: int) -> list[Batch]:
+        """Nearly equal pieces, in order; some are empty if there are fewer images. Before classes are chosen."""
+        assert self.classes is None
+        return [self.map(lambda t, k=k: t.tensor_split(n)[k]) for k in range(n)]  # type: ignore[misc]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, those of ``extra`` too."""
+        own = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return own | {f"extra.{name}": value for name, value in self.extra.items()}
+
+    @property
+    def compared(self) -> Tensor | slice:
+        """The classes whose logits are compared, as an index into all."""
+        return slice(None) if self.classes is None else self.classes
+
+    @property
+    def taught(self) -> Tensor:
+        """The teacher's probabilities among the classes that are compared, [B, K]."""
+        p = self.teacher_probabilities
+        assert p is not None
+        if self.classes is None:
+            return p
+        p = p[:, self.classes].clamp_min(torch.finfo(p.dtype).tiny)
+        return p / p.sum(-1, keepdim=True)
+
+    def comparing(self, k: int | None) -> Batch:
+        """With the k classes that the teacher finds most probable in this batch, which alone are compared."""
+        p = self.teacher_probabilities
+        if k is None or p is None or k >= p.shape[-1]:
+            return self
+        return replace(self, classes=p.mean(0).topk(k).indices.sort().values)
+
+    @property
+    def targets(self) -> Tensor:
+        """The class of each image among those compared, [B]: its label, or what a teacher finds likeliest."""
+        return self.labels if self.teacher_probabilities is None else self.taught.argmax(-1)
+
+
+class TrainingViews:
+    """A new random resized crop and flip of every image in every epoch, in a new order."""
+
+    fingerprint: str | None = None
+    """Of what the views come from, if that is more than the images."""
+
+    def __init__(
+        self,
+        images: Sequence[ImageSource],
+        labels: Sequence[int],
+        preprocess: Preprocess,
+        batch_size: int,
+        seed: int,
+        *,
+        reader: ImageReader,
+        min_scale: float = 0.08,
+        teacher: Preprocess | None = None,
+        patch_size: int | None = None,
+        extra: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.images, self.labels, self.extra = images, torch.tensor(labels), extra or {}
+        # Where the teacher reads what the student does, it needs no view of its own.
+        self.preprocess, self.teacher = preprocess, None if teacher == preprocess else teacher
+        self.batch_size, self.seed, self.min_scale = batch_size, seed, min_scale
+        self.reader, self.patch_size = reader, patch_size
+
+    def __len__(self) -> int:
+        """Batches in an epoch: the last incomplete one is dropped, unless it is the only one."""
+        return max(len(self.images) // self.batch_size, 1)
+
+    @property
+    def images_per_batch(self) -> int:
+        """Images in every batch: the batch size, or all there are if they are fewer."""
+        return min(self.batch_size, len(self.images))
+
+    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+        """Batches of one epoch, from batch ``start`` on.
+
+        Teacher images come with a ``teacher`` that reads images of another size or scale, second views with a
+        ``patch_size`` in pixels, and of ``extra`` [n, …] the rows of the batch's images.
+
+        ``share=(k, n)`` gives the k-th of n nearly equal pieces of every batch, one for each of n processes.
+        """
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
+        whole = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(start, len(self))]
+        k, n = share
+        batches = [np.array_split(batch, n)[k] for batch in whole]
+        for batch, views in self.reader.batches(lambda i: self._views(i, epoch), batches):
+            rows = torch.from_numpy(batch)
+            yield Batch(labels=self.labels[rows], extra={k: v[rows] for k, v in self.extra.items()}, **views)
+
+    def _views(self, i: int, epoch: int) -> dict[str, Tensor]:
+        """One image's view, the teacher's and the second one where there are any: [3, S, S] each."""
+        image = self.reader.image(self.images[i])
+        rng = np.random.default_rng([self.seed, epoch, i])
+        region = random_regions(rng, image.width, image.height, scale=(self.min_scale, 1.0))[0]
+        views = both_views(image, region, self.preprocess, self.patch_size, rng)
+        return views if self.teacher is None else {**views, "teacher_images": self.teacher.region(image, region)}
+
+
+def both_views(
+    image: Image, region: Region, preprocess: Preprocess, patch_size: int | None, rng: np.random.Generator
+) -> dict[str, Tensor]:
+    """A region's view and, with a ``patch_size``, its second one, [3, S, S] each."""
+    crop = preprocess.cropped(image, region)
+    views = {"images": preprocess.tensor(crop)}
+    if patch_size is not None:
+        views["second_view"] = preprocess.tensor(augment_patches(crop, patch_size, rng))
+    return views
+
+
+def evaluation_batches(
+    images: Sequence[ImageSource] | NDArray[np.uint8],
+    make: Callable[[Image], Tensor | NDArray],
+    reader: ImageReader,
+    batch_size: int = 100,
+) -> Iterator[Tensor]:
+    """What ``make`` (a :class:`Preprocess`, say) gives for the images, stacked, a batch at a time, in order."""
+    order = np.arange(len(images))
+    batches = [order[i : i + batch_size] for i in range(0, len(images), batch_size)]
+    for _, made in reader.batches(lambda i: make(reader.image(images[i])), batches):
+        yield made

@@ -1,0 +1,117 @@
+"""Where methods are found: in this package, in an installed one, or in a file of one's own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import cache
+from hashlib import sha256
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import TypeVar
+
+from vlprompt.errors import ConfigError, one_line, unknown
+from vlprompt.methods.base import Method
+
+METHODS: dict[str, type[Method]] = {}
+GROUP = "vlprompt.methods"
+"""Entry points of this group are methods of other packages: ``name = "package.module:Class"``."""
+M = TypeVar("M", bound=Method)
+
+
+def register(name: str) -> Callable[[type[M]], type[M]]:
+    """Make a method known under ``name``; raises ConfigError if another one has it."""
+
+    def add(cls: type[M]) -> type[M]:
+        known = METHODS.get(name, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ConfigError(f"there is a method '{name}' already, in {known.__module__}: choose another name")
+        cls.name = name
+        METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def find_method(name: str) -> type[Method]:
+    """The method of that name, or in that file (``./my_method.py``).
+
+    Raises ConfigError with the nearest name, or for a file that holds no method, or several.
+    """
+    if is_file(name):
+        return _load(Path(name).expanduser().resolve())
+    if name not in METHODS and name in (installed := _installed()):
+        _import(installed[name])
+    if name not in METHODS:
+        raise ConfigError(unknown("method", name, method_names()))
+    return METHODS[name]
+
+
+def method_names() -> list[str]:
+    """The names of the package's methods and of installed ones."""
+    return sorted({*METHODS, *_installed()})
+
+
+def is_file(name: str) -> bool:
+    """Whether a method's name is that of a Python file."""
+    return name.endswith(".py")
+
+
+def file_of(cls: type[Method]) -> Path | None:
+    """The file that a method was loaded from; None for those of packages."""
+    return _FILES.get(cls)
+
+
+def source_of(method: Method) -> str:
+    """What :func:`find_method` finds the method's class by."""
+    return str(file_of(type(method)) or method.name)
+
+
+_FILES: dict[type[Method], Path] = {}
+
+
+def _load(file: Path) -> type[Method]:
+    """Run a file, once for each content, and take the method that it registers."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"method file {file}: {error.strerror}") from None
+    module_name = f"vlprompt_method_{sha256(str(file).encode() + content).hexdigest()[:16]}"
+    if module_name not in sys.modules:
+        spec = spec_from_file_location(module_name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[module_name] = module_from_spec(spec)
+        before = {cls.name: cls for cls in _FILES if _FILES[cls] == file}  # of an earlier content
+        for name in before:
+            METHODS.pop(name, None)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[module_name]
+            METHODS.update(before)
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"method file {file} cannot be run: {type(error).__name__}: {one_line(error)}") from error
+    found = [cls for cls in METHODS.values() if cls.__module__ == module_name]
+    if len(found) != 1:
+        names = ", ".join(cls.name for cls in found) or "none"
+        raise ConfigError(f'method file {file} must register one method, with @register("name"); it registers {names}')
+    _FILES[found[0]] = file
+    return found[0]
+
+
+@cache
+def _installed() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def _import(point: EntryPoint) -> None:
+    try:
+        cls = point.load()
+    except Exception as error:
+        raise ConfigError(f"method '{point.name}' of {point.value} cannot be imported: {one_line(error)}") from error
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise ConfigError(f"method '{point.name}' of {point.value} is no Method")
+    register(point.name)(cls)

@@ -1,0 +1,115 @@
+"""From a configuration and images to training that is ready to run: the one way in, of command line and Python API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlprompt.backbones.backbone import Backbone
+from vlprompt.bank.records import Bank
+from vlprompt.bank.use import bank_views, find_bank
+from vlprompt.config.schema import RunConfig
+from vlprompt.config.teacher import Teacher, find_teacher
+from vlprompt.data.batches import TrainingViews
+from vlprompt.data.images import ImageSource
+from vlprompt.data.reading import ImageReader
+from vlprompt.errors import ConfigError
+from vlprompt.methods import Method, find_method
+from vlprompt.training.distributed import Processes
+from vlprompt.training.loop import Training
+
+PROVIDED = frozenset({"frozen_image_features", "second_view", "teacher_probabilities"})
+"""What a batch can bring without the user's help."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a run learns from besides its images: a teacher, a region bank, and whose classes it learns about."""
+
+    teacher: Teacher | None
+    bank: Bank | None
+    class_names: tuple[str, ...]
+
+    @property
+    def taught_by(self) -> str | None:
+        """The model that stands in the labels' place, if one does."""
+        if self.teacher:
+            return self.teacher.backbone.name
+        return self.bank.settings.teacher.name if self.bank and self.bank.settings.teacher else None
+
+
+def find_sources(config: RunConfig, class_names: Sequence[str], template: str, backbone: Backbone) -> Sources:
+    """The configured teacher and bank; raises ConfigError naming the key if one lacks, or does not fit."""
+    teacher, bank = find_teacher(config, class_names, template, backbone), find_bank(config, class_names)
+    labels = bank.settings.teacher if bank and config.taught else None
+    names = teacher.class_names if teacher else labels.class_names if labels else class_names
+    return Sources(teacher, bank, tuple(names))
+
+
+def build(config: RunConfig, sources: Sources, backbone: Backbone, template: str, own_names: Sequence[str]) -> Method:
+    """The configured method, untrained, on the backbone's device; ``own_names`` are the data set's classes."""
+    torch.manual_seed(config.seed)
+    method = find_method(config.method)(backbone, sources.class_names, config.settings, template)
+    if sources.class_names != tuple(own_names) and not method.takes_new_classes:
+        raise ConfigError("teacher.class_names_file: with class_specific the classes are the data set's own")
+    return method.to(backbone.device)
+
+
+def prepare(
+    config: RunConfig,
+    sources: Sources,
+    method: Method,
+    images: Sequence[ImageSource],
+    labels: Sequence[int],
+    seed: int,
+    reader: ImageReader,
+    *,
+    processes: Processes | None = None,
+    validate: Callable[[], float | None] = lambda: None,
+    extra: Mapping[str, Tensor] | None = None,
+) -> Training | None:
+    """Gradient steps of a method, ready to run; None if it has nothing to learn by steps.
+
+    ``extra`` holds what the method ``needs`` of each image beyond what is found here, [n, …] by name. Raises
+    ConfigError before anything is computed if configuration, method, data and processes do not fit.
+    """
+    name, bank = method.name, sources.bank
+    if lacking := sorted(method.needs - PROVIDED - set(extra or {})):
+        raise ConfigError(f"method '{name}' needs '{lacking[0]}' of every image, which nothing here provides")
+    if not method.trains:
+        if bank:
+            raise ConfigError(f"method '{name}' takes no training steps: it reads no region bank (data.bank)")
+        if config.taught:
+            raise ConfigError(f"method '{name}' takes no training steps: it learns from no teacher (teacher.backbone)")
+        return None
+    if config.teacher.classes_per_batch is not None and not method.takes_new_classes:
+        raise ConfigError(
+            f"teacher.classes_per_batch = {config.teacher.classes_per_batch} (allowed where each class has prompts of "
+            "its own: none, all are compared)"
+        )
+    views = (
+        bank_views(bank, config, method, images, labels, seed, reader, extra)
+        if bank
+        else TrainingViews(
+            images,
+            labels,
+            method.backbone.preprocess,
+            config.data.batch_size,
+            seed,
+            reader=reader,
+            min_scale=config.data.min_scale,
+            teacher=sources.teacher.backbone.preprocess if sources.teacher else None,
+            patch_size=method.patch_size,
+            extra=extra,
+        )
+    )
+    k = config.teacher.classes_per_batch
+    return Training(method, views, config.optim, config.train, processes, sources.teacher, k, validate)
+
+
+def fits_features(method: Method) -> bool:
+    """Whether the method learns from frozen features of the whole training images, before any steps."""
+    return type(method).fit_features is not Method.fit_features
