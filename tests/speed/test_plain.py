@@ -29,7 +29,7 @@ COMPARED = {
 
 @pytest.fixture(scope="module")
 def double() -> Backbone:
-    return load_backbone(str(Path(__file__).parent / "golden" / "backbone")).to(dtype=torch.double)
+    return load_backbone(str(Path(__file__).parents[1] / "golden" / "backbone")).to(dtype=torch.double)
 
 
 def batch(backbone: Backbone, n: int = 3) -> Batch:

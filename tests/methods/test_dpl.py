@@ -678,7 +678,7 @@ def test_the_listing_says_how_each_method_is_checked() -> None:
     line = next(line for line in table(list(rows.values())).splitlines() if line.startswith("dpl "))
     assert "reconstructed" in line.split()
     first = (METHODS["dpl"].__doc__ or "").splitlines()[0]
-    page = (Path(__file__).parents[1] / "docs" / "methods" / "dpl.md").read_text("utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "methods" / "dpl.md").read_text("utf-8")
     for text in (first, page):
         assert "reconstructed from the abstract" in text
 

@@ -37,7 +37,7 @@ quick = settings(derandomize=True, deadline=None, max_examples=200)
 @cache
 def small_backbone(causal: bool = True, pool: str = "cls") -> Backbone:
     """A random float64 backbone of three layers: CLIP-like, or with a bidirectional text tower as in SigLIP."""
-    tokenizer = load_clip_tokenizer(Path(__file__).parent / "golden" / "backbone", 77)  # it knows every byte
+    tokenizer = load_clip_tokenizer(Path(__file__).parents[1] / "golden" / "backbone", 77)  # it knows every byte
     if not causal:
         tokenizer = replace(tokenizer, start=(), pad=7)
     width = {"layers": LAYERS, "heads": 2, "mlp_width": 48, "embed_dim": 16}

@@ -21,7 +21,7 @@ from vlprompt.data.known.table import DATASETS
 from vlprompt.data.splits import PARTS, Item, Split
 from vlprompt.methods import METHODS
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 PRECISE = ("train", "evaluate", "bench")
 PLACEHOLDERS = {"METHOD": "coop", "SEED": "1"}

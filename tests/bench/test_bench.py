@@ -40,7 +40,7 @@ from vlprompt.training import evaluate as evaluate_module
 from vlprompt.training.evaluate import Evaluation, EvaluationImages, evaluate
 
 QUICK = ("--backbone", str(TINY), "epochs=1", "warmup_epochs=0", "data.workers=0", "data.batch_size=2")
-ABLATIONS = sorted((Path(__file__).parents[1] / "tools" / "ablations").glob("*.yaml"))
+ABLATIONS = sorted((Path(__file__).parents[2] / "tools" / "ablations").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")

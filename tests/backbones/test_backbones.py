@@ -42,7 +42,7 @@ from vlprompt.backbones.towers import quick_gelu
 from vlprompt.errors import BackboneError, DataError
 from vlprompt.methods import find_method
 
-SHARED = Path(__file__).parents[2] / "shared" / "golden"
+SHARED = Path(__file__).parents[3] / "shared" / "golden"
 GOLDEN = SHARED / "backbone"
 needs_shared = pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs the shared golden backbone beside the repository")
 TOLERANCE = 1e-6  # of normalised features; logits: times the scale

@@ -22,7 +22,7 @@ from vlprompt.data.known.table import DATASETS, Dataset
 from vlprompt.data.splits import Item, Split, read_split, write_split
 from vlprompt.errors import DataError, OutputError
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared benchmark files are not here")
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

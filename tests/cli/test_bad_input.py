@@ -23,7 +23,7 @@ from vlprompt.errors import OutputError
 from vlprompt.files import write_atomically
 from vlprompt.training import run as run_module
 
-GOLDEN_BACKBONE = str(Path(__file__).parent / "golden" / "backbone")
+GOLDEN_BACKBONE = str(Path(__file__).parents[1] / "golden" / "backbone")
 
 
 def draw(path: Path, seed: int = 0) -> None:

@@ -329,7 +329,7 @@ def test_published_figures_stand_beside_ours_in_the_same_setting_only(tmp_path: 
 
 
 def test_the_page_about_reproducing_has_the_same_published_figures() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "reproduce.md").read_text("utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "reproduce.md").read_text("utf-8")
     told = dict(re.findall(r"^\| \[`(\w+)`\]\(.*?\) \| ([\d.]+)", page, re.MULTILINE))
     assert told == {name: str(figure) for name, figure in BASE_TO_NOVEL_HM.items()}
     assert all(figure.source for figure in BASE_TO_NOVEL_HM.values())

@@ -31,7 +31,7 @@ from vlprompt.prompting.attention import packed_with_maps, with_maps
 from vlprompt.prompting.text import encode_classes
 from vlprompt.training.run import train
 
-GOLDEN = Path(__file__).parent / "golden" / "backbone"
+GOLDEN = Path(__file__).parents[1] / "golden" / "backbone"
 NAMES = ("tin can", "wild boar", "a very old elm tree", "barn", "sea_lion", "grey cube")
 """No other test's: the shared backbone remembers texts as they were first packed."""
 

@@ -445,7 +445,7 @@ def test_data_list_is_the_list_of_data_sets(vlprompt) -> None:
 
 @pytest.mark.parametrize("name", [*BENCHMARKS, *PHOTOGRAPHS])
 def test_the_page_says_what_the_table_says(name: str) -> None:
-    dataset, page = DATASETS[name], (Path(__file__).parents[1] / "docs" / "datasets.md").read_text("utf-8")
+    dataset, page = DATASETS[name], (Path(__file__).parents[2] / "docs" / "datasets.md").read_text("utf-8")
     place = "/".join(filter(None, (dataset.folder, dataset.images)))
     sizes = " / ".join(f"{n:,}" if n else "–" for n in dataset.sizes)
     row = f"| `{name}` | [{dataset.title}]({dataset.homepage}) | `{place}/` | {dataset.classes:,} | {sizes} | "

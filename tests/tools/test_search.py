@@ -10,7 +10,7 @@ from vlprompt.bench.results import Row, to_csv
 from vlprompt.config.schema import build_config
 from vlprompt.methods import METHODS
 
-FILE = Path(__file__).parents[1] / "tools" / "search.py"
+FILE = Path(__file__).parents[2] / "tools" / "search.py"
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ def test_two_processes_equal_one(pictures, tmp_path):
         ["train", "--resume", str(tmp_path / "coop")],
     ]  # fmt: skip
     (first, out, err), (second, other_out, other_err) = processes(
-        [str(Path(__file__).parent / "several.py"), json.dumps(runs)]
+        [str(Path(__file__).parents[1] / "several.py"), json.dumps(runs)]
     )
     assert first == second == 0, err + other_err
     *results, codes = map(json.loads, out.splitlines())
