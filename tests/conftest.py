@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 import warnings
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,11 +14,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # warnings of other libraries while they are imported are not ours
     import torch
 
+from tests.kit import TINY
+
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests in the background ignores it
-
-ROOT = Path(__file__).parent
-SHARED = ROOT.parents[1] / "shared"
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +25,7 @@ def tiny():
     """The reduced golden backbone: 12 layers, width 128, 32-px images, a vocabulary of a few hundred tokens."""
     from vlprompt.backbones.load import load_backbone
 
-    return load_backbone(str(ROOT / "golden" / "backbone"))
+    return load_backbone(str(TINY))
 
 
 @pytest.fixture(autouse=True)

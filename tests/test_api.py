@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import vlprompt
-from hub import Hub
-from pictures import pictures, write_pictures
+from tests.kit import TINY
+from tests.kit.hub import Hub
+from tests.kit.pictures import pictures, write_pictures
 from vlprompt import PromptedModel, build_method, evaluate, fit, load_backbone, load_dataset
 from vlprompt.artefact.artefact import FORMAT_VERSION
 from vlprompt.cli import main
@@ -26,7 +27,6 @@ from vlprompt.errors import ArtefactError, ConfigError, DataError, VlpromptError
 from vlprompt.methods import METHODS, Can
 from vlprompt.training.run import train
 
-TINY = str(Path(__file__).parent / "golden" / "backbone")
 NAMES = ["blue boat", "green leaf", "red rose"]
 OTHERS = ["brown bear", "grey seal"]  # not those of other files: the shared backbone remembers texts as first computed
 
@@ -90,7 +90,7 @@ def test_same_prompts_as_the_command_line(name, tiny, tmp_path):
     folder = write_pictures(tmp_path / "photos")
     method_settings = {"n_ctx": 2} if name == "coop" else {"C": 10.0}
     settings = {"epochs": 2, "batch_size": 4, "lr": 0.01} if name == "coop" else {}
-    overrides = {"data.name": str(folder), "backbone": TINY, "seed": 3, **settings, **method_settings}
+    overrides = {"data.name": str(folder), "backbone": str(TINY), "seed": 3, **settings, **method_settings}
     reference, _ = train(build_config(name, overrides=overrides), tmp_path / "run")
     split = load_dataset(folder).split
     state = torch.get_rng_state()
@@ -277,7 +277,7 @@ def test_a_reloaded_model_is_the_same_under_its_own_and_other_class_names(name, 
     model, pixels = PromptedModel(method), pictures(1)[0]
     model.save_pretrained(tmp_path)
     loaded = PromptedModel.from_pretrained(tmp_path)
-    assert repr(loaded) == f"PromptedModel({name} on {TINY}, 3 classes)"
+    assert repr(loaded) == f"PromptedModel({name} on {TINY!s}, 3 classes)"
     torch.testing.assert_close(loaded.logits(pixels), model.logits(pixels), rtol=1e-6, atol=1e-4)
     if method.takes_new_classes:
         other = loaded.predict(pixels, class_names=OTHERS)
@@ -308,7 +308,7 @@ def test_what_is_stored(saved, tiny, tuned):
     card = (saved / "README.md").read_text()
     for text in ("coop", "blue boat, green leaf, red rose", "toys \\| games", "91.5 %", tiny.fingerprint, "licence"):
         assert text in card
-    assert str(Path(TINY).parent) not in card  # a path says something about one machine only
+    assert str(TINY.parent) not in card  # a path says something about one machine only
 
 
 def test_card_survives_loading_and_saving(saved, tmp_path):
@@ -318,7 +318,7 @@ def test_card_survives_loading_and_saving(saved, tmp_path):
 
 
 def test_card_of_a_run_has_data_settings_and_metrics(tmp_path):
-    overrides = {"data.name": str(write_pictures(tmp_path / "photos")), "backbone": TINY, "n_ctx": 2, "epochs": 1}
+    overrides = {"data.name": str(write_pictures(tmp_path / "photos")), "backbone": str(TINY), "n_ctx": 2, "epochs": 1}
     _, result = train(build_config("coop", overrides=overrides), tmp_path / "run")
     card = (tmp_path / "run" / "README.md").read_text()
     for text in (
@@ -418,7 +418,7 @@ def test_truncated_and_missing_files(saved, tmp_path):
         ({"class_names": "otter"}, "tuple"),
         ({"prompts": {}}, "no 'sha256' in config.json"),
         ({"backbone": None}, "cannot read"),
-        ({"backbone": {"name": TINY, "fingerprint": "0" * 64}}, "has other weights"),
+        ({"backbone": {"name": str(TINY), "fingerprint": "0" * 64}}, "has other weights"),
     ],
 )
 def test_configurations_that_cannot_be_used(saved, values, message):
@@ -440,7 +440,7 @@ def test_the_backbone_may_lie_elsewhere_but_must_be_the_same(saved):
     edit(saved, backbone={**json.loads((saved / "config.json").read_text())["backbone"], "name": "/gone/clip"})
     with fails(ArtefactError, r"tuned on backbone '/gone/clip': no backbone '/gone/clip'.*in Python: backbone="):
         PromptedModel.from_pretrained(saved)
-    assert PromptedModel.from_pretrained(saved, backbone=TINY).backbone.name == TINY
+    assert PromptedModel.from_pretrained(saved, backbone=str(TINY)).backbone.name == str(TINY)
     with fails(ArtefactError, "'mini' has other weights"):
         PromptedModel.from_pretrained(saved, backbone="mini")
 
@@ -467,11 +467,11 @@ def test_there_and_back_over_the_hub(tuned, tmp_path, monkeypatch):
     assert {f.name for f in (tmp_path / "someone/toys-coop").iterdir()} == {
         "config.json", "prompts.safetensors", "README.md",
     }  # fmt: skip
-    with fails(ArtefactError, rf"tuned on backbone '{Path(TINY).name}': no backbone"):  # no path of this machine
+    with fails(ArtefactError, rf"tuned on backbone '{TINY.name}': no backbone"):  # no path of this machine
         PromptedModel.from_pretrained("someone/toys-coop")
     assert str(TINY) not in (tmp_path / "someone/toys-coop/config.json").read_text("utf-8")
     hub.calls.pop()
-    loaded = PromptedModel.from_pretrained("someone/toys-coop", revision="main", backbone=TINY)
+    loaded = PromptedModel.from_pretrained("someone/toys-coop", revision="main", backbone=str(TINY))
     assert hub.calls[2]["revision"] == "main"
     assert loaded.about == {"data set": "toys"}
     assert torch.equal(loaded.logits(pixels), model.logits(pixels))
@@ -492,9 +492,9 @@ def transformers_features(pixels) -> torch.Tensor:
     """Normalised image features of the golden backbone from transformers, without our code."""
     clip = pytest.importorskip("transformers.models.clip.modeling_clip")
     processing = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
-    processor = processing.CLIPImageProcessorPil.from_pretrained(TINY)
+    processor = processing.CLIPImageProcessorPil.from_pretrained(str(TINY))
     images = processor(list(pixels), return_tensors="pt")["pixel_values"]
-    model = clip.CLIPModel.from_pretrained(TINY).float().eval()
+    model = clip.CLIPModel.from_pretrained(str(TINY)).float().eval()
     with torch.no_grad():
         features = model.get_image_features(images)
     features = getattr(features, "pooler_output", features)
@@ -556,4 +556,4 @@ def test_predict_command_prints_for_people_and_for_programs(saved, tmp_path, mon
 
 
 def test_load_backbone_is_the_loader(tiny):
-    assert load_backbone(TINY).fingerprint == load_backbone(Path(TINY)).fingerprint == tiny.fingerprint
+    assert load_backbone(str(TINY)).fingerprint == load_backbone(TINY).fingerprint == tiny.fingerprint

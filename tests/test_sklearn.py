@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import pickle
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,11 +17,10 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import check_estimator
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from pictures import COLOURS, pictures, write_pictures
+from tests.kit import TINY
+from tests.kit.pictures import COLOURS, pictures, write_pictures
 from vlprompt import PromptClassifier, PromptedModel
 from vlprompt.errors import BackboneError, ConfigError, DataError
-
-TINY = str(Path(__file__).parent / "golden" / "backbone")
 
 
 def coop(backbone, **parameters) -> PromptClassifier:
@@ -133,8 +131,8 @@ def test_a_fitted_model_is_saved_and_knows_other_classes(tiny, data, tmp_path):
 
 def test_a_backbone_by_name_is_loaded_by_fit(data):
     X, y = data
-    classifier = PromptClassifier("zero_shot", TINY).fit(X, y)
-    assert classifier.model_.backbone.name == TINY
+    classifier = PromptClassifier("zero_shot", str(TINY)).fit(X, y)
+    assert classifier.model_.backbone.name == str(TINY)
 
 
 def test_cross_val_score(tiny, data):
@@ -198,7 +196,7 @@ class OnRows(PromptClassifier):
     """PromptClassifier on rows of a table: their values as the grey levels of a picture one pixel high."""
 
     def __init__(
-        self, method="linear_probe", backbone=TINY, class_names=None, template="a photo of a {}.", preset=None,
+        self, method="linear_probe", backbone=str(TINY), class_names=None, template="a photo of a {}.", preset=None,
         epochs=1, lr=None, batch_size=None, settings=None, seed=1, device="cpu", precision="fp32",
     ):  # fmt: skip
         super().__init__(

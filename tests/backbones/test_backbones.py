@@ -34,6 +34,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from tests.kit import SHARED
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.convert import convert
 from vlprompt.backbones.load import EMBEDDED, load_backbone
@@ -42,8 +43,7 @@ from vlprompt.backbones.towers import quick_gelu
 from vlprompt.errors import BackboneError, DataError
 from vlprompt.methods import find_method
 
-SHARED = Path(__file__).parents[3] / "shared" / "golden"
-GOLDEN = SHARED / "backbone"
+GOLDEN = SHARED / "golden" / "backbone"
 needs_shared = pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs the shared golden backbone beside the repository")
 TOLERANCE = 1e-6  # of normalised features; logits: times the scale
 NAMES = [
@@ -774,7 +774,7 @@ def test_cuda(precision: str, tolerance: float) -> None:
 def test_golden_backbone() -> None:
     """The real vocabulary: ids and features of the class names in the golden cases, as transformers has them."""
     names: dict[str, None] = {}
-    for file in sorted((SHARED / "cases").glob("*/*.json")):
+    for file in sorted((SHARED / "golden" / "cases").glob("*/*.json")):
         info = json.loads(file.read_text("utf-8"))
         names |= dict.fromkeys([*(info.get("classnames") or ()), *(info.get("novel_classnames") or ())])
     texts = [TEMPLATE.format(n.replace("_", " ")) for n in names]

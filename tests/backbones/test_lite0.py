@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from small_run import TINY, configured, make_pictures
+from tests.kit import TINY
+from tests.kit.runs import configured, make_pictures
 from vlprompt.backbones import lite0
 from vlprompt.backbones.lite0 import Lite0, kinds
 from vlprompt.config.teacher import Teacher, load_teacher_model

@@ -18,19 +18,19 @@ import pytest
 import torch
 from PIL import Image
 
-from small_run import (
+from tests.kit import REPOSITORY, TINY
+from tests.kit.runs import (
     CLASSES,
     TEACHER,
-    TINY,
     StopsAfter,
     arguments,
     configured,
     environment,
     log,
     make_pictures,
+    processes,
     prompts,
 )
-from test_distributed import processes
 from vlprompt import PromptClassifier, build_method, fit
 from vlprompt.backbones.load import load_backbone
 from vlprompt.bank.build import build_bank
@@ -180,7 +180,7 @@ def test_bytes_per_image() -> None:
 
     assert (size(256), size(257)) == (21_000, 26_000)
     assert (size(100, "fp32"), size(100, "fp16")) == (1_045_000, 533_000)
-    page = (Path(__file__).parents[2] / "docs" / "bank.md").read_text("utf-8")
+    page = (REPOSITORY / "docs" / "bank.md").read_text("utf-8")
     for number in ("21,000", "26,000", "1,045,000", "533,000"):
         assert number in page
 
@@ -265,7 +265,7 @@ def test_a_killed_build_resumes_to_the_same_bytes(pictures, tmp_path) -> None:
     runs += [run("parts", [1, -1], "--part", "2/2"), run("parts", [1, 2, -2], "--part", "1/2")]
     runs += [run(name, [], "--shots", "3") for name in ("grown", "grown often")]
     runs += [run("grown", []), run("grown often", [1, -1, 2])]
-    helper = [sys.executable, str(Path(__file__).parents[1] / "kill_often.py"), json.dumps(runs)]
+    helper = [sys.executable, "-m", "tests.kit.kill_often", json.dumps(runs)]
     done = subprocess.run(helper, env=environment(), capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     none, times, files, *others = json.loads(done.stdout)

@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from miniature import build
-from small_run import CLASSES, TINY, make_pictures
+from tests.kit import REPOSITORY, TINY
+from tests.kit.known import build
+from tests.kit.runs import CLASSES, make_pictures
 from vlprompt.bank.build import build_bank
 from vlprompt.bank.config import bank_config
 from vlprompt.bench import on_ray, pool
@@ -40,7 +41,7 @@ from vlprompt.training import evaluate as evaluate_module
 from vlprompt.training.evaluate import Evaluation, EvaluationImages, evaluate
 
 QUICK = ("--backbone", str(TINY), "epochs=1", "warmup_epochs=0", "data.workers=0", "data.batch_size=2")
-ABLATIONS = sorted((Path(__file__).parents[2] / "tools" / "ablations").glob("*.yaml"))
+ABLATIONS = sorted((REPOSITORY / "tools" / "ablations").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from small_run import TINY, make_pictures
-from test_report import PLAIN, figures
+from tests.kit import TINY
+from tests.kit.results import PLAIN, figures
+from tests.kit.runs import make_pictures
 from vlprompt.bench.report.published import ELEVEN
 from vlprompt.bench.report.report import write_report
 from vlprompt.bench.results import Row, to_csv

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from small_run import TINY, environment, make_pictures
+from tests.kit import TINY
+from tests.kit.runs import environment, make_pictures
 from vlprompt.bench import on_ray
 from vlprompt.bench.protocols import Asked, Run, plan
 from vlprompt.bench.results import read_results

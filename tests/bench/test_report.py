@@ -13,6 +13,8 @@ from xml.etree import ElementTree
 import pytest
 from scipy.stats import ttest_rel
 
+from tests.kit import REPOSITORY
+from tests.kit.results import PLAIN, figures
 from vlprompt.bench.bench import note_planned
 from vlprompt.bench.cells import Cell, Difference
 from vlprompt.bench.protocols import Asked, plan
@@ -24,10 +26,6 @@ from vlprompt.bench.results import Row, to_csv
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.training.evaluate import harmonic_mean
 
-PLAIN = Row(
-    "base-to-novel", "dtd", "coop", "coop", "mini", 16, 1, "dtd", "base", "test",
-    10, 50.0, 50.0, 0.1, 5, 8, 1.5, 0.1, "f", "0.1.0+abc",
-)  # fmt: skip
 BASE = {("zero_shot", "dtd"): (50, 50, 50), ("zero_shot", "eurosat"): (60, 60, 60),
         ("coop", "dtd"): (70, 74, 72), ("coop", "eurosat"): (80, 81, 85)}  # fmt: skip
 NOVEL = {("zero_shot", "dtd"): (52, 52, 52), ("zero_shot", "eurosat"): (62, 62, 62),
@@ -329,7 +327,7 @@ def test_published_figures_stand_beside_ours_in_the_same_setting_only(tmp_path: 
 
 
 def test_the_page_about_reproducing_has_the_same_published_figures() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "reproduce.md").read_text("utf-8")
+    page = (REPOSITORY / "docs" / "reproduce.md").read_text("utf-8")
     told = dict(re.findall(r"^\| \[`(\w+)`\]\(.*?\) \| ([\d.]+)", page, re.MULTILINE))
     assert told == {name: str(figure) for name, figure in BASE_TO_NOVEL_HM.items()}
     assert all(figure.source for figure in BASE_TO_NOVEL_HM.values())
@@ -362,14 +360,6 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
-
-
-def figures(place: Path, name: str, seed: int, accuracy: dict[str, float], backbone: str = "mini") -> None:
-    run = place / "base-to-novel" / "dtd" / name / backbone / "shots_16" / f"seed_{seed}"
-    run.mkdir(parents=True)
-    measured = [{"data": "dtd", "classes": "base", "split": "test", "per_class": accuracy}]
-    content = {"format_version": 1, "data": "dtd", "name": name, "measured": measured}
-    (run / "figures.json").write_text(json.dumps(content))
 
 
 def test_gains_of_classes_are_paired_by_seed(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from small_run import CLASSES, TINY, make_pictures
+from tests.kit import TINY
+from tests.kit.runs import CLASSES, make_pictures
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.bench import shared

@@ -17,13 +17,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.kit import TINY
 from vlprompt import cli
 from vlprompt.data.reading import ImageReader
 from vlprompt.errors import OutputError
 from vlprompt.files import write_atomically
 from vlprompt.training import run as run_module
 
-GOLDEN_BACKBONE = str(Path(__file__).parents[1] / "golden" / "backbone")
+GOLDEN_BACKBONE = str(TINY)
 
 
 def draw(path: Path, seed: int = 0) -> None:

@@ -21,7 +21,8 @@ import yaml
 from PIL import Image
 
 import vlprompt
-from small_run import RUN_FILES, TINY
+from tests.kit import TINY
+from tests.kit.runs import RUN_FILES
 from vlprompt.cli import app, main
 from vlprompt.data.known.table import DATASETS
 from vlprompt.methods import METHODS

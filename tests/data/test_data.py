@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.kit import SHARED
 from vlprompt.data.datasets import load_dataset, read_known
 from vlprompt.data.folders import from_csv, from_folder
 from vlprompt.data.images import Preprocess, load_image, pixel_box, random_regions, to_rgb
@@ -22,8 +23,8 @@ from vlprompt.data.known.table import DATASETS, Dataset
 from vlprompt.data.splits import Item, Split, read_split, write_split
 from vlprompt.errors import DataError, OutputError
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared benchmark files are not here")
+DATA = SHARED / "data"
+needs_shared = pytest.mark.skipif(not DATA.is_dir(), reason="the shared benchmark files are not here")
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
@@ -624,19 +625,19 @@ def test_published_splits(tmp_path, name, first):
     dataset = DATASETS[name]
     for sub in dataset.subfolders:
         (tmp_path / dataset.folder / dataset.images / sub).mkdir(parents=True)
-    (tmp_path / dataset.folder / dataset.split_file).symlink_to(SHARED / "splits" / dataset.split_file)
+    (tmp_path / dataset.folder / dataset.split_file).symlink_to(DATA / "splits" / dataset.split_file)
     split, _ = read_known(dataset, tmp_path / dataset.folder)
     assert (len(split.class_names), split.class_names[0]) == (dataset.classes, first)
     assert tuple(len(split.items(part)) for part in ("train", "val", "test")) == dataset.sizes
     write_split(split, tmp_path / "again.json")
     assert read_split(tmp_path / "again.json", split.root) == split
-    file = (SHARED / "splits" / dataset.split_file).read_bytes()
+    file = (DATA / "splits" / dataset.split_file).read_bytes()
     assert dataset.sources[-1].checksum == f"sha256:{sha256(file).hexdigest()}"
 
 
 @needs_shared
 def test_caltech_is_complete_and_readable():
-    loaded = load_dataset("Caltech-101", SHARED)
+    loaded = load_dataset("Caltech-101", DATA)
     split = loaded.split
     assert len(split.class_names) == 100
     assert all(path.is_file() for part in ("train", "val", "test") for path in split.paths(part))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter, features
 
+from tests.kit import REPOSITORY
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.known import openmoji
 from vlprompt.data.known.domains import DOMAINS
@@ -140,7 +141,7 @@ def test_table_names_its_source_and_has_no_skin_tones_or_flags():
 
 
 def test_the_page_has_the_table_of_classes():
-    page = (Path(__file__).parents[2] / "docs" / "openmoji.md").read_text("utf-8")
+    page = (REPOSITORY / "docs" / "openmoji.md").read_text("utf-8")
     for name, subgroups in SUBGROUPS.items():
         members = [p for p in pictures() if p.class_name == name]
         n = Counter(p.split for p in members)

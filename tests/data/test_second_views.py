@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from small_run import CLASSES, configured, log, make_pictures
+from tests.kit.runs import CLASSES, configured, log, make_pictures
 from vlprompt.config.schema import OptimConfig, TrainConfig
 from vlprompt.data.augment import OPERATIONS, augment_patches
 from vlprompt.data.batches import TrainingViews

@@ -14,8 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import SHARED
-from small_run import TINY
+from tests.kit import SHARED, TINY
 from vlprompt.config.images import choose_images, run_split
 from vlprompt.config.schema import build_config
 from vlprompt.data import images, reading

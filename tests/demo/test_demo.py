@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from pictures import write_pictures
+from tests.kit.pictures import write_pictures
 from vlprompt import cli
 from vlprompt.config.schema import build_config
 from vlprompt.data.datasets import load_dataset

@@ -13,7 +13,8 @@ import pytest
 import typer.main
 from PIL import Image
 
-from hub import Hub
+from tests.kit import REPOSITORY
+from tests.kit.hub import Hub
 from vlprompt.cli import app
 from vlprompt.config.schema import build_config, parse_override
 from vlprompt.data.known.openmoji import CLASSES, pictures
@@ -21,7 +22,6 @@ from vlprompt.data.known.table import DATASETS
 from vlprompt.data.splits import PARTS, Item, Split
 from vlprompt.methods import METHODS
 
-REPOSITORY = Path(__file__).parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 PRECISE = ("train", "evaluate", "bench")
 PLACEHOLDERS = {"METHOD": "coop", "SEED": "1"}

@@ -15,8 +15,19 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from small_run import CLASSES, TEACHER, TINY, StopsAfter, arguments, configured, log, make_pictures, prompts, vlprompt
-from test_distributed import processes
+from tests.kit import TINY
+from tests.kit.runs import (
+    CLASSES,
+    TEACHER,
+    StopsAfter,
+    arguments,
+    configured,
+    log,
+    make_pictures,
+    processes,
+    prompts,
+    vlprompt,
+)
 from vlprompt import PromptClassifier, build_method, fit
 from vlprompt.artefact.artefact import load_artefact, save_artefact
 from vlprompt.backbones.backbone import Backbone

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from test_prompting import (
+from tests.kit import REPOSITORY
+from tests.kit.plain import (
     LAYERS,
     ODD_NAMES,
     make_images,
@@ -678,7 +678,7 @@ def test_the_listing_says_how_each_method_is_checked() -> None:
     line = next(line for line in table(list(rows.values())).splitlines() if line.startswith("dpl "))
     assert "reconstructed" in line.split()
     first = (METHODS["dpl"].__doc__ or "").splitlines()[0]
-    page = (Path(__file__).parents[2] / "docs" / "methods" / "dpl.md").read_text("utf-8")
+    page = (REPOSITORY / "docs" / "methods" / "dpl.md").read_text("utf-8")
     for text in (first, page):
         assert "reconstructed from the abstract" in text
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from golden_drople import objective
-from small_run import StopsAfter, configured, log, make_pictures, prompts
+from tests.kit import TINY
+from tests.kit.drople import objective
+from tests.kit.runs import StopsAfter, configured, log, make_pictures, prompts
 from vlprompt.artefact.artefact import load_artefact, save_artefact
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.backbones.load import load_backbone
@@ -31,7 +32,7 @@ from vlprompt.prompting.attention import packed_with_maps, with_maps
 from vlprompt.prompting.text import encode_classes
 from vlprompt.training.run import train
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "backbone"
+GOLDEN = TINY
 NAMES = ("tin can", "wild boar", "a very old elm tree", "barn", "sea_lion", "grey cube")
 """No other test's: the shared backbone remembers texts as they were first packed."""
 

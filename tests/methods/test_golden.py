@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import golden_drople
-from golden_cases import FOLDERS, Case, close, find_cases, load_official, view
+from tests.kit import drople
+from tests.kit.cases import FOLDERS, Case, close, find_cases, load_official, view
 from vlprompt.backbones.backbone import unit
 from vlprompt.config.teacher import Teacher
 from vlprompt.methods import METHODS, Batch, Method, find_method
@@ -315,7 +315,7 @@ def test_official_numbers(case: Case) -> None:
     elif "gpa_run" in case.file.stem:
         check_gaussian_average(case)
     elif case.method == "drople":
-        golden_drople.CHECKS[case.file.stem](case)
+        drople.CHECKS[case.file.stem](case)
     else:
         assert case.method in CONFIGS, f"{case.method} is registered, but nothing here checks its golden cases"
         check_training(case)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from miniature import BENCHMARKS, CLASSES, IDS, PARTS, PATTERNS, PHOTOGRAPHS, build, draw, write_class_names
-from small_run import TINY
+from tests.kit import REPOSITORY, TINY
+from tests.kit.known import BENCHMARKS, CLASSES, IDS, PARTS, PATTERNS, PHOTOGRAPHS, build, draw, write_class_names
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.known.table import DATASETS
 from vlprompt.errors import DataError
@@ -445,7 +445,7 @@ def test_data_list_is_the_list_of_data_sets(vlprompt) -> None:
 
 @pytest.mark.parametrize("name", [*BENCHMARKS, *PHOTOGRAPHS])
 def test_the_page_says_what_the_table_says(name: str) -> None:
-    dataset, page = DATASETS[name], (Path(__file__).parents[2] / "docs" / "datasets.md").read_text("utf-8")
+    dataset, page = DATASETS[name], (REPOSITORY / "docs" / "datasets.md").read_text("utf-8")
     place = "/".join(filter(None, (dataset.folder, dataset.images)))
     sizes = " / ".join(f"{n:,}" if n else "–" for n in dataset.sizes)
     row = f"| `{name}` | [{dataset.title}]({dataset.homepage}) | `{place}/` | {dataset.classes:,} | {sizes} | "

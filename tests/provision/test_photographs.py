@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from miniature import PHOTOGRAPHS, draw
-from test_fetch import Server
+from tests.kit.known import PHOTOGRAPHS, draw
+from tests.kit.server import Server
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.images import load_image
 from vlprompt.data.known.layouts import IMAGENETTE

@@ -11,10 +11,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from small_run import TINY
 from speed.__main__ import main
 from speed.parts import Clock, Parts
 from speed.step import Work, computed, one_step, training
+from tests.kit import TINY
 from vlprompt.backbones.backbone import Backbone
 
 

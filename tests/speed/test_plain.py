@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from speed.plain import plain
+from tests.kit import TINY
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.towers import Block
@@ -29,7 +28,7 @@ COMPARED = {
 
 @pytest.fixture(scope="module")
 def double() -> Backbone:
-    return load_backbone(str(Path(__file__).parents[1] / "golden" / "backbone")).to(dtype=torch.double)
+    return load_backbone(str(TINY)).to(dtype=torch.double)
 
 
 def batch(backbone: Backbone, n: int = 3) -> Batch:

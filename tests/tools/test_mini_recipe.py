@@ -13,11 +13,12 @@ import yaml
 from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
+from tests.kit import REPOSITORY
 from vlprompt import load_backbone
 from vlprompt.backbones.packing import pack
 from vlprompt.backbones.towers import ImageConfig, TextConfig
 
-RECIPE = Path(__file__).parents[2] / "tools" / "mini"
+RECIPE = REPOSITORY / "tools" / "mini"
 CIRCLE = '<circle cx="8" cy="8" r="6" fill="{}"/>'
 SQUARE = '<rect x="2" y="2" width="12" height="12" fill="{}"/>'
 

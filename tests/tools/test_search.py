@@ -2,15 +2,15 @@
 
 import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
+from tests.kit import REPOSITORY
 from vlprompt.bench.results import Row, to_csv
 from vlprompt.config.schema import build_config
 from vlprompt.methods import METHODS
 
-FILE = Path(__file__).parents[2] / "tools" / "search.py"
+FILE = REPOSITORY / "tools" / "search.py"
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from small_run import CLASSES, TINY, arguments, environment, log, make_pictures, prompts
+from tests.kit import TINY
+from tests.kit.runs import CLASSES, arguments, environment, log, make_pictures, processes, prompts
 from vlprompt.backbones.load import load_backbone
 from vlprompt.config.schema import OptimConfig, TrainConfig, build_config
 from vlprompt.data.batches import TrainingViews
@@ -52,21 +52,6 @@ def close(run: Path, other: Path) -> None:
         assert a == pytest.approx(b, rel=1e-4)
 
 
-def processes(command: list[str], size: int = 2) -> list[tuple[int, str, str]]:
-    """Run a Python command in several processes as torchrun starts them: exit code, output and errors of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    started = []
-    for rank in map(str, range(size)):
-        ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(size), "MASTER_PORT": port}
-        env = environment(**ours, MASTER_ADDR="127.0.0.1")
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        started.append(subprocess.Popen([sys.executable, *command], env=env, text=True, **pipes))
-    out = [p.communicate(timeout=120) for p in started]
-    return [(p.returncode, *o) for p, o in zip(started, out, strict=True)]
-
-
 def test_two_processes_equal_one(pictures, tmp_path):
     runs = [
         arguments(m, pictures, tmp_path / m, *SETTINGS, *more, "--json") for m, more in METHOD_SETTINGS.items()
@@ -75,9 +60,7 @@ def test_two_processes_equal_one(pictures, tmp_path):
         arguments("coop", pictures, tmp_path / "too small", "data.batch_size=1"),
         ["train", "--resume", str(tmp_path / "coop")],
     ]  # fmt: skip
-    (first, out, err), (second, other_out, other_err) = processes(
-        [str(Path(__file__).parents[1] / "several.py"), json.dumps(runs)]
-    )
+    (first, out, err), (second, other_out, other_err) = processes(["-m", "tests.kit.several", json.dumps(runs)])
     assert first == second == 0, err + other_err
     *results, codes = map(json.loads, out.splitlines())
     assert codes == [0, 0, 0, 0, 2, 2, 0]

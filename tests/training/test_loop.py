@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from small_run import CLASSES, TINY, configured, log, make_pictures, prompts
+from tests.kit import TINY
+from tests.kit.runs import CLASSES, configured, log, make_pictures, prompts
 from vlprompt.backbones.load import load_backbone
 from vlprompt.config.schema import OptimConfig, TrainConfig
 from vlprompt.data.batches import TrainingViews

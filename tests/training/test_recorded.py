@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from small_run import CLASSES, TINY, make_pictures
+from tests.kit import TINY
+from tests.kit.runs import CLASSES, make_pictures
 from vlprompt.backbones.load import load_backbone
 from vlprompt.config.schema import OptimConfig, TrainConfig
 from vlprompt.config.teacher import Teacher

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from small_run import StopsAfter, arguments, configured, environment, log, make_pictures, prompts
+from tests.kit.runs import StopsAfter, arguments, configured, environment, log, make_pictures, prompts
 from vlprompt.data.datasets import load_dataset
 from vlprompt.errors import ArtefactError, ConfigError, DataError, Interrupted, VlpromptError
 from vlprompt.methods import METHODS
@@ -60,7 +60,7 @@ def test_a_killed_run_resumes_to_the_same_bits(method, pictures, tmp_path):
         {"out": str(tmp_path / name), "deaths": d, "argv": arguments(method, pictures, tmp_path / name, *more)}
         for name, d in deaths.items()
     ]
-    helper = [sys.executable, str(Path(__file__).parents[1] / "kill_often.py"), json.dumps(runs)]
+    helper = [sys.executable, "-m", "tests.kit.kill_often", json.dumps(runs)]
     done = subprocess.run(helper, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     none, times, files = json.loads(done.stdout)

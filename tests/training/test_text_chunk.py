@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from small_run import TINY
+from tests.kit import TINY
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.towers import Block

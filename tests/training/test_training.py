@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from small_run import RUN_FILES, TINY
+from tests.kit import TINY
+from tests.kit.runs import RUN_FILES
 from vlprompt.artefact.artefact import FORMAT_VERSION, load_artefact, save_artefact
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone

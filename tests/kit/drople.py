@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from golden_cases import Case, close
+from tests.kit.cases import Case, close
 from vlprompt.backbones.backbone import unit
 from vlprompt.data.batches import Batch
 from vlprompt.methods.base import Output, total

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.kit import REPOSITORY, TINY
 from vlprompt.config.schema import RunConfig, build_config
 from vlprompt.methods import find_method
 from vlprompt.training.watchers import Watcher
 
-TINY = Path(__file__).parent / "golden" / "backbone"
 TEACHER = "mini"
 """Reads larger images than the tiny backbone, and other ones of the classes' texts."""
 RUN_FILES = {
@@ -27,7 +28,6 @@ RUN_FILES = {
     "config.json", "prompts.safetensors", "README.md",
 }  # fmt: skip
 """What a finished run holds, besides ``checkpoints`` where there were epochs."""
-SOURCE = Path(__file__).parents[1] / "src"
 CLASSES = ("cat", "dog", "sea horse")
 
 
@@ -60,7 +60,7 @@ def arguments(method: str, pictures: Path, out: Path, *more: str) -> list[str]:
 
 def environment(**more: str) -> dict[str, str]:
     """One thread, and this checkout's vlprompt."""
-    path = os.pathsep.join([str(SOURCE), str(SOURCE.parent / "tests")])
+    path = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY)])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
@@ -68,6 +68,21 @@ def vlprompt(*given: str, **more: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "vlprompt", *given]
     return subprocess.run(command, env=environment(**more), capture_output=True, text=True, timeout=120)
+
+
+def processes(command: list[str], size: int = 2) -> list[tuple[int, str, str]]:
+    """Run a Python command in several processes as torchrun starts them: exit code, output and errors of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = []
+    for rank in map(str, range(size)):
+        ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(size), "MASTER_PORT": port}
+        env = environment(**ours, MASTER_ADDR="127.0.0.1")
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen([sys.executable, *command], env=env, text=True, **pipes))
+    out = [p.communicate(timeout=120) for p in started]
+    return [(p.returncode, *o) for p, o in zip(started, out, strict=True)]
 
 
 def prompts(run: Path) -> dict[str, Tensor]:

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.kit import SHARED, TINY
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.methods import METHODS, Method
 
-HERE = Path(__file__).parent
 FOLDERS = {
-    "reduced": HERE / "golden" / "cases",
-    "full": Path(os.environ.get("VLPROMPT_GOLDEN", HERE.parents[1] / "shared" / "golden" / "cases")),
+    "reduced": TINY.parent / "cases",
+    "full": Path(os.environ.get("VLPROMPT_GOLDEN", SHARED / "golden" / "cases")),
 }
 
 OFFICIAL_NAMES = [  # official name → (our parameter, index into it)
