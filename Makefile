@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint speed clean
+.PHONY: setup demo test test-slow lint speed clean
 
 setup: $(VENV)/.done
 
@@ -15,8 +15,14 @@ $(VENV)/.done: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/vlprompt demo
 
+# Two at once; --dist worksteal leaves the tests of a file together, so that few fixtures are made twice.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST) -m 'not slow'
+
+test-slow: setup
+	$(PYTEST) -m slow
 
 lint: setup
 	$(BIN)/ruff check src tests tools speed

@@ -1,10 +1,11 @@
-"""Shared fixtures. Small models run several times faster with one thread."""
+"""Shared fixtures. Small models run several times faster with one thread, in processes that tests start too."""
 
 import os
 import signal
-import sys
 import warnings
+from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -14,7 +15,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # warnings of other libraries while they are imported are not ours
     import torch
 
-from tests.kit import TINY
+from tests.kit import TINY, command
+from tests.kit.pictures import make_photos, make_pictures
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests in the background ignores it
@@ -22,29 +24,48 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts 
 
 @pytest.fixture(scope="session")
 def tiny():
-    """The reduced golden backbone: 12 layers, width 128, 32-px images, a vocabulary of a few hundred tokens."""
+    """The reduced golden backbone."""
     from vlprompt.backbones.load import load_backbone
 
     return load_backbone(str(TINY))
 
 
+@pytest.fixture(scope="session")
+def double():
+    """The same in float64."""
+    from vlprompt.backbones.load import load_backbone
+
+    return load_backbone(str(TINY)).to(dtype=torch.double)
+
+
+@pytest.fixture(scope="session")
+def mini():
+    """The embedded backbone."""
+    from vlprompt.backbones.load import load_backbone
+
+    return load_backbone("mini")
+
+
 @pytest.fixture(autouse=True)
 def forget_texts(request):
-    """The shared backbone remembers texts, whose last bits depend on what they were first encoded with."""
-    if "tiny" in request.fixturenames:
-        request.getfixturevalue("tiny").to()
+    """A shared backbone remembers texts, whose last bits depend on what they were first encoded with."""
+    for name in {"tiny", "double", "mini"} & set(request.fixturenames):
+        request.getfixturevalue(name).to()
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """4 training and 2 val pictures of noise of each of three classes."""
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """4 training, 2 val and 3 test pictures of each of three classes that are easy to tell apart."""
+    return make_photos(tmp_path_factory.mktemp("data") / "photos")
 
 
 @pytest.fixture
-def vlprompt(monkeypatch, capsys):
+def vlprompt():
     """The command line in this process: exit code, standard output, standard error."""
-
-    from vlprompt import cli
-
-    def run(*given: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vlprompt", *map(str, given)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return run
+    return command.vlprompt

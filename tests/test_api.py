@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import vlprompt
 from tests.kit import TINY
+from tests.kit.command import vlprompt as command_line
 from tests.kit.hub import Hub
 from tests.kit.pictures import pictures, write_pictures
 from vlprompt import PromptedModel, build_method, evaluate, fit, load_backbone, load_dataset
 from vlprompt.artefact.artefact import FORMAT_VERSION
-from vlprompt.cli import main
 from vlprompt.config.schema import build_config
 from vlprompt.errors import ArtefactError, ConfigError, DataError, VlpromptError
 from vlprompt.methods import METHODS, Can
@@ -34,14 +34,6 @@ OTHERS = ["brown bear", "grey seal"]  # not those of other files: the shared bac
 def fails(error: type[VlpromptError], match: str):
     """An error of one line that says this."""
     return pytest.raises(error, match=rf"(?s)\A(?!.*\n).*{match}")
-
-
-def run_cli(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["vlprompt", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    out, err = capsys.readouterr()
-    return stopped.value.code or 0, out, err
 
 
 @pytest.fixture(scope="module")
@@ -532,25 +524,25 @@ def test_what_cannot_be_exported_is_refused_by_name(name, tiny, tmp_path):
         assert file.exists()
 
 
-def test_export_command(saved, tuned, tmp_path, monkeypatch, capsys):
+def test_export_command(saved, tuned, tmp_path):
     out = tmp_path / "deep" / "classes.safetensors"
-    code, _, err = run_cli(monkeypatch, capsys, "export", saved, "--class-names", "brown bear, grey seal", "--out", out)
+    code, _, err = command_line("export", saved, "--class-names", "brown bear, grey seal", "--out", out)
     assert (code, "2 classes of coop" in err) == (0, True)
     with torch.no_grad():
         assert torch.equal(load_file(out)["class_features"], tuned.class_features(OTHERS))
-    code, _, err = run_cli(monkeypatch, capsys, "export", saved, "--out", tmp_path / "classes.txt")
+    code, _, err = command_line("export", saved, "--out", tmp_path / "classes.txt")
     assert (code, err) == (2, f"error: {tmp_path / 'classes.txt'} must end in .safetensors\n")
-    code, _, err = run_cli(monkeypatch, capsys, "export", saved, "--class-names", "a,a", "--out", out)
+    code, _, err = command_line("export", saved, "--class-names", "a,a", "--out", out)
     assert (code, err) == (2, "error: --class-names: 2 classes are named 'a'\n")
 
 
-def test_predict_command_prints_for_people_and_for_programs(saved, tmp_path, monkeypatch, capsys):
+def test_predict_command_prints_for_people_and_for_programs(saved, tmp_path):
     folder = write_pictures(tmp_path / "photos", n=1)
-    code, text, _ = run_cli(monkeypatch, capsys, "predict", saved, folder, "--top", 1)
+    code, text, _ = command_line("predict", saved, folder, "--top", 1)
     assert (code, len(text.splitlines())) == (0, 6)
-    _, rows, _ = run_cli(monkeypatch, capsys, "predict", saved, folder, "--top", 1, "--csv")
+    _, rows, _ = command_line("predict", saved, folder, "--top", 1, "--csv")
     assert rows.splitlines()[0] == "image,class,probability"
-    _, answer, _ = run_cli(monkeypatch, capsys, "predict", saved, folder, "--top", 1, "--json")
+    _, answer, _ = command_line("predict", saved, folder, "--top", 1, "--json")
     tops = [p["top"][0] for p in json.loads(answer)["predictions"]]
     assert [f"{t['class']},{t['probability']:.6f}" for t in tops] == [r.split(",", 1)[1] for r in rows.splitlines()[1:]]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.kit.runs import make_pictures
+from tests.kit.pictures import make_pictures
 from vlprompt.artefact.artefact import load_artefact, save_artefact
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.explain import draw_explanation, explain

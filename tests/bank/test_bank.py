@@ -19,18 +19,10 @@ import torch
 from PIL import Image
 
 from tests.kit import REPOSITORY, TINY
-from tests.kit.runs import (
-    CLASSES,
-    TEACHER,
-    StopsAfter,
-    arguments,
-    configured,
-    environment,
-    log,
-    make_pictures,
-    processes,
-    prompts,
-)
+from tests.kit.command import environment, processes
+from tests.kit.marks import slow, sweep
+from tests.kit.pictures import CLASSES, make_pictures
+from tests.kit.runs import TEACHER, StopsAfter, arguments, configured, log, prompts
 from vlprompt import PromptClassifier, build_method, fit
 from vlprompt.backbones.load import load_backbone
 from vlprompt.bank.build import build_bank
@@ -248,6 +240,7 @@ def test_images_that_are_new_are_added(pictures, bank, tmp_path) -> None:
 # --- killed and shared builds ---------------------------------------------------------------------
 
 
+@slow
 def test_a_killed_build_resumes_to_the_same_bytes(pictures, tmp_path) -> None:
     rng = random.Random(0)
     deaths = {
@@ -277,6 +270,7 @@ def test_a_killed_build_resumes_to_the_same_bytes(pictures, tmp_path) -> None:
     assert content(tmp_path / "grown often") == content(tmp_path / "grown")
 
 
+@slow
 def test_parts_in_several_processes_give_the_same_bytes(pictures, bank, tmp_path) -> None:
     out = tmp_path / "shared"
     command = [sys.executable, "-m", "vlprompt", "bank", "build", str(pictures), "--out", str(out), *GIVEN]
@@ -349,7 +343,10 @@ def cut_off(file: Path, images: list[Path], shard: int) -> None:
 
 @pytest.mark.parametrize(
     ("shard", "remedy"),
-    [(0, "repaired"), (1, "repaired"), (0, "removed"), (1, "removed"), (2, "removed"), (1, "skipped")],
+    sweep(
+        [(0, "repaired"), (1, "repaired"), (0, "removed"), (1, "removed"), (2, "removed"), (1, "skipped")],
+        (1, "repaired"),
+    ),
 )
 def test_a_build_that_an_image_stopped_goes_on(shard, remedy, pictures, bank, tmp_path) -> None:
     images, out = damaged(pictures, tmp_path / "p"), tmp_path / "bank"
@@ -392,7 +389,9 @@ def test_a_refused_command_leaves_a_half_built_bank_as_it_was(pictures, bank, tm
     assert content(out) == content(bank)
 
 
-@pytest.mark.parametrize("more", [{"batch_size": 5}, {"teacher.backbone": None}, {"data.shots": 1}])
+@pytest.mark.parametrize(
+    "more", sweep([{"batch_size": 5}, {"teacher.backbone": None}, {"data.shots": 1}], {"batch_size": 5})
+)
 def test_a_bank_without_any_file_is_not_begun(more, pictures, bank, tmp_path) -> None:
     assert build(pictures, tmp_path / "bank", part=(7, 7), **more).built == 0
     assert build(pictures, tmp_path / "bank").finished
@@ -429,9 +428,9 @@ def test_a_lost_file_of_images_that_are_gone_is_named(pictures, bank, tmp_path) 
     assert content(out) == content(bank)
 
 
-@pytest.mark.parametrize("more", [{"seed": 2}, {"batch_size": 5}, {"teacher.template": "one {}."}])
+@pytest.mark.parametrize("more", sweep([{"seed": 2}, {"batch_size": 5}, {"teacher.template": "one {}."}], {"seed": 2}))
 def test_of_two_builds_that_differ_and_begin_together_one_is_refused(more, pictures, tmp_path) -> None:
-    out, few = tmp_path / "bank", {"data.shots": 4}
+    out, few = tmp_path / "bank", {"data.shots": 3}
 
     def meanwhile(done: int, of: int) -> None:
         if done == 1:
@@ -903,7 +902,7 @@ def test_labels_from_a_bank_train_as_the_teacher_on_the_same_regions(pictures, t
         torch.testing.assert_close(banked[key], online[key], rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", sweep(TRAINED, "coop", "drople", "fdbpl_promptsrc"))
 def test_any_method_trains_from_a_bank(method, pictures, bank, tiny, tmp_path, monkeypatch) -> None:
     said: list[str] = []
     seen: list[Batch] = []
@@ -947,7 +946,7 @@ def test_fit_trains_from_a_bank_as_the_command_line_does(name, pictures, bank, t
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("method", ["coop", "drople"])
+@pytest.mark.parametrize("method", sweep(["coop", "drople"], "coop"))
 def test_some_of_a_banks_regions_train_as_a_bank_of_so_many(method, vlprompt, pictures, bank, tmp_path) -> None:
     build(pictures, tmp_path / "small", regions=4, **{"teacher.backbone": None})
     train(from_bank(pictures, tmp_path / "small", method), tmp_path / "one")
@@ -1055,7 +1054,7 @@ def test_the_rule_for_regions_of_an_image(pictures, bank, tiny) -> None:
     assert _regions_per_image(replace(data, batch_size=32), 3) == 2
 
 
-@pytest.mark.parametrize("method", ["coop", "kdpl_promptsrc", "drople"])
+@pytest.mark.parametrize("method", sweep(["coop", "kdpl_promptsrc", "drople"], "kdpl_promptsrc"))
 def test_a_stopped_run_goes_on_with_its_bank_and_no_other(method, pictures, bank, tmp_path) -> None:
     own = damaged(bank, tmp_path / "bank")
     config = from_bank(pictures, own, method, **{"data.regions_per_image": 2})
@@ -1075,6 +1074,7 @@ def test_a_stopped_run_goes_on_with_its_bank_and_no_other(method, pictures, bank
     assert log(run) == log(tmp_path / "whole")
 
 
+@slow
 def test_processes_share_a_batch_of_regions(pictures, bank, tmp_path) -> None:
     more = ["--bank", str(bank), "train.epochs=1", "lr=0.0005", "regions_per_image=2"]
     results = processes(["-m", "vlprompt", *arguments("kdpl_coop", pictures, tmp_path / "two", *more)])

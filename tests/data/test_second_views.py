@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.kit.runs import CLASSES, configured, log, make_pictures
+from tests.kit.pictures import CLASSES, make_pictures
+from tests.kit.runs import configured, log
 from vlprompt.config.schema import OptimConfig, TrainConfig
 from vlprompt.data.augment import OPERATIONS, augment_patches
 from vlprompt.data.batches import TrainingViews

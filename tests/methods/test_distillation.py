@@ -16,18 +16,10 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from tests.kit import TINY
-from tests.kit.runs import (
-    CLASSES,
-    TEACHER,
-    StopsAfter,
-    arguments,
-    configured,
-    log,
-    make_pictures,
-    processes,
-    prompts,
-    vlprompt,
-)
+from tests.kit.command import processes
+from tests.kit.marks import slow, sweep
+from tests.kit.pictures import CLASSES
+from tests.kit.runs import TEACHER, StopsAfter, arguments, configured, log, prompts
 from vlprompt import PromptClassifier, build_method, fit
 from vlprompt.artefact.artefact import load_artefact, save_artefact
 from vlprompt.backbones.backbone import Backbone
@@ -50,16 +42,6 @@ TAUGHT = sorted(name for name, cls in METHODS.items() if "teacher_probabilities"
 NAMES = ("violin", "steam train", "yellow kite", "lamp", "old boot")  # of no other test: `tiny` remembers texts
 WORDS = ("cat", "dog", "sea horse", "house", "tree", "red square", "star")
 """A dictionary that holds the pictures' classes."""
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def mini() -> Backbone:
-    return load_backbone(TEACHER)
 
 
 @pytest.fixture
@@ -394,16 +376,16 @@ def test_a_missing_teacher_is_named(name, pictures, tmp_path) -> None:
         fit(build_method(name, load_backbone(str(TINY)), ["a", "b"]), [Image.new("RGB", (32, 32))], ["a"], epochs=1)
 
 
-def test_the_command_line_takes_a_teacher(pictures, tmp_path) -> None:
+def test_the_command_line_takes_a_teacher(vlprompt, pictures, tmp_path) -> None:
     given = ("train", "kdpl_coop", str(pictures), "--backbone", str(TINY), "--out", str(tmp_path / "run"))
     shown = vlprompt(*given, "--teacher", "mini", "logit_scale=30", "--dry-run")
-    assert yaml.safe_load(shown.stdout)["teacher"] == {
+    assert yaml.safe_load(shown.out)["teacher"] == {
         "backbone": "mini", "template": None, "logit_scale": 30.0, "class_names_file": None,
         "classes_per_batch": None,
     }  # fmt: skip
     refused = vlprompt(*given)
     expected = "error: teacher.backbone is not given: method 'kdpl_coop' learns from a teacher (--teacher)\n"
-    assert (refused.returncode, refused.stdout, refused.stderr) == (2, "", expected)
+    assert refused == (2, "", expected)
 
 
 def test_bad_teachers(pictures, tmp_path) -> None:
@@ -434,7 +416,7 @@ def test_off_is_a_word_in_a_file_too(tmp_path) -> None:
     assert (settings.pcd, settings.class_specific) == ("off", True)
 
 
-@pytest.mark.parametrize("name", ["kdpl_promptsrc", "fdbpl_coop"])
+@pytest.mark.parametrize("name", sweep(["kdpl_promptsrc", "fdbpl_coop"], "fdbpl_coop"))
 def test_a_stopped_run_goes_on_with_its_teacher_and_no_other(name, pictures, tiny, tmp_path) -> None:
     config = configured(pictures, name, **{"train.epochs": 2})
     train(config, tmp_path / "whole")
@@ -483,6 +465,7 @@ def test_a_dictionary_that_cannot_be_used(pictures, dictionary, tmp_path) -> Non
     assert not (tmp_path / "run").exists()
 
 
+@slow
 def test_two_processes_share_the_teachers_work(pictures, tmp_path) -> None:
     more = ["--teacher", TEACHER, "train.epochs=1", "data.batch_size=5", "lr=0.0005"]
     run = tmp_path / "two"

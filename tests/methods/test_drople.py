@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tests.kit import TINY
 from tests.kit.drople import objective
-from tests.kit.runs import StopsAfter, configured, log, make_pictures, prompts
+from tests.kit.runs import StopsAfter, configured, log, prompts
 from vlprompt.artefact.artefact import load_artefact, save_artefact
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.backbones.load import load_backbone
@@ -35,12 +35,6 @@ from vlprompt.training.run import train
 GOLDEN = TINY
 NAMES = ("tin can", "wild boar", "a very old elm tree", "barn", "sea_lion", "grey cube")
 """No other test's: the shared backbone remembers texts as they were first packed."""
-
-
-@pytest.fixture(scope="module")
-def double() -> Backbone:
-    """The tiny backbone in float64."""
-    return load_backbone(str(GOLDEN)).to(dtype=torch.double)
 
 
 def make(backbone: Backbone, class_names: Sequence[str] = NAMES, **settings: Any) -> DroPLe:
@@ -663,14 +657,9 @@ def test_the_artefact_leaves_the_shared_tokens_out(tiny: Backbone, tmp_path: Pat
         assert all(torch.equal(a, b) for a, b in zip(ours[:2], theirs[:2], strict=True))
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
-
-
 @pytest.mark.parametrize("n", [1, 4])
-def test_an_interrupted_run_resumes_to_the_same_bits(n: int, photos: Path, tmp_path: Path) -> None:
-    config = configured(photos, "drople", **{"train.epochs": 3, "method.lora_rank": 2, "optim.warmup_epochs": 0.1})
+def test_an_interrupted_run_resumes_to_the_same_bits(n: int, pictures: Path, tmp_path: Path) -> None:
+    config = configured(pictures, "drople", **{"train.epochs": 3, "method.lora_rank": 2, "optim.warmup_epochs": 0.1})
     train(config, tmp_path / "whole")
     with pytest.raises(Interrupted):
         train(config, tmp_path / "stopped", [StopsAfter(n)])
@@ -710,19 +699,19 @@ def test_settings_out_of_range(setting: dict, says: str) -> None:
         build_config("drople", overrides=setting)
 
 
-def test_a_run_says_that_all_of_it_is_warm_up(photos: Path, tmp_path: Path) -> None:
+def test_a_run_says_that_all_of_it_is_warm_up(pictures: Path, tmp_path: Path) -> None:
     for warm_up, count in ((1, 1), (0, 0)):
         said: list[str] = []
         given = {"train.epochs": 1, "optim.warmup_epochs": warm_up}
-        train(configured(photos, "coop", **given), tmp_path / f"run-{warm_up}", say=said.append)
+        train(configured(pictures, "coop", **given), tmp_path / f"run-{warm_up}", say=said.append)
         assert said.count("train.epochs = 1: all of it is warm-up, at a learning rate of 1e-05 "
                           "(optim.warmup_epochs = 1)") == count  # fmt: skip
 
 
-def test_a_run_says_which_of_its_settings_have_no_effect(photos: Path, tmp_path: Path) -> None:
+def test_a_run_says_which_of_its_settings_have_no_effect(pictures: Path, tmp_path: Path) -> None:
     said: list[str] = []
     changed = {"method.mode": "zero", "method.sigma": 0.5, "method.lora_alpha": 8, "method.lora_dropout": 0.1}
-    train(configured(photos, "drople", **changed, **{"train.epochs": 1}), tmp_path / "run", say=said.append)
+    train(configured(pictures, "drople", **changed, **{"train.epochs": 1}), tmp_path / "run", say=said.append)
     assert [line for line in said if "no effect" in line] == [
         "method.sigma = 0.5 has no effect: method.mode = zero",
         "method.lora_alpha = 8.0 has no effect: method.lora_rank = 0",

@@ -19,18 +19,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.kit.checks import fails
 from tests.kit.known import build
 from tests.kit.server import Server
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.known.table import DATASETS, Source
-from vlprompt.errors import DataError, OutputError
+from vlprompt.errors import OutputError
 from vlprompt.provision import fetch, unpack
 from vlprompt.provision.fetch import DOWNLOADS, get
-
-
-def fails(match: str):
-    """A DataError of one line that says this."""
-    return pytest.raises(DataError, match=rf"(?s)\A(?!.*\n).*{match}")
 
 
 @pytest.fixture

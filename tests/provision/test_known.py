@@ -11,18 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.kit import REPOSITORY, TINY
+from tests.kit.checks import fails
 from tests.kit.known import BENCHMARKS, CLASSES, IDS, PARTS, PATTERNS, PHOTOGRAPHS, build, draw, write_class_names
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.known.table import DATASETS
-from vlprompt.errors import DataError
 from vlprompt.provision.check import check, layout_fixes
 
 DOMAINS = ("imagenet_v2", "imagenet_sketch", "imagenet_a", "imagenet_r")
-
-
-def fails(match: str):
-    """A DataError of one line that says this."""
-    return pytest.raises(DataError, match=rf"(?s)\A(?!.*\n).*{match}")
 
 
 @pytest.fixture

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from speed.plain import plain
-from tests.kit import TINY
 from vlprompt.backbones.backbone import Backbone
-from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.towers import Block
 from vlprompt.methods import Batch, find_method
 
@@ -24,11 +22,6 @@ COMPARED = {
     "fdbpl_promptsrc": {},
     "dpl": {},
 }
-
-
-@pytest.fixture(scope="module")
-def double() -> Backbone:
-    return load_backbone(str(TINY)).to(dtype=torch.double)
 
 
 def batch(backbone: Backbone, n: int = 3) -> Batch:

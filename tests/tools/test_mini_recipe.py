@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
 from tests.kit import REPOSITORY
+from tests.kit.marks import slow
 from vlprompt import load_backbone
 from vlprompt.backbones.packing import pack
 from vlprompt.backbones.towers import ImageConfig, TextConfig
@@ -301,6 +302,7 @@ def test_the_table_is_what_wordnet_says():
     ]  # fmt: skip
 
 
+@slow
 def test_photographs_are_read_and_classified(tmp_path):
     photos, lite0 = of("photos"), importlib.import_module("vlprompt.backbones.lite0")
     tiny, more, samples, trash = (tmp_path / name for name in ("tiny", "more", "samples", "trash"))
@@ -511,6 +513,7 @@ def test_training_brings_pictures_to_their_names(pretraining, settings, tmp_path
     assert losses[-1] < losses[0]
 
 
+@slow
 def test_two_processes_train_as_one_model(pretraining, settings, tmp_path):
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", RECIPE / "image.py"),

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from tests.kit import TINY
-from tests.kit.runs import CLASSES, arguments, environment, log, make_pictures, processes, prompts
+from tests.kit.command import environment, processes
+from tests.kit.pictures import CLASSES, make_pictures
+from tests.kit.runs import arguments, log, prompts
 from vlprompt.backbones.load import load_backbone
 from vlprompt.config.schema import OptimConfig, TrainConfig, build_config
 from vlprompt.data.batches import TrainingViews

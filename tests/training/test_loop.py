@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tests.kit import TINY
-from tests.kit.runs import CLASSES, configured, log, make_pictures, prompts
+from tests.kit.pictures import CLASSES, make_pictures
+from tests.kit.runs import configured, log, prompts
 from vlprompt.backbones.load import load_backbone
 from vlprompt.config.schema import OptimConfig, TrainConfig
 from vlprompt.data.batches import TrainingViews
@@ -23,12 +24,6 @@ from vlprompt.training.interrupt import deferred_interrupt
 from vlprompt.training.loop import LossScale, Training
 from vlprompt.training.run import train
 from vlprompt.training.watchers import Watcher
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
-
 
 # --- fp16 -----------------------------------------------------------------------------------------
 

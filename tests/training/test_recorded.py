@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.kit import TINY
-from tests.kit.runs import CLASSES, make_pictures
+from tests.kit.pictures import CLASSES
 from vlprompt.backbones.load import load_backbone
 from vlprompt.config.schema import OptimConfig, TrainConfig
 from vlprompt.config.teacher import Teacher
@@ -19,11 +19,6 @@ from vlprompt.methods import METHODS, Can, find_method
 from vlprompt.training.loop import Training
 
 TRAINED = sorted(set(METHODS) - {"zero_shot", "linear_probe"})
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def training(method: str, pictures: Path, device: str, precision: str = "fp32", k: int | None = None, **config):

@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kit.runs import StopsAfter, arguments, configured, environment, log, make_pictures, prompts
+from tests.kit.command import environment
+from tests.kit.marks import slow
+from tests.kit.pictures import make_pictures
+from tests.kit.runs import StopsAfter, arguments, configured, log, prompts
 from vlprompt.data.datasets import load_dataset
 from vlprompt.errors import ArtefactError, ConfigError, DataError, Interrupted, VlpromptError
 from vlprompt.methods import METHODS
@@ -29,11 +32,6 @@ EPOCHS = 4
 METHOD_SETTINGS = {"coop": [], "promptsrc": ["average_mean=3"]}
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
-
-
 def same(run: Path, other: Path) -> None:
     """Bit-identical prompts, the same checkpoint but for the time it took, and the same log."""
     ours, theirs = prompts(run), prompts(other)
@@ -45,6 +43,7 @@ def same(run: Path, other: Path) -> None:
 # --- killed ---------------------------------------------------------------------------------------
 
 
+@slow
 @pytest.mark.parametrize("method", METHOD_SETTINGS)
 def test_a_killed_run_resumes_to_the_same_bits(method, pictures, tmp_path):
     rng = random.Random(method)
@@ -100,18 +99,24 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_resume(vlprompt, pictures, tmp
     same(run, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("method", ["coop", "promptsrc", "drople"])
+@pytest.fixture(scope="module", params=["coop", "promptsrc", "drople"])
+def whole(request, pictures, tmp_path_factory) -> Path:
+    """A run of two epochs that nothing stopped."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(configured(pictures, request.param, **{"train.epochs": 2, "optim.name": "adamw"}), out)
+    return out
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
-def test_an_interrupt_within_an_epoch_loses_nothing(method, n, pictures, tmp_path):
-    config = configured(pictures, method, **{"train.epochs": 2, "optim.name": "adamw"})
-    train(config, tmp_path / "whole")
+def test_an_interrupt_within_an_epoch_loses_nothing(n, whole, tmp_path):
+    config = saved_config(whole)
     with pytest.raises(Interrupted, match=r"vlprompt train --resume"):
         train(config, tmp_path / "stopped", [StopsAfter(n)])
     progress = StopsAfter(-1)
     assert saved_config(tmp_path / "stopped") == config
     train(config, tmp_path / "stopped", [progress], resume=True)
     assert progress.started == (3, 2, n + 1)  # the step after the signal is the last that is done
-    same(tmp_path / "stopped", tmp_path / "whole")
+    same(tmp_path / "stopped", whole)
 
 
 # --- refused --------------------------------------------------------------------------------------

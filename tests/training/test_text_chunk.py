@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kit import TINY
 from vlprompt.backbones.backbone import Backbone
-from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.towers import Block
 from vlprompt.config.schema import OptimConfig, TrainConfig
 from vlprompt.errors import ConfigError
@@ -25,11 +23,6 @@ ENCODES = {
     "fdbpl_coop": {},
     "kdpl_coop": {},
 }
-
-
-@pytest.fixture(scope="module")
-def double() -> Backbone:
-    return load_backbone(str(TINY)).to(dtype=torch.double)
 
 
 def make(backbone: Backbone, case: str, text_chunk: int | None) -> Method:

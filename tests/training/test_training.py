@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.kit import TINY
+from tests.kit.checks import tree
+from tests.kit.pictures import SHADES, make_photos, paint
 from tests.kit.runs import RUN_FILES
 from vlprompt.artefact.artefact import FORMAT_VERSION, load_artefact, save_artefact
 from vlprompt.backbones.backbone import Backbone
@@ -38,31 +40,9 @@ from vlprompt.training.run import Result, train
 from vlprompt.training.schedule import learning_rate
 from vlprompt.training.watchers import EachEpoch, Watcher
 
-COLOURS = {"blue": (30, 30, 220), "green": (30, 200, 30), "red": (220, 30, 30)}
-
 
 def one_line(match: str) -> str:
     return rf"\A(?!.*\n).*{match}"
-
-
-def paint(file: Path, colour: tuple[int, int, int], seed: int, size: int = 32) -> None:
-    noise = np.random.default_rng(seed).integers(-25, 26, (size, size, 3))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)).save(file)
-
-
-def make_photos(root: Path, train: int = 4, val: int = 2, test: int = 3) -> Path:
-    """A folder of coloured squares: three classes that are easy to tell apart."""
-    for part, n in (("train", train), ("val", val), ("test", test)):
-        for seed, (name, colour) in enumerate(COLOURS.items()):
-            for i in range(n):
-                paint(root / part / name / f"{i}.png", colour, 100 * seed + i)
-    return root
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_photos(tmp_path_factory.mktemp("data") / "photos")
 
 
 @pytest.fixture
@@ -76,10 +56,6 @@ def configure(photos: Path, method: str = "coop", **changes: Any) -> RunConfig:
         "backbone": str(TINY), "data.name": str(photos), "data.batch_size": 4, "data.workers": 1, "train.epochs": 2,
     }  # fmt: skip
     return build_config(method, overrides=given | {k.replace("__", "."): v for k, v in changes.items()})
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 # --- learning rate --------------------------------------------------------------------------------
@@ -814,7 +790,7 @@ def test_a_run_whose_loss_is_not_finite_stops(tiny_from_memory: None, photos: Pa
 
 def remove(photos: Path) -> str:
     (photos / "photos.csv").write_text(
-        "path,label\n" + "\n".join(f"train/{c}/{i}.png,{c}" for c in COLOURS for i in range(4))
+        "path,label\n" + "\n".join(f"train/{c}/{i}.png,{c}" for c in SHADES for i in range(4))
     )
     (photos / "train" / "red" / "2.png").unlink()
     return str(photos / "photos.csv")
