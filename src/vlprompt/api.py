@@ -34,7 +34,7 @@ from vlprompt.methods import Method, find_method
 from vlprompt.methods.registry import source_of
 from vlprompt.training import evaluate as evaluation
 from vlprompt.training.evaluate import Evaluation, EvaluationImages
-from vlprompt.training.prepare import find_sources, fits_features, prepare
+from vlprompt.training.prepare import find_sources, fit_features, prepare
 from vlprompt.training.watchers import EachEpoch, EpochLog
 
 Images = Sequence[ImageSource] | NDArray[np.uint8]
@@ -141,9 +141,7 @@ def fit_configured(
     with ImageReader(config.data.workers) as reader, _random_state_kept():
         sources = find_sources(config, method.class_names, method.template, method.backbone)
         training = prepare(config, sources, method, images, indices, seed, reader, extra=extra)
-        if fits_features(method):
-            whole = EvaluationImages(images, indices, reader)
-            method.fit_features(whole.frozen(method), whole.labels)
+        fit_features(method, training, EvaluationImages(images, indices, reader))
         if training:
             training.run([EachEpoch(after_epoch)])
     return method.eval()

@@ -19,7 +19,9 @@ from vlprompt.data.reading import ImageReader
 from vlprompt.errors import ConfigError
 from vlprompt.methods import Method, find_method
 from vlprompt.training.distributed import Processes
+from vlprompt.training.evaluate import EvaluationImages
 from vlprompt.training.loop import Training
+from vlprompt.training.schedule import build_optimizer
 
 PROVIDED = frozenset({"frozen_image_features", "second_view", "teacher_probabilities"})
 """What a batch can bring without the user's help."""
@@ -110,6 +112,12 @@ def prepare(
     return Training(method, views, config.optim, config.train, processes, sources.teacher, k, validate)
 
 
-def fits_features(method: Method) -> bool:
-    """Whether the method learns from frozen features of the whole training images, before any steps."""
-    return type(method).fit_features is not Method.fit_features
+def fit_features(method: Method, training: Training | None, images: EvaluationImages) -> None:
+    """Let a method that fits on frozen features do so, before any steps; these begin with what it fitted."""
+    if type(method).fit_features is Method.fit_features:
+        return
+    method.fit_features(images.frozen(method), images.labels)
+    if training:
+        training.optimizer = build_optimizer(method, training.optim)
+    elif method.trains:
+        raise ConfigError(f"method '{method.name}' learns by steps what only fit_features creates: create it in build")

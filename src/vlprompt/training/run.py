@@ -36,7 +36,7 @@ from vlprompt.training.distributed import Processes, join_processes
 from vlprompt.training.evaluate import EvaluationImages, evaluate
 from vlprompt.training.interrupt import deferred_interrupt
 from vlprompt.training.loop import Training
-from vlprompt.training.prepare import Sources, build, find_sources, fits_features, prepare
+from vlprompt.training.prepare import Sources, build, find_sources, fit_features, prepare
 from vlprompt.training.watchers import Watcher, find_service
 from vlprompt.version import __version__
 
@@ -110,8 +110,7 @@ def train(
                 say(note)
             if processes.first:
                 _describe(out, config, split, environment(backbone, sources), resume)
-            if fits_features(method):
-                method.fit_features(images.frozen(method), images.labels)
+            fit_features(method, training, images)
             history = _steps(config, out, training, [*services, *watchers], say) if training else History()
             if not training and processes.first:
                 write_atomically(out / "log.jsonl", "")
