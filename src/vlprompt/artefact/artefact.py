@@ -188,7 +188,7 @@ def _load_backbone(
 ) -> Backbone:
     try:
         if not isinstance(given, Backbone):
-            given = load_backbone(given or expected["name"], device, precision)  # type: ignore[arg-type]
+            given = load_backbone(given or expected["name"], device, precision)
     except BackboneError as error:
         if given:
             raise

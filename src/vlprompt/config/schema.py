@@ -77,7 +77,7 @@ class TeacherConfig:
     """The frozen model whose predictions replace labels."""
 
     backbone: str | None = None
-    """What ``backbone`` takes; usually a larger one."""
+    """What ``backbone`` takes, usually a larger one; efficientnet-lite0; or the folder of a tuned model."""
     template: Template | None = None
     """Text of the classes; the data set's if not given, "a photo of a {}." for the classes of a file."""
     logit_scale: Annotated[float, Gt(0)] | None = None

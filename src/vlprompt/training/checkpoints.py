@@ -136,7 +136,7 @@ def load_checkpoint(run: Path, training: Training) -> History:
         if numbers["backbone_fingerprint"] != method.backbone.fingerprint:
             raise ArtefactError(f"{run} was begun on other weights than '{method.backbone.name}' has now")
         if (teacher := training.teacher) and numbers["teacher_fingerprint"] != teacher.fingerprint:
-            raise ArtefactError(f"{run} was begun with another teacher than '{teacher.backbone.name}' is now")
+            raise ArtefactError(f"{run} was begun with another teacher than '{teacher.name}' is now")
         if numbers.get("views_fingerprint") != training.views.fingerprint:
             raise ArtefactError(f"{run} was begun with another region bank than it has now")
         method.load_state_dict(_group(tensors, "method"))

@@ -12,7 +12,7 @@ from vlprompt.backbones.backbone import Backbone
 from vlprompt.bank.records import Bank
 from vlprompt.bank.use import bank_views, find_bank
 from vlprompt.config.schema import RunConfig
-from vlprompt.config.teacher import Teacher, find_teacher
+from vlprompt.config.teacher import Classifier, Teacher, find_teacher
 from vlprompt.data.batches import TrainingViews
 from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
@@ -39,13 +39,24 @@ class Sources:
     def taught_by(self) -> str | None:
         """The model that stands in the labels' place, if one does."""
         if self.teacher:
-            return self.teacher.backbone.name
+            return self.teacher.name
         return self.bank.settings.teacher.name if self.bank and self.bank.settings.teacher else None
 
 
-def find_sources(config: RunConfig, class_names: Sequence[str], template: str, backbone: Backbone) -> Sources:
-    """The configured teacher and bank; raises ConfigError naming the key if one lacks, or does not fit."""
-    teacher, bank = find_teacher(config, class_names, template, backbone), find_bank(config, class_names)
+def find_sources(
+    config: RunConfig,
+    class_names: Sequence[str],
+    template: str,
+    backbone: Backbone,
+    classifier: Classifier | None = None,
+) -> Sources:
+    """The configured teacher, or the ``classifier``, and bank; raises ConfigError if one lacks or does not fit."""
+    if classifier and config.data.bank:
+        raise ConfigError(
+            f"data.bank = {config.data.bank}: a bank has labels, and '{classifier.name}' was given for them"
+        )
+    teacher = Teacher(classifier, class_names) if classifier else find_teacher(config, class_names, template, backbone)
+    bank = find_bank(config, class_names)
     labels = bank.settings.teacher if bank and config.taught else None
     names = teacher.class_names if teacher else labels.class_names if labels else class_names
     return Sources(teacher, bank, tuple(names))
@@ -103,7 +114,7 @@ def prepare(
             seed,
             reader=reader,
             min_scale=config.data.min_scale,
-            teacher=sources.teacher.backbone.preprocess if sources.teacher else None,
+            teacher=sources.teacher.preprocess if sources.teacher else None,
             patch_size=method.patch_size,
             extra=extra,
         )

@@ -175,7 +175,7 @@ def _opening(
         f"{total:,} learned parameters" + (f": {', '.join(shapes)}" if total else ""),
     ]
     if teacher := sources.teacher:
-        lines.insert(1, f"taught by {teacher.backbone.name}: {len(teacher.class_names)} classes, '{teacher.template}'")
+        lines.insert(1, f"taught by {teacher.name}: {len(teacher.class_names)} classes, '{teacher.template}'")
     if bank := sources.bank:
         (labels, features), t = read_by(config, bank), bank.settings.teacher
         used, there = regions_used(config.data, bank), bank.settings.regions
@@ -269,7 +269,7 @@ def environment(backbone: Backbone, sources: Sources | None = None) -> dict[str,
         "device": torch.cuda.get_device_name(backbone.device) if gpu else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "backbone_fingerprint": backbone.fingerprint,
-        **({"teacher_fingerprint": teacher.backbone.fingerprint} if teacher else {}),
+        **({"teacher_fingerprint": teacher.model.fingerprint} if teacher else {}),
         **({"bank_fingerprint": bank.settings.fingerprint} if bank else {}),
     }
 
