@@ -8,7 +8,7 @@ from typing import Any
 def listing(what: str) -> list[dict[str, Any]]:
     """Rows about methods, backbones or data sets; the first column is the name."""
     if what == "methods":
-        from vlprompt.methods import METHODS
+        from vlprompt.methods import find_method, method_names
 
         return [
             {
@@ -20,7 +20,7 @@ def listing(what: str) -> list[dict[str, Any]]:
                 "parity": m.parity,
                 "presets": sorted(m.presets),
             }
-            for name, m in sorted(METHODS.items())
+            for name, m in ((name, find_method(name)) for name in method_names())
         ]
     if what == "datasets":
         from vlprompt.data.known.table import DATASETS
