@@ -20,18 +20,37 @@ except ImportError:  # not on Windows
 def write_atomically(file: Path, content: str | bytes) -> None:
     """Write a file under another name, then move it into place; its folder is made if need be.
 
+    It is on the disk when this returns: after a power cut the file is the old one or the new one, never an empty one.
     Raises OutputError, and leaves what was there before, if that is not possible (a full disk, no permission).
     """
     unfinished = unfinished_name(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            unfinished.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+            with unfinished.open("wb") as stream:
+                stream.write(content.encode("utf-8") if isinstance(content, str) else content)
+                stream.flush()
+                os.fsync(stream.fileno())
             os.replace(unfinished, file)
+            sync(file.parent)
         finally:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(file, error) from error
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file, or what a folder lists, to the disk, where it knows how to."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(handle)
+    except OSError:  # nor do some network file systems sync them
+        pass
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -111,9 +111,11 @@ def read_artefact_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text("utf-8"))
         version = config["format_version"]
-        newer = version > FORMAT_VERSION
+        newer, older = version > FORMAT_VERSION, version < FORMAT_VERSION
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise _unreadable(folder, error) from None
+    if older:
+        raise ArtefactError(f"{folder} has format_version {version}, of before 0.1: it has no checksums; tune it again")
     if newer:
         raise ArtefactError(
             f"{folder} has format_version {version}; this vlprompt reads up to {FORMAT_VERSION}: update it"
@@ -154,11 +156,12 @@ def _unreadable(folder: Path, error: Exception) -> ArtefactError:
 def _read_prompts(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors, if they are the ones that were saved."""
     content = file.read_bytes()
-    if config["format_version"] < 2:
-        return load(content)
     expected = config["prompts"]
     if sha256(content).hexdigest() == expected["sha256"]:
-        return load(content)
+        state = load(content)
+        if bad := sorted(k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()):
+            raise ValueError(f"tensor '{bad[0]}' of {PROMPTS} is not finite")
+        return state
     raise ValueError(f"{PROMPTS} is not the file that was saved: {_difference(content, expected['shapes'])}")
 
 
