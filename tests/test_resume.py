@@ -177,8 +177,10 @@ def test_what_cannot_be_resumed(tiny, pictures, tmp_path, monkeypatch):
     file.write_bytes(whole.replace(fingerprint, fingerprint[::-1]))
     with pytest.raises(ArtefactError, match=r"checkpoint .*last.safetensors is damaged: its content is not what was"):
         train(config, run, resume=True)
-    with safe_open(file, "pt") as f, monkeypatch.context() as m:
-        m.setattr(checkpoints, "_checksum", lambda *given, saved=f.metadata()["sha256"]: saved)  # of such weights
+    with safe_open(file, "pt") as f:
+        checksum = f.metadata()["sha256"]
+    with monkeypatch.context() as m:
+        m.setattr(checkpoints, "_checksum", lambda *given: checksum)  # as if such weights had been saved
         with pytest.raises(ArtefactError, match="was begun on other weights than"):
             train(config, run, resume=True)
     file.write_bytes(whole)
