@@ -132,7 +132,7 @@ def test_commands_are_valid(page: Path, words: list[str], own_method: None) -> N
     if words[0] == "train" and given["resume"] is None:
         settings = dict(parse_override(text) for text in given["settings"] or [])
         config = build_config(given["method"], given["preset"], overrides=settings)
-        assert not settings.keys() & config.settings.unused().keys()
+        assert not settings.keys() & config.options.unused().keys()
 
 
 def test_every_method_is_reproduced_in_one_precision() -> None:
@@ -213,7 +213,7 @@ def test_a_page_says_what_the_code_does(method: str) -> None:
         if (field.name, field.default) in elsewhere:
             continue
         assert f"\n| `{field.name}` | {shown(field.default)} | " in text
-    if cls.settings:
+    if cls.official:
         c = build_config(method)
         said = (
             f"{c.optim.name.upper()}, learning rate {c.optim.lr:g}, batches of {c.data.batch_size}, {c.train.epochs} "

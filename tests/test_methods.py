@@ -587,7 +587,7 @@ OFFICIAL: Mapping[str, Mapping[str, Any]] = {
 def test_defaults_are_the_official_settings(row: str) -> None:
     name, _, preset = row.partition(" ")
     built = build_config(name, preset or None).to_dict()
-    expected = (SGD | WARM_UP if METHODS[name].settings else {}) | OFFICIAL[row]
+    expected = (SGD | WARM_UP if METHODS[name].official else {}) | OFFICIAL[row]
     actual = {key: built[key.split(".")[0]][key.split(".")[1]] for key in expected}
     assert actual == expected
     if not preset:  # the row names every setting of the method

@@ -234,12 +234,12 @@ def test_later_layers_win() -> None:
     assert build_config("maple").optim.lr == 0.0035  # the method's settings
     assert build_config("maple").train.epochs == 5
     assert build_config("maple", "cross-dataset").optim.lr == 0.0026  # its preset
-    assert build_config("maple", "cross-dataset").settings.depth == 3
+    assert build_config("maple", "cross-dataset").options.depth == 3
     file = {"optim.lr": 0.01, "method.depth": 4}
     from_file = build_config("maple", "cross-dataset", file)
-    assert (from_file.optim.lr, from_file.settings.depth, from_file.train.epochs) == (0.01, 4, 2)
+    assert (from_file.optim.lr, from_file.options.depth, from_file.train.epochs) == (0.01, 4, 2)
     last = build_config("maple", "cross-dataset", file, {"lr": 0.02})
-    assert (last.optim.lr, last.settings.depth, last.train.epochs) == (0.02, 4, 2)
+    assert (last.optim.lr, last.options.depth, last.train.epochs) == (0.02, 4, 2)
 
 
 def test_bare_keys_mean_the_one_key_that_ends_in_them() -> None:
@@ -253,7 +253,7 @@ def test_bare_keys_mean_the_one_key_that_ends_in_them() -> None:
         },
     )  # fmt: skip
     assert built == full
-    assert (built.settings.n_ctx, built.optim.lr, built.data.batch_size, built.seed) == (3, 0.5, 7, 4)
+    assert (built.options.n_ctx, built.optim.lr, built.data.batch_size, built.seed) == (3, 0.5, 7, 4)
 
 
 def test_a_key_that_may_mean_several_is_refused() -> None:

@@ -38,7 +38,7 @@ FILES = (CONFIG, PROMPTS, CARD)
 def save_artefact(
     method: Method, folder: Path, about: Mapping[str, Any] | None = None, *, public: bool = False
 ) -> None:
-    """Write a tuned model into ``folder``; ``about`` (data, settings, metrics) goes into its model card.
+    """Write a tuned model into ``folder``; ``about`` (data, options, metrics) goes into its model card.
 
     A backbone in a folder is noted with its whole path, or where the model is for others (``public``) by name alone.
     """
@@ -86,13 +86,13 @@ def load_artefact(
     config = read_artefact_config(folder)
     try:
         cls = _find_method(config, folder, files)
-        settings = TypeAdapter(cls.Config).validate_python(config["settings"])
-        if extra := set(config["settings"]) - set(asdict(settings)):  # pydantic passes them over
-            raise ConfigError(unknown(f"setting of {cls.name}", min(extra), asdict(settings)))
+        options = TypeAdapter(cls.Config).validate_python(config["settings"])
+        if extra := set(config["settings"]) - set(asdict(options)):  # pydantic passes them over
+            raise ConfigError(unknown(f"setting of {cls.name}", min(extra), asdict(options)))
         class_names = TypeAdapter(tuple[str, ...]).validate_python(config["class_names"])
         state = _read_prompts(folder / PROMPTS, config)
         loaded = _load_backbone(backbone, config["backbone"], folder, device, precision)
-        method = cls(loaded, class_names, settings, TypeAdapter(str).validate_python(config["template"]))
+        method = cls(loaded, class_names, options, TypeAdapter(str).validate_python(config["template"]))
     except (KeyError, TypeError, ValueError, ValidationError, SafetensorError, OSError, ConfigError) as error:
         raise _unreadable(folder, error) from None
     try:

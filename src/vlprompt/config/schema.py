@@ -1,4 +1,4 @@
-"""The configuration of a run: defaults < the method's settings < preset < file < command line, checked as a whole."""
+"""The configuration of a run: defaults < official < preset < file < command line, checked as a whole."""
 
 from __future__ import annotations
 
@@ -140,8 +140,8 @@ class RunConfig:
 
     method: str
     """The method's name, or the file that it lies in."""
-    settings: MethodConfig
-    """The method's own settings."""
+    options: MethodConfig
+    """The method's own options."""
     backbone: str = "mini"
     """The frozen model."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 1
@@ -159,13 +159,13 @@ class RunConfig:
     @property
     def reads_pixels(self) -> bool:
         """Whether training runs the image tower on views, instead of reading frozen features of them."""
-        return Can.USE_FROZEN_FEATURES not in self.settings.can
+        return Can.USE_FROZEN_FEATURES not in self.options.can
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values, as in the configuration file."""
         d = asdict(self)
-        settings = d.pop("settings")
-        return {**d, "method": {"name": self.method, **settings}}
+        options = d.pop("options")
+        return {**d, "method": {"name": self.method, **options}}
 
     def to_yaml(self) -> str:
         """The configuration as a file that ``--config`` reads."""
@@ -222,7 +222,7 @@ def build_config(
 ) -> RunConfig:
     """Merge and check a run's configuration; keys are flat, ``optim.lr`` or, where it is clear, ``lr``.
 
-    A method's own setting comes before one of the same name elsewhere.
+    A method's own option comes before a key of the same name elsewhere.
 
     Raises ConfigError that lists every unknown key and every value out of range at once.
     """
@@ -235,7 +235,7 @@ def build_config(
     known = _known_keys(cls.Config)
     problems: list[str] = []
     merged: dict[str, Any] = {}
-    for layer in (cls.settings, cls.presets[preset] if preset else {}, file or {}, overrides or {}):
+    for layer in (cls.official, cls.presets[preset] if preset else {}, file or {}, overrides or {}):
         for key, value in layer.items():
             full = _resolve(key, known, problems)
             if full is not None:
@@ -248,7 +248,7 @@ def build_config(
         section, _, name = key.rpartition(".")
         (nested[section] if section else top)[name] = value
     sections = {s: checked(c, nested[s], f"{s}.", problems) for s, c in SECTIONS.items()}
-    settings = checked(cls.Config, nested["method"], "method.", problems)
+    options = checked(cls.Config, nested["method"], "method.", problems)
     top = _checked_top(top, problems)
     if "teacher_probabilities" not in cls.needs and nested["teacher"].get("backbone") is None:
         given = [f"teacher.{key} = {value}" for key, value in nested["teacher"].items() if value is not None]
@@ -258,8 +258,8 @@ def build_config(
     if problems:
         keys = f" (allowed keys: {', '.join(known)})" if any("unknown key" in p for p in problems) else ""
         raise ConfigError("; ".join(problems) + keys)
-    config = RunConfig(method=method, settings=settings, **top, **sections)
-    check_capabilities(cls.name, config.settings.can, config.train, config.teacher.classes_per_batch)
+    config = RunConfig(method=method, options=options, **top, **sections)
+    check_capabilities(cls.name, config.options.can, config.train, config.teacher.classes_per_batch)
     return config
 
 
@@ -288,8 +288,8 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str
             yield f"{prefix}{key}", value
 
 
-def _known_keys(settings: type) -> list[str]:
-    keys = ["backbone", "seed", "method.name", *(f"method.{f.name}" for f in fields(settings))]
+def _known_keys(options: type) -> list[str]:
+    keys = ["backbone", "seed", "method.name", *(f"method.{f.name}" for f in fields(options))]
     return keys + [f"{s}.{f.name}" for s, c in SECTIONS.items() for f in fields(c)]
 
 

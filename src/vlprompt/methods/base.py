@@ -116,7 +116,7 @@ class Method(nn.Module):
     needs: ClassVar[frozenset[str]] = frozenset()
     """What a batch must bring beyond images and labels: ``frozen_image_features``, ``second_view``,
     ``teacher_probabilities`` in place of labels, or the name of something in ``extra``."""
-    settings: ClassVar[Mapping[str, Any]] = {}
+    official: ClassVar[Mapping[str, Any]] = {}
     """The official training settings (base-to-novel), by key of the run configuration."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Other settings by name: ``cross-dataset``, ``few-shot``, …"""

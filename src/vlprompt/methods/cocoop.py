@@ -24,12 +24,12 @@ class CoCoOp(Method):
     """
 
     paper, year, learns = "Zhou et al., CVPR", 2022, "text context + meta-net"
-    settings = {**SGD, "data.batch_size": 1, "train.epochs": 10}
+    official = {**SGD, "data.batch_size": 1, "train.epochs": 10}
     image_dependent = True
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
-        """Settings of cocoop."""
+        """Options of cocoop."""
 
         n_ctx: Count = 4
         """Learned context tokens."""

@@ -27,7 +27,7 @@ class CoOp(Method):
     """
 
     paper, year, learns = "Zhou et al., IJCV", 2022, "text context"
-    settings = {**SGD, "data.batch_size": 32, "train.epochs": 50}
+    official = {**SGD, "data.batch_size": 32, "train.epochs": 50}
     presets = {
         "few-shot": {"train.epochs": 200},
         "few-shot-4": {"train.epochs": 100},
@@ -41,7 +41,7 @@ class CoOp(Method):
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
-        """Settings of coop."""
+        """Options of coop."""
 
         n_ctx: Count = 16
         """Learned context tokens."""

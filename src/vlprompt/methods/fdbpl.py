@@ -63,7 +63,7 @@ class FDBPLCoOp(CoOp):
 
     @dataclass(frozen=True)
     class Config(CoOp.Config):
-        """Settings of fdbpl_coop."""
+        """Options of fdbpl_coop."""
 
         n_ctx: Count = 4
         """Learned context tokens, of each context."""
@@ -143,7 +143,7 @@ class FDBPLPromptSRC(PromptSRC):
 
     @dataclass(frozen=True)
     class Config(PromptSRC.Config):
-        """Settings of fdbpl_promptsrc."""
+        """Options of fdbpl_promptsrc."""
 
         @property
         def can(self) -> Can:

@@ -32,7 +32,7 @@ class KDPLCoOp(CoOp):
 
     @dataclass(frozen=True)
     class Config(CoOp.Config):
-        """Settings of kdpl_coop."""
+        """Options of kdpl_coop."""
 
         n_ctx: Count = 4
         """Learned context tokens."""

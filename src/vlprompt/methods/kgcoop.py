@@ -25,12 +25,12 @@ class KgCoOp(Method):
     """
 
     paper, year, learns = "Yao et al., CVPR", 2023, "text context"
-    settings = {**SGD, "data.batch_size": 128, "train.epochs": 100}
+    official = {**SGD, "data.batch_size": 128, "train.epochs": 100}
     presets = {"mini": small_backbone(lr=0.006, epochs=4, min_scale=0.08, n_ctx=4)}
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
-        """Settings of kgcoop."""
+        """Options of kgcoop."""
 
         n_ctx: Count = 4
         """Learned context tokens."""

@@ -25,7 +25,7 @@ class MaPLe(Method):
     """
 
     paper, year, learns = "Khattak et al., CVPR", 2023, "deep text prompts coupled to visual prompts"
-    settings = {
+    official = {
         "optim.name": "sgd",
         "optim.lr": 0.0035,
         "optim.warmup_epochs": 1,
@@ -39,7 +39,7 @@ class MaPLe(Method):
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
-        """Settings of maple."""
+        """Options of maple."""
 
         n_ctx: Count = 2
         """Learned tokens at each layer."""

@@ -31,11 +31,11 @@ class ProGrad(Method):
 
     paper, year, learns = "Zhu et al., ICCV", 2023, "text context"
     needs = frozenset({"frozen_image_features"})
-    settings = {**SGD, "data.batch_size": 32, "train.epochs": 100}
+    official = {**SGD, "data.batch_size": 32, "train.epochs": 100}
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
-        """Settings of prograd."""
+        """Options of prograd."""
 
         n_ctx: Count = 16
         """Learned context tokens."""

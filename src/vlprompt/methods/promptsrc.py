@@ -63,7 +63,7 @@ class PromptSRC(IVLP):
 
     @dataclass(frozen=True)
     class Config(IVLP.Config):
-        """Settings of promptsrc."""
+        """Options of promptsrc."""
 
         text_weight: Weight = 25.0
         """Weight of the distance to the frozen class features."""

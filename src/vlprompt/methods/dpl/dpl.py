@@ -35,7 +35,7 @@ class DPL(Method):
     paper, year = "Xu et al., arXiv", 2023
     learns = "deep text and visual prompts under decoupled attention"
     parity = "reconstructed"
-    settings = IVLP.settings
+    official = IVLP.official
     presets = {
         "textual": {"method.branches": "textual", "optim.lr": 0.002},
         "mini": small_backbone(
@@ -45,7 +45,7 @@ class DPL(Method):
 
     @dataclass(frozen=True)
     class Config(IVLP.Config):
-        """Settings of dpl."""
+        """Options of dpl."""
 
         branches: Literal["visual", "textual", "both"] = "both"
         """Towers with learned tokens; the other stays frozen."""

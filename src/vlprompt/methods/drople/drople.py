@@ -56,7 +56,7 @@ class DroPLe(IVLP):
 
     paper, year, learns = "arXiv 2512.07234, AAAI", 2026, "deep text and visual prompts under token dropout"
     needs = frozenset({"frozen_image_features", "second_view"})
-    settings = {
+    official = {
         "optim.name": "adamw",
         "optim.lr": 2e-4,
         "optim.weight_decay": 5e-5,
@@ -79,7 +79,7 @@ class DroPLe(IVLP):
 
     @dataclass(frozen=True)
     class Config(IVLP.Config):
-        """Settings of drople."""
+        """Options of drople."""
 
         depth_vision: Count = 6
         """Layers of the image tower with tokens of their own."""
