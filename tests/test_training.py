@@ -22,6 +22,7 @@ from small_run import RUN_FILES, TINY
 from vlprompt.artefact.artefact import FORMAT_VERSION, load_artefact, save_artefact
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
+from vlprompt.config.presets import presets_of
 from vlprompt.config.schema import OptimConfig, RunConfig, TrainConfig, build_config, parse_override, read_config
 from vlprompt.data.batches import Batch, TrainingViews, evaluation_batches
 from vlprompt.data.datasets import load_dataset
@@ -350,7 +351,7 @@ def test_a_saved_configuration_builds_the_same_run(method: str, tmp_path: Path) 
         "data.name": "./photos: of 日本", "data.root": "~/data", "data.shots": 16, "optim.lr": 3e-7, "seed": 2**40,
         "data.classes": "base", "optim.weight_decay": 0, "backbone": "openai/clip-vit-base-patch16",
     }  # fmt: skip
-    for preset in (None, *METHODS[method].presets):
+    for preset in (None, *presets_of(METHODS[method])):
         for overrides in ({}, changes):
             built = build_config(method, preset, overrides=overrides)
             (tmp_path / "config.yaml").write_text(built.to_yaml(), encoding="utf-8")

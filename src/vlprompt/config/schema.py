@@ -15,6 +15,7 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
+from vlprompt.config.presets import presets_of
 from vlprompt.data.splits import Classes
 from vlprompt.errors import ConfigError, one_line, unknown
 from vlprompt.methods import Can, MethodConfig, find_method
@@ -228,14 +229,15 @@ def build_config(
     """
     cls = find_method(method)
     method = str(Path(method).expanduser().resolve()) if is_file(method) else method
-    if preset is not None and preset not in cls.presets:
-        if not cls.presets:
+    presets = presets_of(cls)
+    if preset is not None and preset not in presets:
+        if not presets:
             raise ConfigError(f"method '{method}' has no presets (asked for '{preset}')")
-        raise ConfigError(unknown(f"preset of {method}", preset, cls.presets))
+        raise ConfigError(unknown(f"preset of {method}", preset, presets))
     known = _known_keys(cls.Config)
     problems: list[str] = []
     merged: dict[str, Any] = {}
-    for layer in (cls.official, cls.presets[preset] if preset else {}, file or {}, overrides or {}):
+    for layer in (cls.official, presets[preset] if preset else {}, file or {}, overrides or {}):
         for key, value in layer.items():
             full = _resolve(key, known, problems)
             if full is not None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from vlprompt.methods.base import LEARNS_TEXT, Can, Count, Method, MethodConfig, small_backbone
+from vlprompt.methods.base import LEARNS_TEXT, Can, Count, Method, MethodConfig
 from vlprompt.methods.registry import register
 from vlprompt.prompting.text import TextContext
 
@@ -36,7 +36,6 @@ class CoOp(Method):
         "few-shot-imagenet": {"train.epochs": 50},
         "base-to-novel": {"method.n_ctx": 4, "method.init": "a photo of a"},
         "cross-dataset": {"method.n_ctx": 4, "method.init": "a photo of a"},
-        "mini": small_backbone(lr=0.006, epochs=8, min_scale=0.6, n_ctx=8),
     }
 
     @dataclass(frozen=True)
