@@ -23,7 +23,7 @@ class CoCoOp(Method):
     ``vit_b16_c4_ep10_batch1_ctxv1``). The meta-net E → E/16 → D reads the normalised image feature.
     """
 
-    paper, year, learns = "Zhou et al., CVPR", 2022, "text context + meta-net"
+    paper, year, learns = "Zhou et al., CVPR", 2022, "text context moved by the image"
     official = {**SGD, "data.batch_size": 1, "train.epochs": 10}
     image_dependent = True
 

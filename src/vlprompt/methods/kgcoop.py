@@ -24,7 +24,7 @@ class KgCoOp(Method):
     "a photo of a" whatever they say; here the words given are used.
     """
 
-    paper, year, learns = "Yao et al., CVPR", 2023, "text context"
+    paper, year, learns = "Yao et al., CVPR", 2023, "text context, kept near the hand-written one"
     official = {**SGD, "data.batch_size": 128, "train.epochs": 100}
 
     @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class PromptSRC(IVLP):
     cast deep prompts to fp16 even at fp32 precision; here they stay fp32.
     """
 
-    paper, year, learns = "Khattak et al., ICCV", 2023, "deep text and visual prompts"
+    paper, year, learns = "Khattak et al., ICCV", 2023, "deep prompts kept near the frozen model, averaged"
     needs = frozenset({"frozen_image_features"})
     presets = {
         "cross-dataset": {
