@@ -1,4 +1,4 @@
-"""Write the tables of methods, options and presets into the documentation, from the code.
+"""Write the tables of methods, options, presets and data sets into the documentation, from the code.
 
     python tools/docs_tables.py           # rewrites what stands between <!-- table: … --> and <!-- end -->
     python tools/docs_tables.py --check   # names the pages that it would change; exit code 1 if there are any
@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from vlprompt.cli.fields import field_docs
 from vlprompt.config.presets import presets_of
 from vlprompt.config.schema import build_config
+from vlprompt.data.known.table import DATASETS
 from vlprompt.errors import ConfigError
 from vlprompt.methods import METHODS, Method
 
@@ -74,7 +75,25 @@ def training(*names: str) -> str:
     return table(("`vlprompt train`", "settings"), rows)
 
 
-TABLES: dict[str, Callable[..., str]] = {t.__name__: t for t in (methods, official, options, training)}
+def datasets() -> str:
+    """The known data sets that are not made by the package."""
+    rows = (
+        (
+            f"`{d.name}`",
+            f"[{d.title}]({d.homepage})",
+            f"`{'/'.join(filter(None, (d.folder, d.images)))}/`",
+            f"{d.classes:,}",
+            " / ".join(f"{n:,}" if n else "–" for n in d.sizes),
+            d.licence,
+        )
+        for d in DATASETS.values()
+        if d.make is None
+    )
+    head = ("name", "in papers", "images lie below DATA in", "classes", "train / val / test", "licence note")
+    return table(head, rows)
+
+
+TABLES: dict[str, Callable[..., str]] = {t.__name__: t for t in (methods, official, options, training, datasets)}
 
 
 # --- parts ----------------------------------------------------------------------------------------
