@@ -121,10 +121,10 @@ def _source(
 
 
 def _dataset(name: str, facts: dict[str, Any]) -> Dataset:
-    lists = {key: tuple(facts.pop(key)) for key in ("needs", "subfolders", "sizes") if key in facts}
+    lists: dict[str, Any] = {key: tuple(facts.pop(key)) for key in ("needs", "subfolders", "sizes") if key in facts}
     sources = tuple(_source(**source) for source in facts.pop("sources", ()))
     read, make = READERS.get(facts.pop("read", "")), MAKERS.get(facts.pop("make", ""))
-    return Dataset(name, **{"folder": name, "read": read, "make": make, "sources": sources, **lists, **facts})
+    return Dataset(name, facts.pop("folder", name), read=read, make=make, sources=sources, **lists, **facts)
 
 
 def _read_table() -> dict[str, Dataset]:
