@@ -16,7 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from vlprompt.cli.fields import field_docs
+from vlprompt.cli.fields import read_fields
 from vlprompt.config.presets import presets_of
 from vlprompt.config.schema import build_config
 from vlprompt.data.known.table import DATASETS
@@ -120,7 +120,7 @@ def learns(cls: type[Method]) -> str:
 def described(config: type, field: str, hint: Any) -> str:
     """The docstring of a field, and the words that it may be."""
     owner = next(c for c in config.__mro__ if field in vars(c).get("__annotations__", {}))
-    text = field_docs(Path(str(sys.modules[owner.__module__].__file__)))[owner.__qualname__][field]
+    text = read_fields(Path(str(sys.modules[owner.__module__].__file__)))[owner.__qualname__][field].text
     words = get_args(hint) if get_origin(hint) is Literal else ()
     return text + (f" One of {', '.join(f'`{word}`' for word in words)}." if words else "")
 

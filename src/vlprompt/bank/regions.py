@@ -35,7 +35,7 @@ class Crops:
     flip: Annotated[float, Ge(0), Le(1)] = 0.5
     """Probability of a horizontal flip."""
     seed: Annotated[int, Ge(0)] = 1
-    """Which regions, together with the image's content."""
+    """Decides the regions, together with the image's content."""
 
     def draw(self, content: str, width: int, height: int, n: int) -> NDArray[np.uint16]:
         """The n regions of an image of this content (a hash in hexadecimal) and size in pixels: stored form, [n, 5].

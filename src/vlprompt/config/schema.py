@@ -46,11 +46,11 @@ class DataConfig:
     root: str | None = None
     """Folder that holds the data sets."""
     split_file: str | None = None
-    """Which of the images are train, val and test, if not the data set's own split."""
+    """File that says which images are train, val and test: a run's split.json, CoOp's file, a few-shot list."""
     shots: Annotated[int, Ge(1)] | None = None
     """Training images per class; all if not given."""
     allow_fewer: bool = False
-    """Whether classes with fewer images than shots use what they have."""
+    """Let classes with fewer images than shots use all that they have."""
     imbalance: Annotated[float, Ge(1)] = 1.0
     """Shots of the first class to those of the last, fewer and fewer in between: a long tail."""
     val_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
@@ -64,11 +64,11 @@ class DataConfig:
     workers: Annotated[int, Ge(0)] = 2
     """Threads that decode and crop ahead of the training steps."""
     skip_bad: bool = False
-    """Whether images that cannot be read are left out instead of stopping the run."""
+    """Leave out images that cannot be read, and count them, instead of stopping."""
     bank: Folder | None = None
-    """Folder of the region bank that training views come from, in place of random ones."""
+    """Folder of the region bank that views, labels and features come from."""
     views: ViewCount | None = None
-    """How many regions of each image, of a bank, its first ones; all if not given. Without a bank views are random."""
+    """random, or R, the first regions of each image of a bank; if not given, all of a bank's, or else random."""
     regions_per_image: Annotated[int, Ge(1)] | None = None
     """Regions that a batch holds of each of its images, of a bank; 4, or fewer where that leaves less than 8 images."""
 
@@ -78,13 +78,13 @@ class TeacherConfig:
     """The frozen model whose predictions replace labels."""
 
     backbone: str | None = None
-    """What ``backbone`` takes; usually a larger one."""
+    """Frozen model that any method learns from instead of labels, given like the backbone; or efficientnet-lite0."""
     template: Template | None = None
-    """Text of the classes; the data set's if not given, "a photo of a {}." for the classes of a file."""
+    """Text of the teacher's classes; the data set's if not given, "a photo of a {}." for the classes of a file."""
     logit_scale: Annotated[float, Gt(0)] | None = None
-    """What its cosines are multiplied by; the student's scale if not given, as in KDPL."""
+    """What the teacher's cosines are multiplied by; if not given, the student's scale, as in KDPL."""
     class_names_file: str | None = None
-    """Class names, one per line, that it chooses among instead of the data set's, which then stay unknown."""
+    """File of class names, one per line, that the teacher chooses among instead of the data set's."""
     classes_per_batch: Annotated[int, Ge(2)] | None = None
     """Classes most probable to the teacher in a batch, which alone are compared; all if not given.
 
@@ -122,7 +122,7 @@ class TrainConfig:
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the frozen towers; prompts are fp32."""
+    """fp32, bf16 or fp16 for the frozen towers; prompts are fp32."""
     accumulate: Annotated[int, Ge(1)] = 1
     """Parts that each batch is computed in, one after the other, to need less memory; the step is the same."""
     text_chunk: Annotated[int, Ge(1)] | None = None
@@ -144,7 +144,7 @@ class RunConfig:
     options: MethodConfig
     """The method's own options."""
     backbone: str = "mini"
-    """The frozen model."""
+    """The frozen model: mini, a folder or file, a hub id, or open_clip:MODEL/TAG."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 1
     """Decides the few-shot images, the initial prompts, and the order and crops of training images."""
     data: DataConfig = field(default_factory=DataConfig)
