@@ -94,7 +94,7 @@ def load_artefact(
         loaded = _load_backbone(backbone, config["backbone"], folder, device, precision)
         method = cls(loaded, class_names, options, TypeAdapter(str).validate_python(config["template"]))
     except (KeyError, TypeError, ValueError, ValidationError, SafetensorError, OSError, ConfigError) as error:
-        raise _unreadable(folder, error) from None
+        raise _unreadable_error(folder, error) from None
     try:
         method.load_inference_state(state)
     except (RuntimeError, KeyError) as error:
@@ -113,7 +113,7 @@ def read_artefact_config(folder: Path) -> dict[str, Any]:
         version = config["format_version"]
         newer = version > FORMAT_VERSION
     except (KeyError, TypeError, ValueError, OSError) as error:
-        raise _unreadable(folder, error) from None
+        raise _unreadable_error(folder, error) from None
     if newer:
         raise ArtefactError(
             f"{folder} has format_version {version}; this vlprompt reads up to {FORMAT_VERSION}: update it"
@@ -146,7 +146,7 @@ def _find_method(config: Mapping[str, Any], folder: Path, files: bool) -> type[M
     return find_method(str(file))
 
 
-def _unreadable(folder: Path, error: Exception) -> ArtefactError:
+def _unreadable_error(folder: Path, error: Exception) -> ArtefactError:
     reason = f"no {error} in {CONFIG}" if isinstance(error, KeyError) else one_line(error)
     return ArtefactError(f"cannot read the tuned model in {folder}: {reason}")
 

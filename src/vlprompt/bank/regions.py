@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 
 from vlprompt.data.images import random_regions
-from vlprompt.data.splits import missing
+from vlprompt.data.splits import missing_error
 from vlprompt.errors import DataError
 
 _ONE = 65535  # stands for 1 in stored regions
@@ -63,6 +63,6 @@ def content_hash(file: Path) -> str:
         with file.open("rb") as stream:
             return file_digest(stream, "sha256").hexdigest()
     except FileNotFoundError:
-        raise missing("file", file) from None
+        raise missing_error("file", file) from None
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}") from None

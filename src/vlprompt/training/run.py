@@ -29,7 +29,7 @@ from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split, read_split, write_split
 from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError
-from vlprompt.files import cannot_write, held, write_atomically
+from vlprompt.files import held, write_atomically, write_error
 from vlprompt.methods import Method, MethodConfig
 from vlprompt.training.checkpoints import History, Keeper, checkpoint_file, remove_unfinished
 from vlprompt.training.distributed import Processes, join_processes
@@ -250,7 +250,7 @@ def _run_folder(out: Path, resume: bool, processes: Processes) -> Iterator[None]
                 with suppress(OSError):  # not made after all, or another run may have begun below it
                     folder.rmdir()
         if isinstance(error, OSError):
-            raise cannot_write(Path(error.filename or out), error) from error
+            raise write_error(Path(error.filename or out), error) from error
         raise
     except KeyboardInterrupt:
         raise Interrupted(f"to continue: vlprompt train --resume {shlex.quote(str(out))}") from None
