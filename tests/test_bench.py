@@ -111,7 +111,7 @@ def test_a_data_set_may_have_a_preset_of_its_own() -> None:
 @pytest.mark.parametrize("protocol", ["cross-dataset", "domain-generalization"])
 def test_the_first_data_set_is_trained_on_and_all_are_measured(protocol: str) -> None:
     (run,) = plan(asked(protocol, "maple", ("imagenet", "dtd", "Flowers102")))
-    assert (run.data, run.config.train.epochs, run.config.settings.depth) == ("imagenet", 2, 3)
+    assert (run.data, run.config.train.epochs, run.config.options.depth) == ("imagenet", 2, 3)
     assert measured(run) == [("imagenet", "all"), ("dtd", "all"), ("Flowers102", "all")]
 
 
@@ -236,7 +236,7 @@ def test_words_in_rows_are_those_of_the_command_line(tmp_path: Path) -> None:
     rows = read_rows(tmp_path / "rows.yaml")
     assert rows == {"plain": ("fdbpl_coop", {"pcd": "off"})}
     (run,) = plan(Asked("base-to-novel", rows, ["x"], [1], teacher="mini"))
-    assert run.config.settings.pcd == "off"
+    assert run.config.options.pcd == "off"
 
 
 @pytest.mark.parametrize(
@@ -260,9 +260,9 @@ def test_rows_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
 def test_a_row_with_a_preset_of_its_own() -> None:
     rows = {"a": ("coop", {"preset": "few-shot-4", "n_ctx": 2}), "b": ("coop", {})}
     (own, protocols) = plan(Asked("few-shot", rows, ["x"], [1], [16]))
-    assert (own.config.train.epochs, own.config.settings.n_ctx, protocols.config.train.epochs) == (100, 2, 200)
+    assert (own.config.train.epochs, own.config.options.n_ctx, protocols.config.train.epochs) == (100, 2, 200)
     (none,) = plan(Asked("base-to-novel", {"a": ("coop", {"preset": None})}, ["x"], [1]))
-    assert (none.config.settings.n_ctx, none.config.settings.init) == (16, None)
+    assert (none.config.options.n_ctx, none.config.options.init) == (16, None)
     with pytest.raises(ConfigError, match="unknown preset of coop 'fewshot': did you mean 'few-shot'"):
         plan(Asked("few-shot", {"a": ("coop", {"preset": "fewshot"})}, ["x"], [1]))
 

@@ -412,7 +412,7 @@ def test_bad_teachers(pictures, tmp_path) -> None:
 
 def test_a_short_key_means_the_methods_own_setting_first() -> None:
     config = build_config("kdpl_vpt", overrides={"template": "one {}.", "backbone": "other"})
-    assert (config.settings.template, config.teacher.template) == ("one {}.", None)
+    assert (config.options.template, config.teacher.template) == ("one {}.", None)
     assert (config.backbone, config.teacher.backbone) == ("other", None)
     assert build_config("kdpl_coop", overrides={"template": "one {}."}).teacher.template == "one {}."
 
@@ -421,7 +421,7 @@ def test_off_is_a_word_in_a_file_too(tmp_path) -> None:
     (tmp_path / "c.yaml").write_text("pcd: off\nclass_specific: true\n")
     from vlprompt.config.schema import read_config
 
-    settings = build_config("fdbpl_coop", file=read_config(tmp_path / "c.yaml")).settings
+    settings = build_config("fdbpl_coop", file=read_config(tmp_path / "c.yaml")).options
     assert (settings.pcd, settings.class_specific) == ("off", True)
 
 
@@ -493,7 +493,7 @@ def test_the_teacher_runs_in_the_students_precision(precision, pictures, tmp_pat
     original = Teacher.probabilities
 
     def watch(self, images):
-        seen.append((self.backbone.dtype, original(self, images).dtype))
+        seen.append((self.model.dtype, original(self, images).dtype))
         return original(self, images)
 
     monkeypatch.setattr(Teacher, "probabilities", watch)

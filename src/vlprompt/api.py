@@ -59,21 +59,21 @@ def build_method(
     *,
     template: str = DEFAULT_TEMPLATE,
     seed: int = 1,
-    **settings: Any,
+    **options: Any,
 ) -> Method:
     """A method of ``vlprompt list methods``, or of a file (``./my_method.py``), ready to be fitted.
 
-    ``template`` is the data set's text with {} for the class name; ``settings`` are the method's own (``n_ctx=4``;
+    ``template`` is the data set's text with {} for the class name; ``options`` are the method's own (``n_ctx=4``;
     where a name is taken, ``**{"method.template": …}``). ``seed`` decides the initial prompts; the global random
     state stays as it is. Raises ConfigError for what the method does not know and a template without {}, DataError for
     class names without a name or with another's.
     """
-    keys = full_keys(settings, method_keys(name), f"setting of {name}")
+    keys = full_keys(options, method_keys(name), f"setting of {name}")
     return build_configured(build_config(name, overrides=keys), backbone, class_names, template, seed)
 
 
 def method_keys(name: str) -> dict[str, str]:
-    """A method's own settings, and their keys in the run configuration."""
+    """A method's own options, and their keys in the run configuration."""
     return {f.name: f"method.{f.name}" for f in fields(find_method(name).Config)}
 
 
@@ -94,7 +94,7 @@ def build_configured(
         raise ConfigError(f"template = {template} (allowed: text with {{}} for the class name)")
     with _random_state_kept():
         torch.manual_seed(seed)
-        method = find_method(config.method)(backbone, names, config.settings, template)
+        method = find_method(config.method)(backbone, names, config.options, template)
     return method.to(backbone.device)
 
 
@@ -182,7 +182,7 @@ class PromptedModel:
     """A tuned method ready for use: predicts, and lives in a folder or on the hub without its training data."""
 
     def __init__(self, method: Method, about: Mapping[str, Any] | None = None) -> None:
-        """Wrap a fitted method; ``about`` (data, settings, metrics) goes into the model card."""
+        """Wrap a fitted method; ``about`` (data, options, metrics) goes into the model card."""
         self.method, self.about = method.eval(), dict(about or {})
 
     @property

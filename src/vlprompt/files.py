@@ -36,7 +36,7 @@ def write_atomically(file: Path, content: str | bytes) -> None:
         finally:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
-        raise cannot_write(file, error) from error
+        raise write_error(file, error) from error
 
 
 def sync(path: Path) -> None:
@@ -104,6 +104,6 @@ def is_unfinished(file: Path) -> bool:
     return re.fullmatch(r"\..+\.\d+", file.name) is not None
 
 
-def cannot_write(place: Path, error: OSError) -> OutputError:
+def write_error(place: Path, error: OSError) -> OutputError:
     """The error for an output that the system refuses, with its reason."""
     return OutputError(f"cannot write {place}: {error.strerror or error}")

@@ -17,7 +17,6 @@ from vlprompt.cli.options import (
     Json,
     Root,
     Settings,
-    TeacherBackbone,
     TrainBackbone,
     TrainDevice,
     TrainPrecision,
@@ -74,7 +73,10 @@ def bench(
         ListOf, typer.Option(help="Rows of --rows to run, separated by commas; default: all.", rich_help_panel=MODEL)
     ] = None,
     backbone: TrainBackbone = None,
-    teacher: TeacherBackbone = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Teacher of the methods that need one, given like --backbone.", rich_help_panel=MODEL),
+    ] = None,
     device: TrainDevice = None,
     precision: TrainPrecision = None,
     seeds: Annotated[

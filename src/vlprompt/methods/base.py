@@ -37,18 +37,6 @@ def _check_template(text: str) -> str:
 Template = Annotated[str, AfterValidator(_check_template)]
 
 
-def small_backbone(lr: float, epochs: int, min_scale: float, **own: Any) -> dict[str, Any]:
-    """A preset ``mini``, for small backbones: found on validation images of openmoji by ``tools/search.py``."""
-    return {
-        "optim.lr": lr,
-        "optim.warmup_epochs": 0,
-        "optim.cosine_epochs": 1,
-        "train.epochs": epochs,
-        "data.batch_size": 16,
-        "data.min_scale": min_scale,
-    } | {f"method.{key}": value for key, value in own.items()}
-
-
 class Can(Flag):
     """What may be done with a method beyond training it on whole batches and asking it about images."""
 
@@ -116,10 +104,10 @@ class Method(nn.Module):
     needs: ClassVar[frozenset[str]] = frozenset()
     """What a batch must bring beyond images and labels: ``frozen_image_features``, ``second_view``,
     ``teacher_probabilities`` in place of labels, or the name of something in ``extra``."""
-    settings: ClassVar[Mapping[str, Any]] = {}
+    official: ClassVar[Mapping[str, Any]] = {}
     """The official training settings (base-to-novel), by key of the run configuration."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Other settings by name: ``cross-dataset``, ``few-shot``, …"""
+    """Other official settings by name: ``cross-dataset``, ``few-shot``, …"""
     rates: ClassVar[Mapping[str, float]] = {}
     """Parameters, by how their names begin, that learn at this share of the learning rate."""
     image_dependent: ClassVar[bool] = False

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlprompt.backbones.towers import Prompts
-from vlprompt.methods.base import LEARNS_PROMPTS, Can, Count, Method, MethodConfig, small_backbone
+from vlprompt.methods.base import LEARNS_PROMPTS, Can, Count, Method, MethodConfig
 from vlprompt.methods.ivlp import deep_context
 from vlprompt.methods.registry import register
 from vlprompt.prompting.visual import CoupledPrompts
@@ -25,21 +25,18 @@ class MaPLe(Method):
     """
 
     paper, year, learns = "Khattak et al., CVPR", 2023, "deep text prompts coupled to visual prompts"
-    settings = {
+    official = {
         "optim.name": "sgd",
         "optim.lr": 0.0035,
         "optim.warmup_epochs": 1,
         "data.batch_size": 4,
         "train.epochs": 5,
     }
-    presets = {
-        "cross-dataset": {"optim.lr": 0.0026, "train.epochs": 2, "method.depth": 3},
-        "mini": small_backbone(lr=0.0035, epochs=8, min_scale=0.6, n_ctx=2, depth=12),
-    }
+    presets = {"cross-dataset": {"optim.lr": 0.0026, "train.epochs": 2, "method.depth": 3}}
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
-        """Settings of maple."""
+        """Options of maple."""
 
         n_ctx: Count = 2
         """Learned tokens at each layer."""

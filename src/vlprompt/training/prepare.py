@@ -65,7 +65,7 @@ def find_sources(
 def build(config: RunConfig, sources: Sources, backbone: Backbone, template: str, own_names: Sequence[str]) -> Method:
     """The configured method, untrained, on the backbone's device; ``own_names`` are the data set's classes."""
     torch.manual_seed(config.seed)
-    method = find_method(config.method)(backbone, sources.class_names, config.settings, template)
+    method = find_method(config.method)(backbone, sources.class_names, config.options, template)
     if sources.class_names != tuple(own_names) and not method.takes_new_classes:
         raise ConfigError("teacher.class_names_file: with class_specific the classes are the data set's own")
     return method.to(backbone.device)

@@ -29,7 +29,7 @@ from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split, read_split, write_split
 from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError
-from vlprompt.files import cannot_write, held, write_atomically
+from vlprompt.files import held, write_atomically, write_error
 from vlprompt.methods import Method, MethodConfig
 from vlprompt.training.checkpoints import History, Keeper, checkpoint_file, remove_unfinished
 from vlprompt.training.distributed import Processes, join_processes
@@ -106,7 +106,7 @@ def train(
         processes.wait()  # all have seen that the folder can be used
         with _run_folder(out, resume, processes):
             say(_opening(config, dataset, split, method, processes, sources))
-            for note in [*_unused(config.settings), *(_only_warm_up(config) if training else [])]:
+            for note in [*_unused(config.options), *(_only_warm_up(config) if training else [])]:
                 say(note)
             if processes.first:
                 _describe(out, config, split, environment(backbone, sources), resume)
@@ -186,12 +186,12 @@ def _opening(
     return "\n".join(lines)
 
 
-def _unused(settings: MethodConfig) -> list[str]:
+def _unused(options: MethodConfig) -> list[str]:
     """A line for each setting that was changed and has no effect beside the others."""
     return [
-        f"method.{key} = {getattr(settings, key)} has no effect: method.{other} = {getattr(settings, other)}"
-        for key, other in settings.unused().items()
-        if getattr(settings, key) != getattr(type(settings), key)
+        f"method.{key} = {getattr(options, key)} has no effect: method.{other} = {getattr(options, other)}"
+        for key, other in options.unused().items()
+        if getattr(options, key) != getattr(type(options), key)
     ]
 
 
@@ -249,7 +249,7 @@ def _run_folder(out: Path, resume: bool, processes: Processes) -> Iterator[None]
                 with suppress(OSError):  # not made after all, or another run may have begun below it
                     folder.rmdir()
         if isinstance(error, OSError):
-            raise cannot_write(Path(error.filename or out), error) from error
+            raise write_error(Path(error.filename or out), error) from error
         raise
     except KeyboardInterrupt:
         raise Interrupted(f"to continue: vlprompt train --resume {shlex.quote(str(out))}") from None
@@ -293,5 +293,5 @@ def about(config: RunConfig, dataset: LoadedDataset, result: Result, history: Hi
         "learned parameters": f"{result.trainable_parameters:,}",
         "accuracy on the training images": f"{result.train_accuracy:.1f} %",
         "accuracy on the val images": val,
-        "settings": "`" + ", ".join(f"{k}={v}" for k, v in vars(config.settings).items()) + "`",
+        "options": "`" + ", ".join(f"{k}={v}" for k, v in vars(config.options).items()) + "`",
     }

@@ -18,7 +18,7 @@ from vlprompt.backbones.packing import Attention, packed_attention
 from vlprompt.backbones.towers import AfterBlock, plain_attention
 from vlprompt.data.batches import Batch
 from vlprompt.errors import ConfigError
-from vlprompt.methods.base import LEARNS_PROMPTS, Can, Count, Output, Weight, small_backbone
+from vlprompt.methods.base import LEARNS_PROMPTS, Can, Count, Output, Weight
 from vlprompt.methods.drople.dropout import SharedTokens, drop, importance, look, scores
 from vlprompt.methods.drople.lora import VisualLoRA
 from vlprompt.methods.ivlp import IVLP, deep_context
@@ -56,7 +56,7 @@ class DroPLe(IVLP):
 
     paper, year, learns = "arXiv 2512.07234, AAAI", 2026, "deep text and visual prompts under token dropout"
     needs = frozenset({"frozen_image_features", "second_view"})
-    settings = {
+    official = {
         "optim.name": "adamw",
         "optim.lr": 2e-4,
         "optim.weight_decay": 5e-5,
@@ -71,15 +71,12 @@ class DroPLe(IVLP):
         "cross-dataset": {"train.epochs": 3},
         "few-shot": {"train.epochs": 50},
         "long-tail": {"data.shots": 16, "data.imbalance": 10},
-        "mini": small_backbone(
-            lr=0.0002, epochs=8, min_scale=0.6, n_ctx_text=2, n_ctx_vision=2, depth_text=12, depth_vision=12
-        ),
     }
     rates = {"lora.": 0.1}
 
     @dataclass(frozen=True)
     class Config(IVLP.Config):
-        """Settings of drople."""
+        """Options of drople."""
 
         depth_vision: Count = 6
         """Layers of the image tower with tokens of their own."""
