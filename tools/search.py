@@ -97,7 +97,7 @@ def main() -> None:
     write.add_argument("--seed", type=int, default=0)
     choose = commands.add_parser("best", help="print the best trial of each method")
     choose.add_argument("rows", type=Path, help="the file of trials")
-    choose.add_argument("folder", type=Path, help="of the benchmark")
+    choose.add_argument("folder", type=Path, help="of the bench")
     args = parser.parse_args()
     if args.command == "rows":
         print(yaml.safe_dump(rows(args.methods, args.trials, args.seed), sort_keys=False), end="")
