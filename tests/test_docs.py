@@ -156,14 +156,15 @@ def benches() -> Iterator[tuple[str, list[str]]]:
 
 @pytest.mark.parametrize(("where", "words"), [pytest.param(w, b, id=f"{w}: {' '.join(b)}") for w, b in benches()])
 def test_benches_can_begin(
-    vlprompt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, words: list[str]
+    vlprompt, tmp_path: Path, own_method: None, monkeypatch: pytest.MonkeyPatch, where: str, words: list[str]
 ) -> None:
     """Their runs can be planned and, with the data set that is everywhere, have images enough."""
-    given = [*words, "--out", str(tmp_path / "out")]
+    given = [word.replace(f"./{OWN_FILE}", str(tmp_path / OWN_FILE)) for word in words]
+    given += ["--out", str(tmp_path / "out")]
     if words[words.index("--data") + 1] != "openmoji":
         given.append("--dry-run")
     monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setattr("vlprompt.bench.pool.outcomes", lambda runs, out, workers, say: [])
+    monkeypatch.setattr("vlprompt.bench.bench._begin", lambda *given: [])
     monkeypatch.setattr("vlprompt.bench.bench.find_bank", lambda config, class_names: None)  # a page builds them
     monkeypatch.setattr("vlprompt.data.datasets.absent", lambda split: [])  # nothing is drawn
     for key in (key for key in DATASETS if key.startswith("openmoji")):

@@ -68,17 +68,19 @@ def alone(lock: Path) -> Iterator[None]:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[bool]:
-    """Hold a folder for this process, until the end or until the process ends; False if another one holds it.
+def held(place: Path, shared: bool = False) -> Iterator[bool]:
+    """Hold a folder, or a lock file that is made, until the end or until the process ends; False if others hold it.
 
-    Where the system or the file system knows no locks, nothing is held.
+    With ``shared``, others that share it too do not count. Where the system or the file system knows no locks, nothing
+    is held.
     """
     if fcntl is None:
         yield True
         return
-    handle = os.open(folder, os.O_RDONLY)
+    # Network file systems lock only files that can be written.
+    handle = os.open(place, os.O_RDONLY if place.is_dir() else os.O_RDWR | os.O_CREAT)
     try:
-        yield _take(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield _take(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     finally:
         os.close(handle)
 

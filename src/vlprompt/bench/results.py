@@ -64,7 +64,7 @@ def rows_of(figures: Mapping[str, Any]) -> list[Row]:
     rows = []
     for measured in figures["measured"]:
         place = {"measured_on": measured["data"], "split": measured["split"]}
-        place["code"] = measured["code"] if "code" in measured else figures["code"]  # older files name one for all
+        place["code"] = measured["code"]
         place["measure_seconds"] = round(measured["seconds"], 3)
         parts = {measured["classes"]: measured, **measured.get("groups", {})}
         for classes, score in parts.items():

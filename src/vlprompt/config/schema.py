@@ -169,6 +169,10 @@ class RunConfig:
         options = d.pop("options")
         return {**d, "method": {"name": self.method, **options}}
 
+    def flat(self) -> dict[str, Any]:
+        """The same by full key."""
+        return dict(_flatten(self.to_dict()))
+
     def to_yaml(self) -> str:
         """The configuration as a file that ``--config`` reads."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
@@ -202,6 +206,11 @@ def read_config(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"configuration {file} must hold keys and values")
     return dict(_flatten(content))
+
+
+def config_of(values: Mapping[str, Any]) -> RunConfig:
+    """The configuration whose :meth:`RunConfig.to_dict` these values are."""
+    return build_config(values["method"]["name"], file=dict(_flatten(values)))
 
 
 def parse_override(text: str) -> tuple[str, Any]:

@@ -31,6 +31,7 @@ from vlprompt.data.splits import Split, read_split, write_split
 from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError
 from vlprompt.files import held, write_atomically, write_error
 from vlprompt.methods import Method, MethodConfig
+from vlprompt.methods.registry import file_fingerprint
 from vlprompt.training.checkpoints import History, Keeper, checkpoint_file, remove_unfinished
 from vlprompt.training.distributed import Processes, join_processes
 from vlprompt.training.evaluate import EvaluationImages, evaluate
@@ -218,6 +219,8 @@ def _describe(out: Path, config: RunConfig, split: Split, environment: dict[str,
         remove_unfinished(out)
     else:
         write_atomically(out / "config.yaml", config.to_yaml())
+    if own := file_fingerprint(config.method):
+        environment["method_fingerprint"] = own
     write_atomically(out / "environment.json", json.dumps(environment, indent=2))
     write_split(split, out / "split.json")
 
