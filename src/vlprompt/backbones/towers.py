@@ -112,11 +112,8 @@ class Prompts:
         return [layer for layer in self.layers if layer is not None]
 
 
-def inject(x: Tensor, rows: Tensor, values: Tensor, mode: str = "replace") -> Tensor:
-    """Put learned tokens ``values`` [K, D] or [B, K, D] at ``rows`` [K] of x [B, N, D]."""
-    values = values.to(x.dtype)
-    if values.ndim == 2:
-        values = values[None]
+def inject(x: Tensor, rows: Tensor, values: Tensor, mode: str) -> Tensor:
+    """Put learned tokens ``values`` [1 or B, K, D] at ``rows`` [K] of x [1 or B, N, D]."""
     batch = max(len(x), len(values))
     x, values = x.expand(batch, -1, -1), values.expand(batch, -1, -1)
     return x.index_add(1, rows, values) if mode == "add" else x.index_copy(1, rows, values)
@@ -172,6 +169,8 @@ class Tower(nn.Module):
     """What both towers are: blocks, between an ``embed`` and a ``read`` of their own."""
 
     config: ImageConfig | TextConfig
+    positions: nn.Parameter
+    ln_pre: nn.Module  # of images
     blocks: nn.ModuleList
 
     def run(
@@ -206,8 +205,10 @@ class Tower(nn.Module):
                 values = (layer if text is None else _per_slot(layer, text)).to(x.dtype)
                 if text is None:
                     values = values.expand(len(x), -1, -1)
-                if i == 0:
-                    values = self.begin(values, text)
+                if i == 0:  # as the embedded tokens are: normalised, or with their positions
+                    values = (
+                        self.ln_pre(values) if text is None else values + self.positions[text.positions[text.slots]]
+                    )
                 if slots is None:
                     slots = torch.arange(x.shape[1], x.shape[1] + values.shape[1], device=x.device)
                     x = torch.cat([x, values], 1)
@@ -215,10 +216,6 @@ class Tower(nn.Module):
                     x = inject(x, slots, values, prompts.mode if i else "replace")
             x = block(x, attentions[i], asked if i == len(self.blocks) - 1 else None)
         return x if rows is asked else x[:, rows]
-
-    def begin(self, tokens: Tensor, text: PackedText | None) -> Tensor:
-        """Learned tokens as they stand before the first block."""
-        raise NotImplementedError
 
 
 class ImageTower(Tower):
@@ -246,10 +243,6 @@ class ImageTower(Tower):
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1)
         return self.ln_pre(x + self.positions)
-
-    def begin(self, tokens: Tensor, text: PackedText | None) -> Tensor:
-        """Normalised, without positions."""
-        return self.ln_pre(tokens)
 
     def read(self, x: Tensor) -> Tensor:
         """Features [B, K, E] of rows [B, K, D] of the last block; a pooling head makes one of all rows, [B, 1, E]."""
@@ -287,11 +280,6 @@ class TextTower(Tower):
     def embed(self, text: PackedText) -> Tensor:
         """Packed texts as tokens [1, T, D]."""
         return (self.token_embedding(text.tokens) + self.positions[text.positions])[None]
-
-    def begin(self, tokens: Tensor, text: PackedText | None) -> Tensor:
-        """With the positions of their slots."""
-        assert text is not None
-        return tokens + self.positions[text.positions[text.slots]]
 
     def read(self, x: Tensor) -> Tensor:
         """Features [B, K, E] of rows [B, K, D] of the last block."""
