@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from annotated_types import Ge
@@ -84,6 +84,16 @@ class Output:
     """[B, K]"""
     extra: Any = None
     """Whatever else the method's own loss terms read."""
+
+
+class TokenMaps(NamedTuple):
+    """A row of what ``vlprompt explain`` draws: a map of an image's tokens after each of some blocks."""
+
+    name: str
+    about: str
+    """Two lines of a few words each."""
+    values: Sequence[Tensor]
+    """[N] each, of the patches row by row, then of visual prompts: numbers, or booleans that mark some."""
 
 
 class Method(nn.Module):
@@ -203,6 +213,10 @@ class Method(nn.Module):
         if at_once is not None and at_once < len(class_names):
             return encode_in_parts(tower, prompts, context.packed_parts(self.backbone, class_names, at_once), at_once)
         return encode_classes(tower, prompts, context.packed(self.backbone, class_names))
+
+    def explain(self, images: Tensor, seed: int = 0) -> Sequence[TokenMaps]:
+        """What ``vlprompt explain`` draws of an image [1, 3, S, S] beside what its patches say, which all have."""
+        return ()
 
     # --- learning --------------------------------------------------------------------------------------
 

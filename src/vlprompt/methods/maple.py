@@ -62,7 +62,7 @@ class MaPLe(Method):
         if self.coupled is None:
             assert self.folded is not None
             return Prompts(list(self.folded))
-        return self.coupled.prompts(self.context.prompts().layers)
+        return self.coupled.prompts(self.context.prompts().tokens)
 
     def class_features(self, class_names: Sequence[str], image_features: Tensor | None = None) -> Tensor:
         """[C, E], the same for every image."""
@@ -71,11 +71,11 @@ class MaPLe(Method):
     def inference_state(self) -> dict[str, Tensor]:
         """Text prompts and the visual prompts they map to, [depth, M, D]."""
         context = {k: v for k, v in self.state_dict().items() if k.startswith("context.")}
-        return context | {"folded": torch.stack(list(self.visual_prompts().layers)).detach()}
+        return context | {"folded": torch.stack(self.visual_prompts().tokens).detach()}
 
     def load_inference_state(self, state: Mapping[str, Tensor]) -> None:
         """Text prompts and folded visual prompts; the maps are gone."""
-        folded = torch.stack(list(self.visual_prompts().layers)).detach()  # its shape; the values are the state's
+        folded = torch.stack(self.visual_prompts().tokens).detach()  # its shape; the values are the state's
         self.coupled = None
         del self.folded
         self.register_buffer("folded", torch.zeros_like(folded))
