@@ -968,6 +968,12 @@ def test_a_folder_in_use(bench, photos: Path, tmp_path: Path, theirs: str | None
     assert bench(*given, "--skip-existing")[0] == 0
 
 
+def test_a_folder_that_is_a_file(bench, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    code, _, err = bench("base-to-novel", *GIVEN, "--data", photos, out=tmp_path / "file")
+    assert (code, err) == (2, f"error: cannot write {tmp_path / 'file'}: File exists\n")
+
+
 def test_the_same_shard_twice_at_once(bench, photos: Path, tmp_path: Path, own_sources) -> None:
     """The run that one is at work on the other reports as in use; no run has two rows."""
     given = ["base-to-novel", *GIVEN, "--data", photos, "--shard", "1/1", "--skip-existing", "--workers", "2"]
