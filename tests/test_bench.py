@@ -195,9 +195,9 @@ def test_shards_are_disjoint_and_together_all() -> None:
         (asked("base-to-new"), "unknown protocol 'base-to-new': did you mean 'base-to-novel'"),
         (asked("few-shot", "cop"), "unknown method 'cop'"),
         (asked("few-shot", settings={"n_ctz": 1}), "unknown key 'n_ctz'"),
-        (asked("few-shot", settings={"shots": 3}), "data.shots = 3: the protocol and the options of bench decide it"),
+        (asked("few-shot", settings={"shots": 3}), "data.shots = 3: the protocol and what is asked of bench decide it"),
         (asked("few-shot", settings={"classes": "base"}), "data.classes = base: the protocol"),
-        (asked("few-shot", seeds=[]), "--seeds: there must be at least one"),
+        (asked("few-shot", seeds=[]), "seeds: there must be at least one"),
         (asked("few-shot", data=("a/x", "b/x")), "two runs would be few-shot/x/coop"),
         (asked("cross-dataset", data=("x", "a/y", "b/y")), "two data sets would be 'y' in the tables"),
         (asked("cross-dataset", data=("dtd", "DTD", "x")), "two data sets would be 'dtd' in the tables"),
@@ -966,6 +966,12 @@ def test_a_folder_in_use(bench, photos: Path, tmp_path: Path, theirs: str | None
     assert code == (0 if free else 2)
     assert f"error: {tmp_path / 'out'} is in use: another bench is at work there" in err or free
     assert bench(*given, "--skip-existing")[0] == 0
+
+
+def test_a_folder_that_is_a_file(bench, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    code, _, err = bench("base-to-novel", *GIVEN, "--data", photos, out=tmp_path / "file")
+    assert (code, err) == (2, f"error: cannot write {tmp_path / 'file'}: File exists\n")
 
 
 def test_the_same_shard_twice_at_once(bench, photos: Path, tmp_path: Path, own_sources) -> None:

@@ -27,7 +27,7 @@ from vlprompt.data.known.table import DATASETS
 from vlprompt.methods import METHODS
 
 COLOURS = {"blue": (30, 30, 220), "green": (30, 200, 30), "red": (220, 30, 30)}
-COMMANDS = list(typer.main.get_command(app).commands)
+COMMANDS = [name for name, command in typer.main.get_command(app).commands.items() if not command.hidden]
 QUICK = ["--backbone", str(TINY), "--epochs", "1", "batch_size=4", "workers=1"]
 
 

@@ -22,7 +22,7 @@ from vlprompt.bench.shared import SHARED
 from vlprompt.config.images import run_split
 from vlprompt.data.datasets import load_dataset
 from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError, first_few, one_line
-from vlprompt.files import held, write_atomically
+from vlprompt.files import cannot_write, held, write_atomically
 
 PLANNED, LOCK = "planned.json", ".lock"
 Say = Callable[[str], None]
@@ -74,7 +74,10 @@ def bench(
     elsewhere = engine == "ray" and bool(todo)
     with on_ray.connected() if elsewhere else nullcontext():
         ended = _begin(todo, out, elsewhere, workers, say)
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(out, error) from None
         with held(out / LOCK, shared=shard is not None) as free:
             if not free:
                 raise ConfigError(f"{out} is in use: another bench is at work there; choose another folder, or wait")

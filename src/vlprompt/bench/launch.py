@@ -168,11 +168,9 @@ class Process:
         return Outcome(failure=f"its process {how}{': was memory full?' if full else ''}", memory_full=full)
 
     def interrupt(self) -> None:
-        """Pass Ctrl-C on."""
         self.process.send_signal(signal.SIGINT)
 
     def kill(self) -> None:
-        """End it."""
         self.process.kill()
 
 

@@ -83,7 +83,6 @@ class Task:
         ray.cancel(self.reference)
 
     def kill(self) -> None:
-        """End it."""
         import ray
 
         ray.cancel(self.reference, force=True)

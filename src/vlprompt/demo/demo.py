@@ -109,7 +109,8 @@ def run_demo(out: Path, say: Callable[[str], None], data: str = "clothing-demo")
     parts = {classes: dataset.split.subset(classes) for classes in ("base", "novel", "all")}
     say(_opening(show, dataset, parts))
     images = {
-        name: EvaluationImages(split.paths("test"), split.labels("test"), ImageReader(0)) for name, split in parts.items()
+        name: EvaluationImages(split.paths("test"), split.labels("test"), ImageReader(0))
+        for name, split in parts.items()
     }
 
     def tune(name: str, classes: str, folder: Path) -> tuple[Method, Result]:

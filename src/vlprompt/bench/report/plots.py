@@ -22,23 +22,19 @@ class _Drawing:
         self.height, self.parts = height, [f"<title>{escape(title)}</title>"]
 
     def line(self, x1: float, y1: float, x2: float, y2: float, colour: str = "#ccc", width: float = 1) -> None:
-        """A straight line."""
         self.parts.append(
             f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" stroke-width="{width}"/>'
         )
 
     def path(self, points: Sequence[tuple[float, float]], colour: str, width: float = 2, dash: str = "") -> None:
-        """Points joined by lines."""
         joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         dashed = f' stroke-dasharray="{dash}"' if dash else ""
         self.parts.append(f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="{width}"{dashed}/>')
 
     def box(self, x: float, y: float, width: float, height: float, colour: str) -> None:
-        """A filled rectangle."""
         self.parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{colour}"/>')
 
     def dot(self, x: float, y: float, colour: str) -> None:
-        """A filled circle."""
         self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
 
     def text(self, x: float, y: float, text: str, anchor: str = "start", colour: str = "#222") -> None:
@@ -194,7 +190,6 @@ class _Axes:
         return right, self.BOTTOM - (y - y0) / (y1 - y0) * (self.BOTTOM - self.TOP)
 
     def legend(self, names: Collection[str], colour: Mapping[str, str]) -> None:
-        """Names with their colours."""
         self.drawing.height = max(self.drawing.height, 42 + 18 * len(names))
         for i, name in enumerate(names):
             self.drawing.dot(self.RIGHT + 22, 36 + 18 * i, colour[name])
