@@ -22,7 +22,7 @@ from vlprompt.bench.shared import SHARED
 from vlprompt.config.images import run_split
 from vlprompt.data.datasets import load_dataset
 from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError, first_few, one_line
-from vlprompt.files import cannot_write, held, write_atomically
+from vlprompt.files import held, write_atomically, write_error
 
 PLANNED, LOCK = "planned.json", ".lock"
 Say = Callable[[str], None]
@@ -77,7 +77,7 @@ def bench(
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise cannot_write(out, error) from None
+            raise write_error(out, error) from None
         with held(out / LOCK, shared=shard is not None) as free:
             if not free:
                 raise ConfigError(f"{out} is in use: another bench is at work there; choose another folder, or wait")
