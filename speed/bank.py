@@ -60,7 +60,7 @@ def measure(pair: tuple[str, str], split: Split, folder: Path, args: argparse.Na
         for way, name in (("online", ONLINE), ("bank", args.method)):
             run = build_config(name, overrides={"data.batch_size": args.batch_size, "data.bank": str(out)})
             torch.manual_seed(1)
-            method = find_method(name)(student, split.class_names, run.settings, TEMPLATE).to(args.device)
+            method = find_method(name)(student, split.class_names, run.options, TEMPLATE).to(args.device)
             asked, bank = (teacher, None) if way == "online" else (None, Bank(out))
             sources = Sources(asked, bank, split.class_names)
             job = prepare(run, sources, method, split.paths("train"), split.labels("train"), run.seed, reader)

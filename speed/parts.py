@@ -75,12 +75,12 @@ class Parts:
         def forward(x: Any, prompts: Prompts | None = None, *more: Any) -> Tensor:
             began = self.clock()
             if prompts is not None:
-                prompts = replace(prompts, layers=[layer.view_as(layer) for layer in prompts.layers])
+                prompts = replace(prompts, layers=[x if x is None else x.view_as(x) for x in prompts.layers])
             out = own(tower, x, prompts, *more)
             self.seconds[name] += self.clock() - began
             if out.requires_grad:
                 assert prompts is not None
-                self._watch_backward(name, out, prompts.layers)
+                self._watch_backward(name, out, prompts.tokens)
             shape = text_shape(x, prompts) if isinstance(x, PackedText) else image_shape(tower.config, x, prompts)
             self.rows[name] = max(self.rows[name], shape.tokens)
             self.flops[name] += tower_flops(tower.config, shape, pooled_only, out.requires_grad)
@@ -121,13 +121,13 @@ class Shape:
 def image_shape(config: Any, images: Tensor, prompts: Prompts | None) -> Shape:
     """Of images [B, 3, S, S]."""
     patches = (config.image_size // config.patch_size) ** 2
-    n, batch = patches + 1 + (len(prompts.layers[0]) if prompts else 0), len(images)
+    n, batch = patches + 1 + (len(prompts.tokens[0]) if prompts else 0), len(images)
     return Shape(batch * n, batch * n * n, batch, batch * n, batch * patches)
 
 
 def text_shape(text: PackedText, prompts: Prompts | None) -> Shape:
     """Of packed texts, once for each image where prompts depend on it."""
-    batch = len(prompts.layers[0]) if prompts and prompts.layers[0].ndim == 4 else 1
+    batch = max([1, *(len(layer) for layer in prompts.tokens if layer.ndim == 4)] if prompts else [1])
     pairs = text.prefix**2 + sum(g.count * g.length * (text.prefix + g.length) for g in text.groups)
     pooled_pairs = sum(g.count * (text.prefix + g.length) for g in text.groups)
     counts = (len(text.tokens), pairs, len(text.pooled), pooled_pairs)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vlprompt.backbones.attention import Attention
 from vlprompt.backbones.backbone import Backbone
-from vlprompt.backbones.packing import Attention, PackedText, pack
+from vlprompt.backbones.packing import PackedText, pack
 from vlprompt.backbones.towers import Block, Prompts, QuickGELU, TextTower
 
 block_forward, text_forward = Block.forward, TextTower.forward
@@ -75,10 +76,11 @@ def every_token(block: Block, x: Tensor, attention: Attention, rows: Tensor | No
 
 def image_by_image(tower: TextTower, text: PackedText, prompts: Prompts | None = None, *more: Any) -> Tensor:
     """The text tower, once for each image where prompts depend on it."""
-    if prompts is None or prompts.layers[0].ndim < 4:
+    images = max((len(layer) for layer in prompts.tokens if layer.ndim == 4), default=0) if prompts else 0
+    if prompts is None or not images:
         return text_forward(tower, text, prompts, *more)
     each = [
-        Prompts([layer[b : b + 1] if layer.ndim == 4 else layer for layer in prompts.layers], prompts.mode)
-        for b in range(len(prompts.layers[0]))
+        Prompts([x[b : b + 1] if x is not None and x.ndim == 4 else x for x in prompts.layers], prompts.mode)
+        for b in range(images)
     ]
     return torch.cat([text_forward(tower, text, one, *more) for one in each])

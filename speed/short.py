@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """All tables under the commands that they come from, and the machine."""
     environment = next(iter(results.values()))["environment"]
-    lines = ["# Benchmarks, short version", "", "| | |", "|---|---|"]
+    lines = ["# Speed, short version", "", "| | |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in environment.items()]
     for (_, module, given), result in zip(PARTS, results.values(), strict=True):
         command = " ".join([module.__name__, *given]).replace(".", " ", 1)

@@ -100,7 +100,7 @@ def training(work: Work, backbone: Backbone) -> Training:
     config = build_config(work.method, overrides={**given, **dict(work.settings)})
     class_names, n, size = names(work.classes), config.data.batch_size, backbone.image_size
     torch.manual_seed(1)
-    method = cls(backbone, class_names, config.settings).to(backbone.device)
+    method = cls(backbone, class_names, config.options).to(backbone.device)
     # Made once in a run, before the steps that are measured.
     frozen_class_features(backbone, class_names, [method.template])
     frozen_class_features(backbone, class_names, IMAGENET_TEMPLATES[:1], "raw")

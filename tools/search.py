@@ -2,11 +2,11 @@
 
     python tools/search.py rows --methods coop maple --trials 8 > rows.yaml
     vlprompt bench base-to-novel --rows rows.yaml --data openmoji --allow-fewer --seeds 1 --split val --out runs/search
-    python tools/search.py best rows.yaml runs/search
+    python tools/search.py best rows.yaml runs/search --write
 
 Trials start from the official settings without a preset. They differ in learning rate (a factor on the official one),
 epochs, smallest crop and, where the method has them, number of prompt tokens and depth; all have batches of 16. The
-best has the highest harmonic mean on validation images.
+best has the highest harmonic mean on validation images; ``--write`` makes it the method's preset ``mini``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import yaml
 
 from vlprompt.bench.protocols import Rows, read_rows
 from vlprompt.bench.report.report import read_sections, to_dict
+from vlprompt.config.presets import FILE
 from vlprompt.config.schema import build_config
+from vlprompt.files import write_atomically
 from vlprompt.methods import METHODS
 
 RATES = (0.3, 1, 3, 10)
@@ -80,6 +82,13 @@ def best(rows: Rows, figures: dict[str, dict[str, float | None]]) -> dict[str, d
     return found
 
 
+def with_presets(text: str, found: dict[str, dict[str, Any]]) -> str:
+    """The file of presets ``text`` with the settings found in the place of those that these methods had."""
+    head = [line for line in text.splitlines() if line.startswith("#")]
+    presets = yaml.safe_load(text) | {method: line["settings"] for method, line in found.items()}
+    return "\n".join([*head, yaml.safe_dump(dict(sorted(presets.items())), sort_keys=False)])
+
+
 def read_figures(folder: Path) -> dict[str, dict[str, float | None]]:
     """Base, novel and harmonic mean by row: of the first table that ``vlprompt report`` makes of the folder."""
     table = to_dict(read_sections(folder))[0]
@@ -97,12 +106,16 @@ def main() -> None:
     write.add_argument("--seed", type=int, default=0)
     choose = commands.add_parser("best", help="print the best trial of each method")
     choose.add_argument("rows", type=Path, help="the file of trials")
-    choose.add_argument("folder", type=Path, help="of the benchmark")
+    choose.add_argument("folder", type=Path, help="of the bench")
+    choose.add_argument("--write", action="store_true", help=f"write them into {FILE.name}, too")
     args = parser.parse_args()
     if args.command == "rows":
         print(yaml.safe_dump(rows(args.methods, args.trials, args.seed), sort_keys=False), end="")
     else:
-        print(yaml.safe_dump(best(read_rows(args.rows), read_figures(args.folder)), sort_keys=False), end="")
+        found = best(read_rows(args.rows), read_figures(args.folder))
+        print(yaml.safe_dump(found, sort_keys=False), end="")
+        if args.write:
+            write_atomically(FILE, with_presets(FILE.read_text("utf-8"), found))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from vlprompt.artefact.hub import download, upload
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.names import may_be_hub_id
 from vlprompt.config.schema import OptimConfig, RunConfig, build_config
+from vlprompt.config.teacher import Classifier
 from vlprompt.data.images import ImageSource
 from vlprompt.data.known.table import DEFAULT_TEMPLATE
 from vlprompt.data.reading import ImageReader
@@ -34,7 +35,7 @@ from vlprompt.methods import Method, find_method
 from vlprompt.methods.registry import source_of
 from vlprompt.training import evaluate as evaluation
 from vlprompt.training.evaluate import Evaluation, EvaluationImages
-from vlprompt.training.prepare import find_sources, fits_features, prepare
+from vlprompt.training.prepare import find_sources, fit_features, prepare
 from vlprompt.training.watchers import EachEpoch, EpochLog
 
 Images = Sequence[ImageSource] | NDArray[np.uint8]
@@ -45,7 +46,6 @@ WORKERS = 2
 TRAINING = {
     **{f.name: f"optim.{f.name}" for f in fields(OptimConfig)},
     **{name: f"train.{name}" for name in ("epochs", "accumulate", "text_chunk", "graphs")},
-    "teacher": "teacher.backbone",
     "classes_per_batch": "teacher.classes_per_batch",
     **{name: f"data.{name}" for name in ("batch_size", "min_scale", "workers", "bank", "views", "regions_per_image")},
 }
@@ -59,21 +59,21 @@ def build_method(
     *,
     template: str = DEFAULT_TEMPLATE,
     seed: int = 1,
-    **settings: Any,
+    **options: Any,
 ) -> Method:
     """A method of ``vlprompt list methods``, or of a file (``./my_method.py``), ready to be fitted.
 
-    ``template`` is the data set's text with {} for the class name; ``settings`` are the method's own (``n_ctx=4``;
+    ``template`` is the data set's text with {} for the class name; ``options`` are the method's own (``n_ctx=4``;
     where a name is taken, ``**{"method.template": …}``). ``seed`` decides the initial prompts; the global random
     state stays as it is. Raises ConfigError for what the method does not know and a template without {}, DataError for
     class names without a name or with another's.
     """
-    keys = full_keys(settings, method_keys(name), f"setting of {name}")
+    keys = full_keys(options, method_keys(name), f"setting of {name}")
     return build_configured(build_config(name, overrides=keys), backbone, class_names, template, seed)
 
 
 def method_keys(name: str) -> dict[str, str]:
-    """A method's own settings, and their keys in the run configuration."""
+    """A method's own options, and their keys in the run configuration."""
     return {f.name: f"method.{f.name}" for f in fields(find_method(name).Config)}
 
 
@@ -94,7 +94,7 @@ def build_configured(
         raise ConfigError(f"template = {template} (allowed: text with {{}} for the class name)")
     with _random_state_kept():
         torch.manual_seed(seed)
-        method = find_method(config.method)(backbone, names, config.settings, template)
+        method = find_method(config.method)(backbone, names, config.options, template)
     return method.to(backbone.device)
 
 
@@ -106,23 +106,28 @@ def fit(
     preset: str | None = None,
     seed: int = 1,
     after_epoch: Callable[[EpochLog], None] = lambda log: None,
+    teacher: str | Classifier | None = None,
     extra: Mapping[str, Tensor] | None = None,
     **settings: Any,
 ) -> Method:
     """Fit a method on labelled images, as ``vlprompt train`` does: same views, same steps, same prompts.
 
     Without ``settings`` (``epochs``, ``lr``, ``batch_size``, … as in ``TRAINING``) the method's official ones apply,
-    or those of ``preset``. With ``teacher``, a name that ``load_backbone`` takes, it learns from that model instead of
-    the labels. A ``bank``, the folder of a region bank, gives any method its views; images then are files. ``extra``
-    holds tensors [n, …] that a method of one's own ``needs`` of each image, by name.
+    or those of ``preset``. With ``teacher`` it learns from that model instead of the labels: a name that
+    ``load_backbone`` takes, ``"efficientnet-lite0"``, the folder of a tuned model, or any
+    :class:`~vlprompt.config.teacher.Classifier`. A ``bank``, the folder of a region bank, gives any method its views;
+    images then are files. ``extra`` holds tensors [n, …] that a method of one's own ``needs`` of each image, by name.
     ``seed`` decides order and crops. ``after_epoch`` is told the mean loss terms of each epoch. Returns the method.
     Raises ConfigError for unknown settings, a missing teacher, a bank that does not fit and loaded models, DataError
     for images and labels that do not fit together and images that the bank lacks, VlpromptError if a loss is not
     finite.
     """
     keys = full_keys(settings, TRAINING, "training setting")
+    if teacher is not None:
+        keys["teacher.backbone"] = teacher if isinstance(teacher, str) else teacher.name
     config = build_config(source_of(method), preset, overrides=keys)
-    return fit_configured(method, images, labels, config, seed, after_epoch, extra)
+    classifier = None if isinstance(teacher, str) else teacher
+    return fit_configured(method, images, labels, config, seed, after_epoch, extra, classifier)
 
 
 def fit_configured(
@@ -133,17 +138,16 @@ def fit_configured(
     seed: int,
     after_epoch: Callable[[EpochLog], None] = lambda log: None,
     extra: Mapping[str, Tensor] | None = None,
+    classifier: Classifier | None = None,
 ) -> Method:
     """Fit under a checked configuration; see :func:`fit`."""
     images, indices = _labelled(images, labels, method.class_names)
     if not method.trains and any(True for _ in method.parameters()):
         raise ConfigError(f"{method.name} is frozen, as loaded models are: build a new one to fit it")
     with ImageReader(config.data.workers) as reader, _random_state_kept():
-        sources = find_sources(config, method.class_names, method.template, method.backbone)
+        sources = find_sources(config, method.class_names, method.template, method.backbone, classifier)
         training = prepare(config, sources, method, images, indices, seed, reader, extra=extra)
-        if fits_features(method):
-            whole = EvaluationImages(images, indices, reader)
-            method.fit_features(whole.frozen(method), whole.labels)
+        fit_features(method, training, EvaluationImages(images, indices, reader))
         if training:
             training.run([EachEpoch(after_epoch)])
     return method.eval()
@@ -178,7 +182,7 @@ class PromptedModel:
     """A tuned method ready for use: predicts, and lives in a folder or on the hub without its training data."""
 
     def __init__(self, method: Method, about: Mapping[str, Any] | None = None) -> None:
-        """Wrap a fitted method; ``about`` (data, settings, metrics) goes into the model card."""
+        """Wrap a fitted method; ``about`` (data, options, metrics) goes into the model card."""
         self.method, self.about = method.eval(), dict(about or {})
 
     @property

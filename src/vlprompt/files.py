@@ -20,18 +20,37 @@ except ImportError:  # not on Windows
 def write_atomically(file: Path, content: str | bytes) -> None:
     """Write a file under another name, then move it into place; its folder is made if need be.
 
+    It is on the disk when this returns: after a power cut the file is the old one or the new one, never an empty one.
     Raises OutputError, and leaves what was there before, if that is not possible (a full disk, no permission).
     """
     unfinished = unfinished_name(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            unfinished.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+            with unfinished.open("wb") as stream:
+                stream.write(content.encode("utf-8") if isinstance(content, str) else content)
+                stream.flush()
+                os.fsync(stream.fileno())
             os.replace(unfinished, file)
+            sync(file.parent)
         finally:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
-        raise cannot_write(file, error) from error
+        raise write_error(file, error) from error
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file, or what a folder lists, to the disk, where it knows how to."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(handle)
+    except OSError:  # nor do some network file systems sync them
+        pass
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -49,17 +68,19 @@ def alone(lock: Path) -> Iterator[None]:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[bool]:
-    """Hold a folder for this process, until the end or until the process ends; False if another one holds it.
+def held(place: Path, shared: bool = False) -> Iterator[bool]:
+    """Hold a folder, or a lock file that is made, until the end or until the process ends; False if others hold it.
 
-    Where the system or the file system knows no locks, nothing is held.
+    With ``shared``, others that share it too do not count. Where the system or the file system knows no locks, nothing
+    is held.
     """
     if fcntl is None:
         yield True
         return
-    handle = os.open(folder, os.O_RDONLY)
+    # Network file systems lock only files that can be written.
+    handle = os.open(place, os.O_RDONLY if place.is_dir() else os.O_RDWR | os.O_CREAT)
     try:
-        yield _take(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield _take(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     finally:
         os.close(handle)
 
@@ -85,6 +106,6 @@ def is_unfinished(file: Path) -> bool:
     return re.fullmatch(r"\..+\.\d+", file.name) is not None
 
 
-def cannot_write(place: Path, error: OSError) -> OutputError:
+def write_error(place: Path, error: OSError) -> OutputError:
     """The error for an output that the system refuses, with its reason."""
     return OutputError(f"cannot write {place}: {error.strerror or error}")

@@ -21,7 +21,7 @@ from vlprompt.data.known.table import DEFAULT_TEMPLATE
 class PromptClassifier(ClassifierMixin, BaseEstimator):
     """A classifier of images: X is a list of paths or Pillow images, or uint8 pixels [n, H, W, 3]; y any labels.
 
-    ``clone``, ``cross_val_score``, ``GridSearchCV`` and ``Pipeline`` work; grids reach method settings through
+    ``clone``, ``cross_val_score``, ``GridSearchCV`` and ``Pipeline`` work; grids reach a method's options through
     ``settings``. It trains as ``vlprompt train`` does; the same data and parameters give the same prompts. After
     ``fit``, ``classes_`` holds the labels in sorted order and ``model_`` the
     :class:`~vlprompt.api.PromptedModel`, which can be saved and knows other class names too.
@@ -47,8 +47,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         ``backbone``: a name that ``load_backbone`` takes, or a loaded backbone (its own device and precision then
         count; copies of the classifier share it). ``class_names``: words for labels; str(label) for those left out.
         ``template``: text with {} for the class name. ``epochs``, ``lr``, ``batch_size``: the method's official ones
-        if not given. ``settings``: the method's own, and any other of training, ``{"n_ctx": 4, "momentum": 0}``, of
-        which ``bank`` is the folder of a region bank.
+        if not given. ``settings``: the method's options, and what else training takes, ``{"n_ctx": 4, "momentum": 0}``;
+        ``bank`` among them is the folder of a region bank.
         """
         self.method = method
         self.backbone = backbone

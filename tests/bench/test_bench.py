@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -16,30 +15,32 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.kit import REPOSITORY, TINY
+from tests.kit.command import environment
 from tests.kit.known import build
 from tests.kit.marks import slow, sweep
 from tests.kit.pictures import CLASSES, make_pictures
 from vlprompt.bank.build import build_bank
 from vlprompt.bank.config import bank_config
-from vlprompt.bench import on_ray, pool
+from vlprompt.bench import launch, on_ray
 from vlprompt.bench import results as results_module
 from vlprompt.bench import runs as runs_module
-from vlprompt.bench.lock import folder_lock
-from vlprompt.bench.pool import spread
-from vlprompt.bench.protocols import PROTOCOLS, Asked, fingerprint, plan, read_rows, take_shard
-from vlprompt.bench.results import Row, read_results, rows_of, to_csv
+from vlprompt.bench.bench import LOCK
+from vlprompt.bench.launch import COMMAND, Outcome, Process, spread
+from vlprompt.bench.protocols import PROTOCOLS, Asked, Run, fingerprint, plan, read_rows, take_shard
+from vlprompt.bench.results import Row, read_results, to_csv
 from vlprompt.bench.runs import group_figures
 from vlprompt.config.schema import build_config
 from vlprompt.data.known.table import DATASETS
-from vlprompt.data.reading import CACHE_BYTES, ImageReader
+from vlprompt.data.reading import CACHE_BYTES
 from vlprompt.data.splits import long_tail
 from vlprompt.errors import ConfigError, DataError, OutputError
+from vlprompt.files import held
 from vlprompt.methods import METHODS, Method
 from vlprompt.training import evaluate as evaluate_module
 from vlprompt.training.evaluate import Evaluation, EvaluationImages, evaluate
+from vlprompt.training.run import saved_config
 
 QUICK = ("--backbone", str(TINY), "epochs=1", "warmup_epochs=0", "data.workers=0", "data.batch_size=2")
 ABLATIONS = sorted((REPOSITORY / "tools" / "ablations").glob("*.yaml"))
@@ -113,7 +114,7 @@ def test_a_data_set_may_have_a_preset_of_its_own() -> None:
 @pytest.mark.parametrize("protocol", ["cross-dataset", "domain-generalization"])
 def test_the_first_data_set_is_trained_on_and_all_are_measured(protocol: str) -> None:
     (run,) = plan(asked(protocol, "maple", ("imagenet", "dtd", "Flowers102")))
-    assert (run.data, run.config.train.epochs, run.config.settings.depth) == ("imagenet", 2, 3)
+    assert (run.data, run.config.train.epochs, run.config.options.depth) == ("imagenet", 2, 3)
     assert measured(run) == [("imagenet", "all"), ("dtd", "all"), ("Flowers102", "all")]
 
 
@@ -187,7 +188,7 @@ def test_shards_are_disjoint_and_together_all() -> None:
     assert sorted(str(r.folder) for part in parts for r in part) == sorted(str(r.folder) for r in runs)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     for bad in ("0/2", "3/2", "1", "a/b", "1/0"):
-        with pytest.raises(ConfigError, match="--shard"):
+        with pytest.raises(ConfigError, match="shard = "):
             take_shard(runs, bad)
 
 
@@ -197,13 +198,13 @@ def test_shards_are_disjoint_and_together_all() -> None:
         (asked("base-to-new"), "unknown protocol 'base-to-new': did you mean 'base-to-novel'"),
         (asked("few-shot", "cop"), "unknown method 'cop'"),
         (asked("few-shot", settings={"n_ctz": 1}), "unknown key 'n_ctz'"),
-        (asked("few-shot", settings={"shots": 3}), "data.shots = 3: the protocol and the options of bench decide it"),
+        (asked("few-shot", settings={"shots": 3}), "data.shots = 3: the protocol and what is asked of bench decide it"),
         (asked("few-shot", settings={"classes": "base"}), "data.classes = base: the protocol"),
-        (asked("few-shot", seeds=[]), "--seeds: there must be at least one"),
+        (asked("few-shot", seeds=[]), "seeds: there must be at least one"),
         (asked("few-shot", data=("a/x", "b/x")), "two runs would be few-shot/x/coop"),
         (asked("cross-dataset", data=("x", "a/y", "b/y")), "two data sets would be 'y' in the tables"),
         (asked("cross-dataset", data=("dtd", "DTD", "x")), "two data sets would be 'dtd' in the tables"),
-        (asked("cross-dataset"), "cross-dataset: --data x needs the data sets to test on"),
+        (asked("cross-dataset"), "data: cross-dataset needs the data sets to test on after x"),
         (asked("domain-generalization", data=("dtd",)), "known without: those of imagenet, openmoji"),
         (Asked("few-shot", {"a/b": ("coop", {})}, ["x"], [1]), "row 'a/b' is no name of a folder"),
     ],
@@ -238,7 +239,7 @@ def test_words_in_rows_are_those_of_the_command_line(tmp_path: Path) -> None:
     rows = read_rows(tmp_path / "rows.yaml")
     assert rows == {"plain": ("fdbpl_coop", {"pcd": "off"})}
     (run,) = plan(Asked("base-to-novel", rows, ["x"], [1], teacher="mini"))
-    assert run.config.settings.pcd == "off"
+    assert run.config.options.pcd == "off"
 
 
 @pytest.mark.parametrize(
@@ -262,9 +263,9 @@ def test_rows_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
 def test_a_row_with_a_preset_of_its_own() -> None:
     rows = {"a": ("coop", {"preset": "few-shot-4", "n_ctx": 2}), "b": ("coop", {})}
     (own, protocols) = plan(Asked("few-shot", rows, ["x"], [1], [16]))
-    assert (own.config.train.epochs, own.config.settings.n_ctx, protocols.config.train.epochs) == (100, 2, 200)
+    assert (own.config.train.epochs, own.config.options.n_ctx, protocols.config.train.epochs) == (100, 2, 200)
     (none,) = plan(Asked("base-to-novel", {"a": ("coop", {"preset": None})}, ["x"], [1]))
-    assert (none.config.settings.n_ctx, none.config.settings.init) == (16, None)
+    assert (none.config.options.n_ctx, none.config.options.init) == (16, None)
     with pytest.raises(ConfigError, match="unknown preset of coop 'fewshot': did you mean 'few-shot'"):
         plan(Asked("few-shot", {"a": ("coop", {"preset": "fewshot"})}, ["x"], [1]))
 
@@ -308,7 +309,7 @@ def test_a_bench_from_end_to_end(bench, vlprompt, photos: Path, tmp_path: Path) 
     content = json.loads((run / "figures.json").read_text())
     confusion = content["measured"][0]["confusion"]
     assert sum(n for _, _, n in confusion) == content["measured"][0]["n"]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["base-to-novel", "results.csv"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [LOCK, "base-to-novel", "results.csv"]
 
 
 def test_targets_and_groups(bench, photos: Path, tmp_path: Path) -> None:
@@ -391,8 +392,6 @@ def test_each_measurement_has_the_code_version_that_made_it(bench, photos: Path,
     file = next((tmp_path / "out").glob("*/*/*/*/*/*/figures.json"))
     content = json.loads(file.read_text())
     assert content["code"] == first  # what trained it
-    old = [{k: v for k, v in m.items() if k != "code"} for m in content["measured"]]
-    assert [r.code for r in rows_of(content | {"measured": old})] == [first, first]
 
 
 def test_a_changed_file_changes_the_code_version(tmp_path: Path, monkeypatch) -> None:
@@ -442,7 +441,7 @@ def test_results_from_other_images_are_refused(bench, photos: Path, trained, tmp
             shutil.copy(picture, new.with_stem(new.stem + str(_)))
         code, out, err = bench(*given, "--skip-existing")
         assert (code, out) == (2, ""), new
-        assert f"{folder} {message}: choose another --out" in err
+        assert f"{folder} {message}: choose another folder" in err
         for _ in range(2):
             new.with_stem(new.stem + str(_)).unlink()
     assert bench(*given, "--skip-existing")[0] == 0
@@ -612,6 +611,60 @@ def test_figures_that_are_corrupt(bench, photos: Path, trained, tmp_path: Path, 
     assert message in err
 
 
+OWN = """
+from vlprompt.methods import register
+from vlprompt.methods.coop import CoOp
+
+@register("own_coop")
+class Own(CoOp):
+    pass
+"""
+
+
+@pytest.fixture
+def own_file(tmp_path: Path, own_sources, monkeypatch) -> Path:
+    """A method of one's own, in a file of the folder where commands run."""
+    (tmp_path / "a_file.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path / "a_file.py"
+    METHODS.pop("own_coop", None)
+
+
+def test_a_method_in_a_file(bench, vlprompt, photos: Path, tmp_path: Path, own_file: Path) -> None:
+    """With several workers, in shards, kept and reported like any other; its file is known by its whole path."""
+    given = ["base-to-novel", "--methods", "./a_file.py,coop", "--data", photos, "--seeds", "1,2", "--shots", "2"]
+    for shard in ("1/2", "2/2"):
+        code, _, err = bench(*given, "--workers", "2", "--shard", shard)
+        assert code == 0, err
+    rows = read_results(tmp_path / "out" / "results.csv")
+    assert {(r.name, r.method) for r in rows} == {("own_coop", "own_coop"), ("coop", "coop")}
+    by = figures(rows)
+    assert all(by["own_coop", *key] == by["coop", *key] for _, *key in by)  # it is CoOp
+    run = tmp_path / "out/base-to-novel/photos/own_coop/backbone/shots_2/seed_1"
+    assert saved_config(run).method == str(own_file)
+    code, out, _ = bench(*given, "--skip-existing", "--json")
+    assert (code, json.loads(out)["kept"]) == (0, 4)
+    assert "| own_coop |" in vlprompt("report", tmp_path / "out")[1]
+    own_file.write_text(OWN.replace("pass", "changed = True"))
+    code, _, err = bench(*given, "--skip-existing")
+    assert code == 2
+    assert f"{run} holds results from other settings (method file = " in err
+    own_file.unlink()
+    code, _, err = bench(*given, "--skip-existing")
+    assert (code, err) == (2, f"error: method file {own_file}: No such file or directory\n")
+
+
+def test_two_methods_of_one_name(bench, photos: Path, tmp_path: Path, own_file: Path) -> None:
+    for methods in ("./a_file.py,a_file.py", "a_file.py,own_coop"):
+        code, _, err = bench("base-to-novel", "--methods", methods, "--data", photos)
+        first, second = methods.split(",")
+        assert (code, err) == (2, f"error: --methods: {first} and {second} are both called 'own_coop'\n")
+    (tmp_path / "other.py").write_text(OWN)
+    code, _, err = bench("base-to-novel", "--methods", "a_file.py,other.py", "--data", photos)
+    assert code == 2
+    assert "there is a method 'own_coop' already" in err
+
+
 def test_two_shards_share_a_folder(bench, photos: Path, tmp_path: Path) -> None:
     for part in ("1/2", "2/2"):
         assert bench("base-to-novel", *GIVEN, "--data", photos, "--shard", part)[0] == 0
@@ -650,17 +703,31 @@ def test_figures_of_another_shard_that_are_corrupt(bench, photos: Path, tmp_path
     assert list(json.loads(out)["failed"]) == ["results.csv"]
 
 
+def at_work() -> list[int]:
+    """The processes that do this bench's runs."""
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in listed.splitlines()[1:]]
+    return [int(pid) for pid, parent, args in rows if int(parent) == os.getpid() and f"-m vlprompt {COMMAND}" in args]
+
+
+@pytest.fixture
+def own_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that are started use this checkout."""
+    for key, value in environment().items():
+        monkeypatch.setenv(key, value)
+
+
 @slow
-def test_workers_and_one_of_them_killed(bench, photos: Path, tmp_path: Path) -> None:
+def test_workers_and_one_of_them_killed(bench, photos: Path, tmp_path: Path, own_sources) -> None:
     """Its run goes on in another process, and one run fewer is at work at once."""
     killed = []
 
     def kill_the_first_at_work() -> None:
         while not killed:
-            for child in multiprocessing.active_children():
-                if any((tmp_path / "out").glob("*/*/*/*/*/*/config.yaml")):
-                    os.kill(child.pid, signal.SIGKILL)
-                    killed.append(child.pid)
+            if any((tmp_path / "out").glob("*/*/*/*/*/*/config.yaml")):
+                for child in at_work():
+                    os.kill(child, signal.SIGKILL)
+                    killed.append(child)
                     return
             time.sleep(0.002)
 
@@ -678,25 +745,28 @@ def test_workers_and_one_of_them_killed(bench, photos: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("when", sweep(["while they start", "at work"]))
-def test_workers_that_are_interrupted_go_on(bench, photos: Path, tmp_path: Path, monkeypatch, when: str) -> None:
-    """A terminal's Ctrl-C goes to all its processes; later the workers are in a group of their own."""
-    original, given = pool.wait, [*GIVEN, "--data", photos, "--workers", "2", "epochs=30"]
+def test_workers_that_are_interrupted_go_on(
+    bench, photos: Path, tmp_path: Path, monkeypatch, own_sources, when: str
+) -> None:
+    """A terminal's Ctrl-C goes to all its processes; the runs' are in groups of their own and hear of it from us."""
+    original, given = launch.wait, [*GIVEN, "--data", photos, "--workers", "2", "epochs=30"]
 
     def logs() -> list[Path]:
         return sorted((tmp_path / "out").glob("*/*/*/*/*/*/log.jsonl"))
 
-    def wait(connections):
-        monkeypatch.setattr(pool, "wait", original)
+    def wait(futures, *more):
+        monkeypatch.setattr(launch, "wait", original)
         if when == "at work":
             ends = time.monotonic() + 120
             while len(logs()) < 2 and time.monotonic() < ends:
                 time.sleep(0.002)
         else:
-            for child in multiprocessing.active_children():
-                os.kill(child.pid, signal.SIGINT)
+            for child in at_work():
+                os.kill(child, signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
+        return original(futures, *more)
 
-    monkeypatch.setattr(pool, "wait", wait)
+    monkeypatch.setattr(launch, "wait", wait)
     code, _, err = bench("base-to-novel", *given)
     assert code == 130
     done = "[01]" if when == "at work" else "0"  # a fast one may end before another has begun
@@ -712,33 +782,69 @@ def test_workers_that_are_interrupted_go_on(bench, photos: Path, tmp_path: Path,
         assert len(read_results(tmp_path / "out" / "results.csv")) == 6
 
 
-class Room:
-    """In place of a run: it fails, and says how many bytes of images its process would keep."""
+def test_runs_end_with_the_bench_that_started_them(photos: Path, tmp_path: Path, own_sources) -> None:
+    """Killed, it can tell them nothing: a new bench may take over the folder, and nobody may write to it any more."""
+    given = ["bench", "base-to-novel", "--methods", "coop", "--seeds", "1,2", "--shots", "2", "--data", str(photos)]
+    given += ["--workers", "2", "--out", str(tmp_path / "out"), *QUICK, "epochs=3000"]
+    process = subprocess.Popen([sys.executable, "-m", "vlprompt", *given], stderr=subprocess.DEVNULL)
+    while not any((tmp_path / "out").glob("*/*/*/*/*/*/checkpoints/*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    log, ends = next((tmp_path / "out").glob("*/*/*/*/*/*/log.jsonl")), time.monotonic() + 30
+    while time.monotonic() < ends:
+        before = log.stat().st_mtime_ns
+        time.sleep(1)
+        if log.stat().st_mtime_ns == before:
+            return
+    raise AssertionError("a run goes on")
 
-    config = build_config("zero_shot")
 
-    @property
-    def folder(self) -> Path:
-        with ImageReader(0) as reader:
-            raise DataError(f"{reader.room} bytes")
+ENDS = """
+import os, signal
+import torch
+from vlprompt.data.reading import ImageReader
+from vlprompt.errors import DataError
+from vlprompt.methods import Method, register
 
-
-class Full(Room):
-    """In place of a run for which memory does not do, in several ways."""
-
-    def __init__(self, how: str) -> None:
-        self.how = how
-
-    @property
-    def folder(self) -> Path:
-        if self.how == "killed":
+@register("ends")
+class Ends(Method):
+    settings = {"train.epochs": 1}
+    def build(self):
+        how = open(__file__ + ".how").read()
+        print("a method may print")
+        if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        elif self.how == "gpu":
+        elif how == "gpu":
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-        elif self.how == "python":
+        elif how == "python":
             raise MemoryError
-        torch.empty(1 << 60, dtype=torch.uint8)
-        raise AssertionError
+        elif how == "cpu":
+            torch.empty(1 << 60, dtype=torch.uint8)
+        elif how == "exit":
+            os._exit(3)
+        with ImageReader(0) as reader:
+            raise DataError(f"{reader.room} bytes, {torch.get_num_threads()} threads")
+    def class_features(self, class_names, image_features=None):
+        raise NotImplementedError
+"""
+
+
+@pytest.fixture
+def ending(tmp_path: Path, photos: Path, own_sources):
+    """The outcome of a run, in a process of its own, that ends in the way asked for."""
+
+    def end(how: str, workers: int = 1) -> Outcome:
+        file = tmp_path / "ends.py"
+        file.write_text(ENDS)
+        file.with_suffix(".py.how").write_text(how)
+        settings = {"data.workers": 0, "backbone": str(TINY)}
+        (run,) = plan(Asked("few-shot", {"ends": (str(file), {})}, [str(photos)], [1], [2], settings))
+        return Process(run.to_json(), tmp_path / "out", workers).outcome()
+
+    yield end
+    METHODS.pop("ends", None)
 
 
 @pytest.mark.parametrize(
@@ -750,31 +856,73 @@ class Full(Room):
         pytest.param("cpu", "RuntimeError: .*DefaultCPUAllocator.*", marks=slow),
     ],
 )
-def test_a_run_that_memory_does_not_do_for_fails_only_when_alone(tmp_path: Path, how: str, reason: str) -> None:
+def test_a_process_tells_that_memory_was_full(ending, how: str, reason: str) -> None:
+    outcome = ending(how)
+    assert outcome.memory_full
+    assert re.fullmatch(reason, outcome.failure)
+    assert not outcome.trace
+
+
+def test_a_process_that_just_ends(ending) -> None:
+    assert ending("exit") == Outcome(failure="its process ended with exit code 3")
+
+
+@pytest.mark.parametrize(("workers", "share"), [(1, CACHE_BYTES), (3, CACHE_BYTES // 3)])
+def test_workers_share_the_memory_for_images(ending, workers: int, share: int) -> None:
+    """And each uses one thread. What its method prints is not taken for its outcome."""
+    assert ending("", workers) == Outcome(failure=f"{share} bytes, 1 threads")
+
+
+class Made:
+    """A job that ends as told as soon as it is asked."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = lambda: time.sleep(0.05) or outcome
+        self.interrupt = self.kill = lambda: None
+
+
+def test_a_run_that_memory_does_not_do_for_fails_only_when_alone() -> None:
+    full, good = Outcome(failure="memory", memory_full=True), Outcome("fine")
+    runs = plan(asked("few-shot", seeds=[1, 2, 3, 4], shots=[1]))
     said: list[str] = []
-    ended = list(pool.outcomes([Full(how), Full(how), Room(), Room()], tmp_path, 3, said.append))
-    failed = [o for o in ended if o.memory_full]
-    assert len(failed) == 2
-    assert all(re.fullmatch(reason, o.failure) and not o.trace for o in failed)
-    assert [o.failure for o in ended if not o.memory_full] == [f"{CACHE_BYTES // 3} bytes"] * 2
-    assert re.fullmatch(f".* begins again, with 1 at once: {reason}", said[-1])
+    places: list[int] = []
+
+    def begin(run: Run, place: int) -> Made:
+        places.append(place)
+        return Made(full if run.config.seed < 3 else good)
+
+    ended = list(launch.outcomes(begin, runs, 3, said.append))
+    assert sorted(run.config.seed for run, outcome in ended if outcome == full) == [1, 2]
+    assert sorted(run.config.seed for run, outcome in ended if outcome == good) == [3, 4]
+    assert re.fullmatch(r"x coop, 1 shots, seed \d begins again, with 1 at once: memory", said[-1])
+    assert set(places) == {0, 1, 2}
+    assert places[-1] == 0
 
 
-@pytest.mark.parametrize(
-    ("workers", "share"),
-    sweep([(1, CACHE_BYTES), (2, CACHE_BYTES // 2), (3, CACHE_BYTES // 2)], (1, CACHE_BYTES), (2, CACHE_BYTES // 2)),
-)
-def test_workers_share_the_memory_for_images(tmp_path: Path, workers: int, share: int) -> None:
-    told = [outcome.failure for outcome in pool.outcomes([Room(), Room()], tmp_path, workers)]
-    assert told == [f"{share} bytes"] * 2
+def test_a_bench_gives_its_processes_their_number(bench, photos: Path, monkeypatch) -> None:
+    """No more than there are runs."""
+    seen = []
+
+    def begin(run: str, out: Path, workers: int, place: int) -> Made:
+        seen.append((workers, place))
+        return Made(Outcome(failure="no"))
+
+    monkeypatch.setattr("vlprompt.bench.bench.Process", begin)
+    assert bench("base-to-novel", *GIVEN, "--data", photos, "--workers", "5")[0] == 1
+    assert seen == [(3, 0), (3, 1), (3, 2)]
 
 
 def test_tasks_of_ray_share_the_memory_for_images(tmp_path: Path, monkeypatch) -> None:
     """As many as a machine has CPUs, at most."""
-    monkeypatch.setattr("vlprompt.data.reading._sharing", 1)
+    seen = []
     monkeypatch.setattr("os.cpu_count", lambda: 4)
-    for at_once, share in ((2, CACHE_BYTES // 2), (40, CACHE_BYTES // 4)):
-        assert on_ray._task(Room(), tmp_path, Path.cwd(), at_once).failure == f"{share} bytes"
+    monkeypatch.setattr(
+        on_ray, "Process", lambda run, out, workers, folder: seen.append(workers) or Made(Outcome("done"))
+    )
+    for at_once in (2, 40):
+        assert on_ray._task("", tmp_path, Path.cwd(), at_once) == Outcome("done")
+    assert seen == [2, 4]
+    assert "there is no such folder on machine" in on_ray._task("", tmp_path, tmp_path / "none", 2).failure
 
 
 @pytest.mark.parametrize(
@@ -808,89 +956,41 @@ def test_a_split_that_names_missing_files(bench, photos: Path, trained, tmp_path
 # --- one bench a folder ---------------------------------------------------------------------------
 
 
-def other_process() -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-
-
-def lock_of(folder: Path, pid: int, plan: str = "p", part: str = "1/1", host: str | None = None) -> Path:
-    import socket
-
-    host = host or socket.gethostname()
-    file = folder / f".bench-{host}-{pid}.json"
-    file.write_text(json.dumps({"host": host, "pid": pid, "plan": plan, "shard": part}))
-    return file
-
-
-def test_a_folder_in_use(tmp_path: Path) -> None:
-    process = other_process()
-    try:
-        for theirs, ours in (("1/1", None), ("1/2", None), ("1/1", "1/2"), ("1/2", "1/2"), ("1/2", "2/3")):
-            file = lock_of(tmp_path, process.pid, part=theirs)
-            with (
-                pytest.raises(ConfigError, match=rf"in use: process {process.pid} on "),
-                folder_lock(tmp_path, "p", ours),
-            ):
-                pass
-        lock_of(tmp_path, process.pid, part="1/2")
-        with folder_lock(tmp_path, "p", "2/2"):
-            assert len(list(tmp_path.glob(".bench-*"))) == 2
-        with pytest.raises(ConfigError, match="another bench"), folder_lock(tmp_path, "q", "2/2"):
-            pass
-    finally:
-        process.communicate(b"\n")
-    with folder_lock(tmp_path, "p", None):  # its process has ended
-        assert not file.exists()
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_lock_of_another_machine_or_unreadable_is_not_taken_over(tmp_path: Path) -> None:
-    file = lock_of(tmp_path, 1, host="elsewhere")
-    with pytest.raises(ConfigError, match="on elsewhere"), folder_lock(tmp_path, "p", None):
-        pass
-    file.write_text("{")
-    with pytest.raises(ConfigError, match="remove it if no bench is at work there"), folder_lock(tmp_path, "p", None):
-        pass
-
-
-@pytest.mark.parametrize("place", ["boot_id", "pid"])
-def test_a_lock_of_another_container_or_start_of_the_same_name_is_not_taken_over(
-    tmp_path: Path, monkeypatch, place: str
-) -> None:
-    """A process number says nothing there, even where it is our own."""
-    read_text, readlink = Path.read_text, os.readlink
-    if place == "boot_id":
-        monkeypatch.setattr(Path, "read_text", lambda p, *a: "1\n" if p.name == place else read_text(p, *a))
-    else:
-        monkeypatch.setattr(
-            os, "readlink", lambda p, **k: "pid:[1]" if str(p).endswith("/ns/pid") else readlink(p, **k)
-        )
-    there = folder_lock(tmp_path, "p", None)
-    there.__enter__()
-    (file,) = tmp_path.iterdir()
-    process = other_process()
-    process.communicate(b"\n")
-    ended = tmp_path / ".bench-ended.json"
-    ended.write_text(json.dumps(json.loads(file.read_text()) | {"pid": process.pid}))
-    monkeypatch.undo()
-    with pytest.raises(ConfigError, match="in use: process"), folder_lock(tmp_path, "p", None):
-        pass
-    ended.unlink()
-    with pytest.raises(ConfigError, match="in use: process"), folder_lock(tmp_path, "p", None):
-        pass
-    assert list(tmp_path.iterdir()) == [file]
-    there.__exit__(None, None, None)
-
-
-def test_a_second_bench_is_refused(bench, photos: Path, tmp_path: Path) -> None:
-    process = other_process()
+@pytest.mark.parametrize(
+    ("theirs", "ours", "free"),
+    [(None, None, False), (None, "1/2", False), ("1/2", None, False), ("1/2", "2/2", True), ("1/2", "1/2", True)],
+)
+def test_a_folder_in_use(bench, photos: Path, tmp_path: Path, theirs: str | None, ours: str | None, free: bool) -> None:
+    """By a bench of its own; shards share it. Of a process that has ended only the file is left."""
     (tmp_path / "out").mkdir()
-    try:
-        lock_of(tmp_path / "out", process.pid)
-        code, _, err = bench("base-to-novel", *GIVEN, "--data", photos)
-    finally:
-        process.communicate(b"\n")
-    assert code == 2
-    assert "is in use: process" in err
+    given = ("base-to-novel", "--methods", "zero_shot", "--seeds", "1,2", "--shots", "2", "--data", photos)
+    with held(tmp_path / "out" / LOCK, shared=theirs is not None) as taken:
+        assert taken
+        code, _, err = bench(*given, *(["--shard", ours] if ours else []))
+    assert code == (0 if free else 2)
+    assert f"error: {tmp_path / 'out'} is in use: another bench is at work there" in err or free
+    assert bench(*given, "--skip-existing")[0] == 0
+
+
+def test_a_folder_that_is_a_file(bench, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    code, _, err = bench("base-to-novel", *GIVEN, "--data", photos, out=tmp_path / "file")
+    assert (code, err) == (2, f"error: cannot write {tmp_path / 'file'}: File exists\n")
+
+
+def test_the_same_shard_twice_at_once(bench, photos: Path, tmp_path: Path, own_sources) -> None:
+    """The run that one is at work on the other reports as in use; no run has two rows."""
+    given = ["base-to-novel", *GIVEN, "--data", photos, "--shard", "1/1", "--skip-existing", "--workers", "2"]
+    folder = tmp_path / "out" / "base-to-novel/photos/coop/backbone/shots_2/seed_2"
+    folder.mkdir(parents=True)
+    with held(folder):
+        code, out, _ = bench(*given, "--json")
+    assert (code, json.loads(out)["done"]) == (1, 2)
+    ((run, reason),) = json.loads(out)["failed"].items()
+    assert run.endswith("seed_2")
+    assert "another process has begun a run there" in reason
+    assert bench(*given)[0] == 0
+    assert len(read_results(tmp_path / "out" / "results.csv")) == 6
 
 
 # --- results.csv ----------------------------------------------------------------------------------

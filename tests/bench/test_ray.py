@@ -25,6 +25,14 @@ from vlprompt.bench.results import read_results
 from vlprompt.errors import ConfigError
 
 QUICK = ("--backbone", str(TINY), "warmup_epochs=0", "data.workers=0", "data.batch_size=2", "--shots", "2")
+OWN = """
+from vlprompt.methods import register
+from vlprompt.methods.zero_shot import ZeroShot
+
+@register("own")
+class Own(ZeroShot):
+    pass
+"""
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (extra: ray)")
 
 
@@ -70,8 +78,9 @@ def when(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
 @slow
 @needs_ray
 def test_a_bench_on_ray(photos: Path, tmp_path: Path) -> None:
-    """The same figures as without it; a run that fails is reported and the rest goes on."""
-    given = ("--methods", "coop,zero_shot", "--seeds", "1,2", "epochs=1", "--json")
+    """The same figures as without it, also of a method in a file; a run that fails is reported and the rest goes on."""
+    (tmp_path / "own.py").write_text(OWN)
+    given = ("--methods", "coop,./own.py", "--seeds", "1,2", "epochs=1", "--json")
     code, out, err = done(tmp_path, *given, "--workers", "2")
     assert code == 0, err
     assert json.loads(out)["done"] == 4
@@ -170,11 +179,11 @@ def asking(device: str) -> list[Run]:
     [("cpu", 2, 4, 0), ("cuda", 2, None, 1), ("cuda", 2, 1, 1), ("cuda", 2, 4, 0.5), ("cuda", 2, 6, 0.3333)],
 )
 def test_a_run_takes_its_share_of_a_gpu(device: str, gpus: int, workers: int | None, share: float) -> None:
-    assert on_ray._gpu_share(asking(device), gpus, workers) == share
+    assert on_ray._gpus_of_a_run(asking(device), gpus, workers) == share
 
 
 def test_gpus_that_ray_cannot_give() -> None:
     with pytest.raises(ConfigError, match=r"\Atrain.device = cuda: Ray knows no GPU\Z"):
-        on_ray._gpu_share(asking("cuda"), 0, None)
+        on_ray._gpus_of_a_run(asking("cuda"), 0, None)
     with pytest.raises(ConfigError, match=r"\Atrain.device = cuda:1: Ray chooses which GPU, write cuda\Z"):
-        on_ray._gpu_share(asking("cuda:1"), 2, None)
+        on_ray._gpus_of_a_run(asking("cuda:1"), 2, None)

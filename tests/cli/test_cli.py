@@ -26,7 +26,7 @@ from vlprompt.cli import app
 from vlprompt.data.known.table import DATASETS
 from vlprompt.methods import METHODS
 
-COMMANDS = list(typer.main.get_command(app).commands)
+COMMANDS = [name for name, command in typer.main.get_command(app).commands.items() if not command.hidden]
 QUICK = ["--backbone", str(TINY), "--epochs", "1", "batch_size=4", "workers=1"]
 
 

@@ -9,8 +9,10 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from tests.kit.known import needs_openmoji
 from tests.kit.command import vlprompt
 from tests.kit.pictures import write_pictures
 from vlprompt import cli
+from vlprompt.bench.report import plots
 from vlprompt.config.schema import build_config
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.known import openmoji, table
@@ -31,6 +34,7 @@ from vlprompt.errors import ConfigError
 from vlprompt.training.evaluate import EvaluationImages, evaluate, harmonic_mean
 from vlprompt.training.run import train
 
+SVG = "{http://www.w3.org/2000/svg}"
 CLASSES = {
     "clothing-demo": ("hat", "pants", "shoes", "skirt"),
     "openmoji": ("mail", "money", "religious symbol", "zodiac sign"),
@@ -153,11 +157,13 @@ def test_bars_go_from_the_least_to_the_most():
 
 
 def test_it_leaves_pictures_and_an_artefact(ran: Ran):
-    for key in ("picture", "learning_curves"):
-        with Image.open(ran.figures[key]) as image:
-            assert image.mode == "RGB"
-            assert min(image.size) > 200
-            assert np.asarray(image).std() > 5
+    with Image.open(ran.figures["picture"]) as image:
+        assert image.mode == "RGB"
+        assert min(image.size) > 200
+        assert np.asarray(image).std() > 5
+    drawn = ElementTree.parse(ran.figures["learning_curves"]).getroot()
+    tuned = sum((ran.folder / name / "checkpoints").is_dir() for name in ran.show.methods)
+    assert len(list(drawn.iter(f"{SVG}polyline"))) == 2 * tuned + 1
     folder = Path(ran.figures["artefact"])
     assert {file.name for file in folder.iterdir()} >= set(demo.FILES)
     assert f"{ran.figures['artefact']} ({', '.join(demo.FILES)}: " in ran.text
@@ -275,18 +281,23 @@ def test_right_and_wrong_are_marked(tmp_path: Path):
     ids=["falling", "flat", "one epoch", "tiny", "long"],
 )
 def test_curves_stay_within_their_panels(curve: Curve, tmp_path: Path):
-    draw_curves(tmp_path / "curves.png", {"coop": curve, "maple": curve}, {"zero_shot": 12.0})
-    with Image.open(tmp_path / "curves.png") as image:
-        drawn = np.asarray(image).astype(int)
-    lines = (abs(drawn - np.array(rgb(drawing.COLOURS[1]))) < 2).all(-1)
-    rows = np.nonzero(lines.any(1))[0]
-    assert len(rows)
-    assert rows.min() >= 50
-    assert rows.max() <= 360  # the label of the second of two lines that end together
-    assert lines[:, :500].any()
-    assert lines[:, 500:].any()
+    draw_curves(tmp_path / "curves.svg", {"coop": curve, "maple": curve}, {"zero_shot": 12.0})
+    _, *panels = ElementTree.parse(tmp_path / "curves.svg").getroot().iter(f"{SVG}svg")
+    assert len(panels) == 2
+    axes = plots._Axes
+    for panel, values, levels in zip(panels, curve, (0, 1), strict=True):
+        lines = [[*map(float, re.split("[ ,]", line.get("points")))] for line in panel.iter(f"{SVG}polyline")]
+        drawn = [line for line in lines if len(line) == 2 * len(values)]
+        assert len(lines) == 2 + levels
+        assert len(drawn) >= 2
+        assert all(axes.LEFT <= x <= axes.RIGHT for line in lines for x in line[::2])
+        assert all(axes.TOP <= y <= axes.BOTTOM for line in lines for y in line[1::2])
+        assert {"epoch", "coop", "maple"} <= {text.text for text in panel.iter(f"{SVG}text")}
+        falls = [b - a for a, b in pairwise(values)]
+        rises = [a - b for a, b in pairwise(drawn[-1][1::2])]  # downwards on the sheet
+        assert all((fall > 0) == (rise > 0) for fall, rise in zip(falls, rises, strict=True))
 
 
-@pytest.mark.parametrize(("span", "step"), [(4.0, 1.0), (5.9, 2.0), (1.2, 0.5), (35.0, 10.0), (0.0, 1.0)])
+@pytest.mark.parametrize(("span", "step"), [(4.0, 1.0), (5.9, 1.0), (1.2, 0.2), (35.0, 10.0)])
 def test_grid_lines_stand_at_round_numbers(span: float, step: float):
-    assert drawing._step(span) == pytest.approx(step)
+    assert plots._step(span) == pytest.approx(step)

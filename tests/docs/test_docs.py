@@ -1,7 +1,8 @@
-"""The documentation: its Python runs, its commands parse, its links lead somewhere, its settings are the code's."""
+"""The documentation: its Python runs, its commands parse, its links lead somewhere, its tables are the code's."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from vlprompt.config.schema import build_config, parse_override
 from vlprompt.data.known.openmoji import CLASSES, pictures
 from vlprompt.data.known.table import DATASETS
 from vlprompt.data.splits import PARTS, Item, Split
-from vlprompt.methods import METHODS
+from vlprompt.methods import METHODS, Method
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 PRECISE = ("train", "evaluate", "bench")
@@ -132,7 +133,7 @@ def test_commands_are_valid(page: Path, words: list[str], own_method: None) -> N
     if words[0] == "train" and given["resume"] is None:
         settings = dict(parse_override(text) for text in given["settings"] or [])
         config = build_config(given["method"], given["preset"], overrides=settings)
-        assert not settings.keys() & config.settings.unused().keys()
+        assert not settings.keys() & config.options.unused().keys()
 
 
 def test_every_method_is_reproduced_in_one_precision() -> None:
@@ -155,14 +156,15 @@ def benches() -> Iterator[tuple[str, list[str]]]:
 
 @pytest.mark.parametrize(("where", "words"), [pytest.param(w, b, id=f"{w}: {' '.join(b)}") for w, b in benches()])
 def test_benches_can_begin(
-    vlprompt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, words: list[str]
+    vlprompt, tmp_path: Path, own_method: None, monkeypatch: pytest.MonkeyPatch, where: str, words: list[str]
 ) -> None:
     """Their runs can be planned and, with the data set that is everywhere, have images enough."""
-    given = [*words, "--out", str(tmp_path / "out")]
+    given = [word.replace(f"./{OWN_FILE}", str(tmp_path / OWN_FILE)) for word in words]
+    given += ["--out", str(tmp_path / "out")]
     if words[words.index("--data") + 1] != "openmoji":
         given.append("--dry-run")
     monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setattr("vlprompt.bench.pool.outcomes", lambda runs, out, workers, say: [])
+    monkeypatch.setattr("vlprompt.bench.bench._begin", lambda *given: [])
     monkeypatch.setattr("vlprompt.bench.bench.find_bank", lambda config, class_names: None)  # a page builds them
     monkeypatch.setattr("vlprompt.data.datasets.absent", lambda split: [])  # nothing is drawn
     for key in (key for key in DATASETS if key.startswith("openmoji")):
@@ -202,33 +204,40 @@ def method_page(method: str) -> Path:
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_a_page_says_what_the_code_does(method: str) -> None:
-    cls, page = METHODS[method], method_page(method)
-    text = page.read_text("utf-8")
+def test_a_page_has_all_parts(method: str) -> None:
+    text = method_page(method).read_text("utf-8")
     for head in ("Equations", "Settings", "Where it differs from the official code", "Parity", "Use"):
         assert f"\n## {head}\n" in text
-    students = [METHODS[m] for m in METHODS if method.endswith(f"_{m}")]  # have the rest on a page of their own
-    elsewhere = {(f.name, f.default) for student in students for f in fields(student.Config)}
-    for field in fields(cls.Config):
-        if (field.name, field.default) in elsewhere:
-            continue
-        assert f"\n| `{field.name}` | {shown(field.default)} | " in text
-    if cls.settings:
-        c = build_config(method)
-        said = (
-            f"{c.optim.name.upper()}, learning rate {c.optim.lr:g}, batches of {c.data.batch_size}, {c.train.epochs} "
-        )
-        assert said in " ".join(text.split())
-    for preset, values in cls.presets.items():
-        said = ", ".join(f"`{key.split('.', 1)[1]}={value}`" for key, value in values.items())
-        assert f"`--preset {preset}`: {said}." in " ".join(text.split())
-    index = (REPOSITORY / "docs" / "methods.md").read_text("utf-8")
-    assert f"\n| [`{method}`](methods/{page.name}) | " in index
+    tables = [words.split() for words in re.findall("<!-- table: (.+?) -->", text)]
+    assert any(kind == "training" and method in names for kind, *names in tables) or not METHODS[method].official
+    # A method with the options of its student has them on the student's page.
+    documented = [c.name for c in METHODS[method].__mro__ if "name" in vars(c) and documents(c)]
+    assert documented
+    assert fields(METHODS[documented[0]].Config) == fields(METHODS[method].Config) or documented[0] == method
 
 
-def shown(default: object) -> str:
-    if default is None:
-        return "–"
-    if isinstance(default, bool):
-        return str(default).lower()
-    return f"{default:g}" if isinstance(default, float) else str(default)
+def documents(cls: type[Method]) -> bool:
+    """Whether the options of a method are on its page."""
+    return f"<!-- table: options {cls.name} -->" in method_page(cls.name).read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def docs_tables():
+    spec = importlib.util.spec_from_file_location("docs_tables", REPOSITORY / "tools" / "docs_tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_tables_are_those_of_the_code(page: Path, docs_tables) -> None:
+    """Otherwise: python tools/docs_tables.py."""
+    text = page.read_text("utf-8")
+    assert text.count("<!-- table: ") == text.count("<!-- end -->") == len(docs_tables.MARKED.findall(text))
+    assert docs_tables.write_tables(text) == text
+
+
+def test_changed_tables_are_found(docs_tables) -> None:
+    page = method_page("coop").read_text("utf-8")
+    changed = page.replace("| `n_ctx` | 16 |", "| `n_ctx` | 17 |")
+    assert changed != page == docs_tables.write_tables(changed)

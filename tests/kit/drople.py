@@ -14,8 +14,9 @@ from tests.kit.cases import Case, close
 from vlprompt.backbones.backbone import unit
 from vlprompt.data.batches import Batch
 from vlprompt.methods.base import Output, total
-from vlprompt.methods.drople.drople import DroPLe, entropy, regularisers, residual, rising
+from vlprompt.methods.drople.drople import DroPLe
 from vlprompt.methods.drople.dropout import SharedTokens, content, drop, importance, look, scores
+from vlprompt.methods.drople.losses import entropy, regularisers, residual, rising
 
 
 def leaf(tensor: Tensor) -> Tensor:

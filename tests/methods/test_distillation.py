@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from vlprompt.artefact.artefact import load_artefact, save_artefact
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.config.schema import OptimConfig, TrainConfig, build_config
-from vlprompt.config.teacher import Teacher
+from vlprompt.config.teacher import Teacher, find_teacher
 from vlprompt.data.batches import TrainingViews
 from vlprompt.data.images import Preprocess, random_regions
 from vlprompt.data.reading import ImageReader
@@ -403,7 +405,7 @@ def test_bad_teachers(pictures, tmp_path) -> None:
 
 def test_a_short_key_means_the_methods_own_setting_first() -> None:
     config = build_config("kdpl_vpt", overrides={"template": "one {}.", "backbone": "other"})
-    assert (config.settings.template, config.teacher.template) == ("one {}.", None)
+    assert (config.options.template, config.teacher.template) == ("one {}.", None)
     assert (config.backbone, config.teacher.backbone) == ("other", None)
     assert build_config("kdpl_coop", overrides={"template": "one {}."}).teacher.template == "one {}."
 
@@ -412,7 +414,7 @@ def test_off_is_a_word_in_a_file_too(tmp_path) -> None:
     (tmp_path / "c.yaml").write_text("pcd: off\nclass_specific: true\n")
     from vlprompt.config.schema import read_config
 
-    settings = build_config("fdbpl_coop", file=read_config(tmp_path / "c.yaml")).settings
+    settings = build_config("fdbpl_coop", file=read_config(tmp_path / "c.yaml")).options
     assert (settings.pcd, settings.class_specific) == ("off", True)
 
 
@@ -485,7 +487,7 @@ def test_the_teacher_runs_in_the_students_precision(precision, pictures, tmp_pat
     original = Teacher.probabilities
 
     def watch(self, images):
-        seen.append((self.backbone.dtype, original(self, images).dtype))
+        seen.append((self.model.dtype, original(self, images).dtype))
         return original(self, images)
 
     monkeypatch.setattr(Teacher, "probabilities", watch)
@@ -507,3 +509,69 @@ def test_from_python(pictures, tiny, tmp_path) -> None:
         "kdpl_coop", tiny, epochs=3, batch_size=4, settings={"teacher": TEACHER, "workers": 0, "warmup_epochs": 0}
     ).fit(files, labels)
     assert torch.equal(classifier.model_.method.context.vectors, method.context.vectors)
+
+
+# --- other teachers than backbones -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned_teacher(pictures, tmp_path_factory) -> Path:
+    """A run of another method, as a teacher."""
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    train(configured(pictures, "promptsrc", **{"train.epochs": 2}), run)
+    return run
+
+
+def test_a_tuned_model_teaches_what_it_predicts(tuned_teacher, pictures, tiny, tmp_path) -> None:
+    run = tmp_path / "run"
+    said: list[str] = []
+    train(configured(pictures, "coop", **{"teacher.backbone": str(tuned_teacher)}), run, say=said.append)
+    assert f"taught by {tuned_teacher}: 3 classes" in said[0]
+    assert {"kl_forward", "kl_reverse"} < set(log(run)[0])
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    config = build_config("coop", overrides={"teacher.backbone": str(tuned_teacher)})
+    teacher = find_teacher(config, CLASSES, "a photo of a {}.", tiny)
+    expected = load_artefact(tuned_teacher).predict(images, CLASSES).softmax(-1)
+    torch.testing.assert_close(teacher.probabilities(images), expected)
+    other = tmp_path / "other"
+    shutil.copytree(tuned_teacher, other)
+    again = find_teacher(replace(config, teacher=replace(config.teacher, backbone=str(other))), CLASSES, "", tiny)
+    assert again.fingerprint == teacher.fingerprint, "where it lies decides nothing"
+
+
+@pytest.mark.parametrize(("key", "value"), [("template", "one {}."), ("logit_scale", 3.0)])
+def test_a_tuned_teacher_keeps_its_own(key, value, tuned_teacher, pictures, tmp_path) -> None:
+    given = {"teacher.backbone": str(tuned_teacher), f"teacher.{key}": value}
+    with pytest.raises(ConfigError, match=rf"^teacher.{key} = {value}: .*run is a tuned model, which has its own$"):
+        train(configured(pictures, "coop", **given), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_linear_probe_teaches_its_own_classes_only(pictures, tmp_path, dictionary) -> None:
+    train(configured(pictures, "linear_probe"), tmp_path / "probe")
+    given = {"teacher.backbone": str(tmp_path / "probe"), "train.epochs": 1}
+    train(configured(pictures, "coop", **given), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"probe: linear_probe knows the classes alone that it was tuned on$"):
+        train(configured(pictures, "coop", **given, **{"teacher.class_names_file": str(dictionary)}), tmp_path / "no")
+
+
+class Brightness:
+    """A model of one's own: it tells classes by how bright images are."""
+
+    name, fingerprint, device = "brightness", "1", torch.device("cpu")
+    preprocess = Preprocess(8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+    def probabilities(self, images, class_names):
+        assert images.shape[1:] == (3, 8, 8)
+        return (images.mean((1, 2, 3))[:, None] * torch.arange(len(class_names))).softmax(-1)
+
+
+def test_any_classifier_teaches(pictures, tiny) -> None:
+    files = sorted((pictures / "train").rglob("*.png"))
+    labels = [CLASSES.index(file.parent.name) for file in files]
+    logs = []
+    method = build_method("coop", tiny, CLASSES)
+    fit(method, files, labels, teacher=Brightness(), epochs=1, batch_size=4, after_epoch=logs.append)
+    assert set(logs[0].losses) == {"kl_forward", "kl_reverse"}
+    with pytest.raises(ConfigError, match=r"^data.bank = banks: a bank has labels, and 'brightness' was g"):
+        fit(build_method("coop", tiny, CLASSES), files, labels, teacher=Brightness(), bank="banks")

@@ -31,10 +31,10 @@ from tests.kit.plain import (
     small_backbone,
     write,
 )
+from vlprompt.backbones.attention import packed_attention, plain_attention
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.backbones.load import load_backbone
-from vlprompt.backbones.packing import pack, packed_attention
-from vlprompt.backbones.towers import plain_attention
+from vlprompt.backbones.packing import pack
 from vlprompt.cli.listing import listing, table
 from vlprompt.config.schema import build_config
 from vlprompt.errors import BackboneError, ConfigError, DataError
@@ -463,7 +463,7 @@ def states(method: Method, names: Sequence[str]) -> list[Tensor]:
     packed, tower = method.context.packed(method.backbone, names, share=False), method.backbone.text_tower
     attention = text_attention(tower, packed, SubProcesses())
     tower(packed, method.context.prompts(), attention, keep)
-    return seen[:-1]
+    return seen[1:]  # before a block is after the one before it
 
 
 def test_prompts_read_the_words_of_their_class() -> None:
@@ -486,10 +486,10 @@ def test_read_only_words_stay_what_the_frozen_model_makes_of_them() -> None:
         frozen.append(x[0])
         return x
 
-    small_backbone().text_tower(pack(ids), after_block=keep)
+    small_backbone().text_tower(pack(ids), before_block=keep)
     for text, changes in (("read-only", False), ("sentence", True)):
         method = make(**EXACT, text=text)
-        for ours, theirs in zip(states(method, ("dog",)), frozen, strict=False):
+        for ours, theirs in zip(states(method, ("dog",)), frozen[1:], strict=True):
             words = (ours[: n - 1] - theirs[: n - 1]).abs().max() > 1e-9
             assert words == changes
             assert (ours[n - 1] - theirs[n - 1]).abs().max() > 1e-3  # the pooled token reads the prompts

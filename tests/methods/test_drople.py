@@ -18,17 +18,17 @@ from tests.kit import TINY
 from tests.kit.drople import objective
 from tests.kit.runs import StopsAfter, configured, log, prompts
 from vlprompt.artefact.artefact import load_artefact, save_artefact
+from vlprompt.backbones.attention import packed_attention, packed_with_maps, plain_attention, with_maps
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.backbones.load import load_backbone
-from vlprompt.backbones.packing import pack, packed_attention
-from vlprompt.backbones.towers import plain_attention
+from vlprompt.backbones.packing import pack
 from vlprompt.config.schema import build_config
 from vlprompt.errors import ConfigError, Interrupted
 from vlprompt.methods import Batch
 from vlprompt.methods.base import total
 from vlprompt.methods.drople import drople, dropout
-from vlprompt.methods.drople.drople import LOG_SCALE_MAX, DroPLe, rising
-from vlprompt.prompting.attention import packed_with_maps, with_maps
+from vlprompt.methods.drople.drople import LOG_SCALE_MAX, DroPLe
+from vlprompt.methods.drople.losses import residual, rising
 from vlprompt.prompting.text import encode_classes
 from vlprompt.training.run import train
 
@@ -121,14 +121,15 @@ def test_hooks_of_the_towers(double: Backbone, tower: str) -> None:
     heads = double.text_tower.config.heads
     text = method.context.packed(double, NAMES, share=False)
 
-    def run(attention: Any = None, after_block: Any = None) -> Tensor:
+    def run(attention: Any = None, before_block: Any = None) -> Tensor:
         if tower == "image":
-            return double.image_tower(pictures(double), method.visual_prompts(), attention, after_block)
-        return double.text_tower(text, method.context.prompts(), attention, after_block)[0]
+            return double.image_tower(pictures(double), method.visual_prompts(), attention, before_block)
+        return double.text_tower(text, method.context.prompts(), attention, before_block)[0]
 
     layers = getattr(double, f"{tower}_tower").config.layers
     plain = run()
     seen: list[tuple[int, tuple[int, ...]]] = []
+    read: list[int] = []
 
     def look(i: int, x: Tensor) -> Tensor:
         seen.append((i, tuple(x.shape)))
@@ -140,16 +141,18 @@ def test_hooks_of_the_towers(double: Backbone, tower: str) -> None:
     def counted(i: int) -> Callable[..., Tensor]:
         return lambda *qkv: calls.append(i) or fused(*qkv)
 
-    close(run(after_block=look), plain, 0)
+    last = getattr(double, f"{tower}_tower").blocks[-1]
+    hook = last.register_forward_hook(lambda block, given, out: read.append(out.shape[1]))
+    close(run(before_block=look), plain, 0)
+    hook.remove()
+    assert read == [1 if tower == "image" else len(NAMES)], "the last block gives the pooled tokens alone"
     close(run([counted(i) for i in range(layers)]), plain, 0)
     assert [i for i, _ in seen] == calls == list(range(layers))
-    assert len({shape for _, shape in seen[:-1]}) == 1
-    n = 1 if tower == "image" else len(NAMES)
-    assert seen[-1][1][1] == n, "the last block gives the pooled tokens alone"
-    halved = run(after_block=lambda i, x: x / 2 if i == 3 else x)
+    assert len({shape for _, shape in seen[1:]}) == 1
+    halved = run(before_block=lambda i, x: x / 2 if i == 4 else x)
     assert (halved - plain).abs().max() > 1e-3, "what comes back goes on"
     grads = torch.autograd.grad(
-        run(after_block=lambda i, x: x / 2 if i == layers - 2 else x).sum(), list(method.context.parameters()),
+        run(before_block=lambda i, x: x / 2 if i == layers - 1 else x).sum(), list(method.context.parameters()),
         allow_unused=True,
     ) if tower == "text" else torch.autograd.grad(halved.sum(), [method.visual.vectors])  # fmt: skip
     assert all(g is not None and g.any() for g in grads)
@@ -329,7 +332,7 @@ def test_tokens_that_the_next_block_replaces_need_no_dropout(double: Backbone) -
     depth, n_ctx = method.config.depth_text, method.config.n_ctx_text
 
     def zero_context(i: int, x: Tensor) -> Tensor:
-        if i >= depth:
+        if not 0 < i <= depth:
             return x
         x = x.clone()
         x[:, 1 : 1 + n_ctx] = 0
@@ -347,7 +350,7 @@ def test_tokens_that_the_next_block_replaces_need_no_dropout(double: Backbone) -
         assert (t - method.class_features(NAMES)).abs().max() > 1e-3
 
         def zero_patches(i: int, x: Tensor) -> Tensor:
-            return torch.cat([x[:, :1], 0 * x[:, 1:]], 1) if i < method.config.depth_vision else x
+            return torch.cat([x[:, :1], 0 * x[:, 1:]], 1) if 0 < i <= method.config.depth_vision else x
 
         images = pictures(double)
         v, _ = method._images(images)
@@ -370,11 +373,11 @@ def test_what_the_shared_tokens_see_one_image_and_text_at_a_time(double: Backbon
         for b, label in enumerate(labels.tolist()):
             double.image_tower(
                 images[b : b + 1], method.visual_prompts(), None,
-                lambda i, x, b=b: states.setdefault(("image", b, i), x)[:],
+                lambda i, x, b=b: states.setdefault(("image", b, i - 1), x)[:],
             )  # fmt: skip
             double.text_tower(
                 method.context.packed(double, (NAMES[label],), share=False), method.context.prompts(), None,
-                lambda i, x, b=b: states.setdefault(("text", b, i), x)[:],
+                lambda i, x, b=b: states.setdefault(("text", b, i - 1), x)[:],
             )  # fmt: skip
         for i in range(method.aligned):
             for b in range(len(labels)):
@@ -389,7 +392,8 @@ def test_importance_of_an_image_from_the_papers_formulas(double: Backbone) -> No
     states: list[Tensor] = []
     with torch.no_grad():
         tower(pictures(double, 1), method.visual_prompts(), None, lambda i, x: states.append(x) or x)
-        blocks = method.explain(pictures(double, 1))
+        del states[0]  # before the first block
+        blocks = method.dropout_of(pictures(double, 1))
         assert len(blocks) == 6
         for i in (1, 5):
             x = states[i - 1]
@@ -418,6 +422,7 @@ def test_probabilities_of_a_text_from_the_papers_formulas(name: str, double: Bac
         method._texts(method.class_names, torch.zeros(1).long())
         text = method.context.packed(double, (name,), share=False)
         tower(text, method.context.prompts(), None, lambda i, x: states.append(x[0]) or x)
+        del states[0]  # before the first block
         x = states[i - 1].clone()
         x[1:5] = method.context.deep[i - 1]
         q, k, _ = tower.blocks[i].qkv(tower.blocks[i].ln_1(x)).chunk(3, -1)
@@ -570,7 +575,7 @@ def test_lambda_rises_over_the_epochs_and_a_new_training_starts_anew(tiny: Backb
 def test_residuals_never_divide_by_zero(lam: float) -> None:
     z, z0 = torch.randn(2, 3, 4)
     rest = {0.0: 0.999, 0.0005: 0.9985, 0.3: 0.7, 0.9995: 0.0015}[lam]
-    ours = drople.residual(z, z0, torch.tensor(lam, dtype=torch.double))
+    ours = residual(z, z0, torch.tensor(lam, dtype=torch.double))
     torch.testing.assert_close(ours, (z - lam * z0) / rest)
 
 
@@ -653,7 +658,7 @@ def test_the_artefact_leaves_the_shared_tokens_out(tiny: Backbone, tmp_path: Pat
     state = prompts(tmp_path)
     assert set(state) == {"context.vectors", "context.deep", "visual.vectors", "logit_scale", "image_keys"}
     loaded = load_artefact(tmp_path)
-    for ours, theirs in zip(method.explain(images), loaded.explain(images), strict=True):
+    for ours, theirs in zip(method.dropout_of(images), loaded.dropout_of(images), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours[:2], theirs[:2], strict=True))
 
 

@@ -4,11 +4,11 @@ import importlib.util
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from tests.kit import REPOSITORY
 from vlprompt.bench.results import Row, to_csv
 from vlprompt.config.schema import build_config
-from vlprompt.methods import METHODS
 
 FILE = REPOSITORY / "tools" / "search.py"
 
@@ -58,6 +58,14 @@ def test_the_best_has_the_highest_harmonic_mean(search):
     assert found["coop"]["settings"] == {"lr": 2}
 
 
+def test_the_best_are_written_as_presets(search):
+    text = search.FILE.read_text("utf-8")
+    assert search.with_presets(text, {}) == text
+    changed = search.with_presets(text, {"coop": {"settings": {"optim.lr": 0.5}}})
+    assert yaml.safe_load(changed) == yaml.safe_load(text) | {"coop": {"optim.lr": 0.5}}
+    assert changed.splitlines()[:2] == text.splitlines()[:2]
+
+
 def test_figures_are_those_of_the_report(search, tmp_path):
     row = Row(
         "base-to-novel", "x", "coop-1", "coop", "mini", 16, 1, "x", "base", "val", 9, 60, 60, 0, 5, 8, 1, 1, "f", "1"
@@ -67,7 +75,7 @@ def test_figures_are_those_of_the_report(search, tmp_path):
 
 
 def test_the_small_presets_are_trials(search):
-    found = {method: cls.presets["mini"] for method, cls in METHODS.items() if "mini" in cls.presets}
+    found = yaml.safe_load(search.FILE.read_text("utf-8"))
     assert len(found) == 10
     trials = search.rows(sorted(found), 8, 0)["rows"]
     for method, preset in found.items():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from tests.kit.command import environment
 from tests.kit.marks import slow
@@ -23,6 +24,7 @@ from vlprompt.data.datasets import load_dataset
 from vlprompt.errors import ArtefactError, ConfigError, DataError, Interrupted, VlpromptError
 from vlprompt.methods import METHODS
 from vlprompt.methods.coop import CoOp
+from vlprompt.training import checkpoints
 from vlprompt.training import run as run_module
 from vlprompt.training.checkpoints import checkpoint_file
 from vlprompt.training.run import saved_config, train
@@ -159,7 +161,7 @@ def test_train_needs_method_and_data(vlprompt):
     assert (code, err) == (2, "error: missing METHOD and DATA (or --resume RUN)\n")
 
 
-def test_what_cannot_be_resumed(tiny, pictures, tmp_path):
+def test_what_cannot_be_resumed(tiny, pictures, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"no run to resume in .*: it has no config.yaml"):
         saved_config(tmp_path)
     own = make_pictures(tmp_path / "pictures")
@@ -173,13 +175,19 @@ def test_what_cannot_be_resumed(tiny, pictures, tmp_path):
     file.write_bytes(whole[:200])
     with pytest.raises(ArtefactError, match=r"cannot read checkpoint .*last.safetensors"):
         train(config, run, resume=True)
-    file.write_bytes(whole.replace(b'format_version\\": 1', b'format_version\\": 9'))
-    with pytest.raises(ArtefactError, match="has format_version 9; this vlprompt reads up to 1"):
+    file.write_bytes(whole.replace(b'format_version\\": 2', b'format_version\\": 9'))
+    with pytest.raises(ArtefactError, match="has format_version 9; this vlprompt reads up to 2"):
         train(config, run, resume=True)
     fingerprint = tiny.fingerprint.encode()
     file.write_bytes(whole.replace(fingerprint, fingerprint[::-1]))
-    with pytest.raises(ArtefactError, match="was begun on other weights than"):
+    with pytest.raises(ArtefactError, match=r"checkpoint .*last.safetensors is damaged: its content is not what was"):
         train(config, run, resume=True)
+    with safe_open(file, "pt") as f:
+        checksum = f.metadata()["sha256"]
+    with monkeypatch.context() as m:
+        m.setattr(checkpoints, "_checksum", lambda *given: checksum)  # as if such weights had been saved
+        with pytest.raises(ArtefactError, match="was begun on other weights than"):
+            train(config, run, resume=True)
     file.write_bytes(whole)
     (own / "train" / "cat" / "0.png").rename(own / "train" / "cat" / "9.png")
     with pytest.raises(ConfigError, match=r"cannot resume .*: its data set no longer gives the images of its split"):

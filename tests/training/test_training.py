@@ -25,6 +25,7 @@ from tests.kit.runs import RUN_FILES
 from vlprompt.artefact.artefact import FORMAT_VERSION, load_artefact, save_artefact
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
+from vlprompt.config.presets import presets_of
 from vlprompt.config.schema import OptimConfig, RunConfig, TrainConfig, build_config, parse_override, read_config
 from vlprompt.data.batches import Batch, TrainingViews, evaluation_batches
 from vlprompt.data.datasets import load_dataset
@@ -211,12 +212,12 @@ def test_later_layers_win() -> None:
     assert build_config("maple").optim.lr == 0.0035  # the method's settings
     assert build_config("maple").train.epochs == 5
     assert build_config("maple", "cross-dataset").optim.lr == 0.0026  # its preset
-    assert build_config("maple", "cross-dataset").settings.depth == 3
+    assert build_config("maple", "cross-dataset").options.depth == 3
     file = {"optim.lr": 0.01, "method.depth": 4}
     from_file = build_config("maple", "cross-dataset", file)
-    assert (from_file.optim.lr, from_file.settings.depth, from_file.train.epochs) == (0.01, 4, 2)
+    assert (from_file.optim.lr, from_file.options.depth, from_file.train.epochs) == (0.01, 4, 2)
     last = build_config("maple", "cross-dataset", file, {"lr": 0.02})
-    assert (last.optim.lr, last.settings.depth, last.train.epochs) == (0.02, 4, 2)
+    assert (last.optim.lr, last.options.depth, last.train.epochs) == (0.02, 4, 2)
 
 
 def test_bare_keys_mean_the_one_key_that_ends_in_them() -> None:
@@ -230,7 +231,7 @@ def test_bare_keys_mean_the_one_key_that_ends_in_them() -> None:
         },
     )  # fmt: skip
     assert built == full
-    assert (built.settings.n_ctx, built.optim.lr, built.data.batch_size, built.seed) == (3, 0.5, 7, 4)
+    assert (built.options.n_ctx, built.optim.lr, built.data.batch_size, built.seed) == (3, 0.5, 7, 4)
 
 
 def test_a_key_that_may_mean_several_is_refused() -> None:
@@ -327,7 +328,7 @@ def test_a_saved_configuration_builds_the_same_run(method: str, tmp_path: Path) 
         "data.name": "./photos: of 日本", "data.root": "~/data", "data.shots": 16, "optim.lr": 3e-7, "seed": 2**40,
         "data.classes": "base", "optim.weight_decay": 0, "backbone": "openai/clip-vit-base-patch16",
     }  # fmt: skip
-    for preset in (None, *METHODS[method].presets):
+    for preset in (None, *presets_of(METHODS[method])):
         for overrides in ({}, changes):
             built = build_config(method, preset, overrides=overrides)
             (tmp_path / "config.yaml").write_text(built.to_yaml(), encoding="utf-8")

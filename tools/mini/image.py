@@ -27,9 +27,9 @@ from steps import Training, noise, part, processes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlprompt.backbones.attention import Attention
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
-from vlprompt.backbones.packing import Attention
 from vlprompt.backbones.towers import Block, ImageConfig, ImageTower
 
 STATE = "image.safetensors"
@@ -72,7 +72,7 @@ def encode(
     for i in blocks[:-1]:
         x = tower.blocks[i](x, attention)
     pooled = tower.blocks[blocks[-1]](x, attention, pooled)
-    return tower.projection(tower.ln_post(pooled)[:, 0]), x[:, 1:], rows
+    return tower.read(pooled)[:, 0], x[:, 1:], rows
 
 
 def new_tower(config: ImageConfig, seed: int) -> ImageTower:

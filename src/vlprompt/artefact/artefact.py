@@ -38,7 +38,7 @@ FILES = (CONFIG, PROMPTS, CARD)
 def save_artefact(
     method: Method, folder: Path, about: Mapping[str, Any] | None = None, *, public: bool = False
 ) -> None:
-    """Write a tuned model into ``folder``; ``about`` (data, settings, metrics) goes into its model card.
+    """Write a tuned model into ``folder``; ``about`` (data, options, metrics) goes into its model card.
 
     A backbone in a folder is noted with its whole path, or where the model is for others (``public``) by name alone.
     """
@@ -86,15 +86,15 @@ def load_artefact(
     config = read_artefact_config(folder)
     try:
         cls = _find_method(config, folder, files)
-        settings = TypeAdapter(cls.Config).validate_python(config["settings"])
-        if extra := set(config["settings"]) - set(asdict(settings)):  # pydantic passes them over
-            raise ConfigError(unknown(f"setting of {cls.name}", min(extra), asdict(settings)))
+        options = TypeAdapter(cls.Config).validate_python(config["settings"])
+        if extra := set(config["settings"]) - set(asdict(options)):  # pydantic passes them over
+            raise ConfigError(unknown(f"setting of {cls.name}", min(extra), asdict(options)))
         class_names = TypeAdapter(tuple[str, ...]).validate_python(config["class_names"])
         state = _read_prompts(folder / PROMPTS, config)
         loaded = _load_backbone(backbone, config["backbone"], folder, device, precision)
-        method = cls(loaded, class_names, settings, TypeAdapter(str).validate_python(config["template"]))
+        method = cls(loaded, class_names, options, TypeAdapter(str).validate_python(config["template"]))
     except (KeyError, TypeError, ValueError, ValidationError, SafetensorError, OSError, ConfigError) as error:
-        raise _unreadable(folder, error) from None
+        raise _unreadable_error(folder, error) from None
     try:
         method.load_inference_state(state)
     except (RuntimeError, KeyError) as error:
@@ -111,9 +111,11 @@ def read_artefact_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text("utf-8"))
         version = config["format_version"]
-        newer = version > FORMAT_VERSION
+        newer, older = version > FORMAT_VERSION, version < FORMAT_VERSION
     except (KeyError, TypeError, ValueError, OSError) as error:
-        raise _unreadable(folder, error) from None
+        raise _unreadable_error(folder, error) from None
+    if older:
+        raise ArtefactError(f"{folder} has format_version {version}, of before 0.1: it has no checksums; tune it again")
     if newer:
         raise ArtefactError(
             f"{folder} has format_version {version}; this vlprompt reads up to {FORMAT_VERSION}: update it"
@@ -146,7 +148,7 @@ def _find_method(config: Mapping[str, Any], folder: Path, files: bool) -> type[M
     return find_method(str(file))
 
 
-def _unreadable(folder: Path, error: Exception) -> ArtefactError:
+def _unreadable_error(folder: Path, error: Exception) -> ArtefactError:
     reason = f"no {error} in {CONFIG}" if isinstance(error, KeyError) else one_line(error)
     return ArtefactError(f"cannot read the tuned model in {folder}: {reason}")
 
@@ -154,11 +156,12 @@ def _unreadable(folder: Path, error: Exception) -> ArtefactError:
 def _read_prompts(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors, if they are the ones that were saved."""
     content = file.read_bytes()
-    if config["format_version"] < 2:
-        return load(content)
     expected = config["prompts"]
     if sha256(content).hexdigest() == expected["sha256"]:
-        return load(content)
+        state = load(content)
+        if bad := sorted(k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()):
+            raise ValueError(f"tensor '{bad[0]}' of {PROMPTS} is not finite")
+        return state
     raise ValueError(f"{PROMPTS} is not the file that was saved: {_difference(content, expected['shapes'])}")
 
 
@@ -188,7 +191,7 @@ def _load_backbone(
 ) -> Backbone:
     try:
         if not isinstance(given, Backbone):
-            given = load_backbone(given or expected["name"], device, precision)  # type: ignore[arg-type]
+            given = load_backbone(given or expected["name"], device, precision)
     except BackboneError as error:
         if given:
             raise

@@ -37,7 +37,7 @@ tags: [prompt-learning, {method.name}]{_base_model(backbone.name)}
 
 # {method.name} on {public_name(backbone.name)}
 
-{(method.__doc__ or "").splitlines()[0]}
+{(method.__doc__ or method.name).strip().splitlines()[0]}
 Tuned with vlprompt {__version__}. The backbone's weights are not in this folder: they are loaded from where
 they are published, under their own licence, and checked against the fingerprint.
 

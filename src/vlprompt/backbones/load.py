@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -39,7 +39,7 @@ HUB_FILES = ["*.json", "*.safetensors", "merges.txt", "README.md"]
 def load_backbone(
     name: str | os.PathLike[str],
     device: torch.device | str = "cpu",
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    precision: str = "fp32",
 ) -> Backbone:
     """Load a frozen vision-language model.
 

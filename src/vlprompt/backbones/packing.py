@@ -11,16 +11,12 @@ nothing, and a prefix that is the same in all texts has the same states in all o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Maps queries, keys and values [B, N, D] to outputs shaped like the queries."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class PackedText:
     pooled: Tensor  # [C] row whose output is the text's feature, in the order of the groups
     order: Tensor  # [C] brings the pooled rows into the order of the texts
     slots: Tensor  # [K] rows that learned tokens take
-    source: Tensor  # [K] which learned token goes there: an index into the M (class-specific: C·M) tokens
+    source: Tensor  # [K] which learned token goes there: c·M + m for token m of text c
 
     def to(self, device: torch.device) -> PackedText:
         """The same texts on another device."""
@@ -120,7 +116,7 @@ def pack(
         pooled=torch.tensor(pooled),
         order=torch.tensor(texts).argsort(),
         slots=torch.tensor([row for row, _, _ in filled], dtype=torch.long),
-        source=torch.tensor([c * n_ctx * class_specific + m for _, c, m in filled], dtype=torch.long),
+        source=torch.tensor([c * n_ctx + m for _, c, m in filled], dtype=torch.long),
     )
 
 
@@ -134,43 +130,3 @@ def _shared_prefix(tokens: Sequence[Sequence[int]], where: list[dict[int, int]],
         if any((w.get(j), None if j in w else ids[j]) != first for ids, w in zip(tokens, where, strict=True)):
             return j
     return limit
-
-
-def packed_attention(text: PackedText, heads: int) -> Attention:
-    """Attention among packed tokens [B, T, D]; with fewer queries than keys, the queries are the pooled rows."""
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch, outputs = len(q), list[Tensor]()
-        (k_prefix, keys), (v_prefix, values) = text.texts(k), text.texts(v)
-        if pooled := q.shape[1] != k.shape[1]:
-            queries = text.last(q)
-        else:
-            q_prefix, queries = text.texts(q)
-            if text.prefix:
-                qp, kp, vp = (split_heads(t[:, None], heads) for t in (q_prefix, k_prefix, v_prefix))
-                outputs.append(merge_heads(scaled_dot_product_attention(qp, kp, vp, is_causal=True), batch))
-        for group, own_q, own_k, own_v in zip(text.groups, queries, keys, values, strict=True):
-            qh = split_heads(own_q, heads)
-            kh, vh = (split_heads(_behind(p, t), heads) for p, t in ((k_prefix, own_k), (v_prefix, own_v)))
-            mask = None if pooled else group.mask  # the last token of a text sees all of it
-            outputs.append(merge_heads(scaled_dot_product_attention(qh, kh, vh, attn_mask=mask), batch))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-
-    return attention
-
-
-def _behind(prefix: Tensor, texts: Tensor) -> Tensor:
-    """A group's texts [B, count, length, D] with the prefix [B, P, D] in front of each: [B, count, P + length, D]."""
-    if not prefix.shape[1]:
-        return texts
-    return torch.cat([prefix[:, None].expand(-1, texts.shape[1], -1, -1), texts], 2)
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, C, N, D] → [B·C, H, N, D/H]"""
-    return x.unflatten(-1, (heads, -1)).transpose(2, 3).flatten(0, 1)
-
-
-def merge_heads(x: Tensor, batch: int) -> Tensor:
-    """[B·C, H, N, D/H] → [B, C·N, D]"""
-    return x.transpose(1, 2).flatten(2).reshape(batch, -1, x.shape[1] * x.shape[3])

@@ -1,7 +1,7 @@
-"""The two transformers of a vision-language model, with every block open.
+"""The two transformers of a vision-language model, each in three open steps: embed, run the blocks, read.
 
-Learned tokens enter through :func:`inject` alone, attention is a function given to the blocks, and in the last
-block only the token that is pooled asks: the outputs of the others are read by nobody.
+Attention is a function given to the blocks, and one hook, called before each block, may edit tokens. In the last block
+only the rows that are read ask, by default the pooled ones: the outputs of the others are read by nobody.
 Shapes: B images, C texts, N tokens, T packed tokens, M prompt tokens, D width, E embedding.
 """
 
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from vlprompt.backbones.packing import Attention, PackedText, packed_attention
+from vlprompt.backbones.attention import Attention, packed_attention, plain_attention
+from vlprompt.backbones.packing import PackedText
+from vlprompt.errors import ConfigError
 
 
 class QuickGELU(torch.autograd.Function):
@@ -85,27 +87,33 @@ class TextConfig:
     """Causal, pooled at the end of the text (CLIP); or padded, bidirectional, pooled at the last position (SigLIP)."""
 
 
-AfterBlock = Callable[[int, Tensor], Tensor]
-"""Called with a block's index and its output [B, N, D]; what it returns goes on to the next block."""
+BeforeBlock = Callable[[int, Tensor], Tensor]
+"""Called with a block's index and the tokens [B, N, D] that come to it, before its learned tokens join or replace some.
+
+What it returns goes on: before block i + 1 is after block i.
+"""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Learned tokens of one tower: ``layers[i]`` enters block i.
+    """Learned tokens of one tower: ``layers[i]`` enters block i, ``None`` leaves the block's tokens as they are.
 
-    Images: [M, D]. Texts: [M, D] shared, [C, M, D] class-specific, [B, 1, M, D] image-dependent.
+    Images: [M, D], or [B, M, D] of each image; they stand behind the patches from the first block that has any on.
+    Texts: [M, D] shared, [C, M, D] class-specific, [B, 1, M, D] image-dependent; they take the texts' slots.
     ``replace`` overwrites what the previous block made of the tokens, ``add`` adds to it.
     """
 
-    layers: Sequence[Tensor]
+    layers: Sequence[Tensor | None]
     mode: Literal["replace", "add"] = "replace"
 
+    @property
+    def tokens(self) -> list[Tensor]:
+        """The layers that have any."""
+        return [layer for layer in self.layers if layer is not None]
 
-def inject(x: Tensor, rows: Tensor, values: Tensor, mode: str = "replace") -> Tensor:
-    """Put learned tokens ``values`` [K, D] or [B, K, D] at ``rows`` [K] of x [B, N, D]."""
-    values = values.to(x.dtype)
-    if values.ndim == 2:
-        values = values[None]
+
+def inject(x: Tensor, rows: Tensor, values: Tensor, mode: str) -> Tensor:
+    """Put learned tokens ``values`` [1 or B, K, D] at ``rows`` [K] of x [1 or B, N, D]."""
     batch = max(len(x), len(values))
     x, values = x.expand(batch, -1, -1), values.expand(batch, -1, -1)
     return x.index_add(1, rows, values) if mode == "add" else x.index_copy(1, rows, values)
@@ -139,21 +147,6 @@ class Block(nn.Module):
         return x + self.fc_2(self.activation(self.fc_1(self.ln_2(x))))
 
 
-def plain_attention(heads: int) -> Attention:
-    """Every token sees every token, by PyTorch's fused kernel."""
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        qh, kh, vh = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, H, N, D/H]
-        return F.scaled_dot_product_attention(qh, kh, vh).transpose(1, 2).flatten(2)
-
-    return attention
-
-
-def _per_block(attention: Attention | Sequence[Attention], blocks: int) -> Sequence[Attention]:
-    """One attention function a block, where one was given for all."""
-    return [attention] * blocks if callable(attention) else attention
-
-
 class AttentionPool(nn.Module):
     """SigLIP's head: one learned query reads all tokens."""
 
@@ -172,8 +165,63 @@ class AttentionPool(nn.Module):
         return (x + self.fc_2(self.activation(self.fc_1(self.ln(x)))))[:, 0]
 
 
-class ImageTower(nn.Module):
+class Tower(nn.Module):
+    """What both towers are: blocks, between an ``embed`` and a ``read`` of their own."""
+
+    config: ImageConfig | TextConfig
+    positions: nn.Parameter
+    ln_pre: nn.Module  # of images
+    blocks: nn.ModuleList
+
+    def run(
+        self,
+        x: Tensor,
+        prompts: Prompts | None = None,
+        attention: Attention | Sequence[Attention] | None = None,
+        before_block: BeforeBlock | None = None,
+        rows: Tensor | None = None,
+        text: PackedText | None = None,
+    ) -> Tensor:
+        """Embedded images, or packed texts with ``text``, through the blocks: [B, N, D], or the ``rows`` [B, K, D].
+
+        ``attention`` is one function for all blocks, or one a block.
+        """
+        if (text is None) == isinstance(self.config, TextConfig):
+            raise ConfigError("the text tower, and no other, runs with text=…: the packed texts that were embedded")
+        layers = () if prompts is None else prompts.layers
+        if len(layers) > len(self.blocks):
+            raise ConfigError(f"prompts for {len(layers)} blocks (allowed: at most {len(self.blocks)}, the tower's)")
+        if attention is None:
+            heads = self.config.heads
+            attention = plain_attention(heads) if text is None else packed_attention(text, heads)
+        attentions = [attention] * len(self.blocks) if callable(attention) else attention
+        slots = None if text is None else text.slots
+        # Attention among packed texts knows the pooled rows alone; others are picked from all.
+        asked = rows if text is None or rows is text.pooled else None
+        for i, block in enumerate(self.blocks):
+            if before_block is not None:
+                x = before_block(i, x)
+            if prompts is not None and i < len(layers) and (layer := layers[i]) is not None:
+                values = (layer if text is None else _per_slot(layer, text)).to(x.dtype)
+                if text is None:
+                    values = values.expand(len(x), -1, -1)
+                if i == 0:  # as the embedded tokens are: normalised, or with their positions
+                    values = (
+                        self.ln_pre(values) if text is None else values + self.positions[text.positions[text.slots]]
+                    )
+                if slots is None:
+                    slots = torch.arange(x.shape[1], x.shape[1] + values.shape[1], device=x.device)
+                    x = torch.cat([x, values], 1)
+                else:
+                    x = inject(x, slots, values, prompts.mode if i else "replace")
+            x = block(x, attentions[i], asked if i == len(self.blocks) - 1 else None)
+        return x if rows is asked else x[:, rows]
+
+
+class ImageTower(Tower):
     """Vision transformer (Dosovitskiy et al., 2021) as in CLIP or SigLIP."""
+
+    config: ImageConfig
 
     def __init__(self, config: ImageConfig) -> None:
         super().__init__()
@@ -189,41 +237,35 @@ class ImageTower(nn.Module):
         self.projection = nn.Linear(c.width, c.embed_dim, bias=False) if cls else nn.Identity()
         self.head = nn.Identity() if cls else AttentionPool(c)
 
+    def embed(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] as tokens [B, N, D]: the class token, if there is one, and the patches row by row."""
+        x = self.patches(images.to(self.positions.dtype)).flatten(2).transpose(1, 2)
+        if self.class_token is not None:
+            x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1)
+        return self.ln_pre(x + self.positions)
+
+    def read(self, x: Tensor) -> Tensor:
+        """Features [B, K, E] of rows [B, K, D] of the last block; a pooling head makes one of all rows, [B, 1, E]."""
+        x = self.ln_post(x)
+        return self.projection(x) if self.config.pool == "cls" else self.head(x)[:, None]
+
     def forward(
         self,
         images: Tensor,
         prompts: Prompts | None = None,
         attention: Attention | Sequence[Attention] | None = None,
-        after_block: AfterBlock | None = None,
+        before_block: BeforeBlock | None = None,
     ) -> Tensor:
-        """Features of images [B, 3, S, S], not normalised: [B, E]. Prompts stand after the patches.
-
-        ``attention`` is one function for all blocks, or one a block. The last block's output is the pooled token alone.
-        """
-        x = self.patches(images.to(self.positions.dtype)).flatten(2).transpose(1, 2)  # [B, N, D]
-        if self.class_token is not None:
-            x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1)
-        x = x + self.positions
-        rows = torch.arange(0, device=x.device)
-        if prompts is not None:
-            first = prompts.layers[0].to(x.dtype)
-            rows = torch.arange(x.shape[1], x.shape[1] + len(first), device=x.device)
-            x = torch.cat([x, first.expand(len(x), -1, -1)], 1)
-        x = self.ln_pre(x)
-        attentions = _per_block(attention or plain_attention(self.config.heads), len(self.blocks))
-        cls_row = None if self.class_token is None else torch.zeros(1, dtype=torch.long, device=x.device)
-        for i, block in enumerate(self.blocks):
-            if prompts is not None and 0 < i < len(prompts.layers):
-                x = inject(x, rows, prompts.layers[i], prompts.mode)
-            x = block(x, attentions[i], cls_row if i == len(self.blocks) - 1 else None)
-            if after_block is not None:
-                x = after_block(i, x)
-        x = self.ln_post(x)
-        return self.projection(x[:, 0]) if self.config.pool == "cls" else self.head(x)
+        """Features of images [B, 3, S, S], not normalised: [B, E]."""
+        x = self.embed(images)
+        pooled = None if self.class_token is None else torch.zeros(1, dtype=torch.long, device=x.device)
+        return self.read(self.run(x, prompts, attention, before_block, pooled))[:, 0]
 
 
-class TextTower(nn.Module):
+class TextTower(Tower):
     """Text transformer as in CLIP (causal) or SigLIP (bidirectional), over packed texts."""
+
+    config: TextConfig
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -235,35 +277,32 @@ class TextTower(nn.Module):
         self.ln_final = nn.LayerNorm(c.width, c.eps)
         self.projection = nn.Linear(c.width, c.embed_dim, bias=not c.causal)
 
+    def embed(self, text: PackedText) -> Tensor:
+        """Packed texts as tokens [1, T, D]."""
+        return (self.token_embedding(text.tokens) + self.positions[text.positions])[None]
+
+    def read(self, x: Tensor) -> Tensor:
+        """Features [B, K, E] of rows [B, K, D] of the last block."""
+        return self.projection(self.ln_final(x))
+
     def forward(
         self,
         text: PackedText,
         prompts: Prompts | None = None,
         attention: Attention | Sequence[Attention] | None = None,
-        after_block: AfterBlock | None = None,
+        before_block: BeforeBlock | None = None,
     ) -> Tensor:
-        """Features of packed texts, not normalised: [1, C, E], or [B, C, E] if the prompts depend on the image.
-
-        ``attention`` is one function for all blocks, or one a block. The last block's output is the pooled rows alone.
-        """
-        positions = self.positions[text.positions]
-        x = (self.token_embedding(text.tokens) + positions)[None]  # [1, T, D]
-        attentions = _per_block(attention or packed_attention(text, self.config.heads), len(self.blocks))
-        for i, block in enumerate(self.blocks):
-            if prompts is not None and i < len(prompts.layers):
-                values = _per_row(prompts.layers[i], text.source)
-                if i == 0:
-                    x = inject(x, text.slots, values.to(x.dtype) + positions[text.slots])
-                else:
-                    x = inject(x, text.slots, values, prompts.mode)
-            x = block(x, attentions[i], text.pooled if i == len(self.blocks) - 1 else None)
-            if after_block is not None:
-                x = after_block(i, x)
-        return self.projection(self.ln_final(x))[:, text.order]
+        """Features of packed texts, not normalised: [1, C, E], or [B, C, E] if the prompts depend on the image."""
+        x = self.run(self.embed(text), prompts, attention, before_block, text.pooled, text)
+        return self.read(x)[:, text.order]
 
 
-def _per_row(prompts: Tensor, source: Tensor) -> Tensor:
+def _per_slot(prompts: Tensor, text: PackedText) -> Tensor:
     """Learned tokens [M, D], [C, M, D] or [B, 1 or C, M, D] → one for each slot, [1 or B, K, D]."""
     batch = len(prompts) if prompts.ndim == 4 else 1
     vectors = prompts.reshape(batch, -1, prompts.shape[-1])  # M or C·M of them
-    return vectors[:, source % vectors.shape[1]]  # c·M + m is m where all texts share the M tokens
+    if prompts.ndim > 2 and prompts.shape[-3] > 1 and vectors.shape[1] != len(text.slots):
+        raise ConfigError(
+            f"prompts {[*prompts.shape]} differ between texts that share theirs (pack has class_specific for that)"
+        )
+    return vectors[:, text.source % vectors.shape[1]]  # c·M + m is m where all texts have the same M tokens

@@ -20,7 +20,7 @@ from vlprompt.data.datasets import load_dataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split
 from vlprompt.errors import ConfigError, DataError
-from vlprompt.files import alone, cannot_write, is_unfinished, write_atomically
+from vlprompt.files import alone, is_unfinished, write_atomically, write_error
 
 LOCK = ".lock"
 
@@ -154,7 +154,7 @@ def _alone_in(out: Path) -> Iterator[None]:
         with alone(out / LOCK):
             yield
     except OSError as error:
-        raise cannot_write(out, error) from error
+        raise write_error(out, error) from error
 
 
 def _unchanged(out: Path, manifest: Manifest) -> Manifest:

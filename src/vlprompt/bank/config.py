@@ -22,15 +22,15 @@ class BankConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     crops: Crops = field(default_factory=Crops)
     backbone: str | None = None
-    """The student whose frozen features are kept; none are if not given."""
+    """Student whose frozen features are kept, given as --backbone of train; none are kept if not given."""
     seed: Annotated[int, Ge(0)] = 1
     """Which images, where there are few shots."""
     regions: Annotated[int, Ge(1)] = 500
-    """R, of each image."""
+    """R, regions of each image."""
     top_k: Annotated[int, Ge(1)] = 10
     """Classes of each region whose probabilities are kept."""
     features: Literal["fp32", "fp16"] = "fp32"
-    """How the student's features are kept."""
+    """fp32 or fp16, in which the student's features are kept."""
     batch_size: Annotated[int, Ge(1)] = 50
     """Regions that the towers read at once."""
     device: str = "cpu"

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from vlprompt.bank.regions import Crops
-from vlprompt.data.splits import missing
+from vlprompt.data.splits import missing_error
 from vlprompt.errors import DataError, one_line
 from vlprompt.files import write_atomically
 
@@ -158,7 +158,7 @@ def read_manifest(folder: Path) -> Manifest:
     """What a folder's manifest says; raises DataError if it is no bank, of a newer version, or damaged."""
     file = folder / MANIFEST
     if not folder.is_dir():
-        raise missing("region bank", folder)
+        raise missing_error("region bank", folder)
     if not file.is_file():
         raise DataError(f"{folder} is no region bank: it has no {MANIFEST}")
     try:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlprompt.bank.manifest import MANIFEST, Manifest, read_manifest, shard_file
 from vlprompt.bank.regions import content_hash
-from vlprompt.data.splits import missing
+from vlprompt.data.splits import missing_error
 from vlprompt.errors import DataError, one_line
 
 SHARDS_OPEN = 256  # files mapped at once, well below what systems allow
@@ -87,7 +87,7 @@ class Bank:
         try:
             records = np.load(file, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
-            raise missing("file of the region bank", file) from None
+            raise missing_error("file of the region bank", file) from None
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"cannot read {file}: {one_line(error)}") from None
         if records.dtype != self.record or records.shape != shape:

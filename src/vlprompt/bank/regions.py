@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 
 from vlprompt.data.images import random_regions
-from vlprompt.data.splits import missing
+from vlprompt.data.splits import missing_error
 from vlprompt.errors import DataError
 
 _ONE = 65535  # stands for 1 in stored regions
@@ -35,7 +35,7 @@ class Crops:
     flip: Annotated[float, Ge(0), Le(1)] = 0.5
     """Probability of a horizontal flip."""
     seed: Annotated[int, Ge(0)] = 1
-    """Which regions, together with the image's content."""
+    """Decides the regions, together with the image's content."""
 
     def draw(self, content: str, width: int, height: int, n: int) -> NDArray[np.uint16]:
         """The n regions of an image of this content (a hash in hexadecimal) and size in pixels: stored form, [n, 5].
@@ -63,6 +63,6 @@ def content_hash(file: Path) -> str:
         with file.open("rb") as stream:
             return file_digest(stream, "sha256").hexdigest()
     except FileNotFoundError:
-        raise missing("file", file) from None
+        raise missing_error("file", file) from None
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}") from None

@@ -30,9 +30,9 @@ class Towers:
 
     def __init__(self, settings: BankSettings, teacher: Teacher | None, student: Backbone | None) -> None:
         self.settings, self.teacher, self.student = settings, teacher, student
-        read = [*([student] if student else []), *([teacher.backbone] if teacher else [])]
+        read: list[Backbone | Teacher] = [model for model in (student, teacher) if model]
         # Where both read the same, the views are made once.
-        self.preprocesses = list(dict.fromkeys(backbone.preprocess for backbone in read))
+        self.preprocesses = list(dict.fromkeys(model.preprocess for model in read))
 
     def records(self, files: Sequence[tuple[str, Path]], reader: ImageReader) -> Iterator[NDArray[np.void]]:
         """The regions of each image, given as (content, file): [R] records."""
@@ -61,7 +61,7 @@ class Towers:
         if self.student:
             records["features"] = self.student.encode_images(views[0]).float().cpu().numpy()
         if self.teacher and self.settings.teacher:
-            p = self.teacher.probabilities(views[-1].to(self.teacher.backbone.device))
+            p = self.teacher.probabilities(views[-1].to(self.teacher.model.device))
             if not p.isfinite().all():
                 raise VlpromptError(f"the teacher's probabilities are not finite in {self.settings.precision}")
             best = top_k(p, self.settings.teacher.top_k)
@@ -76,7 +76,7 @@ def load_towers(config: BankConfig, split: Split, template: str) -> Towers:
     teacher = None
     if config.teacher.backbone:
         model = load_teacher_model(config.teacher.backbone, config.device, config.precision)
-        scale = (student or model).logit_scale
+        scale = student.logit_scale if student else getattr(model, "logit_scale", 1.0)
         teacher = configured_teacher(config.teacher, model, split.class_names, template, scale)
     return towers_of(config, teacher, student)
 
@@ -87,10 +87,10 @@ def towers_of(config: BankConfig, teacher: Teacher | None, student: Backbone | N
     if student:
         features = Features(public_name(student.name), student.fingerprint, student.embed_dim, config.features)
     if teacher:
-        names, backbone = teacher.class_names, teacher.backbone
+        names, model = teacher.class_names, teacher.model
         if len(names) > MOST_CLASSES:
             raise DataError(f"a region bank can tell {MOST_CLASSES} classes apart, not {len(names)}")
-        name, k = public_name(backbone.name), min(config.top_k, len(names))
-        labels = Labels(name, backbone.fingerprint, teacher.template, teacher.logit_scale, names, k)
+        name, k = public_name(model.name), min(config.top_k, len(names))
+        labels = Labels(name, model.fingerprint, teacher.template, teacher.logit_scale, names, k)
     settings = BankSettings(config.regions, config.crops, labels, features, config.batch_size, config.precision)
     return Towers(settings, teacher, student)

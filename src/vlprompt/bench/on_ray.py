@@ -7,12 +7,13 @@ import os
 import socket
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import Any
 
-from vlprompt.bench.pool import Outcome, attempt
+from vlprompt.bench.launch import Launch, Outcome, Process
 from vlprompt.bench.protocols import Run
-from vlprompt.data.reading import share_memory
 from vlprompt.errors import ConfigError, one_line
 
 
@@ -25,7 +26,7 @@ def connected() -> Iterator[None]:
     try:
         import ray
     except ImportError:
-        raise ConfigError("--engine ray needs Ray: pip install 'vlprompt[ray]'") from None
+        raise ConfigError("engine = ray needs Ray: pip install 'vlprompt[ray]'") from None
     address = os.environ.get("RAY_ADDRESS") or "local"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray of our own reports to nobody
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what later versions of Ray do
@@ -40,52 +41,70 @@ def connected() -> Iterator[None]:
             ray.shutdown()
 
 
-def outcomes(runs: Sequence[Run], out: Path, workers: int | None) -> Iterator[Outcome]:
-    """The outcome of each run as it ends; after one that was interrupted no other begins.
+def launcher(runs: Sequence[Run], out: Path, workers: int | None) -> tuple[Launch, int]:
+    """What begins a run on Ray, and how many are at work at once: ``workers``, or as many as there are CPUs (GPUs).
 
     A run takes one CPU, and if it asks for ``cuda`` a GPU or, where ``workers`` are more than GPUs, its share of one.
-    At most ``workers`` are at work, or as many as Ray has CPUs (GPUs) for. All machines must see the same files at the
-    same places. Raises ConfigError for GPUs by number, or that Ray does not have.
+    All machines must see the same files at the same places. Raises ConfigError for GPUs by number, or that Ray does not
+    have.
     """
     import ray
 
     resources = ray.cluster_resources()
-    share = _gpu_share(runs, int(resources.get("GPU", 0)), workers)
-    at_once = workers or max(1, int(resources.get("GPU" if share else "CPU", 1)))
-    return _outcomes(runs, out.absolute(), at_once, share)
-
-
-def _outcomes(runs: Sequence[Run], out: Path, at_once: int, gpus: float) -> Iterator[Outcome]:
-    import ray
-
+    gpus = _gpus_of_a_run(runs, int(resources.get("GPU", 0)), workers)
+    at_once = workers or max(1, int(resources.get("GPU" if gpus else "CPU", 1)))
     task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_task)
-    waiting, busy, stopping = list(runs), dict[ray.ObjectRef, Run](), False
-    try:
+    given = out.absolute(), Path.cwd(), at_once
+    return lambda run, place: Task(task.remote(run.to_json(), *given)), at_once
+
+
+class Task:
+    """A run at work in a process of Ray."""
+
+    def __init__(self, reference: Any) -> None:
+        self.reference = reference
+
+    def outcome(self) -> Outcome:
+        """What became of the run; of one whose process died, why."""
+        import ray
+
+        try:
+            return ray.get(self.reference)
+        except ray.exceptions.TaskCancelledError:  # it had not begun
+            return Outcome(interrupted=True)
+        except ray.exceptions.RayError as error:
+            failure = f"its process ended: {type(error).__name__}: {one_line(error, 300)}"
+            return Outcome(failure=failure, memory_full=isinstance(error, ray.exceptions.OutOfMemoryError))
+
+    def interrupt(self) -> None:
+        """Let it save a checkpoint, or not begin."""
+        import ray
+
+        ray.cancel(self.reference)
+
+    def kill(self) -> None:
+        import ray
+
+        ray.cancel(self.reference, force=True)
+
+
+def _task(run: str, out: Path, folder: Path, at_once: int) -> Outcome:
+    """What one of Ray's processes does: the run in a process of our own; paths of the bench start from ``folder``."""
+    if not folder.is_dir():
+        return Outcome(failure=f"{folder}: there is no such folder on machine {socket.gethostname()}")
+    process = Process(run, out, min(at_once, os.cpu_count() or 1), folder=folder)  # a machine has no more than CPUs
+    with ThreadPoolExecutor(1) as thread:
+        ended = thread.submit(process.outcome)
         while True:
-            while waiting and not stopping and len(busy) < at_once:
-                run = waiting.pop(0)
-                busy[task.remote(run, out, Path.cwd(), at_once)] = run
-            if not busy:
-                break
             try:
-                ended, _ = ray.wait(list(busy))
-            except KeyboardInterrupt:
-                stopping = True
-                for reference in busy:  # each saves a checkpoint and says that it was interrupted
-                    ray.cancel(reference)
+                return ended.result(timeout=0.5)  # Ray's cancel is heard in between
+            except TimeoutError:
                 continue
-            for reference in ended:
-                outcome = _outcome(reference, busy.pop(reference))
-                stopping = stopping or outcome.interrupted
-                yield outcome
-        if waiting:  # those at work ended before they heard of it
-            yield Outcome(waiting[0], interrupted=True)
-    finally:
-        for reference in busy:
-            ray.cancel(reference, force=True)
+            except KeyboardInterrupt:
+                process.interrupt()
 
 
-def _gpu_share(runs: Sequence[Run], gpus: int, workers: int | None) -> float:
+def _gpus_of_a_run(runs: Sequence[Run], gpus: int, workers: int | None) -> float:
     """What a run takes of a GPU: all of it, or with more workers than GPUs 1 / (workers of one GPU)."""
     devices = {run.config.train.device for run in runs}
     if numbered := sorted(device for device in devices if device.startswith("cuda:")):
@@ -96,29 +115,3 @@ def _gpu_share(runs: Sequence[Run], gpus: int, workers: int | None) -> float:
         raise ConfigError("train.device = cuda: Ray knows no GPU")
     # Ray counts in ten-thousandths; rounded down, so that all fit.
     return math.floor(10_000 / max(1, math.ceil((workers or gpus) / gpus))) / 10_000
-
-
-def _task(run: Run, out: Path, place: Path, at_once: int) -> Outcome:
-    """What one of Ray's processes does for a run; ``place`` is the folder that paths of the bench start from."""
-    import torch
-
-    torch.set_num_threads(1)
-    share_memory(min(at_once, os.cpu_count() or 1))  # a machine has no more of them than CPUs
-    try:
-        os.chdir(place)
-    except OSError as error:
-        return Outcome(run, failure=f"{place}: {error.strerror} on machine {socket.gethostname()}")
-    return attempt(run, out)
-
-
-def _outcome(ended: object, run: Run) -> Outcome:
-    """What became of a run; of one whose process died, why."""
-    import ray
-
-    try:
-        return ray.get(ended)
-    except ray.exceptions.TaskCancelledError:  # it had not begun
-        return Outcome(run, interrupted=True)
-    except ray.exceptions.RayError as error:
-        reason = one_line(error, 300)
-        return Outcome(run, failure=f"its process ended: {type(error).__name__}: {reason}")

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from vlprompt.config.schema import RunConfig, build_config, parse_yaml
+from vlprompt.config.schema import RunConfig, build_config, config_of, parse_yaml
 from vlprompt.config.teacher import teacher_name
 from vlprompt.data.known.table import DATASETS, find_dataset
 from vlprompt.data.splits import Classes
-from vlprompt.errors import ConfigError, first_few, one_line, unknown
+from vlprompt.errors import ConfigError, one_line, unknown
 from vlprompt.methods import find_method
+from vlprompt.methods.registry import file_fingerprint
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,7 @@ class Protocol:
     shots: tuple[int, ...] = (16,)
     """Training images a class: a run each."""
     preset: str | None = None
-    """The preset of a method's official settings for it, if it has one; before it come ``PRESET-NAME``, for the data
-    set of that name, and ``PRESET-N``, for N shots."""
+    """The methods' preset for it, if they have one; ``PRESET-NAME`` of a data set and ``PRESET-N`` of N shots first."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of all its runs."""
     groups: bool = False
@@ -75,6 +75,11 @@ class Measurement:
     split: str
     """"test" or "val"."""
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells a run's measurements apart: data set as tables print it, classes, split."""
+        return data_name(self.data), self.classes, self.split
+
 
 @dataclass(frozen=True)
 class Run:
@@ -100,9 +105,19 @@ class Run:
     def __str__(self) -> str:
         return f"{self.data} {self.name}, {self.config.data.shots} shots, seed {self.config.seed}"
 
+    def to_json(self) -> str:
+        """In a line, for another process."""
+        return json.dumps([self.protocol, self.name, self.config.to_dict(), list(map(astuple, self.measurements))])
+
+    @staticmethod
+    def from_json(text: str) -> Run:
+        """What :meth:`to_json` gave."""
+        protocol, name, config, measurements = json.loads(text)
+        return Run(protocol, name, config_of(config), tuple(Measurement(*m) for m in measurements))
+
 
 Rows = Mapping[str, tuple[str, Mapping[str, Any]]]
-"""Names, each with a method and settings."""
+"""Names, each with a method (its name or file) and settings."""
 
 
 @dataclass(frozen=True)
@@ -134,18 +149,19 @@ def plan(asked: Asked) -> list[Run]:
     protocol = PROTOCOLS[asked.protocol]
     for what, values in (("methods", asked.rows), ("data", asked.data), ("seeds", asked.seeds)):
         if not values:
-            raise ConfigError(f"--{what}: there must be at least one")
+            raise ConfigError(f"{what}: there must be at least one")
+    for name in asked.rows:
+        if not name or Path(name).name != name or name.startswith("."):
+            raise ConfigError(f"row '{name}' is no name of a folder")
     sources, targets = _sources(asked.protocol, protocol, asked.data)
     runs: dict[Path, Run] = {}
     for data in sources:
-        own = [Measurement(data, classes, asked.split) for classes in protocol.measured]
-        measurements = (*own, *(Measurement(target, "all", asked.split) for target in targets))
-        named = [(data_name(m.data), m.classes) for m in measurements]
+        measured = [(data, classes) for classes in protocol.measured] + [(target, "all") for target in targets]
+        named = [(data_name(name), classes) for name, classes in measured]
         if twice := [name for name, _ in named if named.count((name, "all")) > 1]:
-            raise ConfigError(f"--data: two data sets would be '{twice[0]}' in the tables: each is given once")
+            raise ConfigError(f"data: two data sets would be '{twice[0]}' in the tables: each is given once")
+        measurements = tuple(Measurement(name, classes, asked.split) for name, classes in measured)
         for name, (method, settings) in asked.rows.items():
-            if not name or Path(name).name != name or name.startswith("."):
-                raise ConfigError(f"row '{name}' is no name of a folder")
             for shots in asked.shots or protocol.shots:
                 for seed in asked.seeds:
                     config = _configure(asked, protocol, method, settings, data, shots, seed)
@@ -166,7 +182,7 @@ def _sources(name: str, protocol: Protocol, data: Sequence[str]) -> tuple[Sequen
     if not targets:
         known = sorted({d.domain_of for d in DATASETS.values() if d.domain_of})
         hint = f" (known without: those of {', '.join(known)})" if protocol.targets == "domains" else ""
-        raise ConfigError(f"{name}: --data {source} needs the data sets to test on after it, separated by commas{hint}")
+        raise ConfigError(f"data: {name} needs the data sets to test on after {source}{hint}")
     return [source], targets
 
 
@@ -175,17 +191,27 @@ def _configure(
 ) -> RunConfig:
     cls, own = find_method(method), dict(own)
     closest = (f"{protocol.preset}-{data_name(data)}", f"{protocol.preset}-{shots}", protocol.preset)
-    official = next((p for p in closest if p in cls.presets), None)
-    preset = own.pop("preset", official)
+    preset = own.pop("preset", next((p for p in closest if p in cls.presets), None))
     decided = {"data.name": data, "data.classes": protocol.train, "data.shots": shots, "seed": seed}
     taught = {"teacher.backbone": asked.teacher} if asked.teacher and "teacher_probabilities" in cls.needs else {}
     config = build_config(method, preset, overrides={**protocol.settings, **decided, **taught, **asked.settings, **own})
-    said = {**vars(config), **{f"data.{key}": value for key, value in vars(config.data).items()}}
+    flat = config.flat()
     for key, value in decided.items():
-        if said[key] != value:
-            raise ConfigError(f"{key} = {said[key]}: the protocol and the options of bench decide it ({value})")
+        if flat[key] != value:
+            raise ConfigError(f"{key} = {flat[key]}: the protocol and what is asked of bench decide it ({value})")
     teacher_name(config)
     return config
+
+
+def rows_of_methods(methods: Sequence[str]) -> Rows:
+    """A row for each method, a name or a file, with its registered name; raises ConfigError if two have the same."""
+    rows: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    for method in methods:
+        name = find_method(method).name
+        if name in rows:
+            raise ConfigError(f"methods: {rows[name][0]} and {method} are both called '{name}'")
+        rows[name] = method, {}
+    return rows
 
 
 def read_rows(file: Path) -> Rows:
@@ -221,40 +247,13 @@ def read_rows(file: Path) -> Rows:
     return rows
 
 
-def choose_rows(rows: Rows, only: Sequence[str]) -> Rows:
-    """The rows that ``only`` names, separated by commas or one each; raises ConfigError for a name that is no row."""
-    kept = [text for text in only if text in rows]  # a name may have commas in it
-    kept += split_values("--only", [text for text in only if text not in rows]) if len(kept) < len(only) else []
-    if missing := [name for name in kept if name not in rows]:
-        raise ConfigError(f"--only: {unknown('row', missing[0], rows)}")
-    return {name: row for name, row in rows.items() if name in kept}
-
-
-def split_values(option: str, given: Sequence[str] | None) -> list[str]:
-    """Values of an option given with commas, or several times; raises ConfigError for empty or repeated ones."""
-    values = [part.strip() for text in given or [] for part in text.split(",")]
-    if twice := sorted({value for value in values if values.count(value) > 1}):
-        raise ConfigError(f"{option}: given twice: {first_few(twice)}")
-    if not all(values):
-        raise ConfigError(f"{option}: there is an empty name between commas")
-    return values
-
-
-def split_numbers(option: str, given: Sequence[str]) -> list[int]:
-    """The same for whole numbers."""
-    values = split_values(option, given)
-    if strange := [value for value in values if not value.isdecimal()]:
-        raise ConfigError(f"{option} {strange[0]} (allowed: whole numbers separated by commas)")
-    return [int(value) for value in values]
-
-
 def take_shard(runs: Sequence[Run], shard: str | None) -> list[Run]:
     """The ``i``-th of ``n`` equal shares of the runs, for ``shard`` = "i/n"; raises ConfigError for what is none."""
     if shard is None:
         return list(runs)
     i, n = map(int, found.groups()) if (found := re.fullmatch(r"(\d+)/(\d+)", shard)) else (0, 0)
     if not 1 <= i <= n:
-        raise ConfigError(f"--shard {shard} (allowed: i/n, from 1/n to n/n)")
+        raise ConfigError(f"shard = {shard} (allowed: i/n, from 1/n to n/n)")
     return list(runs[i - 1 :: n])
 
 
@@ -264,10 +263,6 @@ def data_name(data: str) -> str:
     return dataset.name if dataset else Path(data).expanduser().resolve().name.removesuffix(".csv")
 
 
-def _last_part(path: str | None) -> str | None:
-    return path and Path(path).expanduser().resolve().name
-
-
 def backbone_name(backbone: str) -> str:
     """A backbone as folders and tables name it: of a local one, the last part of its path."""
     path = Path(backbone).expanduser()
@@ -275,24 +270,26 @@ def backbone_name(backbone: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "backbone"
 
 
-_NOT_THE_RESULT = ("data.root", "data.workers", "train.device", "train.graphs", "train.report_to")
+_NOT_THE_RESULT = ("data.root", "data.workers", "train.device", "train.graphs", "train.report_to", "seed")
 
 
 def result_settings(config: RunConfig) -> dict[str, Any]:
     """Every setting that decides a result, flat, except the seed: what runs that are averaged must have in common.
 
-    Data, backbones, banks and split files are there by name, wherever they lie.
+    Data, backbones, banks and split files are there by name, wherever they lie; a method's file by what is in it.
     """
     data, teacher = config.data, config.teacher.backbone
-    data = replace(data, name=data_name(data.name), split_file=_last_part(data.split_file), bank=_last_part(data.bank))
-    config = replace(
-        config, backbone=backbone_name(config.backbone), data=data,
+
+    def last_part(path: str | None) -> str | None:
+        return path and Path(path).expanduser().resolve().name
+
+    data = replace(data, name=data_name(data.name), split_file=last_part(data.split_file), bank=last_part(data.bank))
+    named = replace(
+        config, method=find_method(config.method).name, backbone=backbone_name(config.backbone), data=data,
         teacher=replace(config.teacher, backbone=teacher and backbone_name(teacher)),
     )  # fmt: skip
-    flat: dict[str, Any] = {}
-    for key, value in config.to_dict().items():
-        flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
-    return {k: v for k, v in flat.items() if k not in _NOT_THE_RESULT and k != "seed"}
+    own = file_fingerprint(config.method)
+    return {k: v for k, v in named.flat().items() if k not in _NOT_THE_RESULT} | ({"method file": own} if own else {})
 
 
 def fingerprint(config: RunConfig) -> str:

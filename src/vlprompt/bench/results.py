@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-import math
+import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,10 @@ def rows_of(figures: Mapping[str, Any]) -> list[Row]:
     common |= {"settings": figures["settings"], "epochs": figures["epochs"]}
     common |= {"learned_parameters": figures["trainable_parameters"], "train_seconds": round(figures["seconds"], 3)}
     rows = []
-    for measured in figures["measured"]:
-        place = {"measured_on": measured["data"], "split": measured["split"]}
-        place["code"] = measured["code"] if "code" in measured else figures["code"]  # older files name one for all
-        place["measure_seconds"] = round(measured["seconds"], 3)
-        parts = {measured["classes"]: measured, **measured.get("groups", {})}
-        for classes, score in parts.items():
+    for m in figures["measured"]:
+        place = {"measured_on": m["data"], "split": m["split"], "code": m["code"]}
+        place["measure_seconds"] = round(m["seconds"], 3)
+        for classes, score in {m["classes"]: m, **m.get("groups", {})}.items():
             numbers = {key: score.get(key) for key in ("accuracy", "macro_accuracy", "calibration_error")}
             rows.append(Row(**common, **place, **numbers, classes=classes, images=score["n"]))
     return rows
@@ -156,19 +155,16 @@ def _row(values: list[str], where: str) -> Row:
 
 
 def _value(key: str, text: str, where: str) -> Any:
-    kind = _TYPES[key]
-    if kind == "str":
-        if not text:
-            raise DataError(f"{where}: {key} is empty")
-        return text
+    kind, percent = _TYPES[key], key.endswith("accuracy")
     if not text and kind.endswith("None"):
         return None
-    number = int if kind == "int" else float
-    try:
-        value = number(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or value < 0 or (key.endswith("accuracy") and value > 100 + 1e-9):
-        what = "a percentage" if key.endswith("accuracy") else "a whole number" if number is int else "a number"
-        raise DataError(f"{where}: {key} = '{text}' (allowed: {what})")
-    return value
+    if not text:
+        raise DataError(f"{where}: {key} is empty")
+    if kind == "str":
+        return text
+    with suppress(ValueError):
+        value = int(text) if kind == "int" else float(text)
+        if 0 <= value <= (100 + 1e-9 if percent else sys.float_info.max):
+            return value
+    allowed = "a percentage" if percent else "a whole number" if kind == "int" else "a number"
+    raise DataError(f"{where}: {key} = '{text}' (allowed: {allowed})")

@@ -13,8 +13,14 @@ from typing import Any
 import vlprompt
 from vlprompt.artefact.artefact import FILES, load_artefact
 from vlprompt.bank.manifest import read_manifest
-from vlprompt.bench.protocols import PROTOCOLS, Measurement, Run, backbone_name, data_name, fingerprint
-from vlprompt.bench.protocols import result_settings as settings_of
+from vlprompt.bench.protocols import (
+    PROTOCOLS,
+    Measurement,
+    Run,
+    backbone_name,
+    fingerprint,
+    result_settings,
+)
 from vlprompt.bench.shared import SHARED, SharedImages, decoded_once
 from vlprompt.config.images import run_split
 from vlprompt.config.schema import RunConfig
@@ -23,7 +29,7 @@ from vlprompt.data.reading import ImageReader, readable
 from vlprompt.data.splits import Split, in_order, read_split
 from vlprompt.errors import ConfigError, DataError, one_line
 from vlprompt.files import write_atomically
-from vlprompt.methods import Method
+from vlprompt.methods import Method, find_method
 from vlprompt.training.checkpoints import remove_unfinished
 from vlprompt.training.evaluate import Evaluation, evaluate
 from vlprompt.training.run import saved_config, train
@@ -32,7 +38,6 @@ FORMAT_VERSION = 1
 FIGURES = "figures.json"
 GROUPS = ("many", "medium", "few")
 _OF_TRAINING = ("epochs", "train_accuracy", "val_accuracy", "trainable_parameters", "seconds")
-_WEIGHTS = ("backbone", "teacher")
 
 Load = Callable[[str, str | None, str | None], LoadedDataset]
 """``load_dataset``, or one that remembers."""
@@ -52,13 +57,13 @@ def do_run(run: Run, out: Path) -> dict[str, Any]:
 
     Raises what :func:`vlprompt.training.run.train` raises, and DataError for data that cannot be measured.
     """
-    folder, config = out / run.folder, run.config
+    folder, config, load = out / run.folder, run.config, cache(load_dataset)
     figures = read_figures(folder) or {
         "format_version": FORMAT_VERSION,
         "protocol": run.protocol,
         "data": run.data,
         "name": run.name,
-        "method": config.method,
+        "method": find_method(config.method).name,
         "backbone": backbone_name(config.backbone),
         "shots": config.data.shots,
         "seed": config.seed,
@@ -66,8 +71,6 @@ def do_run(run: Run, out: Path) -> dict[str, Any]:
         "code": code_version(),
         "measured": [],
     }
-    done = {_key(m) for m in figures["measured"]}
-    load = cache(load_dataset)
     method: Method | None = None
     if not _trained(folder):
         begun = (folder / "config.yaml").exists()
@@ -77,24 +80,27 @@ def do_run(run: Run, out: Path) -> dict[str, Any]:
         method, _ = train(config, folder, resume=begun, decode=decoded_once(out / SHARED), images_of=images_of)
     figures |= {k: v for k, v in _read_json(folder / "metrics.json").items() if k in _OF_TRAINING}
     environment = _read_json(folder / "environment.json")
-    figures["weights"] = {k: environment[f"{k}_fingerprint"] for k in _WEIGHTS if f"{k}_fingerprint" in environment}
-    for measurement in run.measurements:
-        wanted = (data_name(measurement.data), measurement.classes, measurement.split)
-        if wanted in done:
-            continue
-        method = method or load_artefact(
-            folder, run.config.backbone, run.config.train.device, run.config.train.precision
-        )
+    known = {model: environment.get(f"{model}_fingerprint") for model in ("backbone", "teacher")}
+    figures["weights"] = {model: value for model, value in known.items() if value}
+    done = set(map(_key, figures["measured"]))
+    for measurement in (m for m in run.measurements if m.key not in done):
+        method = method or load_artefact(folder, config.backbone, config.train.device, config.train.precision)
         began = time.monotonic()
         method.take_template(measured_dataset(config, measurement, load).template)
         split = measured_split(config, measurement, load)
-        images = images_fingerprint(split, measurement.split)
         score = measure(method.eval(), config, split, measurement.split, out / SHARED)
-        row: dict[str, Any] = dict(zip(("data", "classes", "split"), wanted, strict=True))
-        row |= {"code": code_version(), "seconds": time.monotonic() - began, "images_fingerprint": images}
-        figures["measured"].append(row | (described(score, PROTOCOLS[run.protocol].groups) if score else {"n": 0}))
+        measured: dict[str, Any] = dict(zip(("data", "classes", "split"), measurement.key, strict=True))
+        measured |= {"code": code_version(), "seconds": time.monotonic() - began}
+        measured["images_fingerprint"] = images_fingerprint(split, measurement.split)
+        figures["measured"].append(measured | (described(score, PROTOCOLS[run.protocol].groups) if score else {"n": 0}))
         write_atomically(folder / FIGURES, json.dumps(figures))
     return figures
+
+
+def told(run: Run, figures: Mapping[str, Any]) -> str:
+    """What was measured of a run, in a line."""
+    names = ((m, m["classes"] if m["data"] == run.data else m["data"]) for m in figures["measured"])
+    return ", ".join(f"{name} {m['accuracy']:.2f} %" if m["n"] else f"{name} –" for m, name in names)
 
 
 def measured_dataset(config: RunConfig, measurement: Measurement, load: Load = load_dataset) -> LoadedDataset:
@@ -126,8 +132,8 @@ def measure(method: Method, config: RunConfig, split: Split, part: str, shared_f
         return None
     items, paths = split.items(part), split.paths(part)
     kept = _readable(tuple(paths), config.data.workers) if config.data.skip_bad else range(len(paths))
-    labels = [items[i].label for i in kept]
     with ImageReader(config.data.workers, room=0) as reader:
+        labels = [items[i].label for i in kept]
         images = SharedImages([paths[i] for i in kept], labels, reader, folder=shared_folder)
         return evaluate(method, images, split.class_names)
 
@@ -143,9 +149,7 @@ def described(score: Evaluation, groups: bool) -> dict[str, Any]:
     """A measurement's figures as JSON values; with ``groups`` those of many, medium and few training images too."""
     figures = {**score.to_dict(), "macro_accuracy": score.macro_accuracy, "confusion": score.confusion}
     figures["class_names"] = figures.pop("classes")
-    if groups:
-        figures["groups"] = group_figures(score.confusion, len(score.classes))
-    return figures
+    return figures | ({"groups": group_figures(score.confusion, len(score.classes))} if groups else {})
 
 
 def group_figures(confusion: Sequence[Sequence[int]], n_classes: int) -> dict[str, dict[str, float]]:
@@ -160,13 +164,9 @@ def group_figures(confusion: Sequence[Sequence[int]], n_classes: int) -> dict[st
     figures = {}
     for g, group in enumerate(GROUPS):
         classes = [c for c in range(n_classes) if 3 * c // n_classes == g and seen[c]]
-        if classes:
-            n = sum(seen[c] for c in classes)
-            figures[group] = {
-                "n": n,
-                "accuracy": 100 * sum(right[c] for c in classes) / n,
-                "macro_accuracy": 100 * sum(right[c] / seen[c] for c in classes) / len(classes),
-            }
+        if n := sum(seen[c] for c in classes):
+            macro = 100 * sum(right[c] / seen[c] for c in classes) / len(classes)
+            figures[group] = {"n": n, "accuracy": 100 * sum(right[c] for c in classes) / n, "macro_accuracy": macro}
     return figures
 
 
@@ -189,54 +189,44 @@ def read_figures(folder: Path) -> dict[str, Any] | None:
 def finished(run: Run, out: Path) -> bool:
     """Whether a run is trained, and everything that is asked of it measured."""
     figures = read_figures(out / run.folder)
-    if figures is None or not _trained(out / run.folder):
-        return False
-    done = {_key(m) for m in figures["measured"]}
-    return all((data_name(m.data), m.classes, m.split) in done for m in run.measurements)
+    done = set(map(_key, figures["measured"])) if figures and _trained(out / run.folder) else set()
+    return done >= {m.key for m in run.measurements}
 
 
-def check_same_settings(run: Run, out: Path) -> None:
-    """Raise ConfigError if the run in the folder was begun with other settings than are asked for now."""
-    folder = out / run.folder
-    if not (folder / "config.yaml").is_file():
-        return
-    saved = saved_config(folder)
-    before, now = settings_of(saved), settings_of(run.config)
-    before["seed"], now["seed"] = saved.seed, run.config.seed
-    differ = [f"{k} = {before.get(k)}, now {now.get(k)}" for k in {**before, **now} if before.get(k) != now.get(k)]
-    if differ:
-        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-        raise ConfigError(
-            f"{folder} holds results from other settings ({'; '.join(differ[:3])}{more}): choose another --out, "
-            "or remove it"
-        )
-
-
-def check_same_data(run: Run, out: Path, load: Load = load_dataset) -> None:
-    """Raise ConfigError if a run in the folder was trained or measured on other images than its data have now.
+def check_same(run: Run, out: Path, load: Load = load_dataset) -> None:
+    """Raise ConfigError if the run in the folder has other settings or data than are asked for now.
 
     Images count by name, label and class name, not by their pixels; where a run left out unreadable ones, those that it
-    was trained on are not compared. A region bank counts by its settings. Runs that are not trained yet look themselves
-    when they are resumed.
+    was trained on are not compared. A region bank counts by its settings. Runs that are not trained yet compare their
+    images themselves when they are resumed.
     """
     folder, data = out / run.folder, run.config.data
+    if not (folder / "config.yaml").is_file():
+        return
+    advice = "choose another folder, or remove it"
+    environment = _read_json(folder / "environment.json") if (folder / "environment.json").is_file() else {}
+    saved = saved_config(folder)
+    before, now = result_settings(saved), result_settings(run.config)
+    if "method file" in before and "method_fingerprint" in environment:
+        before["method file"] = environment["method_fingerprint"]
+    before["seed"], now["seed"] = saved.seed, run.config.seed
+    if differ := [f"{k} = {before.get(k)}, now {now.get(k)}" for k in before | now if before.get(k) != now.get(k)]:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise ConfigError(f"{folder} holds results from other settings ({'; '.join(differ[:3])}{more}): {advice}")
     if not _trained(folder):
         return
-    advice = "has now: choose another --out, or remove it"
     if not _read_json(folder / "metrics.json").get("skipped") and (folder / "split.json").is_file():
-        now = run_split(run.config, load(data.name, data.root, data.split_file))
-        before = read_split(folder / "split.json", now.root)
-        if (before.class_names, before.train, before.val) != (now.class_names, now.train, now.val):
-            raise ConfigError(f"{folder} was trained on other images than {run.data} {advice}")
-    bank = _read_json(folder / "environment.json").get("bank_fingerprint")
+        split = run_split(run.config, load(data.name, data.root, data.split_file))
+        then = read_split(folder / "split.json", split.root)
+        if (then.class_names, then.train, then.val) != (split.class_names, split.train, split.val):
+            raise ConfigError(f"{folder} was trained on other images than {run.data} has now: {advice}")
+    bank = environment.get("bank_fingerprint")
     if bank and data.bank and bank != read_manifest(Path(data.bank).expanduser()).settings.fingerprint:
-        raise ConfigError(f"{folder} was trained on another region bank than {data.bank}: choose another --out")
-    known = {_key(m): m.get("images_fingerprint") for m in (read_figures(folder) or {"measured": []})["measured"]}
+        raise ConfigError(f"{folder} was trained on another region bank than {data.bank}: {advice}")
+    known = {_key(m): m["images_fingerprint"] for m in (read_figures(folder) or {"measured": []})["measured"]}
     for m in run.measurements:
-        name = data_name(m.data)
-        images = known.get((name, m.classes, m.split))
-        if images and images != images_fingerprint(measured_split(run.config, m, load), m.split):
-            raise ConfigError(f"{folder} was measured on other images than {name} {advice}")
+        if m.key in known and known[m.key] != images_fingerprint(measured_split(run.config, m, load), m.split):
+            raise ConfigError(f"{folder} was measured on other images than {m.key[0]} has now: {advice}")
 
 
 def _trained(folder: Path) -> bool:

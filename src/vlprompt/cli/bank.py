@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
+from vlprompt.cli.fields import read_fields
 from vlprompt.cli.options import (
     DATA,
     MODEL,
     OUTPUT,
-    SPLIT_FILE,
     AllowFewer,
     Data,
     Device,
@@ -24,14 +24,18 @@ from vlprompt.cli.options import (
     SkipBad,
     ValFraction,
     WhichClasses,
+    configured,
+    described,
     say,
 )
 from vlprompt.errors import ConfigError
 
 REGIONS = "Regions"
+_FOLDER = Path(__file__).parents[1] / "bank"
+_BUILD, _CROPS = read_fields(_FOLDER / "config.py")["BankConfig"], read_fields(_FOLDER / "regions.py")["Crops"]
 
 BankFolder = Annotated[Path, typer.Argument(metavar="BANK", help="A region bank's folder.")]
-SplitFile = Annotated[Path | None, typer.Option("--split-file", "--split", help=SPLIT_FILE, rich_help_panel=DATA)]
+SplitFile = Annotated[Path | None, configured("data.split_file", DATA, "--split-file", "--split")]
 
 bank_app = typer.Typer(
     rich_markup_mode="markdown",
@@ -56,13 +60,7 @@ def build(
     val_fraction: ValFraction = None,
     skip_bad: SkipBad = False,
     seed: DrawSeed = 1,
-    class_names_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="File of classes that the teacher chooses among, one per line, instead of the data set's.",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
+    class_names_file: Annotated[Path | None, configured("teacher.class_names_file", DATA)] = None,
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -70,44 +68,20 @@ def build(
             rich_help_panel=MODEL,
         ),
     ] = None,
-    backbone: Annotated[
-        str | None,
-        typer.Option(
-            help="Student whose frozen features are kept, given as --backbone of train.", rich_help_panel=MODEL
-        ),
-    ] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(help="Template of the teacher's texts; default: the data set's.", rich_help_panel=MODEL),
-    ] = None,
+    backbone: Annotated[str | None, described(_BUILD["backbone"], MODEL)] = None,
+    template: Annotated[str | None, configured("teacher.template", MODEL)] = None,
     logit_scale: Annotated[
-        float | None,
-        typer.Option(
-            help="What the teacher's cosines are multiplied by; default: the student's scale, without --backbone the "
-            "teacher's own.",
-            rich_help_panel=MODEL,
-        ),
+        float | None, configured("teacher.logit_scale", MODEL, default="without --backbone the teacher's own")
     ] = None,
     device: Device = "cpu",
     precision: Precision = "fp32",
-    batch_size: Annotated[int, typer.Option(help="Regions that the towers read at once.", rich_help_panel=MODEL)] = 50,
-    regions: Annotated[int, typer.Option(help="R, regions per image.", rich_help_panel=REGIONS)] = 500,
-    min_scale: Annotated[
-        float, typer.Option(help="Smallest share of the image's area.", rich_help_panel=REGIONS)
-    ] = 0.08,
-    max_scale: Annotated[
-        float, typer.Option(help="Largest share of the image's area.", rich_help_panel=REGIONS)
-    ] = 0.936,
-    region_seed: Annotated[
-        int, typer.Option(help="Decides the regions, together with an image's content.", rich_help_panel=REGIONS)
-    ] = 1,
-    top_k: Annotated[
-        int | None,
-        typer.Option(help="Classes of a region whose probabilities are kept; default: 10.", rich_help_panel=REGIONS),
-    ] = None,
-    features: Annotated[
-        str | None, typer.Option(help="How features are stored: fp32 (default) or fp16.", rich_help_panel=REGIONS)
-    ] = None,
+    batch_size: Annotated[int, described(_BUILD["batch_size"], MODEL)] = 50,
+    regions: Annotated[int, described(_BUILD["regions"], REGIONS)] = 500,
+    min_scale: Annotated[float, described(_CROPS["min_scale"], REGIONS)] = 0.08,
+    max_scale: Annotated[float, described(_CROPS["max_scale"], REGIONS)] = 0.936,
+    region_seed: Annotated[int, described(_CROPS["seed"], REGIONS)] = 1,
+    top_k: Annotated[int | None, described(_BUILD["top_k"], REGIONS)] = None,
+    features: Annotated[str | None, described(_BUILD["features"], REGIONS)] = None,
     out: Annotated[Path, typer.Option(help="The bank's folder.", rich_help_panel=OUTPUT)],
     part: Annotated[
         str, typer.Option(metavar="I/N", help="Do the I-th of N shares of the work.", rich_help_panel=OUTPUT)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,13 +20,12 @@ from vlprompt.cli.options import (
     Json,
     Root,
     Settings,
-    TeacherBackbone,
     TrainBackbone,
     TrainDevice,
     TrainPrecision,
     say,
 )
-from vlprompt.errors import ConfigError
+from vlprompt.errors import ConfigError, VlpromptError, first_few, unknown
 
 FAILED = 1
 ListOf = list[str] | None
@@ -64,7 +66,10 @@ def bench(
         typer.Option(help="Images to measure on; choose settings on val.", rich_help_panel=DATA),
     ] = "test",
     methods: Annotated[
-        ListOf, typer.Option(help="Of `vlprompt list methods`, separated by commas.", rich_help_panel=MODEL)
+        ListOf,
+        typer.Option(
+            help="Of `vlprompt list methods`, or files (`./my_method.py`), separated by commas.", rich_help_panel=MODEL
+        ),
     ] = None,
     rows: Annotated[
         Path | None,
@@ -74,7 +79,10 @@ def bench(
         ListOf, typer.Option(help="Rows of --rows to run, separated by commas; default: all.", rich_help_panel=MODEL)
     ] = None,
     backbone: TrainBackbone = None,
-    teacher: TeacherBackbone = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Teacher of the methods that need one, given like --backbone.", rich_help_panel=MODEL),
+    ] = None,
     device: TrainDevice = None,
     precision: TrainPrecision = None,
     seeds: Annotated[
@@ -115,23 +123,16 @@ def bench(
     the others, and is reported at the end (exit code 1). `vlprompt report OUT` prints the tables.
     """
     from vlprompt.bench.bench import bench as run_bench
-    from vlprompt.bench.protocols import (
-        Asked,
-        choose_rows,
-        plan,
-        read_rows,
-        split_numbers,
-        split_values,
-        take_shard,
-    )
+    from vlprompt.bench.protocols import Asked, plan, read_rows, rows_of_methods, take_shard
     from vlprompt.cli.progress import CountBar
     from vlprompt.config.schema import parse_override
 
     if (methods is None) == (rows is None):
         raise ConfigError("give either --methods or --rows")
-    chosen = read_rows(rows) if rows else {name: (name, {}) for name in split_values("--methods", methods)}
+    with _in_options():
+        chosen = read_rows(rows) if rows else rows_of_methods(split_values("--methods", methods))
     if only is not None:
-        chosen = choose_rows(chosen, only)
+        chosen = {name: chosen[name] for name in chosen if name in _chosen("--only", only, chosen)}
     given = {
         "backbone": backbone,
         "data.root": root and str(root.expanduser()),
@@ -145,16 +146,17 @@ def bench(
         protocol, chosen, split_values("--data", data), split_numbers("--seeds", seeds or ["1,2,3"]),
         split_numbers("--shots", shots or []), every, teacher, split,
     )  # fmt: skip
-    runs = plan(asked)
-    if dry_run:
-        folders = [run.folder.as_posix() for run in take_shard(runs, shard)]
-        print(json.dumps({"runs": folders}) if json_output else "\n".join(folders))
-        return
-    with CountBar(protocol) as bar:
-        done = run_bench(
-            runs, out, engine=engine, workers=workers, shard=shard, skip_existing=skip_existing, say=say,
-            progress=bar,
-        )  # fmt: skip
+    with _in_options():
+        runs = plan(asked)
+        if dry_run:
+            folders = [run.folder.as_posix() for run in take_shard(runs, shard)]
+            print(json.dumps({"runs": folders}) if json_output else "\n".join(folders))
+            return
+        with CountBar(protocol) as bar:
+            done = run_bench(
+                runs, out, engine=engine, workers=workers, shard=shard, skip_existing=skip_existing, say=_say,
+                progress=bar,
+            )  # fmt: skip
     for folder, reason in done.failed.items():
         say(f"failed: {folder}: {reason}")
     say(f"{done.done} runs done, {done.kept} kept, {len(done.failed)} failed; {done.results}")
@@ -162,6 +164,14 @@ def bench(
         print(json.dumps(vars(done)))
     if done.failed:
         raise typer.Exit(FAILED)
+
+
+@bench_app.command("bench-run", hidden=True)
+def bench_run(out: Path, workers: int, place: int) -> None:
+    """Do the run that is given on standard input, and print its outcome; ends with the process that started it."""
+    from vlprompt.bench.launch import work
+
+    print(work(out, workers, place))
 
 
 @bench_app.command(epilog="Example: vlprompt report runs/b2n --reference coop")
@@ -180,9 +190,60 @@ def report(
     """
     from vlprompt.bench.report.report import read_sections, to_dict, write_report
 
-    text = write_report(folder, reference)
-    print(
-        json.dumps({"tables": to_dict(read_sections(folder, reference))}) if json_output else text,
-        end="\n" * json_output,
-    )
+    with _in_options():
+        text = write_report(folder, reference)
+        if json_output:
+            text = json.dumps({"tables": to_dict(read_sections(folder, reference))}) + "\n"
+    print(text, end="")
     say(f"written: {', '.join(str(folder / f'report.{kind}') for kind in ('md', 'tex', 'html'))}")
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+def split_values(option: str, given: Sequence[str] | None) -> list[str]:
+    """Values of an option given with commas, or several times; raises ConfigError for empty or repeated ones."""
+    values = [part.strip() for text in given or [] for part in text.split(",")]
+    if twice := sorted({value for value in values if values.count(value) > 1}):
+        raise ConfigError(f"{option}: given twice: {first_few(twice)}")
+    if not all(values):
+        raise ConfigError(f"{option}: there is an empty name between commas")
+    return values
+
+
+def split_numbers(option: str, given: Sequence[str]) -> list[int]:
+    """The same for whole numbers."""
+    values = split_values(option, given)
+    if strange := [value for value in values if not value.isdecimal()]:
+        raise ConfigError(f"{option} {strange[0]} (allowed: whole numbers separated by commas)")
+    return [int(value) for value in values]
+
+
+def _chosen(option: str, given: Sequence[str], allowed: Mapping[str, object]) -> list[str]:
+    """The names that an option gives; one that has commas in it stands alone."""
+    whole = [text for text in given if text in allowed]
+    parts = [text for text in given if text not in allowed]
+    names = whole + (split_values(option, parts) if parts else [])
+    if strange := [name for name in names if name not in allowed]:
+        raise ConfigError(f"{option}: {unknown('row', strange[0], allowed)}")
+    return names
+
+
+def _options(text: str) -> str:
+    """What the library says of its arguments, with the names of their options."""
+    text = re.sub(
+        r"^(methods|data|seeds|shots|shard|engine)( = |: )", lambda m: f"--{m[1]}{m[2].replace(' = ', ' ')}", text
+    )
+    return text.replace("skip_existing", "--skip-existing")
+
+
+def _say(text: str) -> None:
+    say(_options(text))
+
+
+@contextmanager
+def _in_options() -> Iterator[None]:
+    try:
+        yield
+    except VlpromptError as error:
+        raise type(error)(_options(str(error))) from error

@@ -83,8 +83,8 @@ def check(
 ) -> None:
     """Compare a data set's folder with its split: missing and unreadable images, images per class, wrong layout.
 
-    For the usual mistakes of layout (ImageNet's val images in one folder, SUN397 in SUN397, …) it prints the shell
-    commands that fix them. The exit code is 2 if anything is wrong.
+    The usual mistakes of layout (ImageNet's val images in one folder, SUN397 in SUN397, …) and the commands that mend
+    them are in docs/datasets.md. The exit code is 2 if anything is wrong.
     """
     from vlprompt.cli.progress import CountBar
     from vlprompt.provision.check import check as check_dataset

@@ -8,7 +8,8 @@ from typing import Any
 def listing(what: str) -> list[dict[str, Any]]:
     """Rows about methods, backbones or data sets; the first column is the name."""
     if what == "methods":
-        from vlprompt.methods import METHODS
+        from vlprompt.config.presets import presets_of
+        from vlprompt.methods import find_method, method_names
 
         return [
             {
@@ -18,9 +19,9 @@ def listing(what: str) -> list[dict[str, Any]]:
                 "learns": m.learns,
                 "needs": sorted(m.needs),
                 "parity": m.parity,
-                "presets": sorted(m.presets),
+                "presets": sorted(presets_of(m)),
             }
-            for name, m in sorted(METHODS.items())
+            for name, m in ((name, find_method(name)) for name in method_names())
         ]
     if what == "datasets":
         from vlprompt.data.known.table import DATASETS

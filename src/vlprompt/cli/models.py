@@ -142,16 +142,16 @@ def explain(
     ] = 0,
     json_output: Json = False,
 ) -> None:
-    """Draw which parts of an image matter to a model of drople, and which its token dropout would hit."""
+    """Draw which patches of an image speak for its class; of drople, also which tokens its dropout would hit."""
     from vlprompt.artefact.artefact import load_artefact
-    from vlprompt.explain import explain as explain_image
-    from vlprompt.explain import write_explanation
+    from vlprompt.cli.explain import explain as explain_image
+    from vlprompt.cli.explain import write_explanation
 
     explanation = explain_image(load_artefact(run, backbone, device, precision), image, seed)
-    write_explanation(explanation, out, image.name, seed)
+    write_explanation(explanation, out, image.name)
     if json_output:
         print(json.dumps(explanation.to_dict()))
-    say(f"{len(explanation.blocks)} blocks of {image} drawn in {out}")
+    say(f"{explanation.class_name} in {image} drawn in {out}")
 
 
 @models_app.command(epilog="Example: vlprompt convert pytorch_model.bin clip/model.safetensors")

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from vlprompt.config.schema import DataConfig
 from vlprompt.data.datasets import LoadedDataset
-from vlprompt.data.reading import ImageReader, name_skipped, unusable
+from vlprompt.data.reading import ImageReader, name_skipped, unusable_error
 from vlprompt.data.splits import PARTS, Split, repeated
 from vlprompt.errors import ConfigError, DataError, first_few
 
@@ -66,7 +66,7 @@ def choose_images(
         if not found:
             break
         if not config.data.skip_bad:
-            raise unusable(found, len(paths), "; --skip-bad leaves such images out")
+            raise unusable_error(found, len(paths), "; --skip-bad leaves such images out")
         name_skipped(found, say)
         bad |= found
     if config.data.val_fraction and dataset.split.val:

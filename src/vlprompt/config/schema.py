@@ -1,4 +1,4 @@
-"""The configuration of a run: defaults < the method's settings < preset < file < command line, checked as a whole."""
+"""The configuration of a run: defaults < official < preset < file < command line, checked as a whole."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
+from vlprompt.config.presets import presets_of
 from vlprompt.data.splits import Classes
 from vlprompt.errors import ConfigError, one_line, unknown
 from vlprompt.methods import Can, MethodConfig, find_method
@@ -45,11 +46,11 @@ class DataConfig:
     root: str | None = None
     """Folder that holds the data sets."""
     split_file: str | None = None
-    """Which of the images are train, val and test, if not the data set's own split."""
+    """File that says which images are train, val and test: a run's split.json, CoOp's file, a few-shot list."""
     shots: Annotated[int, Ge(1)] | None = None
     """Training images per class; all if not given."""
     allow_fewer: bool = False
-    """Whether classes with fewer images than shots use what they have."""
+    """Let classes with fewer images than shots use all that they have."""
     imbalance: Annotated[float, Ge(1)] = 1.0
     """Shots of the first class to those of the last, fewer and fewer in between: a long tail."""
     val_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
@@ -63,11 +64,11 @@ class DataConfig:
     workers: Annotated[int, Ge(0)] = 2
     """Threads that decode and crop ahead of the training steps."""
     skip_bad: bool = False
-    """Whether images that cannot be read are left out instead of stopping the run."""
+    """Leave out images that cannot be read, and count them, instead of stopping."""
     bank: Folder | None = None
-    """Folder of the region bank that training views come from, in place of random ones."""
+    """Folder of the region bank that views, labels and features come from."""
     views: ViewCount | None = None
-    """How many regions of each image, of a bank, its first ones; all if not given. Without a bank views are random."""
+    """random, or R, the first regions of each image of a bank; if not given, all of a bank's, or else random."""
     regions_per_image: Annotated[int, Ge(1)] | None = None
     """Regions that a batch holds of each of its images, of a bank; 4, or fewer where that leaves less than 8 images."""
 
@@ -77,13 +78,14 @@ class TeacherConfig:
     """The frozen model whose predictions replace labels."""
 
     backbone: str | None = None
-    """What ``backbone`` takes; usually a larger one."""
+    """Frozen model that any method learns from instead of labels, given like the backbone; efficientnet-lite0; or the
+    folder of a tuned model."""
     template: Template | None = None
-    """Text of the classes; the data set's if not given, "a photo of a {}." for the classes of a file."""
+    """Text of the teacher's classes; the data set's if not given, "a photo of a {}." for the classes of a file."""
     logit_scale: Annotated[float, Gt(0)] | None = None
-    """What its cosines are multiplied by; the student's scale if not given, as in KDPL."""
+    """What the teacher's cosines are multiplied by; if not given, the student's scale, as in KDPL."""
     class_names_file: str | None = None
-    """Class names, one per line, that it chooses among instead of the data set's, which then stay unknown."""
+    """File of class names, one per line, that the teacher chooses among instead of the data set's."""
     classes_per_batch: Annotated[int, Ge(2)] | None = None
     """Classes most probable to the teacher in a batch, which alone are compared; all if not given.
 
@@ -121,7 +123,7 @@ class TrainConfig:
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the frozen towers; prompts are fp32."""
+    """fp32, bf16 or fp16 for the frozen towers; prompts are fp32."""
     accumulate: Annotated[int, Ge(1)] = 1
     """Parts that each batch is computed in, one after the other, to need less memory; the step is the same."""
     text_chunk: Annotated[int, Ge(1)] | None = None
@@ -140,10 +142,10 @@ class RunConfig:
 
     method: str
     """The method's name, or the file that it lies in."""
-    settings: MethodConfig
-    """The method's own settings."""
+    options: MethodConfig
+    """The method's own options."""
     backbone: str = "mini"
-    """The frozen model."""
+    """The frozen model: mini, a folder or file, a hub id, or open_clip:MODEL/TAG."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 1
     """Decides the few-shot images, the initial prompts, and the order and crops of training images."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -159,13 +161,17 @@ class RunConfig:
     @property
     def reads_pixels(self) -> bool:
         """Whether training runs the image tower on views, instead of reading frozen features of them."""
-        return Can.USE_FROZEN_FEATURES not in self.settings.can
+        return Can.USE_FROZEN_FEATURES not in self.options.can
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values, as in the configuration file."""
         d = asdict(self)
-        settings = d.pop("settings")
-        return {**d, "method": {"name": self.method, **settings}}
+        options = d.pop("options")
+        return {**d, "method": {"name": self.method, **options}}
+
+    def flat(self) -> dict[str, Any]:
+        """The same by full key."""
+        return dict(_flatten(self.to_dict()))
 
     def to_yaml(self) -> str:
         """The configuration as a file that ``--config`` reads."""
@@ -202,6 +208,11 @@ def read_config(file: Path) -> dict[str, Any]:
     return dict(_flatten(content))
 
 
+def config_of(values: Mapping[str, Any]) -> RunConfig:
+    """The configuration whose :meth:`RunConfig.to_dict` these values are."""
+    return build_config(values["method"]["name"], file=dict(_flatten(values)))
+
+
 def parse_override(text: str) -> tuple[str, Any]:
     """``key=value`` from the command line; the value is read as YAML (``1e-3`` too, which YAML takes for text)."""
     key, equals, value = text.partition("=")
@@ -222,20 +233,21 @@ def build_config(
 ) -> RunConfig:
     """Merge and check a run's configuration; keys are flat, ``optim.lr`` or, where it is clear, ``lr``.
 
-    A method's own setting comes before one of the same name elsewhere.
+    A method's own option comes before a key of the same name elsewhere.
 
     Raises ConfigError that lists every unknown key and every value out of range at once.
     """
     cls = find_method(method)
     method = str(Path(method).expanduser().resolve()) if is_file(method) else method
-    if preset is not None and preset not in cls.presets:
-        if not cls.presets:
+    presets = presets_of(cls)
+    if preset is not None and preset not in presets:
+        if not presets:
             raise ConfigError(f"method '{method}' has no presets (asked for '{preset}')")
-        raise ConfigError(unknown(f"preset of {method}", preset, cls.presets))
+        raise ConfigError(unknown(f"preset of {method}", preset, presets))
     known = _known_keys(cls.Config)
     problems: list[str] = []
     merged: dict[str, Any] = {}
-    for layer in (cls.settings, cls.presets[preset] if preset else {}, file or {}, overrides or {}):
+    for layer in (cls.official, presets[preset] if preset else {}, file or {}, overrides or {}):
         for key, value in layer.items():
             full = _resolve(key, known, problems)
             if full is not None:
@@ -248,7 +260,7 @@ def build_config(
         section, _, name = key.rpartition(".")
         (nested[section] if section else top)[name] = value
     sections = {s: checked(c, nested[s], f"{s}.", problems) for s, c in SECTIONS.items()}
-    settings = checked(cls.Config, nested["method"], "method.", problems)
+    options = checked(cls.Config, nested["method"], "method.", problems)
     top = _checked_top(top, problems)
     if "teacher_probabilities" not in cls.needs and nested["teacher"].get("backbone") is None:
         given = [f"teacher.{key} = {value}" for key, value in nested["teacher"].items() if value is not None]
@@ -258,8 +270,8 @@ def build_config(
     if problems:
         keys = f" (allowed keys: {', '.join(known)})" if any("unknown key" in p for p in problems) else ""
         raise ConfigError("; ".join(problems) + keys)
-    config = RunConfig(method=method, settings=settings, **top, **sections)
-    check_capabilities(cls.name, config.settings.can, config.train, config.teacher.classes_per_batch)
+    config = RunConfig(method=method, options=options, **top, **sections)
+    check_capabilities(cls.name, config.options.can, config.train, config.teacher.classes_per_batch)
     return config
 
 
@@ -288,8 +300,8 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str
             yield f"{prefix}{key}", value
 
 
-def _known_keys(settings: type) -> list[str]:
-    keys = ["backbone", "seed", "method.name", *(f"method.{f.name}" for f in fields(settings))]
+def _known_keys(options: type) -> list[str]:
+    keys = ["backbone", "seed", "method.name", *(f"method.{f.name}" for f in fields(options))]
     return keys + [f"{s}.{f.name}" for s, c in SECTIONS.items() for f in fields(c)]
 
 

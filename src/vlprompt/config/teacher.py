@@ -1,28 +1,62 @@
-"""The online teacher: a larger frozen model that says, during training, what the student's views show."""
+"""The teacher: a frozen model, better than the student, that says what views show, in place of labels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from vlprompt.artefact.artefact import PROMPTS, load_artefact
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.lite0 import Lite0
 from vlprompt.backbones.load import DTYPES, load_backbone
 from vlprompt.config.schema import RunConfig, TeacherConfig
+from vlprompt.data.images import Preprocess
 from vlprompt.data.known.table import DEFAULT_TEMPLATE
 from vlprompt.data.splits import names_in_file
 from vlprompt.errors import ConfigError
 from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.prompting.text import fill
 
-Precision = Literal["fp32", "bf16", "fp16"]
-TeacherModel = Backbone | Lite0
-"""What can teach: it encodes images and texts into one space."""
+
+class Classifier(Protocol):
+    """Any model that says how probable each of the given classes is."""
+
+    name: str
+    fingerprint: str
+    """Of all that decides its probabilities, but the class names."""
+    preprocess: Preprocess
+    device: torch.device
+
+    def probabilities(self, images: Tensor, class_names: Sequence[str]) -> Tensor:
+        """Of preprocessed images [B, 3, S, S]: [B, C], each row a sum of one."""
+
+
+class Tuned:
+    """A tuned model, of a run's folder; it keeps to its own template and scale."""
+
+    def __init__(self, folder: str, device: torch.device | str, precision: str) -> None:
+        self.method = load_artefact(Path(folder).expanduser(), device=str(device), precision=precision)
+        self.name, self.template = folder, self.method.template
+        self.preprocess, self.logit_scale = self.method.backbone.preprocess, self.method.backbone.logit_scale
+        self.device = self.method.backbone.device
+        digest = sha256(repr((self.method.name, self.method.config, self.template)).encode())
+        digest.update(self.method.backbone.fingerprint.encode())
+        for key, value in sorted(self.method.inference_state().items()):
+            digest.update(key.encode() + value.cpu().numpy().tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    def probabilities(self, images: Tensor, class_names: Sequence[str]) -> Tensor:
+        """As :meth:`Classifier.probabilities`."""
+        return self.method.predict(images, class_names).softmax(-1)
+
+
+TeacherModel = Backbone | Lite0 | Tuned | Classifier
+"""What can teach: a backbone or EfficientNet-lite0, asked with texts, or what classifies by itself."""
 
 
 def find_teacher(config: RunConfig, class_names: Sequence[str], template: str, student: Backbone) -> Teacher | None:
@@ -33,16 +67,22 @@ def find_teacher(config: RunConfig, class_names: Sequence[str], template: str, s
     """
     if (name := teacher_name(config)) is None:
         return None
-    model = load_teacher_model(name).to(student.device, student.dtype)
+    precision = next(name for name, dtype in DTYPES.items() if dtype == student.dtype)
+    model = load_teacher_model(name, student.device, precision)
     return configured_teacher(config.teacher, model, class_names, template, student.logit_scale)
 
 
-def load_teacher_model(name: str, device: torch.device | str = "cpu", precision: Precision = "fp32") -> TeacherModel:
-    """What ``--teacher`` names: the classifier ``efficientnet-lite0``, or a backbone.
+def load_teacher_model(name: str, device: torch.device | str = "cpu", precision: str = "fp32") -> TeacherModel:
+    """What ``--teacher`` names: the classifier ``efficientnet-lite0``, a tuned model's folder, or a backbone.
 
-    Raises BackboneError as :func:`load_backbone` does, or for a package that is not installed.
+    Raises BackboneError as :func:`load_backbone` does, or for a package that is not installed, and ArtefactError as
+    :func:`load_artefact` does.
     """
-    return Lite0(device, DTYPES[precision]) if name == Lite0.name else load_backbone(name, device, precision)
+    if name == Lite0.name:
+        return Lite0(device, DTYPES[precision])
+    if (Path(name).expanduser() / PROMPTS).is_file():
+        return Tuned(name, device, precision)
+    return load_backbone(name, device, precision)
 
 
 def teacher_name(config: RunConfig) -> str | None:
@@ -62,33 +102,49 @@ def configured_teacher(
 ) -> Teacher:
     """A loaded teacher with the configured classes, template and scale, or else those that are given here.
 
-    A classifier keeps to its own template and scale: it reads names as they are, and its cosines are not CLIP's.
+    EfficientNet-lite0 keeps to its own template and scale, unless told others: it reads names as they are, and its
+    cosines are not CLIP's. Raises ConfigError for a template or scale of a model that has its own, and for classes
+    that a tuned model knows nothing of.
     """
     if given.class_names_file:
         class_names, template = names_in_file(Path(given.class_names_file)), DEFAULT_TEMPLATE
-    if isinstance(model, Lite0):
+    if isinstance(model, Tuned):
+        for key in ("template", "logit_scale"):
+            if (value := getattr(given, key)) is not None:
+                raise ConfigError(f"teacher.{key} = {value}: {model.name} is a tuned model, which has its own")
+        if not model.method.takes_new_classes and tuple(class_names) != model.method.class_names:
+            raise ConfigError(
+                f"teacher.backbone = {model.name}: {model.method.name} knows the classes alone that it was tuned on"
+            )
+    if isinstance(model, Lite0 | Tuned):
         template, logit_scale = model.template, model.logit_scale
     return Teacher(model, class_names, given.template or template, given.logit_scale or logit_scale)
 
 
 class Teacher:
-    """Zero-shot predictions of a frozen model; its class features are computed once.
+    """What a frozen model takes images for; what depends on the classes alone is computed once.
 
-    ``template`` is the classes' text, ``logit_scale`` what cosines are multiplied by.
+    ``template`` is the classes' text and ``logit_scale`` what cosines are multiplied by, of models asked with texts.
     """
 
-    def __init__(self, backbone: TeacherModel, class_names: Sequence[str], template: str, logit_scale: float) -> None:
-        self.backbone, self.class_names, self.template = backbone, tuple(class_names), template
-        self.logit_scale = logit_scale
-        if isinstance(backbone, Lite0):
-            self.class_features = backbone.encode_texts(fill(template, class_names))
-        else:
-            self.class_features = frozen_class_features(backbone, class_names, [template])
-        decides = (backbone.fingerprint, self.class_names, template, logit_scale)
+    def __init__(
+        self, model: TeacherModel, class_names: Sequence[str], template: str = "{}", logit_scale: float = 1.0
+    ) -> None:
+        self.model, self.class_names, self.template = model, tuple(class_names), template
+        self.logit_scale, self.name, self.preprocess = logit_scale, model.name, model.preprocess
+        self.class_features: Tensor | None = None
+        if isinstance(model, Lite0):
+            self.class_features = model.encode_texts(fill(template, class_names))
+        elif isinstance(model, Backbone):
+            self.class_features = frozen_class_features(model, class_names, [template])
+        decides = (model.fingerprint, self.class_names, template, logit_scale)
         self.fingerprint = sha256(repr(decides).encode()).hexdigest()
         """SHA-256 over what decides the probabilities."""
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
-        """The softmax of its logits for images [B, 3, S, S], preprocessed for its backbone: [B, C]."""
-        return (self.logit_scale * self.backbone.encode_images(images) @ self.class_features.T).softmax(-1)
+        """Of images [B, 3, S, S], preprocessed for its model: [B, C]."""
+        if isinstance(self.model, Backbone | Lite0):
+            assert self.class_features is not None
+            return (self.logit_scale * self.model.encode_images(images) @ self.class_features.T).softmax(-1)
+        return self.model.probabilities(images, self.class_names)

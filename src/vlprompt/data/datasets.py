@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vlprompt.data.folders import from_csv, from_folder
 from vlprompt.data.known.table import DATASETS, DEFAULT_TEMPLATE, Dataset, find_dataset
-from vlprompt.data.splits import PARTS, Classes, Split, missing, read_split
+from vlprompt.data.splits import PARTS, Classes, Split, missing_error, read_split
 from vlprompt.errors import DataError, first_few, unknown
 
 
@@ -64,7 +64,7 @@ def load_dataset(
     path = Path(data).expanduser()
     if path.suffix.lower() == ".csv":
         if file and not path.is_file():
-            raise missing("CSV file", path)
+            raise missing_error("CSV file", path)
         return LoadedDataset(path.stem, _listed(file, path.parent) if file else from_csv(path), DEFAULT_TEMPLATE)
     if path.is_dir():
         return LoadedDataset(path.resolve().name, _listed(file, path) if file else from_folder(path), DEFAULT_TEMPLATE)
@@ -73,7 +73,7 @@ def load_dataset(
     if path.is_file():
         reason = f"{path} is not a .csv file"
     elif _looks_like_path(data):
-        reason = str(missing("folder", path))
+        reason = str(missing_error("folder", path))
     else:
         reason = unknown("data set", data.lower(), DATASETS)
     raise DataError(f"{reason}; a folder of class folders or a .csv file of path,label is accepted too")
@@ -100,7 +100,7 @@ def read_known(dataset: Dataset, folder: Path, file: Path | None = None) -> tupl
         images = folder / dataset.images
         for place in (folder, *(images / sub for sub in dataset.subfolders)):
             if not place.is_dir():
-                raise missing(f"{source}: folder", place)
+                raise missing_error(f"{source}: folder", place)
         if dataset.read is None:
             file = file or folder / dataset.split_file
         elif file is None:
@@ -150,7 +150,7 @@ def _complete(split: Split, source: str) -> Split:
     """The split, if all its images exist."""
     if gone := absent(split):
         if len(gone) == 1:
-            raise missing(f"{source}: image", gone[0])
+            raise missing_error(f"{source}: image", gone[0])
         n = sum(len(split.items(part)) for part in PARTS)
         shown = first_few([path.relative_to(split.root).as_posix() for path in gone])
         raise DataError(f"{source}: {len(gone)} of {n} images do not exist in {split.root}: {shown}")

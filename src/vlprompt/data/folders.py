@@ -14,7 +14,7 @@ from vlprompt.data.splits import (
     check_class_names,
     class_name,
     in_order,
-    missing,
+    missing_error,
     ranked_by_class,
 )
 from vlprompt.errors import DataError, unknown
@@ -36,7 +36,7 @@ def from_folder(root: str | os.PathLike[str]) -> Split:
     """
     root = Path(root)
     if not root.is_dir():
-        raise DataError(f"{root} is not a folder") if root.exists() else missing("folder", root)
+        raise DataError(f"{root} is not a folder") if root.exists() else missing_error("folder", root)
     folders = subfolders(root)
     parts = _parts(root, folders)
     every = [folder for classes in parts.values() for folder in classes] if parts else folders
@@ -80,7 +80,7 @@ def from_csv(file: str | os.PathLike[str]) -> Split:
                 if "split" in columns:
                     part_of[path] = _part(row["split"], where)
     except FileNotFoundError:
-        raise missing("CSV file", file) from None
+        raise missing_error("CSV file", file) from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read CSV file {file}: {error}") from error
     labels = _labels(label_of.values(), f"CSV file {file}")
@@ -163,7 +163,7 @@ def _existing_path(row: dict[str, str], folder: Path, where: str) -> str:
     # Absolute paths too: an image's name must not change when the folder moves.
     path = Path(os.path.relpath(folder / row["path"].strip(), folder)).as_posix()
     if not (folder / path).is_file():
-        raise missing(f"{where}: image", folder / path)
+        raise missing_error(f"{where}: image", folder / path)
     return path
 
 

@@ -140,7 +140,7 @@ def readable(paths: Sequence[Path], reader: ImageReader, skip_bad: bool, say: Ca
     bad = reader.unreadable(paths)
     name_skipped(bad, say)
     if len(bad) == len(set(paths)):
-        raise unusable(bad, len(paths))
+        raise unusable_error(bad, len(paths))
     return [i for i, path in enumerate(paths) if path not in bad]
 
 
@@ -150,7 +150,7 @@ def name_skipped(bad: Mapping[Path, str], say: Callable[[str], object]) -> None:
         say(f"skipped: {reason}")
 
 
-def unusable(bad: Mapping[Path, str], n: int, hint: str = "") -> DataError:
+def unusable_error(bad: Mapping[Path, str], n: int, hint: str = "") -> DataError:
     """The error for unreadable images among ``n``, naming the first few."""
     reasons = list(bad.values())
     if len(reasons) == 1:

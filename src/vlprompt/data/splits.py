@@ -156,7 +156,7 @@ def class_name(name: str) -> str:
     return name.replace("_", " ").strip()
 
 
-def missing(what: str, path: Path) -> DataError:
+def missing_error(what: str, path: Path) -> DataError:
     """The error for a file or folder that is not there, with the nearest name beside it."""
     siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
     near = get_close_matches(path.name, siblings, n=1, cutoff=0.5)
@@ -176,7 +176,7 @@ def read_split(file: str | os.PathLike[str], root: str | os.PathLike[str]) -> Sp
     try:
         parts = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise missing("split file", file) from None
+        raise missing_error("split file", file) from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read split file {file}: {error}") from error
     rows = {part: _rows(parts.get(part, [])) for part in PARTS} if isinstance(parts, dict) else {}

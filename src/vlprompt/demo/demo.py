@@ -109,7 +109,8 @@ def run_demo(out: Path, say: Callable[[str], None], data: str = "clothing-demo")
     parts = {classes: dataset.split.subset(classes) for classes in ("base", "novel", "all")}
     say(_opening(show, dataset, parts))
     images = {
-        name: EvaluationImages(split.paths("test"), split.labels("test"), ImageReader(0)) for name, split in parts.items()
+        name: EvaluationImages(split.paths("test"), split.labels("test"), ImageReader(0))
+        for name, split in parts.items()
     }
 
     def tune(name: str, classes: str, folder: Path) -> tuple[Method, Result]:
@@ -135,7 +136,7 @@ def run_demo(out: Path, say: Callable[[str], None], data: str = "clothing-demo")
         method, result = tune(name, "all", out / f"{name}-all")
         rows[name]["all"] = evaluate(method, images["all"], parts["all"].class_names).accuracy
         rows[name]["seconds"] += result.seconds
-    picture, drawn = out / "predictions.png", out / "learning_curves.png"
+    picture, drawn = out / "predictions.png", out / "learning_curves.svg"
     halves = {half: parts[half] for half in ("base", "novel")}
     draw_predictions(picture, {BEFORE: "before", show.best: "after"}, _shown(halves, tuned, show.best))
     draw_curves(drawn, curves, {BEFORE: _val_accuracy(out / BEFORE)})

@@ -1,4 +1,4 @@
-"""Pictures drawn with Pillow: sheets of text, lines and images, and on them the demo's predictions and curves."""
+"""The demo's pictures: sheets of text, lines and images drawn with Pillow, and curves as the report has them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+from vlprompt.bench.report import plots
 from vlprompt.data.images import load_image
+from vlprompt.files import write_atomically
 
 SCALE = 2  # all is drawn this many times larger, then reduced: smooth lines
 INK, FAINT, GRID = "#1f2328", "#656d76", "#d8dee4"
 RIGHT, WRONG = "#14803c", "#b42318"
-COLOURS = ("#0969da", "#bc4c00", "#8250df", "#1a7f37")
 
 
 class Curve(NamedTuple):
@@ -126,57 +127,10 @@ def _mark(sheet: Sheet, x: float, y: float, right: bool) -> None:
 
 
 def draw_curves(file: Path, curves: Mapping[str, Curve], levels: Mapping[str, float]) -> None:
-    """Two panels over epochs: training loss, and val accuracy with ``levels`` (percent) as dashed lines."""
-    sheet = Sheet(1000, 380)
-    losses = {name: curve.losses for name, curve in curves.items()}
-    accuracies = {name: curve.accuracies for name, curve in curves.items()}
-    _panel(sheet, 0, "loss on training pictures", losses, {})
-    _panel(sheet, 500, "accuracy on val pictures, percent", accuracies, levels)
-    sheet.save(file)
-
-
-def _panel(
-    sheet: Sheet, x0: int, title: str, lines: Mapping[str, Sequence[float]], levels: Mapping[str, float]
-) -> None:
-    left, top, right, bottom = x0 + 64, 56, x0 + 400, 330
-    values = [v for line in lines.values() for v in line] + list(levels.values())
-    step = _step(max(values) - min(values))
-    low, high = math.floor(min(values) / step), max(math.ceil(max(values) / step), math.floor(min(values) / step) + 1)
-    epochs = max(len(line) for line in lines.values())
-
-    def x(epoch: int) -> float:
-        return left + (right - left) * ((epoch - 1) / (epochs - 1) if epochs > 1 else 0.5)
-
-    def y(value: float) -> float:
-        return bottom - (bottom - top) * (value / step - low) / (high - low)
-
-    sheet.text(x0 + 24, 30, title, size=16)
-    for tick in range(low, high + 1):
-        sheet.line([(left, y(tick * step)), (right, y(tick * step))], GRID, 1)
-        sheet.text(left - 10, y(tick * step), f"{tick * step:g}", FAINT, 12, "rm")
-    for epoch in range(1, epochs + 1, math.ceil(epochs / 10)):
-        sheet.text(x(epoch), bottom + 8, str(epoch), FAINT, 12, "ma")
-    sheet.text((left + right) / 2, bottom + 26, "epoch", FAINT, 12, "ma")
-    labels = [(y(level), name, FAINT) for name, level in levels.items()]
-    for level in levels.values():
-        for start in range(left, right, 10):
-            sheet.line([(start, y(level)), (min(start + 5, right), y(level))], FAINT, 1.5)
-    for n, (name, line) in enumerate(lines.items()):
-        colour = COLOURS[n % len(COLOURS)]
-        points = [(x(epoch), y(value)) for epoch, value in enumerate(line, 1)]
-        sheet.line(points, colour)
-        for point in points:
-            sheet.dot(*point, colour)
-        labels.append((points[-1][1], name, colour))
-    nearest = -math.inf
-    for height, name, colour in sorted(labels):
-        nearest = max(height, nearest + 16)  # labels of lines that end together stand below each other
-        sheet.text(right + 12, nearest, name, colour, anchor="lm")
-
-
-def _step(span: float) -> float:
-    """The distance of grid lines, 1, 2 or 5 times a power of ten, for about five of them."""
-    if span <= 0:
-        return 1.0
-    power = 10 ** math.floor(math.log10(span / 4))
-    return next(n * power for n in (1, 2, 5, 10) if n * power >= span / 4 * 0.999)
+    """Two charts over epochs in an SVG: training loss, and val accuracy with ``levels`` (percent) as dashed lines."""
+    colour = plots.colours(list(curves), "")
+    charts = []
+    for y_label, part, known in (("loss on training images", 0, {}), ("accuracy on val images, %", 1, levels)):
+        lines = {n: {i: (v, 0.0) for i, v in enumerate(curve[part], 1)} for n, curve in curves.items()}
+        charts.append(plots.curves(lines, colour, y_label, "epoch", y_label, known))
+    write_atomically(file, plots.stack(charts))

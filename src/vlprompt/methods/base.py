@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from annotated_types import Ge
@@ -35,18 +35,6 @@ def _check_template(text: str) -> str:
 
 
 Template = Annotated[str, AfterValidator(_check_template)]
-
-
-def small_backbone(lr: float, epochs: int, min_scale: float, **own: Any) -> dict[str, Any]:
-    """A preset ``mini``, for small backbones: found on validation images of openmoji by ``tools/search.py``."""
-    return {
-        "optim.lr": lr,
-        "optim.warmup_epochs": 0,
-        "optim.cosine_epochs": 1,
-        "train.epochs": epochs,
-        "data.batch_size": 16,
-        "data.min_scale": min_scale,
-    } | {f"method.{key}": value for key, value in own.items()}
 
 
 class Can(Flag):
@@ -98,6 +86,16 @@ class Output:
     """Whatever else the method's own loss terms read."""
 
 
+class TokenMaps(NamedTuple):
+    """A row of what ``vlprompt explain`` draws: a map of an image's tokens after each of some blocks."""
+
+    name: str
+    about: str
+    """Two lines of a few words each."""
+    values: Sequence[Tensor]
+    """[N] each, of the patches row by row, then of visual prompts: numbers, or booleans that mark some."""
+
+
 class Method(nn.Module):
     """A way of adapting a frozen backbone to a list of classes.
 
@@ -116,10 +114,10 @@ class Method(nn.Module):
     needs: ClassVar[frozenset[str]] = frozenset()
     """What a batch must bring beyond images and labels: ``frozen_image_features``, ``second_view``,
     ``teacher_probabilities`` in place of labels, or the name of something in ``extra``."""
-    settings: ClassVar[Mapping[str, Any]] = {}
+    official: ClassVar[Mapping[str, Any]] = {}
     """The official training settings (base-to-novel), by key of the run configuration."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Other settings by name: ``cross-dataset``, ``few-shot``, …"""
+    """Other official settings by name: ``cross-dataset``, ``few-shot``, …"""
     rates: ClassVar[Mapping[str, float]] = {}
     """Parameters, by how their names begin, that learn at this share of the learning rate."""
     image_dependent: ClassVar[bool] = False
@@ -215,6 +213,10 @@ class Method(nn.Module):
         if at_once is not None and at_once < len(class_names):
             return encode_in_parts(tower, prompts, context.packed_parts(self.backbone, class_names, at_once), at_once)
         return encode_classes(tower, prompts, context.packed(self.backbone, class_names))
+
+    def explain(self, images: Tensor, seed: int = 0) -> Sequence[TokenMaps]:
+        """What ``vlprompt explain`` draws of an image [1, 3, S, S] beside what its patches say, which all have."""
+        return ()
 
     # --- learning --------------------------------------------------------------------------------------
 

@@ -23,13 +23,13 @@ class CoCoOp(Method):
     ``vit_b16_c4_ep10_batch1_ctxv1``). The meta-net E → E/16 → D reads the normalised image feature.
     """
 
-    paper, year, learns = "Zhou et al., CVPR", 2022, "text context + meta-net"
-    settings = {**SGD, "data.batch_size": 1, "train.epochs": 10}
+    paper, year, learns = "Zhou et al., CVPR", 2022, "text context moved by the image"
+    official = {**SGD, "data.batch_size": 1, "train.epochs": 10}
     image_dependent = True
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
-        """Settings of cocoop."""
+        """Options of cocoop."""
 
         n_ctx: Count = 4
         """Learned context tokens."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from vlprompt.methods.base import LEARNS_TEXT, Can, Count, Method, MethodConfig, small_backbone
+from vlprompt.methods.base import LEARNS_TEXT, Can, Count, Method, MethodConfig
 from vlprompt.methods.registry import register
 from vlprompt.prompting.text import TextContext
 
@@ -27,7 +27,7 @@ class CoOp(Method):
     """
 
     paper, year, learns = "Zhou et al., IJCV", 2022, "text context"
-    settings = {**SGD, "data.batch_size": 32, "train.epochs": 50}
+    official = {**SGD, "data.batch_size": 32, "train.epochs": 50}
     presets = {
         "few-shot": {"train.epochs": 200},
         "few-shot-4": {"train.epochs": 100},
@@ -36,12 +36,11 @@ class CoOp(Method):
         "few-shot-imagenet": {"train.epochs": 50},
         "base-to-novel": {"method.n_ctx": 4, "method.init": "a photo of a"},
         "cross-dataset": {"method.n_ctx": 4, "method.init": "a photo of a"},
-        "mini": small_backbone(lr=0.006, epochs=8, min_scale=0.6, n_ctx=8),
     }
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
-        """Settings of coop."""
+        """Options of coop."""
 
         n_ctx: Count = 16
         """Learned context tokens."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from vlprompt.data.batches import Batch
-from vlprompt.methods.base import Can, Count, Output, divergences, small_backbone
+from vlprompt.methods.base import Can, Count, Output, divergences
 from vlprompt.methods.coop import CoOp
 from vlprompt.methods.kdpl import TAUGHT
 from vlprompt.methods.promptsrc import PromptSRC
@@ -59,11 +59,11 @@ class FDBPLCoOp(CoOp):
 
     paper, year, learns = "Zhang et al., arXiv", 2025, "positive and negative text context"
     needs = TAUGHT
-    presets = {"mini": small_backbone(lr=0.02, epochs=4, min_scale=0.08, n_ctx=2)}
+    presets = {}
 
     @dataclass(frozen=True)
     class Config(CoOp.Config):
-        """Settings of fdbpl_coop."""
+        """Options of fdbpl_coop."""
 
         n_ctx: Count = 4
         """Learned context tokens, of each context."""
@@ -127,23 +127,11 @@ class FDBPLPromptSRC(PromptSRC):
 
     paper, year = "Zhang et al., arXiv", 2025
     needs = PromptSRC.needs | TAUGHT
-    presets = {
-        "cross-dataset": PromptSRC.presets["cross-dataset"],
-        "mini": small_backbone(
-            lr=0.025,
-            epochs=8,
-            min_scale=0.08,
-            n_ctx_text=8,
-            n_ctx_vision=8,
-            depth_text=12,
-            depth_vision=12,
-            average_mean=6,
-        ),
-    }
+    presets = {"cross-dataset": PromptSRC.presets["cross-dataset"]}
 
     @dataclass(frozen=True)
     class Config(PromptSRC.Config):
-        """Settings of fdbpl_promptsrc."""
+        """Options of fdbpl_promptsrc."""
 
         @property
         def can(self) -> Can:

@@ -36,7 +36,7 @@ class IVLP(Method):
     """
 
     paper, year, learns = "Rasheed et al., CVPR", 2023, "deep text and visual prompts"
-    settings = {
+    official = {
         "optim.name": "sgd",
         "optim.lr": 0.0025,
         "optim.warmup_epochs": 1,
@@ -50,7 +50,7 @@ class IVLP(Method):
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
-        """Settings of ivlp."""
+        """Options of ivlp."""
 
         n_ctx_text: Count = 4
         """Learned tokens in the text tower, at each layer."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vlprompt.methods.base import Count, small_backbone
+from vlprompt.methods.base import Count
 from vlprompt.methods.coop import CoOp
 from vlprompt.methods.maple import MaPLe
 from vlprompt.methods.promptsrc import PromptSRC
@@ -28,11 +28,11 @@ class KDPLCoOp(CoOp):
 
     paper, year = "Mistretta et al., ECCV", 2024
     needs = TAUGHT
-    presets = {"mini": small_backbone(lr=0.006, epochs=4, min_scale=0.08, n_ctx=4)}
+    presets = {}
 
     @dataclass(frozen=True)
     class Config(CoOp.Config):
-        """Settings of kdpl_coop."""
+        """Options of kdpl_coop."""
 
         n_ctx: Count = 4
         """Learned context tokens."""
@@ -59,8 +59,8 @@ class KDPLMaPLe(MaPLe):
     """
 
     paper, year = "Mistretta et al., ECCV", 2024
-    presets = {}
     needs = TAUGHT
+    presets = {}
 
 
 @register("kdpl_promptsrc")
@@ -73,16 +73,4 @@ class KDPLPromptSRC(PromptSRC):
 
     paper, year = "Mistretta et al., ECCV", 2024
     needs = PromptSRC.needs | TAUGHT
-    presets = {
-        "cross-dataset": PromptSRC.presets["cross-dataset"],
-        "mini": small_backbone(
-            lr=0.025,
-            epochs=8,
-            min_scale=0.08,
-            n_ctx_text=8,
-            n_ctx_vision=8,
-            depth_text=12,
-            depth_vision=12,
-            average_mean=6,
-        ),
-    }
+    presets = {"cross-dataset": PromptSRC.presets["cross-dataset"]}

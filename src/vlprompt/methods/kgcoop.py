@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vlprompt.data.batches import Batch
-from vlprompt.methods.base import LEARNS_TEXT, Can, Count, Method, MethodConfig, Output, Weight, small_backbone
+from vlprompt.methods.base import LEARNS_TEXT, Can, Count, Method, MethodConfig, Output, Weight
 from vlprompt.methods.coop import SGD
 from vlprompt.methods.registry import register
 from vlprompt.methods.zero_shot import frozen_class_features
@@ -24,13 +24,12 @@ class KgCoOp(Method):
     "a photo of a" whatever they say; here the words given are used.
     """
 
-    paper, year, learns = "Yao et al., CVPR", 2023, "text context"
-    settings = {**SGD, "data.batch_size": 128, "train.epochs": 100}
-    presets = {"mini": small_backbone(lr=0.006, epochs=4, min_scale=0.08, n_ctx=4)}
+    paper, year, learns = "Yao et al., CVPR", 2023, "text context, kept near the hand-written one"
+    official = {**SGD, "data.batch_size": 128, "train.epochs": 100}
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
-        """Settings of kgcoop."""
+        """Options of kgcoop."""
 
         n_ctx: Count = 4
         """Learned context tokens."""

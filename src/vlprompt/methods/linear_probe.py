@@ -31,7 +31,7 @@ class LinearProbe(Method):
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
-        """Settings of linear_probe."""
+        """Options of linear_probe."""
 
         C: Annotated[float, Gt(0)] | None = None
         """Inverse L2 strength; if not given, chosen by cross-validation on the training images."""

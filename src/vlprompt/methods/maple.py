@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlprompt.backbones.towers import Prompts
-from vlprompt.methods.base import LEARNS_PROMPTS, Can, Count, Method, MethodConfig, small_backbone
+from vlprompt.methods.base import LEARNS_PROMPTS, Can, Count, Method, MethodConfig
 from vlprompt.methods.ivlp import deep_context
 from vlprompt.methods.registry import register
 from vlprompt.prompting.visual import CoupledPrompts
@@ -25,21 +25,18 @@ class MaPLe(Method):
     """
 
     paper, year, learns = "Khattak et al., CVPR", 2023, "deep text prompts coupled to visual prompts"
-    settings = {
+    official = {
         "optim.name": "sgd",
         "optim.lr": 0.0035,
         "optim.warmup_epochs": 1,
         "data.batch_size": 4,
         "train.epochs": 5,
     }
-    presets = {
-        "cross-dataset": {"optim.lr": 0.0026, "train.epochs": 2, "method.depth": 3},
-        "mini": small_backbone(lr=0.0035, epochs=8, min_scale=0.6, n_ctx=2, depth=12),
-    }
+    presets = {"cross-dataset": {"optim.lr": 0.0026, "train.epochs": 2, "method.depth": 3}}
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
-        """Settings of maple."""
+        """Options of maple."""
 
         n_ctx: Count = 2
         """Learned tokens at each layer."""
@@ -65,7 +62,7 @@ class MaPLe(Method):
         if self.coupled is None:
             assert self.folded is not None
             return Prompts(list(self.folded))
-        return self.coupled.prompts(self.context.prompts().layers)
+        return self.coupled.prompts(self.context.prompts().tokens)
 
     def class_features(self, class_names: Sequence[str], image_features: Tensor | None = None) -> Tensor:
         """[C, E], the same for every image."""
@@ -74,11 +71,11 @@ class MaPLe(Method):
     def inference_state(self) -> dict[str, Tensor]:
         """Text prompts and the visual prompts they map to, [depth, M, D]."""
         context = {k: v for k, v in self.state_dict().items() if k.startswith("context.")}
-        return context | {"folded": torch.stack(list(self.visual_prompts().layers)).detach()}
+        return context | {"folded": torch.stack(self.visual_prompts().tokens).detach()}
 
     def load_inference_state(self, state: Mapping[str, Tensor]) -> None:
         """Text prompts and folded visual prompts; the maps are gone."""
-        folded = torch.stack(list(self.visual_prompts().layers)).detach()  # its shape; the values are the state's
+        folded = torch.stack(self.visual_prompts().tokens).detach()  # its shape; the values are the state's
         self.coupled = None
         del self.folded
         self.register_buffer("folded", torch.zeros_like(folded))

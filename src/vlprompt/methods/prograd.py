@@ -29,13 +29,13 @@ class ProGrad(Method):
     Deviation: the official "middle" position is broken; here the class name is always at the end.
     """
 
-    paper, year, learns = "Zhu et al., ICCV", 2023, "text context"
+    paper, year, learns = "Zhu et al., ICCV", 2023, "text context, never against zero-shot knowledge"
     needs = frozenset({"frozen_image_features"})
-    settings = {**SGD, "data.batch_size": 32, "train.epochs": 100}
+    official = {**SGD, "data.batch_size": 32, "train.epochs": 100}
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
-        """Settings of prograd."""
+        """Options of prograd."""
 
         n_ctx: Count = 16
         """Learned context tokens."""

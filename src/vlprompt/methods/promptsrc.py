@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from vlprompt.data.batches import Batch
-from vlprompt.methods.base import Output, Weight, small_backbone
+from vlprompt.methods.base import Output, Weight
 from vlprompt.methods.ivlp import IVLP
 from vlprompt.methods.registry import register
 from vlprompt.methods.templates import IMAGENET_TEMPLATES
@@ -39,7 +39,7 @@ class PromptSRC(IVLP):
     cast deep prompts to fp16 even at fp32 precision; here they stay fp32.
     """
 
-    paper, year, learns = "Khattak et al., ICCV", 2023, "deep text and visual prompts"
+    paper, year, learns = "Khattak et al., ICCV", 2023, "deep prompts kept near the frozen model, averaged"
     needs = frozenset({"frozen_image_features"})
     presets = {
         "cross-dataset": {
@@ -49,21 +49,11 @@ class PromptSRC(IVLP):
             "method.average_std": 10,
         },
         "few-shot": {"train.epochs": 50, "method.average_mean": 30, "method.average_std": 30},
-        "mini": small_backbone(
-            lr=0.0025,
-            epochs=8,
-            min_scale=0.6,
-            n_ctx_text=2,
-            n_ctx_vision=2,
-            depth_text=12,
-            depth_vision=12,
-            average_mean=6,
-        ),
     }
 
     @dataclass(frozen=True)
     class Config(IVLP.Config):
-        """Settings of promptsrc."""
+        """Options of promptsrc."""
 
         text_weight: Weight = 25.0
         """Weight of the distance to the frozen class features."""

@@ -68,6 +68,11 @@ def source_of(method: Method) -> str:
     return str(file_of(type(method)) or method.name)
 
 
+def file_fingerprint(name: str) -> str | None:
+    """Twelve hexadecimal digits that stand for what is in a method's file now; None for a method of a package."""
+    return sha256(Path(name).expanduser().read_bytes()).hexdigest()[:12] if is_file(name) else None
+
+
 _FILES: dict[type[Method], Path] = {}
 
 

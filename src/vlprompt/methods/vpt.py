@@ -23,7 +23,7 @@ class VPT(Method):
     """
 
     paper, year, learns = "Jia et al., ECCV", 2022, "visual prompts"
-    settings = {
+    official = {
         "optim.name": "sgd",
         "optim.lr": 0.0025,
         "optim.warmup_epochs": 1,
@@ -33,7 +33,7 @@ class VPT(Method):
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
-        """Settings of vpt."""
+        """Options of vpt."""
 
         n_ctx: Count = 8
         """Learned tokens at each layer."""

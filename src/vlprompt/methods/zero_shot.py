@@ -43,7 +43,7 @@ class ZeroShot(Method):
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
-        """Settings of zero_shot."""
+        """Options of zero_shot."""
 
         template: Template | None = None
         """Text with {} for the class name; the data set's own if not given."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vlprompt.backbones.attention import Attention
 from vlprompt.backbones.backbone import Backbone, unit
-from vlprompt.backbones.packing import Attention, PackedText, pack
+from vlprompt.backbones.packing import PackedText, pack
 from vlprompt.backbones.towers import Prompts, TextTower
 from vlprompt.errors import ConfigError, DataError
 
@@ -186,16 +187,16 @@ def encode_in_parts(text_tower: TextTower, prompts: Prompts, parts: Sequence[Pac
     Exact, and no more than one part's states are in memory; the forward pass is computed twice.
     """
 
-    def encode(part: PackedText, *layers: Tensor) -> Tensor:
+    def encode(part: PackedText, *layers: Tensor | None) -> Tensor:
         return encode_classes(text_tower, Prompts(layers, prompts.mode), part)
 
     features = []
     for i, part in enumerate(parts):
         own = slice(i * at_once, (i + 1) * at_once)  # of the classes, where each has learned tokens of its own
-        layers = [layer[own] if layer.ndim == 3 else layer for layer in prompts.layers]
+        layers = [layer[own] if layer is not None and layer.ndim == 3 else layer for layer in prompts.layers]
         features.append(checkpoint(encode, part, *layers, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(features, -2)
 
 
 def _per_image(prompts: Prompts | None) -> bool:
-    return prompts is not None and prompts.layers[0].ndim == 4
+    return prompts is not None and any(layer.ndim == 4 for layer in prompts.tokens)

@@ -15,7 +15,7 @@ from urllib.request import Request, urlopen
 
 from vlprompt.data.known.table import Dataset, Source
 from vlprompt.errors import DataError
-from vlprompt.files import cannot_write
+from vlprompt.files import write_error
 from vlprompt.provision.unpack import unpack
 from vlprompt.version import __version__
 
@@ -67,7 +67,7 @@ def get(
             file.unlink(missing_ok=True)
             fetched.append(source.name)
     except OSError as error:
-        raise cannot_write(Path(error.filename or folder), error) from error
+        raise write_error(Path(error.filename or folder), error) from error
     finally:
         with suppress(OSError):
             downloads.rmdir()  # unless something in it is still needed

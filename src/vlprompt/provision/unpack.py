@@ -15,7 +15,7 @@ from pathlib import Path, PureWindowsPath
 from typing import IO, NamedTuple, cast
 
 from vlprompt.errors import DataError
-from vlprompt.files import cannot_write
+from vlprompt.files import write_error
 
 MEMBERS = 1_000_000
 RATIO = 100
@@ -50,30 +50,30 @@ def unpack(archive: Path, folder: Path) -> None:
         for n, member in enumerate(_members(archive, limit), 1):
             written += member.size
             if n > MEMBERS:
-                raise _refused(archive, f"it has more than {MEMBERS} members")
+                raise _archive_error(archive, f"it has more than {MEMBERS} members")
             if written > limit:
-                raise _refused(archive, f"it unpacks to more than {RATIO} times its size")
+                raise _archive_error(archive, f"it unpacks to more than {RATIO} times its size")
             _write(archive, member, folder)
     except _DAMAGED as error:
         raise DataError(f"archive {archive} is damaged: {error}") from error
     except OSError as error:
-        raise cannot_write(folder, error) from error
+        raise write_error(folder, error) from error
 
 
 def _write(archive: Path, member: _Member, folder: Path) -> None:
     # Of all systems Windows splits a name in most places: what stays inside there stays inside everywhere.
     path = PureWindowsPath(member.name)
     if path.anchor or path.drive or ".." in path.parts:
-        raise _refused(archive, f"'{member.name}' leads out of its folder")
+        raise _archive_error(archive, f"'{member.name}' leads out of its folder")
     if not member.plain:
-        raise _refused(archive, f"'{member.name}' is neither a file nor a folder")
+        raise _archive_error(archive, f"'{member.name}' is neither a file nor a folder")
     target = folder.joinpath(*path.parts)
     if member.folder:
         target.mkdir(parents=True, exist_ok=True)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
-        raise _refused(archive, f"'{member.name}' is in it twice")
+        raise _archive_error(archive, f"'{member.name}' is in it twice")
     content = member.open()
     assert content is not None  # tarfile's answer for what is no file
     with content, target.open("xb") as stream:
@@ -90,7 +90,7 @@ def _members(archive: Path, limit: int) -> Iterator[_Member]:
                     # Of what these give, Python makes no more at once than is asked for, and no more at all than the
                     # directory says; what bzip2 and LZMA give it makes whole, whatever its size.
                     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                        raise _refused(archive, f"'{info.filename}' is compressed in another way than deflate")
+                        raise _archive_error(archive, f"'{info.filename}' is compressed in another way than deflate")
                     plain = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
                     yield _Member(info.filename, info.is_dir(), plain, info.file_size, partial(zipped.open, info))
             return
@@ -116,9 +116,9 @@ class _Limited:
         content = self.stream.read(size)
         self.left -= len(content)
         if self.left < 0:
-            raise _refused(self.archive, f"it unpacks to more than {RATIO} times its size")
+            raise _archive_error(self.archive, f"it unpacks to more than {RATIO} times its size")
         return content
 
 
-def _refused(archive: Path, why: str) -> DataError:
+def _archive_error(archive: Path, why: str) -> DataError:
     return DataError(f"archive {archive} is refused: {why}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from vlprompt.training.loop import LossScale, Training
 from vlprompt.training.watchers import EpochLog, Watcher
 from vlprompt.version import __version__
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass
@@ -111,7 +112,8 @@ def save_checkpoint(run: Path, training: Training, history: History) -> None:
         "loss_scale": asdict(training.scale),
         "history": {k: v for k, v in vars(history).items() if k not in ("best", "earlier")},
     }
-    write_atomically(checkpoint_file(run), save(tensors, {"checkpoint": json.dumps(numbers)}))
+    text = json.dumps(numbers)
+    write_atomically(checkpoint_file(run), save(tensors, {"checkpoint": text, "sha256": _checksum(tensors, text)}))
 
 
 def load_checkpoint(run: Path, training: Training) -> History:
@@ -125,18 +127,21 @@ def load_checkpoint(run: Path, training: Training) -> History:
     method, device = training.method, training.method.backbone.device
     try:
         with safe_open(file, "pt") as f:
-            numbers = json.loads((f.metadata() or {})["checkpoint"])
+            metadata = f.metadata() or {}
             # copies: tensors of an open file would change, or fault, with it
             tensors = {k: f.get_tensor(k).clone() for k in f.keys()}  # noqa: SIM118
+        numbers = json.loads(metadata["checkpoint"])
         if numbers["format_version"] > FORMAT_VERSION:
             raise ArtefactError(
                 f"{file} has format_version {numbers['format_version']}; "
                 f"this vlprompt reads up to {FORMAT_VERSION}: update it"
             )
+        if metadata["sha256"] != _checksum(tensors, metadata["checkpoint"]):
+            raise ArtefactError(f"checkpoint {file} is damaged: its content is not what was saved")
         if numbers["backbone_fingerprint"] != method.backbone.fingerprint:
             raise ArtefactError(f"{run} was begun on other weights than '{method.backbone.name}' has now")
         if (teacher := training.teacher) and numbers["teacher_fingerprint"] != teacher.fingerprint:
-            raise ArtefactError(f"{run} was begun with another teacher than '{teacher.backbone.name}' is now")
+            raise ArtefactError(f"{run} was begun with another teacher than '{teacher.name}' is now")
         if numbers.get("views_fingerprint") != training.views.fingerprint:
             raise ArtefactError(f"{run} was begun with another region bank than it has now")
         method.load_state_dict(_group(tensors, "method"))
@@ -154,6 +159,15 @@ def remove_unfinished(run: Path) -> None:
     for folder in (run, run / "checkpoints"):
         for file in filter(is_unfinished, folder.glob(".*")):
             file.unlink(missing_ok=True)
+
+
+def _checksum(tensors: dict[str, Tensor], text: str) -> str:
+    """SHA-256 over all that a checkpoint holds."""
+    digest = sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _group(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from vlprompt.data.batches import evaluation_batches
 from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import repeated
+from vlprompt.errors import VlpromptError
 from vlprompt.methods import Can, Method
 
 BINS = 15
@@ -48,8 +49,16 @@ class EvaluationImages:
 
 
 def predict_logits(method: Method, images: EvaluationImages, class_names: Sequence[str]) -> Tensor:
-    """The method's logits of images for any class names: [n, C], on the CPU."""
-    return torch.cat([method.predict(x, class_names).cpu() for x in images.read_by(method)])
+    """The method's logits of images for any class names: [n, C], on the CPU.
+
+    Raises VlpromptError where they are not finite: no class could be named.
+    """
+    logits = torch.cat([method.predict(x, class_names).cpu() for x in images.read_by(method)])
+    if not logits.isfinite().all():
+        raise VlpromptError(
+            f"logits of {method.name} are not finite: its prompts, or {method.backbone.name}, are damaged"
+        )
+    return logits
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,16 @@ from vlprompt.backbones.backbone import Backbone
 from vlprompt.bank.records import Bank
 from vlprompt.bank.use import bank_views, find_bank
 from vlprompt.config.schema import RunConfig
-from vlprompt.config.teacher import Teacher, find_teacher
+from vlprompt.config.teacher import Classifier, Teacher, find_teacher
 from vlprompt.data.batches import TrainingViews
 from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
 from vlprompt.errors import ConfigError
 from vlprompt.methods import Method, find_method
 from vlprompt.training.distributed import Processes
+from vlprompt.training.evaluate import EvaluationImages
 from vlprompt.training.loop import Training
+from vlprompt.training.schedule import build_optimizer
 
 PROVIDED = frozenset({"frozen_image_features", "second_view", "teacher_probabilities"})
 """What a batch can bring without the user's help."""
@@ -37,13 +39,24 @@ class Sources:
     def taught_by(self) -> str | None:
         """The model that stands in the labels' place, if one does."""
         if self.teacher:
-            return self.teacher.backbone.name
+            return self.teacher.name
         return self.bank.settings.teacher.name if self.bank and self.bank.settings.teacher else None
 
 
-def find_sources(config: RunConfig, class_names: Sequence[str], template: str, backbone: Backbone) -> Sources:
-    """The configured teacher and bank; raises ConfigError naming the key if one lacks, or does not fit."""
-    teacher, bank = find_teacher(config, class_names, template, backbone), find_bank(config, class_names)
+def find_sources(
+    config: RunConfig,
+    class_names: Sequence[str],
+    template: str,
+    backbone: Backbone,
+    classifier: Classifier | None = None,
+) -> Sources:
+    """The configured teacher, or the ``classifier``, and bank; raises ConfigError if one lacks or does not fit."""
+    if classifier and config.data.bank:
+        raise ConfigError(
+            f"data.bank = {config.data.bank}: a bank has labels, and '{classifier.name}' was given for them"
+        )
+    teacher = Teacher(classifier, class_names) if classifier else find_teacher(config, class_names, template, backbone)
+    bank = find_bank(config, class_names)
     labels = bank.settings.teacher if bank and config.taught else None
     names = teacher.class_names if teacher else labels.class_names if labels else class_names
     return Sources(teacher, bank, tuple(names))
@@ -52,7 +65,7 @@ def find_sources(config: RunConfig, class_names: Sequence[str], template: str, b
 def build(config: RunConfig, sources: Sources, backbone: Backbone, template: str, own_names: Sequence[str]) -> Method:
     """The configured method, untrained, on the backbone's device; ``own_names`` are the data set's classes."""
     torch.manual_seed(config.seed)
-    method = find_method(config.method)(backbone, sources.class_names, config.settings, template)
+    method = find_method(config.method)(backbone, sources.class_names, config.options, template)
     if sources.class_names != tuple(own_names) and not method.takes_new_classes:
         raise ConfigError("teacher.class_names_file: with class_specific the classes are the data set's own")
     return method.to(backbone.device)
@@ -101,7 +114,7 @@ def prepare(
             seed,
             reader=reader,
             min_scale=config.data.min_scale,
-            teacher=sources.teacher.backbone.preprocess if sources.teacher else None,
+            teacher=sources.teacher.preprocess if sources.teacher else None,
             patch_size=method.patch_size,
             extra=extra,
         )
@@ -110,6 +123,12 @@ def prepare(
     return Training(method, views, config.optim, config.train, processes, sources.teacher, k, validate)
 
 
-def fits_features(method: Method) -> bool:
-    """Whether the method learns from frozen features of the whole training images, before any steps."""
-    return type(method).fit_features is not Method.fit_features
+def fit_features(method: Method, training: Training | None, images: EvaluationImages) -> None:
+    """Let a method that fits on frozen features do so, before any steps; these begin with what it fitted."""
+    if type(method).fit_features is Method.fit_features:
+        return
+    method.fit_features(images.frozen(method), images.labels)
+    if training:
+        training.optimizer = build_optimizer(method, training.optim)
+    elif method.trains:
+        raise ConfigError(f"method '{method.name}' learns by steps what only fit_features creates: create it in build")

@@ -29,14 +29,15 @@ from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split, read_split, write_split
 from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError
-from vlprompt.files import cannot_write, held, write_atomically
+from vlprompt.files import held, write_atomically, write_error
 from vlprompt.methods import Method, MethodConfig
+from vlprompt.methods.registry import file_fingerprint
 from vlprompt.training.checkpoints import History, Keeper, checkpoint_file, remove_unfinished
 from vlprompt.training.distributed import Processes, join_processes
 from vlprompt.training.evaluate import EvaluationImages, evaluate
 from vlprompt.training.interrupt import deferred_interrupt
 from vlprompt.training.loop import Training
-from vlprompt.training.prepare import Sources, build, find_sources, fits_features, prepare
+from vlprompt.training.prepare import Sources, build, find_sources, fit_features, prepare
 from vlprompt.training.watchers import Watcher, find_service
 from vlprompt.version import __version__
 
@@ -106,12 +107,11 @@ def train(
         processes.wait()  # all have seen that the folder can be used
         with _run_folder(out, resume, processes):
             say(_opening(config, dataset, split, method, processes, sources))
-            for note in [*_unused(config.settings), *(_only_warm_up(config) if training else [])]:
+            for note in [*_unused(config.options), *(_only_warm_up(config) if training else [])]:
                 say(note)
             if processes.first:
                 _describe(out, config, split, environment(backbone, sources), resume)
-            if fits_features(method):
-                method.fit_features(images.frozen(method), images.labels)
+            fit_features(method, training, images)
             history = _steps(config, out, training, [*services, *watchers], say) if training else History()
             if not training and processes.first:
                 write_atomically(out / "log.jsonl", "")
@@ -176,7 +176,7 @@ def _opening(
         f"{total:,} learned parameters" + (f": {', '.join(shapes)}" if total else ""),
     ]
     if teacher := sources.teacher:
-        lines.insert(1, f"taught by {teacher.backbone.name}: {len(teacher.class_names)} classes, '{teacher.template}'")
+        lines.insert(1, f"taught by {teacher.name}: {len(teacher.class_names)} classes, '{teacher.template}'")
     if bank := sources.bank:
         (labels, features), t = read_by(config, bank), bank.settings.teacher
         used, there = regions_used(config.data, bank), bank.settings.regions
@@ -187,12 +187,12 @@ def _opening(
     return "\n".join(lines)
 
 
-def _unused(settings: MethodConfig) -> list[str]:
+def _unused(options: MethodConfig) -> list[str]:
     """A line for each setting that was changed and has no effect beside the others."""
     return [
-        f"method.{key} = {getattr(settings, key)} has no effect: method.{other} = {getattr(settings, other)}"
-        for key, other in settings.unused().items()
-        if getattr(settings, key) != getattr(type(settings), key)
+        f"method.{key} = {getattr(options, key)} has no effect: method.{other} = {getattr(options, other)}"
+        for key, other in options.unused().items()
+        if getattr(options, key) != getattr(type(options), key)
     ]
 
 
@@ -219,6 +219,8 @@ def _describe(out: Path, config: RunConfig, split: Split, environment: dict[str,
         remove_unfinished(out)
     else:
         write_atomically(out / "config.yaml", config.to_yaml())
+    if own := file_fingerprint(config.method):
+        environment["method_fingerprint"] = own
     write_atomically(out / "environment.json", json.dumps(environment, indent=2))
     write_split(split, out / "split.json")
 
@@ -250,7 +252,7 @@ def _run_folder(out: Path, resume: bool, processes: Processes) -> Iterator[None]
                 with suppress(OSError):  # not made after all, or another run may have begun below it
                     folder.rmdir()
         if isinstance(error, OSError):
-            raise cannot_write(Path(error.filename or out), error) from error
+            raise write_error(Path(error.filename or out), error) from error
         raise
     except KeyboardInterrupt:
         raise Interrupted(f"to continue: vlprompt train --resume {shlex.quote(str(out))}") from None
@@ -270,7 +272,7 @@ def environment(backbone: Backbone, sources: Sources | None = None) -> dict[str,
         "device": torch.cuda.get_device_name(backbone.device) if gpu else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "backbone_fingerprint": backbone.fingerprint,
-        **({"teacher_fingerprint": teacher.backbone.fingerprint} if teacher else {}),
+        **({"teacher_fingerprint": teacher.model.fingerprint} if teacher else {}),
         **({"bank_fingerprint": bank.settings.fingerprint} if bank else {}),
     }
 
@@ -294,5 +296,5 @@ def about(config: RunConfig, dataset: LoadedDataset, result: Result, history: Hi
         "learned parameters": f"{result.trainable_parameters:,}",
         "accuracy on the training images": f"{result.train_accuracy:.1f} %",
         "accuracy on the val images": val,
-        "settings": "`" + ", ".join(f"{k}={v}" for k, v in vars(config.settings).items()) + "`",
+        "options": "`" + ", ".join(f"{k}={v}" for k, v in vars(config.options).items()) + "`",
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 
 COLOURS = (
@@ -22,23 +22,19 @@ class _Drawing:
         self.height, self.parts = height, [f"<title>{escape(title)}</title>"]
 
     def line(self, x1: float, y1: float, x2: float, y2: float, colour: str = "#ccc", width: float = 1) -> None:
-        """A straight line."""
         self.parts.append(
             f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" stroke-width="{width}"/>'
         )
 
     def path(self, points: Sequence[tuple[float, float]], colour: str, width: float = 2, dash: str = "") -> None:
-        """Points joined by lines."""
         joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         dashed = f' stroke-dasharray="{dash}"' if dash else ""
         self.parts.append(f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="{width}"{dashed}/>')
 
     def box(self, x: float, y: float, width: float, height: float, colour: str) -> None:
-        """A filled rectangle."""
         self.parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{colour}"/>')
 
     def dot(self, x: float, y: float, colour: str) -> None:
-        """A filled circle."""
         self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
 
     def text(self, x: float, y: float, text: str, anchor: str = "start", colour: str = "#222") -> None:
@@ -92,26 +88,46 @@ def base_and_novel(points: Mapping[str, tuple[float, float]], colour: Mapping[st
     return str(axes.drawing)
 
 
-def curves(lines: Mapping[str, Mapping[int, tuple[float, float]]], colour: Mapping[str, str], title: str) -> str:
-    """Accuracy (mean, standard deviation) against shots, whose axis is logarithmic."""
-    shots = sorted({n for line in lines.values() for n in line})
-    ends = [m + sign * s for line in lines.values() for m, s in line.values() for sign in (-1, 1)]
-    places = {n: math.log2(n) for n in shots}
+def curves(
+    lines: Mapping[str, Mapping[int, tuple[float, float]]],
+    colour: Mapping[str, str],
+    title: str,
+    x_label: str = "training images a class",
+    y_label: str = "accuracy, %",
+    levels: Mapping[str, float] | None = None,
+) -> str:
+    """Figures (mean, standard deviation) against shots, on a logarithmic axis, or epochs; ``levels`` are dashed."""
+    steps, levels = sorted({n for line in lines.values() for n in line}), levels or {}
+    ends = [m + sign * s for line in lines.values() for m, s in line.values() for sign in (-1, 1)] + [*levels.values()]
+    logarithmic, percent = "epoch" not in x_label, "%" in y_label
+    places = {n: math.log2(n) if logarithmic else n for n in steps}
+    shown = steps if logarithmic else steps[:: math.ceil(len(steps) / 10)]
     axes = _Axes(
-        (min(places.values()) - 0.2, max(places.values()) + 0.2), _range(ends), "training images a class",
-        "accuracy, %", title, {places[n]: str(n) for n in shots},
+        (min(places.values()) - 0.2, max(places.values()) + 0.2), _range(ends, 1.0 if percent else 0.0), x_label,
+        y_label, title, {places[n]: str(n) for n in shown},
     )  # fmt: skip
+    for level in levels.values():
+        axes.drawing.path([axes.place(x, level) for x in axes.x_range], GREY, 1.5, "5 5")
     for name, line in lines.items():
-        points = [axes.place(places[n], line[n][0]) for n in sorted(line)]
-        axes.drawing.path(points, colour[name])
-        for n, point in zip(sorted(line), points, strict=True):
-            mean, spread = line[n]
-            axes.drawing.line(
-                *axes.place(places[n], mean - spread), *axes.place(places[n], mean + spread), colour[name]
-            )
-            axes.drawing.dot(*point, colour[name])
-    axes.legend(lines, colour)
+        axes.drawing.path([axes.place(places[n], line[n][0]) for n in sorted(line)], colour[name])
+        for n, (mean, spread) in sorted(line.items()):
+            if spread or logarithmic:
+                below, above = (axes.place(places[n], mean + sign * spread) for sign in (-1, 1))
+                axes.drawing.line(*below, *above, colour[name])
+            axes.drawing.dot(*axes.place(places[n], mean), colour[name])
+    axes.legend([*lines, *levels], dict.fromkeys(levels, GREY) | dict(colour))
     return str(axes.drawing)
+
+
+def stack(charts: Sequence[str]) -> str:
+    """Charts below each other in one picture."""
+    top, parts = 0, list[str]()
+    for chart in charts:
+        height = int(chart.partition(f'viewBox="0 0 {WIDTH} ')[2].partition('"')[0])
+        parts.append(chart.replace("<svg ", f'<svg y="{top}" height="{height}" ', 1))
+        top += height
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top}" width="{WIDTH}">'
+    return f'{head}<rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>'
 
 
 def gains(values: Mapping[str, float], title: str) -> str:
@@ -173,17 +189,16 @@ class _Axes:
         right = self.LEFT + (x - x0) / (x1 - x0) * (self.RIGHT - self.LEFT)
         return right, self.BOTTOM - (y - y0) / (y1 - y0) * (self.BOTTOM - self.TOP)
 
-    def legend(self, names: Mapping[str, object], colour: Mapping[str, str]) -> None:
-        """Names with their colours."""
+    def legend(self, names: Collection[str], colour: Mapping[str, str]) -> None:
         self.drawing.height = max(self.drawing.height, 42 + 18 * len(names))
         for i, name in enumerate(names):
             self.drawing.dot(self.RIGHT + 22, 36 + 18 * i, colour[name])
             self.drawing.text(self.RIGHT + 32, 40 + 18 * i, _short(name))
 
 
-def _range(values: Sequence[float]) -> tuple[float, float]:
+def _range(values: Sequence[float], least: float = 1.0) -> tuple[float, float]:
     low, high = min(values), max(values)
-    room = max((high - low) * 0.12, 1.0)
+    room = max((high - low) * 0.12, least or 0.05 * high or 1.0)
     return max(low - room, 0.0), high + room
 
 

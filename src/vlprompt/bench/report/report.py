@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from vlprompt.bench.bench import PLANNED, read_planned
-from vlprompt.bench.cells import AnyCell, Cell, Difference, Seconds
 from vlprompt.bench.protocols import PROTOCOLS
 from vlprompt.bench.report import plots
-from vlprompt.bench.report.details import PerClass, gains, per_class, read_runs, unlike
 from vlprompt.bench.report.published import SETTING, Published, published
-from vlprompt.bench.report.tables import Study, Table, find_reference, studies, tables
+from vlprompt.bench.report.tables import Cell, Difference, Study, Table, find_reference, studies, tables
 from vlprompt.bench.results import RESULTS, read_results
+from vlprompt.bench.runs import FIGURES, read_figures
 from vlprompt.errors import ConfigError, DataError, unknown
 from vlprompt.files import write_atomically
 
@@ -52,28 +52,24 @@ def read_sections(folder: Path, reference: str | None = None) -> list[Section]:
     rows = read_results(folder / RESULTS)
     if not rows:
         raise DataError(f"there are no results in {folder / RESULTS} yet")
-    planned = [
-        {"protocol": protocol, **run}
-        for protocol in PROTOCOLS
-        for run in read_planned(folder / protocol / PLANNED).values()
-    ]
+    planned = [{"protocol": p, **run} for p in PROTOCOLS for run in read_planned(folder / p / PLANNED).values()]
     sections, every = [], studies(rows, planned)
-    names = list(dict.fromkeys(name for study in every for name in study.names))
+    names = dict.fromkeys(name for study in every for name in study.names)
     if reference is not None and reference not in names:
         raise ConfigError(unknown("reference", reference, names))
     for study in every:
         compared = find_reference(study, reference if reference in study.names else None)
-        runs = read_runs(folder, study)
+        runs = _read_runs(folder, study)
         made = [_beside_published(study, table) for table in tables(study, compared)]
-        drawn = _plots(study, made, compared, plots.colours(names, compared), per_class(runs, study))
-        notes = [PROTOCOLS[study.protocol].about] if study.protocol in PROTOCOLS else []
+        notes = [PROTOCOLS[study.protocol].about]
         notes += [GROUP_NOTE] if study.protocol == "long-tail" else []
         codes = sorted({row.code for row in study.rows})
         notes += [f"Code version {', '.join(codes)}."] if codes else ["There are no results yet."]
         notes += ["Versions differ between runs."] if len(codes) > 1 else []
-        notes += unlike(runs.values(), study)
+        notes += _unlike(study, runs)
         if reference not in (None, compared):
             notes.append(f"There is no row '{reference}' here: the others are compared with {compared}.")
+        drawn = dict(_plots(study, made, compared)) | dict(_gains(study, compared, runs))
         sections.append(Section(study, compared, made, drawn, tuple(notes)))
     return sections
 
@@ -82,9 +78,8 @@ def write_report(folder: Path, reference: str | None = None) -> str:
     """Write report.md, report.tex and report.html into the folder; returns the Markdown."""
     sections = read_sections(folder, reference)
     text = markdown(sections)
-    write_atomically(folder / "report.md", text)
-    write_atomically(folder / "report.tex", latex(sections))
-    write_atomically(folder / "report.html", html(sections))
+    for kind, content in (("md", text), ("tex", latex(sections)), ("html", html(sections))):
+        write_atomically(folder / f"report.{kind}", content)
     return text
 
 
@@ -93,11 +88,9 @@ def _beside_published(study: Study, table: Table) -> Table:
     methods = {row.name: row.method for row in study.rows}
     sources: dict[str, str] = {}
     for column, known in published(study.protocol, study.backbone, study.split, study.shots[0], table.data).items():
-        beside = {name: known[methods[name]] for name in study.names if methods.get(name) in known}
-        if beside:
-            lines = tuple((name, (*cells, beside.get(name, Published()))) for name, cells in table.lines)
-            head, best = (*table.head, f"published {column}"), (*table.best, None)
-            table = replace(table, head=head, lines=lines, best=best)
+        if beside := {name: known[methods[name]] for name in study.names if methods.get(name) in known}:
+            lines = {name: (*cells, beside.get(name, Published())) for name, cells in table.lines.items()}
+            table = replace(table, head=(*table.head, f"published {column}"), lines=lines)
             sources |= {name: figure.source for name, figure in beside.items()}
     if not sources:
         return table
@@ -105,47 +98,77 @@ def _beside_published(study: Study, table: Table) -> Table:
     return replace(table, note=f"{table.note} {SETTING}: {listed}.".strip())
 
 
-def _plots(
-    study: Study,
-    made: Sequence[Table],
-    reference: str,
-    colour: Mapping[str, str],
-    classes: PerClass,
-) -> dict[str, str]:
-    """Of the first table (the average, or the only data set), of each table's shots, and of each data set's classes."""
-    first, drawn = made[0], {}
+# --- what the run folders hold beside the results, where they are at hand ---------------------------
 
-    def means(column: str) -> dict[str, float]:
-        place = first.head.index(column)
-        cells = {name: cells[place] for name, cells in first.lines}
-        return {name: c.mean for name, c in cells.items() if isinstance(c, Cell) and c.mean is not None}
+Runs = Mapping[Path, Mapping[str, Any]]
+"""Figures by run folder."""
+
+
+def _read_runs(folder: Path, study: Study) -> Runs:
+    places = [f"{study.protocol}/*/*/{study.backbone}/shots_{shots}/*/{FIGURES}" for shots in study.shots]
+    return {file.parent: read_figures(file.parent) or {} for place in places for file in sorted(folder.glob(place))}
+
+
+def _unlike(study: Study, runs: Runs) -> list[str]:
+    """Notes on weights and images that should be the same in runs of a study and are not."""
+    found: dict[str, set[str | None]] = {}
+    for figures in runs.values():
+        weights = figures.get("weights", {})
+        same = {"Weights of the backbone": weights.get("backbone")}
+        same[f"Weights of the teacher of {figures['name']}"] = weights.get("teacher")
+        for m in (m for m in figures["measured"] if m["split"] == study.split):
+            images = f"{study.split.capitalize()} images of {m['data']}, {m['classes']} classes,"
+            same[images] = m.get("images_fingerprint")
+        for what, value in same.items():
+            found.setdefault(what, set()).add(value)
+    return [f"{what} differ between runs." for what, values in found.items() if len(values - {None}) > 1]
+
+
+def _gains(study: Study, reference: str, runs: Runs) -> Iterator[tuple[str, str]]:
+    """Plots of each class's gain, paired by seed, on the data set that was trained on; in few-shot, of most shots."""
+    accuracy: dict[str, dict[str, dict[tuple[str, str], float]]] = {}  # data set, row, (seed, class)
+    for folder, figures in runs.items():
+        for m in figures["measured"] if folder.parent.name == f"shots_{study.shots[-1]}" else ():
+            if m["data"] == figures["data"] and m["split"] == study.split:
+                own = accuracy.setdefault(figures["data"], {}).setdefault(figures["name"], {})
+                own |= {(folder.name, name): value for name, value in m.get("per_class", {}).items()}
+    for data, rows in accuracy.items():
+        other = rows.get(reference, {})
+        for name in (name for name in study.names if name != reference):
+            found: dict[str, list[float]] = {}
+            for key, value in rows.get(name, {}).items():
+                if key in other:
+                    found.setdefault(key[1], []).append(value - other[key])
+            if found:
+                caption = f"Gain of each class, in points: {name} over {reference} on {data}"
+                yield caption, plots.gains({c: statistics.mean(values) for c, values in found.items()}, caption)
+
+
+def _plots(study: Study, made: Sequence[Table], reference: str) -> Iterator[tuple[str, str]]:
+    """Of the first table (the average, or the only data set); in few-shot, of every table."""
+    colour = plots.colours(study.names, reference)
+
+    def known(table: Table, column: int) -> dict[str, Cell]:
+        cells = {name: line[column] for name, line in table.lines.items()}
+        return {name: c for name, c in cells.items() if isinstance(c, Cell) and c.mean is not None}
 
     if study.protocol == "base-to-novel":
-        base, novel = means("base"), means("novel")
-        points = {name: (base[name], novel[name]) for name in base if name in novel}
-        if means("HM"):
-            drawn[f"Harmonic mean: {first.title}"] = plots.bars(means("HM"), colour, "Harmonic mean")
-        if points:
-            drawn[f"Base and novel accuracy: {first.title}"] = plots.base_and_novel(points, colour, "Base and novel")
-    elif study.protocol == "few-shot":
-        for table in made:
-            lines: dict[str, dict[int, tuple[float, float]]] = {}
-            for name, cells in table.lines:
-                for shots, cell in zip(study.shots, cells, strict=False):
-                    if isinstance(cell, Cell) and cell.mean is not None:
-                        lines.setdefault(name, {})[shots] = cell.mean, cell.std or 0.0
-            if lines:
-                drawn[f"Accuracy and shots: {table.title}"] = plots.curves(lines, colour, "Accuracy and shots")
-    for data, rows in classes.items():
-        for name in study.names:
-            gain = gains(rows.get(name, {}), rows.get(reference, {}))
-            if name != reference and gain:
-                caption = f"Gain of each class, in points: {name} over {reference} on {data}"
-                drawn[caption] = plots.gains(gain, caption)
-    return drawn
+        base, novel, both = ({n: c.mean or 0.0 for n, c in known(made[0], i).items()} for i in range(3))
+        if both:
+            yield f"Harmonic mean: {made[0].title}", plots.bars(both, colour, "Harmonic mean")
+        if points := {name: (base[name], novel[name]) for name in base if name in novel}:
+            drawn = plots.base_and_novel(points, colour, "Base and novel")
+            yield f"Base and novel accuracy: {made[0].title}", drawn
+    for table in made if study.protocol == "few-shot" else ():
+        lines: dict[str, dict[int, tuple[float, float]]] = {}
+        for column, shots in enumerate(study.shots):
+            for name, cell in known(table, column).items():
+                lines.setdefault(name, {})[shots] = cell.mean or 0.0, cell.std or 0.0
+        if lines := {name: lines[name] for name in study.names if name in lines}:
+            yield f"Accuracy and shots: {table.title}", plots.curves(lines, colour, "Accuracy and shots")
 
 
-# --- Markdown -------------------------------------------------------------------------------------
+# --- the three forms ------------------------------------------------------------------------------
 
 
 def markdown(sections: Sequence[Section]) -> str:
@@ -155,29 +178,22 @@ def markdown(sections: Sequence[Section]) -> str:
         parts += [f"## {section.study.title}", " ".join(section.notes)]
         for table in section.tables:
             lines = [f"| method | {' | '.join(table.head)} |", "|---" * (len(table.head) + 1) + "|"]
-            for name, cells in table.lines:
-                shown = (f"**{c}**" if _is_best(c, best) else str(c) for c, best in zip(cells, table.best, strict=True))
-                lines.append(f"| {table.label(name).replace('|', '/')} | {' | '.join(shown)} |")
+            for name, cells in table.lines.items():
+                shown = (f"**{c}**" if table.is_best(name, i) else str(c) for i, c in enumerate(cells))
+                lines.append(f"| {name.replace('|', '/')} | {' | '.join(shown)} |")
             parts += [f"### {table.title}", "\n".join(lines), *([table.note] if table.note else [])]
     return "\n\n".join(parts) + "\n"
 
 
-def _is_best(cell: AnyCell, best: float | None) -> bool:
-    """Whether it is bold: the highest as it is printed, so that ties are all bold."""
-    return isinstance(cell, Cell) and None not in (best, cell.mean) and f"{cell.mean:.2f}" == f"{best:.2f}"
-
-
-# --- LaTeX ----------------------------------------------------------------------------------------
-
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "–": "--", "“": "``", "”": "''",
-    "<": "$<$", ">": "$>$", "|": r"\textbar{}", "→": r"$\rightarrow$", "†": r"$^\dagger$", "×": r"$\times$",
+    "<": "$<$", ">": "$>$", "|": r"\textbar{}", "→": r"$\rightarrow$", "×": r"$\times$",
 }  # fmt: skip
 
 
-def _tex(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in text)
+def _tex(text: object) -> str:
+    return "".join(_LATEX.get(letter, letter) for letter in str(text))
 
 
 def latex(sections: Sequence[Section]) -> str:
@@ -191,38 +207,13 @@ def latex(sections: Sequence[Section]) -> str:
                 rf"\begin{{tabular}}{{l{'c' * len(table.head)}}}", r"\toprule",
                 " & ".join(map(_tex, ("method", *table.head))) + r" \\", r"\midrule",
             ]  # fmt: skip
-            for name, cells in table.lines:
-                shown = [
-                    rf"\textbf{{{_tex(str(c))}}}" if _is_best(c, best) else _tex(str(c))
-                    for c, best in zip(cells, table.best, strict=True)
-                ]
-                lines.append(" & ".join([_tex(table.label(name)), *shown]) + r" \\")
+            for name, cells in table.lines.items():
+                shown = (rf"\textbf{{{_tex(c)}}}" if table.is_best(name, i) else _tex(c) for i, c in enumerate(cells))
+                lines.append(" & ".join([_tex(name), *shown]) + r" \\")
             lines += [r"\bottomrule", r"\end{tabular}"]
             lines += [rf"\par\smallskip{{\footnotesize {_tex(table.note)}}}"] if table.note else []
             parts.append("\n".join([*lines, r"\end{table}"]))
     return "\n\n".join(parts) + "\n"
-
-
-# --- HTML -----------------------------------------------------------------------------------------
-
-_STYLE = """
-body { font: 15px/1.5 sans-serif; color: #222; background: #fff; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
-body > p { max-width: 52rem }
-table { border-collapse: collapse; margin: .5rem 0 1rem; font-variant-numeric: tabular-nums }
-div.wide { overflow-x: auto }
-th, td { padding: .2rem .7rem; text-align: right; vertical-align: top }
-th { vertical-align: bottom }
-td span { white-space: nowrap }
-table.many { font-size: 13px }
-table.many :is(th, td) { padding: .2rem .4rem }
-th:first-child, td:first-child { text-align: left }
-thead th { border-bottom: 2px solid #222 }
-tbody tr:nth-child(even) { background: #f5f5f5 }
-td.missing { color: #b00020; font-style: italic }
-svg { max-width: 100%; height: auto }
-figure { margin: 1rem 0 }
-figcaption, p.note { color: #555 }
-"""
 
 
 def html(sections: Sequence[Section]) -> str:
@@ -231,15 +222,15 @@ def html(sections: Sequence[Section]) -> str:
     for section in sections:
         body.append(f"<h2>{escape(section.study.title)}</h2><p class=note>{escape(' '.join(section.notes))}</p>")
         body += map(_html_table, section.tables)
-        whole = {c: p for c, p in section.plots.items() if not c.startswith("Gain")}
-        body += [f"<figure>{p}<figcaption>{escape(c)}</figcaption></figure>" for c, p in whole.items()]
-        body += [
-            f"<details><summary>{escape(c)}</summary>{p}</details>" for c, p in section.plots.items() if c not in whole
-        ]
+        for c, drawn in sorted(section.plots.items(), key=lambda plot: plot[0].startswith("Gain")):
+            folded = f"<details><summary>{escape(c)}</summary>{drawn}</details>"
+            whole = f"<figure>{drawn}<figcaption>{escape(c)}</figcaption></figure>"
+            body.append(folded if c.startswith("Gain") else whole)
+    style = Path(__file__).with_suffix(".css").read_text("utf-8")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Results</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
+        f"<style>\n{style}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
 
 
@@ -247,17 +238,13 @@ def _html_table(table: Table) -> str:
     heads = (escape(text).replace("_", "_<wbr>").replace(", ", ",&nbsp;") for text in ("method", *table.head))
     head = "".join(f"<th>{text}</th>" for text in heads)
     rows = []
-    for name, cells in table.lines:
+    for name, cells in table.lines.items():
         shown = []
-        for cell, best in zip(cells, table.best, strict=True):
-            missing = (
-                isinstance(cell, Cell) and not cell.not_asked and (cell.mean is None or len(cell.values) < cell.seeds)
-            )
-            mark = " class=missing" if missing else ""
+        for i, cell in enumerate(cells):
+            mark = " class=missing" if isinstance(cell, Cell) and cell.incomplete else ""
             parts = " ".join(f"<span>{escape(part)}</span>" for part in re.split(r" (?=± |\()", str(cell)))
-            text = f"<b>{parts}</b>" if _is_best(cell, best) else parts
-            shown.append(f"<td{mark}>{text}</td>")
-        rows.append(f"<tr><td>{escape(table.label(name))}</td>{''.join(shown)}</tr>")
+            shown.append(f"<td{mark}>{f'<b>{parts}</b>' if table.is_best(name, i) else parts}</td>")
+        rows.append(f"<tr><td>{escape(name)}</td>{''.join(shown)}</tr>")
     note = f"<p class=note>{escape(table.note)}</p>" if table.note else ""
     many = " class=many" if len(table.head) > 7 else ""
     return (
@@ -269,12 +256,10 @@ def _html_table(table: Table) -> str:
 def to_dict(sections: Sequence[Section]) -> list[dict[str, Any]]:
     """The tables as JSON values."""
 
-    def cell(value: AnyCell) -> dict[str, Any]:
+    def cell(value: Any) -> dict[str, Any]:
         if isinstance(value, Difference):
             return {"differences": list(value.values), "p": value.p}
-        if isinstance(value, Seconds | Published):
-            return {"mean": value.mean}
-        return {"mean": value.mean, "std": value.std, "by_seed": value.values}
+        return {"mean": value.mean} | ({"std": value.std, "by_seed": value.values} if isinstance(value, Cell) else {})
 
     return [
         {
@@ -284,9 +269,7 @@ def to_dict(sections: Sequence[Section]) -> list[dict[str, Any]]:
             "split": section.study.split,
             "reference": section.reference,
             "title": table.title,
-            "rows": {
-                name: {head: cell(c) for head, c in zip(table.head, cells, strict=True)} for name, cells in table.lines
-            },
+            "rows": {n: dict(zip(table.head, map(cell, line), strict=True)) for n, line in table.lines.items()},
         }
         for section in sections
         for table in section.tables

@@ -2,17 +2,96 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vlprompt.bench.cells import MISSING, AnyCell, Cell, Difference, Seconds
 from vlprompt.bench.protocols import PROTOCOLS
+from vlprompt.bench.report.published import Published
 from vlprompt.bench.results import Row
 from vlprompt.bench.runs import GROUPS
 from vlprompt.errors import ConfigError, DataError, first_few, unknown
 from vlprompt.training.evaluate import harmonic_mean
+
+MISSING, NOT_ASKED = "missing", "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure by seed, in percent."""
+
+    values: dict[int, float] = field(default_factory=dict)
+    seeds: int = 0
+    """How many there should be."""
+    not_asked: bool = False
+    """Whether there is nothing to ask: a linear probe about novel classes, a group without classes."""
+    mean_of: float | None = None
+    """The figure where it is not the mean over seeds: a harmonic mean of means."""
+
+    @property
+    def mean(self) -> float | None:
+        """Over the seeds there are; None if there are none."""
+        if not self.values:
+            return None
+        return statistics.mean(self.values.values()) if self.mean_of is None else self.mean_of
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over seeds; None for fewer than two."""
+        return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether runs are missing."""
+        return not self.not_asked and (self.mean is None or len(self.values) < self.seeds)
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            return NOT_ASKED if self.not_asked else MISSING
+        spread = "" if self.std is None or self.mean_of is not None else f" ± {self.std:.2f}"
+        few = f" ({len(self.values)} of {self.seeds} seeds)" if len(self.values) < self.seeds else ""
+        return f"{self.mean:.2f}{spread}{few}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A method's figure minus the reference's, seed by seed, in points."""
+
+    values: tuple[float, ...]
+
+    def __str__(self) -> str:
+        if not self.values:
+            return NOT_ASKED
+        mean, p = statistics.mean(self.values), self.p
+        spread = f" ± {statistics.stdev(self.values):.2f}" if len(self.values) > 1 else ""
+        chance = "" if p is None else " (p < 0.001)" if p < 0.001 else f" (p = {p:.3f})"
+        return f"{mean:+.2f}{spread}{chance}".replace("-", "−")
+
+    @property
+    def p(self) -> float | None:
+        """Two-sided p of a paired t-test over seeds; None where the differences are all equal or fewer than two."""
+        from scipy.special import stdtr  # comes with scikit-learn
+
+        n = len(self.values)
+        spread = statistics.stdev(self.values) if n > 1 else 0.0
+        if spread < 1e-9:
+            return None
+        return float(2 * stdtr(n - 1, -abs(statistics.mean(self.values)) / (spread / math.sqrt(n))))
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """How long a run trained; None if there are none."""
+
+    mean: float | None
+
+    def __str__(self) -> str:
+        return MISSING if self.mean is None else f"{self.mean:.0f}"
+
+
+AnyCell = Cell | Difference | Seconds | Published
 
 
 @dataclass(frozen=True)
@@ -21,16 +100,16 @@ class Table:
 
     title: str
     head: tuple[str, ...]
-    lines: tuple[tuple[str, tuple[AnyCell, ...]], ...]
-    best: tuple[float | None, ...]
-    """The highest mean of each column; None where there is nothing to compare."""
-    note: str = ""
-    data: tuple[str, ...] = ()
+    lines: dict[str, tuple[AnyCell, ...]]
+    data: tuple[str, ...]
     """The data sets that were trained on."""
+    note: str = ""
 
-    def label(self, name: str) -> str:
-        """A row's name as it is printed."""
-        return name
+    def is_best(self, name: str, column: int) -> bool:
+        """Whether it is the highest of its column as it is printed, so that ties all are."""
+        cells = {row: line[column] for row, line in self.lines.items()}
+        means = {row: c.mean for row, c in cells.items() if isinstance(c, Cell) and c.mean is not None}
+        return len(cells) > 1 and name in means and f"{means[name]:.2f}" == f"{max(means.values()):.2f}"
 
 
 @dataclass(frozen=True)
@@ -55,66 +134,45 @@ class Study:
         split = "" if self.split == "test" else f", {self.split} images"
         return f"{self.protocol}, {self.backbone}{shots}{split}"
 
-    def figure(self, name: str, data: Sequence[str], on: str | None, classes: str, shots: int) -> Cell:
+    def figure(self, name: str, data: Sequence[str], classes: str, on: str | None = None, shots: int = 0) -> Cell:
         """Accuracy by seed, the mean over data sets; only seeds that all the data sets have count.
 
         ``on`` is what is measured on, if not the data set that was trained on.
         """
         found: dict[int, dict[str, float]] = {}
-        not_asked = False
+        wanted, not_asked = (name, classes, shots or self.shots[0]), False
         for row in self.rows:
-            here = (row.name, row.classes, row.shots) == (name, classes, shots) and row.data in data
-            if not here or row.measured_on != (on or row.data):
-                continue
-            if row.accuracy is None:
-                not_asked = True
-            else:
-                found.setdefault(row.seed, {})[row.data] = row.accuracy
+            here = (row.name, row.classes, row.shots) == wanted and row.data in data
+            if here and row.measured_on == (on or row.data):
+                if row.accuracy is not None:
+                    found.setdefault(row.seed, {})[row.data] = row.accuracy
+                not_asked = not_asked or row.accuracy is None
         whole = {s: statistics.mean(v.values()) for s, v in sorted(found.items()) if len(v) == len(data)}
         return Cell(whole, len(self.seeds), not_asked and not whole)
 
 
-def studies(rows: Sequence[Row], planned: Iterable[dict] = ()) -> list[Study]:
+def studies(rows: Sequence[Row], planned: Iterable[Mapping[str, Any]] = ()) -> list[Study]:
     """The results by protocol, backbone, shots and split, in the order of protocols.
 
     ``planned`` are runs that there should be (protocol, data, name, backbone, shots, seed, and measured: data, classes
-    and split of each measurement), in the order of the tables: without results they are shown as missing. Those of
-    earlier versions do not say what is measured, and belong to every split that has results. Raises DataError where
-    runs of one cell have different settings.
+    and split of each measurement), in the order of the tables: without results they are shown as missing. Raises
+    DataError where runs of one cell have different settings.
     """
-    found: dict[tuple, list[Row]] = {}
-    for row in rows:
-        found.setdefault(_key(vars(row), row.split), []).append(row)
-    wanted: dict[tuple, list[dict]] = {}
-    for run in planned:
-        measured = run.get("measured") or [
-            {"data": run["data"], "split": key[-1]} for key in found if key == _key(run, key[-1])
-        ]
-        for m in measured:
-            wanted.setdefault(_key(run, m["split"]), []).append({**run, "measured_on": m["data"]})
+    wanted = [{**run, "measured_on": m["data"], "split": m["split"]} for run in planned for m in run["measured"]]
+    groups: dict[tuple, list[Mapping[str, Any]]] = {}
+    for run in wanted + [{**vars(row), "row": row} for row in rows]:
+        shots = None if run["protocol"] == "few-shot" else run["shots"]
+        groups.setdefault((run["protocol"], run["backbone"], shots, run["split"]), []).append(run)
     result = []
-    for key in {**wanted, **found}:
-        protocol, backbone, _, split = key
-        there = found.get(key, [])
+    for (protocol, backbone, _, split), runs in groups.items():
+        there = tuple(run["row"] for run in runs if "row" in run)
         _check_settings(there)
-        runs = wanted.get(key, []) + [vars(row) for row in there]
-        names, data = _distinct(run["name"] for run in runs), _distinct(run["data"] for run in runs)
-        shots = tuple(sorted({run["shots"] for run in runs}))
-        seeds = tuple(sorted({run["seed"] for run in runs}))
+        names, data = (tuple(dict.fromkeys(run[key] for run in runs)) for key in ("name", "data"))
+        shots, seeds = (tuple(sorted({run[key] for run in runs})) for key in ("shots", "seed"))
         measured_on = tuple(dict.fromkeys((run["data"], run["measured_on"]) for run in runs))
-        result.append(Study(protocol, backbone, shots, split, names, data, seeds, measured_on, tuple(there)))
+        result.append(Study(protocol, backbone, shots, split, names, data, seeds, measured_on, there))
     order = list(PROTOCOLS)
     return sorted(result, key=lambda s: (order.index(s.protocol) if s.protocol in order else len(order), s.title))
-
-
-def _key(run: Mapping[str, Any], split: str) -> tuple:
-    """What the runs of one study have in common."""
-    shots = None if run["protocol"] == "few-shot" else run["shots"]
-    return run["protocol"], run["backbone"], shots, split
-
-
-def _distinct(values: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(values))
 
 
 def _check_settings(rows: Iterable[Row]) -> None:
@@ -135,19 +193,12 @@ def tables(study: Study, reference: str | None = None) -> list[Table]:
     seed, and the seconds that a run trained (of the most shots). Raises ConfigError if there is no such row.
     """
     reference = find_reference(study, reference)
-    build = {
-        "base-to-novel": _base_to_novel,
-        "few-shot": _few_shot,
-        "cross-dataset": _transfer,
-        "domain-generalization": _transfer,
-        "long-tail": _long_tail,
-    }.get(study.protocol)
-    if build is None:
+    if study.protocol not in _COLUMNS:
         raise DataError(unknown("protocol", study.protocol, PROTOCOLS))
-    n = len(study.data)
-    several = [(f"Average over {n} data sets", study.data)] if n > 1 and build is not _transfer else []
-    parts = several + [(d, (d,)) for d in study.data]
-    return [_table(study, title, data, build(study, data), reference) for title, data in parts]
+    columns, parts = _COLUMNS[study.protocol], dict[str, tuple[str, ...]]({d: (d,) for d in study.data})
+    if len(study.data) > 1 and columns is not _transfer:
+        parts = {f"Average over {len(study.data)} data sets": study.data, **parts}
+    return [_table(study, title, data, columns(study, data), reference) for title, data in parts.items()]
 
 
 def find_reference(study: Study, reference: str | None) -> str:
@@ -164,11 +215,8 @@ Columns = dict[str, Callable[[str], Cell]]
 
 
 def _base_to_novel(study: Study, data: Sequence[str]) -> Columns:
-    def of(classes: str) -> Callable[[str], Cell]:
-        return lambda name: study.figure(name, data, None, classes, study.shots[0])
-
     def both(name: str) -> Cell:
-        base, novel = of("base")(name), of("novel")(name)
+        base, novel = (study.figure(name, data, classes) for classes in ("base", "novel"))
         shared = [seed for seed in base.values if seed in novel.values]
         if not shared:
             return Cell(seeds=base.seeds, not_asked=novel.not_asked)
@@ -176,21 +224,25 @@ def _base_to_novel(study: Study, data: Sequence[str]) -> Columns:
         means = (statistics.mean(cell.values[seed] for seed in shared) for cell in (base, novel))
         return Cell(values, base.seeds, mean_of=harmonic_mean(*means))
 
-    return {"base": of("base"), "novel": of("novel"), "HM": both}
+    return {
+        "base": lambda name: study.figure(name, data, "base"),
+        "novel": lambda name: study.figure(name, data, "novel"),
+        "HM": both,
+    }
 
 
 def _few_shot(study: Study, data: Sequence[str]) -> Columns:
     def of(shots: int) -> Callable[[str], Cell]:
-        return lambda name: study.figure(name, data, None, "all", shots)
+        return lambda name: study.figure(name, data, "all", shots=shots)
 
     return {f"{shots} shot{'s' if shots > 1 else ''}": of(shots) for shots in study.shots}
 
 
 def _transfer(study: Study, data: Sequence[str]) -> Columns:
-    targets = _distinct(on for trained, on in study.measured if trained in data and on not in data)
+    targets = tuple(dict.fromkeys(on for trained, on in study.measured if trained in data and on not in data))
 
     def of(on: str) -> Callable[[str], Cell]:
-        return lambda name: study.figure(name, data, on, "all", study.shots[0])
+        return lambda name: study.figure(name, data, "all", on)
 
     def average(name: str) -> Cell:
         cells = [of(target)(name) for target in targets]
@@ -203,11 +255,11 @@ def _transfer(study: Study, data: Sequence[str]) -> Columns:
 
 def _long_tail(study: Study, data: Sequence[str]) -> Columns:
     def every(name: str) -> Cell:
-        return study.figure(name, data, None, "all", study.shots[0])
+        return study.figure(name, data, "all")
 
     def of(group: str) -> Callable[[str], Cell]:
         def cell(name: str) -> Cell:
-            found, whole = study.figure(name, data, None, group, study.shots[0]), every(name)
+            found, whole = study.figure(name, data, group), every(name)
             # What is measured as a whole but not in a group: no class, or no image, is in that group.
             return replace(found, not_asked=whole.mean is not None or whole.not_asked) if not found.values else found
 
@@ -216,23 +268,26 @@ def _long_tail(study: Study, data: Sequence[str]) -> Columns:
     return {**{group: of(group) for group in GROUPS}, "all": every}
 
 
-def _table(study: Study, title: str, data: Sequence[str], columns: Columns, reference: str) -> Table:
+_COLUMNS: dict[str, Callable[[Study, Sequence[str]], Columns]] = {
+    "base-to-novel": _base_to_novel,
+    "few-shot": _few_shot,
+    "cross-dataset": _transfer,
+    "domain-generalization": _transfer,
+    "long-tail": _long_tail,
+}
+
+
+def _table(study: Study, title: str, data: tuple[str, ...], columns: Columns, reference: str) -> Table:
     cells = {name: [column(name) for column in columns.values()] for name in study.names}
-    compared = len(cells) > 1
-    lines: list[tuple[str, tuple[AnyCell, ...]]] = []
+    lines: dict[str, tuple[AnyCell, ...]] = {}
     for name, row in cells.items():
         own, other = row[-1].values, cells[reference][-1].values
         shared = () if name == reference else tuple(own[seed] - other[seed] for seed in own if seed in other)
         most = [r for r in study.rows if r.name == name and r.data in data and r.shots == study.shots[-1]]
-        seconds = Seconds(tuple({(r.data, r.seed): r.train_seconds for r in most}.values()))
-        lines.append((name, (*row, *([Difference(shared)] if compared else []), seconds)))
-    head, best = list(columns), [_highest(column) if compared else None for column in zip(*cells.values(), strict=True)]
-    head += [f"{head[-1]} − {reference}"] if compared else []
-    best += [None] * (len(head) + 1 - len(best))
+        trained = {(r.data, r.seed): r.train_seconds for r in most}.values()
+        seconds = Seconds(statistics.mean(trained) if trained else None)
+        lines[name] = (*row, *([Difference(shared)] if len(cells) > 1 else []), seconds)
+    head = list(columns)
+    head += [f"{head[-1]} − {reference}"] if len(cells) > 1 else []
     gone = [name for name, row in cells.items() if any(str(cell) == MISSING for cell in row)]
-    notes = [f"Missing runs: {first_few(gone)}."] if gone else []
-    return Table(title, (*head, "train, s"), tuple(lines), tuple(best), " ".join(notes), tuple(data))
-
-
-def _highest(cells: Iterable[Cell]) -> float | None:
-    return max((cell.mean for cell in cells if cell.mean is not None), default=None)
+    return Table(title, (*head, "train, s"), lines, data, f"Missing runs: {first_few(gone)}." if gone else "")

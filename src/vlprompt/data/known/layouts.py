@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from vlprompt.data.folders import IMAGE_EXTENSIONS, from_folder, hidden, subfolders
-from vlprompt.data.splits import PARTS, Item, Split, class_name, in_order, missing, ranked_by_class
+from vlprompt.data.splits import PARTS, Item, Split, class_name, in_order, missing_error, ranked_by_class
 from vlprompt.errors import DataError, unknown
 
 CLASS_NAMES = "classnames.txt"
@@ -150,7 +150,7 @@ def _lines(file: Path) -> list[tuple[int, str]]:
     try:
         lines = file.read_text("utf-8-sig").splitlines()
     except FileNotFoundError:
-        raise missing("file", file) from None
+        raise missing_error("file", file) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {file}: {error}") from error
     return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]

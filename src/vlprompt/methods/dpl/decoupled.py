@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from vlprompt.backbones.attention import Attention, merge_heads, split_heads
 from vlprompt.backbones.backbone import Backbone
-from vlprompt.backbones.packing import Attention, PackedText, merge_heads, pack, split_heads
+from vlprompt.backbones.packing import PackedText, pack
 from vlprompt.backbones.towers import ImageTower, TextTower
 from vlprompt.errors import ConfigError
 from vlprompt.prompting.text import TextContext, check_known, fill
@@ -187,7 +188,7 @@ class SentencePrompts(TextContext):
         causal = backbone.text_tower.config.causal
         return replace(
             packed,
-            positions=packed.positions.index_copy(0, packed.slots, packed.source + 1),
+            positions=packed.positions.index_copy(0, packed.slots, packed.source % self.n_ctx + 1),
             pooled=packed.pooled - self.n_ctx,
             groups=tuple(replace(g, mask=self._visible(g.length - self.n_ctx, causal)) for g in packed.groups),
         )

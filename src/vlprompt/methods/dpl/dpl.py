@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vlprompt.backbones.backbone import unit
 from vlprompt.backbones.towers import ImageTower, Prompts, TextTower
-from vlprompt.methods.base import LEARNS_PROMPTS, LEARNS_TEXT, Can, Method, Template, Weight, small_backbone
+from vlprompt.methods.base import LEARNS_PROMPTS, LEARNS_TEXT, Can, Method, Template, Weight
 from vlprompt.methods.dpl.decoupled import SentencePrompts, SubProcesses, image_attention, text_attention
 from vlprompt.methods.ivlp import IVLP, deep_context
 from vlprompt.methods.registry import register
@@ -35,17 +35,12 @@ class DPL(Method):
     paper, year = "Xu et al., arXiv", 2023
     learns = "deep text and visual prompts under decoupled attention"
     parity = "reconstructed"
-    settings = IVLP.settings
-    presets = {
-        "textual": {"method.branches": "textual", "optim.lr": 0.002},
-        "mini": small_backbone(
-            lr=0.0075, epochs=4, min_scale=0.08, n_ctx_text=4, n_ctx_vision=4, depth_text=6, depth_vision=6
-        ),
-    }
+    official = IVLP.official
+    presets = {"textual": {"method.branches": "textual", "optim.lr": 0.002}}
 
     @dataclass(frozen=True)
     class Config(IVLP.Config):
-        """Settings of dpl."""
+        """Options of dpl."""
 
         branches: Literal["visual", "textual", "both"] = "both"
         """Towers with learned tokens; the other stays frozen."""

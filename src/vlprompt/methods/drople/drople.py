@@ -4,44 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
 
 import torch
-from annotated_types import Ge, Le, Lt
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy
 
+from vlprompt.backbones.attention import Attention, packed_attention, packed_with_maps, plain_attention, with_maps
 from vlprompt.backbones.backbone import unit
-from vlprompt.backbones.packing import Attention, packed_attention
-from vlprompt.backbones.towers import AfterBlock, plain_attention
+from vlprompt.backbones.towers import BeforeBlock
 from vlprompt.data.batches import Batch
 from vlprompt.errors import ConfigError
-from vlprompt.methods.base import LEARNS_PROMPTS, Can, Count, Output, Weight, small_backbone
-from vlprompt.methods.drople.dropout import SharedTokens, drop, importance, look, scores
+from vlprompt.methods.base import Output, TokenMaps
+from vlprompt.methods.drople import config
+from vlprompt.methods.drople.dropout import BlockDropout, SharedTokens, drop, importance, look, scores, token_maps
 from vlprompt.methods.drople.lora import VisualLoRA
+from vlprompt.methods.drople.losses import regularisers, rising
 from vlprompt.methods.ivlp import IVLP, deep_context
 from vlprompt.methods.registry import register
 from vlprompt.methods.zero_shot import frozen_class_features
-from vlprompt.prompting.attention import packed_with_maps, with_maps
 from vlprompt.prompting.visual import VisualPrompts
 
 LOG_SCALE_MAX = 4.605
 """The logarithm of the logit scale is clamped to [0, 4.605]: scales from 1 to 99.98."""
-
-Probability = Annotated[float, Ge(0), Le(1)]
-
-
-class BlockDropout(NamedTuple):
-    """What dropout does after one block of the image tower; tokens are patches, then visual prompts."""
-
-    importance: Tensor
-    """[B, N − 1], 0 to 1."""
-    p: Tensor
-    """Probability that a token is hit, [B, N − 1]."""
-    reach: int
-    """How many of the tokens are read by the next block; the prompts after them are replaced there."""
 
 
 @register("drople")
@@ -56,7 +41,7 @@ class DroPLe(IVLP):
 
     paper, year, learns = "arXiv 2512.07234, AAAI", 2026, "deep text and visual prompts under token dropout"
     needs = frozenset({"frozen_image_features", "second_view"})
-    settings = {
+    official = {
         "optim.name": "adamw",
         "optim.lr": 2e-4,
         "optim.weight_decay": 5e-5,
@@ -71,73 +56,9 @@ class DroPLe(IVLP):
         "cross-dataset": {"train.epochs": 3},
         "few-shot": {"train.epochs": 50},
         "long-tail": {"data.shots": 16, "data.imbalance": 10},
-        "mini": small_backbone(
-            lr=0.0002, epochs=8, min_scale=0.6, n_ctx_text=2, n_ctx_vision=2, depth_text=12, depth_vision=12
-        ),
     }
     rates = {"lora.": 0.1}
-
-    @dataclass(frozen=True)
-    class Config(IVLP.Config):
-        """Settings of drople."""
-
-        depth_vision: Count = 6
-        """Layers of the image tower with tokens of their own."""
-        dropout: Literal["importance", "uniform", "none"] = "importance"
-        """Tokens are hit the less the more important they are, all alike at (p_max + p_min) / 2, or not at all."""
-        mode: Literal["gaussian", "zero"] = "gaussian"
-        """Whether a token that is hit is multiplied by noise around 1, or by zero."""
-        p_max: Probability = 0.5
-        """Probability that the least important token is hit."""
-        p_min: Probability = 0.1
-        """Probability that the most important token is hit."""
-        sigma: Weight = 0.03
-        """Standard deviation of the noise."""
-        n_shared: Count = 64
-        """Shared tokens, which look at the tokens of both towers."""
-        shared_width: Count = 512
-        """Width of the shared tokens."""
-        label_smoothing: Probability = 0.0
-        """Share of the label that all classes get, in the cross-entropy."""
-        text_weight: Weight = 25.0
-        """Weight of the distance to the frozen class features."""
-        image_weight: Weight = 10.0
-        """Weight of the distance to the frozen image features."""
-        distillation_weight: Weight = 2.5
-        """Weight of the KL to the zero-shot prediction."""
-        entropy_weight: Weight = 0.05
-        """Weight of the residual entropies, which are maximised."""
-        lam: Annotated[float, Ge(0), Lt(1)] = 0.1
-        """λ₀, how much of the frozen features the residuals leave out."""
-        lam_schedule: Literal["rising", "fixed"] = "rising"
-        """Whether λ rises from 0 towards λ₀ over the epochs, or is λ₀."""
-        alignment_weight: Weight = 30.0
-        """Weight of the distance between what the shared tokens see of an image and of its label's text."""
-        lora_rank: Annotated[int, Ge(0)] = 0
-        """Rank of adapters on queries and values of the image tower's later half, which learn at a tenth of the rate;
-        0 for none."""
-        lora_alpha: Weight = 16.0
-        """Strength of the adapters, which are multiplied by lora_alpha / lora_rank."""
-        lora_dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
-        """Share of the adapters' input channels that a training step leaves out."""
-
-        @property
-        def can(self) -> Can:
-            """Dropout reads all texts at once."""
-            return LEARNS_PROMPTS & ~Can.SPLIT_TEXTS
-
-        def unused(self) -> dict[str, str]:
-            """Settings of a dropout, a noise, residual entropies or adapters that there are not."""
-            unused: dict[str, str] = {}
-            if self.mode == "zero":
-                unused["sigma"] = "mode"
-            if self.dropout == "none":
-                unused |= dict.fromkeys(("mode", "p_max", "p_min", "sigma"), "dropout")
-            if self.entropy_weight == 0:
-                unused |= dict.fromkeys(("lam", "lam_schedule"), "entropy_weight")
-            if self.lora_rank == 0:
-                unused |= dict.fromkeys(("lora_alpha", "lora_dropout"), "lora_rank")
-            return unused
+    Config = config.Config
 
     def build(self) -> None:
         """Create prompts, shared tokens, logit scale and, if asked for, adapters."""
@@ -173,12 +94,12 @@ class DroPLe(IVLP):
         self,
         images: Tensor,
         attention: Sequence[Attention] | None = None,
-        after_block: AfterBlock | None = None,
+        before_block: BeforeBlock | None = None,
         drops: bool = False,
     ) -> Tensor:
         """``drops`` says whether the adapters' dropout acts."""
         tower = self.backbone.image_tower
-        given = (images.to(self.backbone.device), self.visual_prompts(), attention, after_block)
+        given = (images.to(self.backbone.device), self.visual_prompts(), attention, before_block)
         if self.lora is None:
             return unit(tower(*given))
         return unit(functional_call(tower, self.lora.weights(tower, drops), given))
@@ -213,7 +134,7 @@ class DroPLe(IVLP):
         return {"ce": cross_entropy(out.logits, batch.labels, label_smoothing=self.config.label_smoothing)}
 
     def regularisers(self, out: Output, batch: Batch) -> dict[str, Tensor]:
-        """The terms of :func:`regularisers`."""
+        """The terms of :func:`vlprompt.methods.drople.losses.regularisers`."""
         v0, t0 = batch.frozen_image_features, frozen_class_features(self.backbone, self.class_names, [self.template])
         assert v0 is not None
         return regularisers(out, v0, t0[batch.compared], self.scale(), self.lam, self.config)
@@ -221,12 +142,12 @@ class DroPLe(IVLP):
     def _images(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Image features [B, E], and what the shared tokens see in each aligned block, [B, R, width]."""
         assert self.shared is not None
-        heads, shared = self.backbone.image_tower.config.heads, self.shared
-        keys, maps, seen = shared.keys(shared.image), list[Tensor](), list[Tensor]()
-        mapped = self.dropped_vision if self._weighs else 0
+        shared, seen = self.shared, list[Tensor]()
+        keys, maps = shared.keys(shared.image), [list[Tensor]() for _ in range(self.dropped_vision)]
 
-        def after_block(i: int, x: Tensor) -> Tensor:
-            if i >= self.dropped_vision:
+        def before_block(i: int, x: Tensor) -> Tensor:
+            i -= 1  # what this block has made is looked at, and hit
+            if not 0 <= i < self.dropped_vision:
                 return x
             a = look(keys, x)
             if i < self.aligned:
@@ -234,50 +155,58 @@ class DroPLe(IVLP):
             if not self._drops:
                 return x
             n = self._reach(i)
-            p = self._probabilities(maps.pop() if self._weighs else None, a, 0)[:, :n]
+            p = self._probabilities(maps[i].pop() if self._weighs else None, a, 0)[:, :n]
             return drop(x, torch.arange(1, n + 1, device=x.device), p, self.config.mode, self.config.sigma)
 
-        plain, recording = plain_attention(heads), with_maps(heads, maps)
-        attentions = [recording if i < mapped else plain for i in range(self.backbone.image_tower.config.layers)]
-        return self._image_tower(images, attentions, after_block, self.training), seen
+        attentions = self._with_maps(maps if self._weighs else [])
+        return self._image_tower(images, attentions, before_block, self.training), seen
+
+    def _with_maps(self, maps: Sequence[list[Tensor]]) -> list[Attention]:
+        """Attention for the image tower, whose first blocks leave their maps in a list each."""
+        c = self.backbone.image_tower.config
+        return [with_maps(c.heads, of_block) for of_block in maps] + [plain_attention(c.heads)] * (c.layers - len(maps))
 
     def _texts(self, class_names: Sequence[str], labels: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Class features [C, E], and what the shared tokens see of the labels' texts in each aligned block."""
         assert self.shared is not None
         tower, shared = self.backbone.text_tower, self.shared
         text = self.context.packed(self.backbone, class_names, share=False)
-        keys, maps, seen = shared.keys(shared.text), list[Tensor](), list[Tensor]()
+        c, keys, seen = tower.config, shared.keys(shared.text), list[Tensor]()
+        maps = [list[Tensor]() for _ in range(c.layers)]
         rows_of_labels, mask = text.rows(labels)
 
         def hit(i: int) -> range:
             """Positions that are hit: the context in the last prompted layer, and the start token if by noise."""
-            if not self._drops or i >= self.dropped_text:
+            if not self._drops or not 0 <= i < self.dropped_text:
                 return range(0)
             first = 1 if self.config.mode == "zero" else 0
             last = self.config.n_ctx_text if i == self.config.depth_text - 1 else 0
             return range(first, last + 1)
 
-        def after_block(i: int, x: Tensor) -> Tensor:
-            if i < self.aligned:
+        def before_block(i: int, x: Tensor) -> Tensor:
+            i -= 1
+            if 0 <= i < self.aligned:
                 of_labels = x[0, rows_of_labels]
                 seen.append(shared.pool(shared.text, look(keys, of_labels, mask), of_labels))
             if not (positions := hit(i)):
                 return x
             ps, rows = [], []
             columns = torch.arange(positions.start, positions.stop, device=x.device)
-            for group, tokens in zip(text.groups, text.texts(x.detach())[1], strict=True):
-                p = self._probabilities(maps.pop(0) if self._weighs else None, look(keys.detach(), tokens[0]), -1)
+            of_groups = maps[i] if self._weighs else [None] * len(text.groups)
+            for group, tokens, of_group in zip(text.groups, text.texts(x.detach())[1], of_groups, strict=True):
+                p = self._probabilities(of_group, look(keys.detach(), tokens[0]), -1)
                 ps.append(p[:, positions.start : positions.stop].flatten())
                 starts = group.start + group.length * torch.arange(group.count, device=x.device)
                 rows.append((starts[:, None] + columns).flatten())
+            maps[i].clear()
             return drop(x, torch.cat(rows), torch.cat(ps)[None], self.config.mode, self.config.sigma)
 
-        plain, recording = (
-            packed_attention(text, tower.config.heads),
-            packed_with_maps(text, tower.config.heads, maps),
-        )
-        attentions = [recording if self._weighs and hit(i) else plain for i in range(tower.config.layers)]
-        return unit(tower(text, self.context.prompts(), attentions, after_block)[0]), seen
+        plain = packed_attention(text, c.heads)
+        attentions = [
+            packed_with_maps(text, c.heads, of_block) if self._weighs and hit(i) else plain
+            for i, of_block in enumerate(maps)
+        ]
+        return unit(tower(text, self.context.prompts(), attentions, before_block)[0]), seen
 
     @property
     def _drops(self) -> bool:
@@ -338,63 +267,21 @@ class DroPLe(IVLP):
         return self.shared.keys(self.shared.image)
 
     @torch.no_grad()
-    def explain(self, images: Tensor) -> list[BlockDropout]:
-        """What dropout would do to images [B, 3, S, S] in each block where it acts, if the others did nothing."""
-        tower, maps, blocks, c = self.backbone.image_tower, list[Tensor](), list[BlockDropout](), self.config
+    def dropout_of(self, images: Tensor) -> list[BlockDropout]:
+        """What dropout would do to images [B, 3, S, S] after each block where it acts, if the others did nothing."""
+        c, keys, blocks = self.config, self._keys(), list[BlockDropout]()
+        maps = [list[Tensor]() for _ in range(self.dropped_vision)]
 
-        def after_block(i: int, x: Tensor) -> Tensor:
-            if i < self.dropped_vision:
-                a, m = look(self._keys(), x), maps.pop()
+        def before_block(i: int, x: Tensor) -> Tensor:
+            if 0 < i <= self.dropped_vision:
+                a, m = look(keys, x), maps[i - 1].pop()
                 p = self._probabilities(m if c.dropout == "importance" else None, a, 0) * (c.dropout != "none")
-                blocks.append(BlockDropout(importance(scores(m, a, 0)), p, self._reach(i)))
+                blocks.append(BlockDropout(importance(scores(m, a, 0)), p, self._reach(i - 1)))
             return x
 
-        plain, recording = plain_attention(tower.config.heads), with_maps(tower.config.heads, maps)
-        attentions = [recording if i < self.dropped_vision else plain for i in range(tower.config.layers)]
-        self._image_tower(images, attentions, after_block)
+        self._image_tower(images, self._with_maps(maps), before_block)
         return blocks
 
-
-def regularisers(
-    out: Output, v0: Tensor, t0: Tensor, scale: Tensor, lam: Tensor, c: DroPLe.Config
-) -> dict[str, Tensor]:
-    """The loss terms beside the cross-entropy, of learned features and of frozen v0 [B, E] and t0 [C, E].
-
-    ``out.extra`` holds what the shared tokens see of the images and of their labels' texts, [B, R, width] each, layer
-    by layer. All terms are weighted; the residual entropies are maximised, so theirs is negative.
-    """
-    v, t, logits, logits0 = out.v, out.t, out.logits, scale * v0 @ t0.T
-    kl = kl_div(logits.log_softmax(-1), logits0.log_softmax(-1), reduction="sum", log_target=True)
-    h_v, h_t = entropy(scale * residual(v, v0, lam) @ t0.T), entropy(scale * v0 @ residual(t, t0, lam).T)
-    apart = [0.5 * (1 - cosine(of_image, of_text)).mean() for of_image, of_text in out.extra]
-    return {
-        "text_consistency": c.text_weight * (t - t0).abs().mean(),
-        "image_consistency": c.image_weight * (v - v0).abs().mean(),
-        "distillation": c.distillation_weight * kl / logits.numel(),
-        "residual_entropy": -c.entropy_weight * (h_v + h_t),
-        "alignment": c.alignment_weight * torch.stack(apart).mean(),
-    }
-
-
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Of vectors [..., D]; torch's divides both by their norms first, and takes twice as long in the backward pass."""
-    norms = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
-    return (a * b).sum(-1) / norms.clamp_min(1e-8)
-
-
-def residual(z: Tensor, z0: Tensor, lam: Tensor) -> Tensor:
-    """z_r = (z − λ z0) / (1 − λ), the denominator kept 1e-3 away from 0 and 1 as in the public code."""
-    rest = 1 - lam
-    rest = rest + 1e-3 * ((rest.abs() < 1e-3).to(rest.dtype) - (lam.abs() < 1e-3).to(rest.dtype))
-    return (z - lam * z0) / rest
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Mean over the rows of −Σ p log(p + 1e-5)."""
-    p = logits.softmax(-1)
-    return -(p * (p + 1e-5).log()).sum(-1).mean()
-
-
-def rising(lam: float, epoch: int, epochs: int) -> float:
-    """λ_e = λ₀ (1 − (1 + 10 e / E)^(−0.75)) of epoch e = 0 … E − 1: from 0 to about 0.83 λ₀."""
-    return lam * (1 - (1 + 10 * epoch / epochs) ** -0.75)
+    def explain(self, images: Tensor, seed: int = 0) -> list[TokenMaps]:
+        """Importance, probabilities and one draw of the dropout."""
+        return token_maps(self.dropout_of(images), self.config, seed)

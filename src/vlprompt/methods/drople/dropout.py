@@ -6,12 +6,15 @@ of text: −1); scores are about the N − 1 others. Rules and numbers are those
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vlprompt.backbones.backbone import Backbone
+from vlprompt.methods.base import TokenMaps
+from vlprompt.methods.drople.config import Config
 
 EPS = 1e-8
 
@@ -78,3 +81,35 @@ def look(keys: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """a_rj = softmax over the tokens j of keys_r · x_j, [B, R, N]; neither temperature nor 1/√d."""
     logits = keys @ x.to(keys.dtype).mT
     return (logits if mask is None else logits.masked_fill(~mask[:, None], -torch.inf)).softmax(-1)
+
+
+class BlockDropout(NamedTuple):
+    """What dropout does after one block of the image tower; tokens are patches, then visual prompts."""
+
+    importance: Tensor
+    """[B, N − 1], 0 to 1."""
+    p: Tensor
+    """Probability that a token is hit, [B, N − 1]."""
+    reach: int
+    """How many of the tokens are read by the next block; the prompts after them are replaced there."""
+
+
+def token_maps(blocks: Sequence[BlockDropout], c: Config, seed: int) -> list[TokenMaps]:
+    """What ``vlprompt explain`` draws of the first image: importance, probability, and what one draw hits."""
+    generator = torch.Generator().manual_seed(seed)
+    p = [block.p[0].cpu() for block in blocks]
+    hit = [
+        (torch.rand(len(of_block), generator=generator) < of_block)[: block.reach]
+        for of_block, block in zip(p, blocks, strict=True)
+    ]
+    span = {
+        "importance": f"from {c.p_min:g} to {c.p_max:g}",
+        "uniform": f"{(c.p_min + c.p_max) / 2:g} for all",
+        "none": "no dropout",
+    }
+    action = {"gaussian": f"noise, sigma {c.sigma:g}", "zero": "zeroed"}[c.mode]
+    return [
+        TokenMaps("importance", "of the patches and,\nbelow, the prompts", [b.importance[0].cpu() for b in blocks]),
+        TokenMaps("probability", f"to be hit in training\n{span[c.dropout]}", p),
+        TokenMaps("hit", f"in one draw (seed {seed})\n{action}", hit),
+    ]

@@ -1,0 +1,98 @@
+"""Attention functions: fused, among packed texts, and with maps; a tower takes one for all blocks, or one a block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from vlprompt.backbones.packing import PackedText
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Maps queries [B, K, D] and keys and values [B, N, D] to outputs shaped like the queries.
+
+K < N in a last block of which K rows are read.
+"""
+
+
+def plain_attention(heads: int) -> Attention:
+    """Every token sees every token, by PyTorch's fused kernel."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        qh, kh, vh = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, H, N, D/H]
+        return scaled_dot_product_attention(qh, kh, vh).transpose(1, 2).flatten(2)
+
+    return attention
+
+
+def packed_attention(text: PackedText, heads: int) -> Attention:
+    """Attention among packed tokens [B, T, D]; with fewer queries than keys, the queries are the pooled rows."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, outputs = len(q), list[Tensor]()
+        (k_prefix, keys), (v_prefix, values) = text.texts(k), text.texts(v)
+        if pooled := q.shape[1] != k.shape[1]:
+            queries = text.last(q)
+        else:
+            q_prefix, queries = text.texts(q)
+            if text.prefix:
+                qp, kp, vp = (split_heads(t[:, None], heads) for t in (q_prefix, k_prefix, v_prefix))
+                outputs.append(merge_heads(scaled_dot_product_attention(qp, kp, vp, is_causal=True), batch))
+        for group, own_q, own_k, own_v in zip(text.groups, queries, keys, values, strict=True):
+            qh = split_heads(own_q, heads)
+            kh, vh = (split_heads(_behind(p, t), heads) for p, t in ((k_prefix, own_k), (v_prefix, own_v)))
+            mask = None if pooled else group.mask  # the last token of a text sees all of it
+            outputs.append(merge_heads(scaled_dot_product_attention(qh, kh, vh, attn_mask=mask), batch))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+    return attention
+
+
+def _behind(prefix: Tensor, texts: Tensor) -> Tensor:
+    """A group's texts [B, count, length, D] with the prefix [B, P, D] in front of each: [B, count, P + length, D]."""
+    if not prefix.shape[1]:
+        return texts
+    return torch.cat([prefix[:, None].expand(-1, texts.shape[1], -1, -1), texts], 2)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, C, N, D] → [B·C, H, N, D/H]"""
+    return x.unflatten(-1, (heads, -1)).transpose(2, 3).flatten(0, 1)
+
+
+def merge_heads(x: Tensor, batch: int) -> Tensor:
+    """[B·C, H, N, D/H] → [B, C·N, D]"""
+    return x.transpose(1, 2).flatten(2).reshape(batch, -1, x.shape[1] * x.shape[3])
+
+
+def with_maps(heads: int, maps: list[Tensor], mask: Tensor | None = None) -> Attention:
+    """Attention that leaves its weights [B, H, N, N] in ``maps``, without gradient; ``mask`` [N, N] says who sees whom.
+
+    It computes what the fused kernel does not show, so use it only in blocks whose maps are read.
+    """
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        qh, kh, vh = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, H, N, D/H]
+        logits = qh / math.sqrt(qh.shape[-1]) @ kh.mT
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf)
+        weights = logits.softmax(-1)
+        maps.append(weights.detach())
+        return (weights @ vh).transpose(1, 2).flatten(2)
+
+    return attention
+
+
+def packed_with_maps(text: PackedText, heads: int, maps: list[Tensor]) -> Attention:
+    """The same among packed texts that share no prefix: the maps [count, H, length, length] of each group, in order."""
+    groups = [with_maps(heads, maps, group.mask) for group in text.groups]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        each = [[of_group[0] for of_group in text.texts(t)[1]] for t in (q, k, v)]
+        outputs = [attend(*of_group).flatten(0, 1) for attend, *of_group in zip(groups, *each, strict=True)]
+        return torch.cat(outputs)[None]
+
+    return attention
