@@ -18,6 +18,7 @@ from sklearn.utils.estimator_checks import check_estimator
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from tests.kit import TINY
+from tests.kit.marks import slow
 from tests.kit.pictures import COLOURS, pictures, write_pictures
 from vlprompt import PromptClassifier, PromptedModel
 from vlprompt.errors import BackboneError, ConfigError, DataError
@@ -230,6 +231,7 @@ DO_NOT_APPLY = {
 """Checks that fail, and why."""
 
 
+@slow
 def test_check_estimator(tiny, monkeypatch):
     monkeypatch.setattr("vlprompt.sklearn.load_backbone", lambda *_: tiny)
     results = check_estimator(OnRows(), expected_failed_checks=DO_NOT_APPLY, on_fail=None, on_skip=None)

@@ -45,9 +45,9 @@ from vlprompt.training.loop import Training
 from vlprompt.training.prepare import find_sources, prepare
 from vlprompt.training.run import saved_config, train
 
-REGIONS, TOP_K, BATCH = 10, 2, 4
+REGIONS, TOP_K, BATCH = 6, 2, 4
 TRAINED = sorted(set(METHODS) - {"zero_shot", "linear_probe"})
-GIVEN = ["--teacher", TEACHER, "--backbone", str(TINY), "--regions", "10", "--top-k", "2", "--batch-size", "4"]
+GIVEN = ["--teacher", TEACHER, "--backbone", str(TINY), "--regions", str(REGIONS), "--top-k", "2", "--batch-size", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def tiny():
 
 
 def build(pictures: Path, out: Path, progress=lambda done, of: None, **more: Any):
-    """A bank of ten regions, with labels and features unless told otherwise."""
+    """A bank of six regions, with labels and features unless told otherwise."""
     given = {"data.name": str(pictures), "data.workers": 0, "teacher.backbone": TEACHER, "backbone": str(TINY)}
     given |= {"regions": REGIONS, "batch_size": BATCH} | more
     given |= {"top_k": TOP_K} if given["teacher.backbone"] and "top_k" not in more else {}
@@ -73,6 +73,14 @@ def build(pictures: Path, out: Path, progress=lambda done, of: None, **more: Any
 def bank(pictures, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("banks") / "bank"
     build(pictures, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other_bank(pictures, tmp_path_factory) -> Path:
+    """Of the same images, with other regions."""
+    folder = tmp_path_factory.mktemp("banks") / "other"
+    build(pictures, folder, **{"crops.seed": 2})
     return folder
 
 
@@ -180,7 +188,7 @@ def test_bytes_per_image() -> None:
 # --- what a build stores --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("features", ["fp32", "fp16"])
+@pytest.mark.parametrize("features", sweep(["fp32", "fp16"], "fp32"))
 def test_a_bank_holds_what_teacher_and_student_say_about_its_regions(features, pictures, tiny, tmp_path) -> None:
     build(pictures, tmp_path / "bank", top_k=9, features=features)
     opened = Bank(tmp_path / "bank")
@@ -494,7 +502,7 @@ def test_what_killed_parts_left_is_gone_when_the_bank_is_complete(pictures, bank
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"regions": 12}, "regions = 10, not 12"),
+        ({"regions": 12}, "regions = 6, not 12"),
         ({"crops.min_scale": 0.1}, "crops.min_scale = 0.08, not 0.1"),
         ({"crops.seed": 5}, "crops.seed = 1, not 5"),
         ({"top_k": 1}, "teacher.top_k = 2, not 1"),
@@ -539,8 +547,8 @@ def test_another_teacher_and_other_classes_are_named(pictures, bank, tmp_path) -
         ("coop", {"data.regions_per_image": 3}, r"data.regions_per_image = 3 \(allowed with batches of 4: 1, 2, 4\)"),
         ("coop", {"data.bank": None, "data.regions_per_image": 3}, r"= 3: there is no region bank \(--bank\)"),
         ("coop", {"data.views": 2, "data.regions_per_image": 4}, r"data.regions_per_image = 4 \(allowed .*: 1, 2\)"),
-        ("coop", {"data.views": 11}, r"^data.views = 11 \(allowed with region bank .*/bank: 1 to 10\)$"),
-        ("coop", {"data.views": "random"}, r"^data.views = random \(allowed with region bank .*/bank: 1 to 10\)$"),
+        ("coop", {"data.views": 7}, r"^data.views = 7 \(allowed with region bank .*/bank: 1 to 6\)$"),
+        ("coop", {"data.views": "random"}, r"^data.views = random \(allowed with region bank .*/bank: 1 to 6\)$"),
         ("coop", {"data.bank": None, "data.views": 3}, r"^data.views = 3: there is no region bank \(--bank\)$"),
         ("coop", {"data.bank": "nowhere"}, r"region bank nowhere does not exist"),
         ("zero_shot", {}, r"method 'zero_shot' takes no training steps: it reads no region bank"),
@@ -574,9 +582,9 @@ def test_a_number_of_views_that_is_none_is_one_line(given, vlprompt, pictures, b
 
 
 def test_more_views_than_the_bank_has_are_one_line(vlprompt, pictures, bank, tmp_path) -> None:
-    code, out, err = vlprompt(*arguments("coop", pictures, tmp_path / "run", "--bank", str(bank), "--views", "11"))
+    code, out, err = vlprompt(*arguments("coop", pictures, tmp_path / "run", "--bank", str(bank), "--views", "7"))
     assert (code, out) == (2, "")
-    assert err == f"error: data.views = 11 (allowed with region bank {bank}: 1 to 10)\n"
+    assert err == f"error: data.views = 7 (allowed with region bank {bank}: 1 to 6)\n"
     assert not (tmp_path / "run").exists()
 
 
@@ -707,8 +715,8 @@ def test_a_damaged_file_is_found_before_training(change, says, pictures, bank, t
     ("old", "new", "says"),
     [
         ('"format_version": 1', '"format_version": 9', r"has format_version 9; this vlprompt reads up to 1: update it"),
-        ('"regions": 10', '"regions": "ten"', r"cannot read .*manifest.json: settings.regions: "),
-        ('"regions": 10', '"region": 10', r"does not hold what manifest.json says"),
+        ('"regions": 6', '"regions": "six"', r"cannot read .*manifest.json: settings.regions: "),
+        ('"regions": 6', '"region": 6', r"does not hold what manifest.json says"),
         ('"images": 8', '"images": 9', r"cannot read .*manifest.json: 18 images, 19 in its files"),
         ("{", "[", r"cannot read .*manifest.json: "),
     ],
@@ -773,7 +781,7 @@ def test_a_batch_holds_several_regions_of_each_image_that_is_decoded(workers, pi
 
 def test_every_image_and_every_region_comes_equally_often(pictures, bank) -> None:
     made = views(pictures, bank, m=2, batch_size=6)  # 3 steps an epoch, 3 images each: 18 visits in 2 epochs
-    turns = np.concatenate([made._samples(step) for step in range(3 * 2 * 10)])  # 10 rounds of 2 regions
+    turns = np.concatenate([made._samples(step) for step in range(3 * 2 * REGIONS)])  # as many rounds of 2 regions
     assert len(np.unique(turns, axis=0)) == len(turns)
     samples = turns[:, :2]
     pairs, count = np.unique(samples, axis=0, return_counts=True)
@@ -914,7 +922,7 @@ def test_any_method_trains_from_a_bank(method, pictures, bank, tiny, tmp_path, m
     scale = Bank(bank).settings.teacher.logit_scale
     taught_by = f", labelled by {TEACHER} with 'a photo of a {{}}.' and logit scale {scale:g}, "
     assert (taught_by in said[0]) == taught
-    assert "10 regions of each image, " in said[0]
+    assert "6 regions of each image, " in said[0]
     assert "| views | fixed regions, of region bank `bank` |" in (tmp_path / "run" / "README.md").read_text("utf-8")
     assert "bank_fingerprint" in (tmp_path / "run" / "environment.json").read_text()
     plain = views(pictures, bank, tiny.preprocess, batch_size=4, m=1, seed=1, features=False)
@@ -953,7 +961,7 @@ def test_some_of_a_banks_regions_train_as_a_bank_of_so_many(method, vlprompt, pi
     given = ["--bank", str(bank), "--views", "4", "--epochs", "2"]
     code, _, err = vlprompt(*arguments(method, pictures, tmp_path / "other", *given))
     assert code == 0, err
-    assert "4 of 10 regions of each image, with frozen features" in err
+    assert "4 of 6 regions of each image, with frozen features" in err
     card = (tmp_path / "other" / "README.md").read_text("utf-8")
     assert "| views | fixed regions, 4 of each image, of region bank `bank` |" in card
     ours, theirs = prompts(tmp_path / "other"), prompts(tmp_path / "one")
@@ -992,7 +1000,7 @@ def test_the_scikit_learn_shell_trains_from_a_bank(pictures, bank) -> None:
         ("coop", {"backbone": TEACHER}, r"built with features 'backbone' \(\w{12}…\), not 'mini' \(\w{12}…\)$"),
         ("coop", {"regions_per_image": 3}, r"^data.regions_per_image = 3 \(allowed with batches of 4: 1, 2, 4\)$"),
         ("coop", {"bank": None, "regions_per_image": 2}, r"= 2: there is no region bank \(--bank\)$"),
-        ("coop", {"views": 11}, r"^data.views = 11 \(allowed with region bank .*/bank: 1 to 10\)$"),
+        ("coop", {"views": 7}, r"^data.views = 7 \(allowed with region bank .*/bank: 1 to 6\)$"),
         ("coop", {"views": 0}, r"^data.views = 0 \(allowed: random, or a number from 1 on\)$"),
         ("coop", {"bank": "nowhere"}, r"^region bank nowhere does not exist"),
         ("coop", {"images": [Image.new("RGB", (40, 40))] * 18}, r"knows images by their files: it has none that"),
@@ -1055,7 +1063,7 @@ def test_the_rule_for_regions_of_an_image(pictures, bank, tiny) -> None:
 
 
 @pytest.mark.parametrize("method", sweep(["coop", "kdpl_promptsrc", "drople"], "kdpl_promptsrc"))
-def test_a_stopped_run_goes_on_with_its_bank_and_no_other(method, pictures, bank, tmp_path) -> None:
+def test_a_stopped_run_goes_on_with_its_bank_and_no_other(method, pictures, bank, other_bank, tmp_path) -> None:
     own = damaged(bank, tmp_path / "bank")
     config = from_bank(pictures, own, method, **{"data.regions_per_image": 2})
     train(config, tmp_path / "whole")
@@ -1063,7 +1071,7 @@ def test_a_stopped_run_goes_on_with_its_bank_and_no_other(method, pictures, bank
     with pytest.raises(Interrupted):
         train(config, run, [StopsAfter(6)])
     shutil.rmtree(own)
-    build(pictures, own, **{"crops.seed": 2})
+    damaged(other_bank, own)
     with pytest.raises(ArtefactError, match="was begun with another region bank than it has now"):
         train(saved_config(run), run, resume=True)
     shutil.rmtree(own)

@@ -978,6 +978,7 @@ def test_a_folder_that_is_a_file(bench, photos: Path, tmp_path: Path) -> None:
     assert (code, err) == (2, f"error: cannot write {tmp_path / 'file'}: File exists\n")
 
 
+@slow
 def test_the_same_shard_twice_at_once(bench, photos: Path, tmp_path: Path, own_sources) -> None:
     """The run that one is at work on the other reports as in use; no run has two rows."""
     given = ["base-to-novel", *GIVEN, "--data", photos, "--shard", "1/1", "--skip-existing", "--workers", "2"]

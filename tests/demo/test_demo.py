@@ -189,6 +189,7 @@ def test_the_next_commands_work(ran: Ran):
         assert commands[3] == ["demo", "--data", "openmoji", "--out", "demo-drawings"]
 
 
+@slow
 def test_tuning_pays_on_photographs(tmp_path: Path):
     """On the test photographs, with the demo's own seed: what the demo is there to show."""
     data = "clothing-demo"

@@ -12,6 +12,7 @@ import torch
 
 from tests.kit import TINY
 from tests.kit.command import environment, processes
+from tests.kit.marks import slow, sweep
 from tests.kit.pictures import CLASSES, make_pictures
 from tests.kit.runs import arguments, log, prompts
 from vlprompt.backbones.load import load_backbone
@@ -54,6 +55,7 @@ def close(run: Path, other: Path) -> None:
         assert a == pytest.approx(b, rel=1e-4)
 
 
+@slow
 def test_two_processes_equal_one(pictures, tmp_path):
     runs = [
         arguments(m, pictures, tmp_path / m, *SETTINGS, *more, "--json") for m, more in METHOD_SETTINGS.items()
@@ -93,7 +95,9 @@ def test_torchrun_starts_them(pictures, tmp_path):
     assert torch.equal(prompts(tmp_path / "run")["context.vectors"], before["context.vectors"])
 
 
-@pytest.mark.parametrize("method", [*METHOD_SETTINGS, "kgcoop", "cocoop", "vpt", "ivlp"])
+@pytest.mark.parametrize(
+    "method", sweep([*METHOD_SETTINGS, "kgcoop", "cocoop", "vpt", "ivlp"], "coop", "maple", "prograd")
+)
 def test_a_batch_in_parts_equals_a_whole_one(method, pictures):
     # in float64, where nothing but a wrong weight could make a difference
     files = sorted((pictures / "train").rglob("*.png"))
