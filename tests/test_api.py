@@ -264,8 +264,6 @@ def _png(pixels) -> bytes:
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_a_reloaded_model_is_the_same_under_its_own_and_other_class_names(name, tiny, tmp_path):
     method = moved(build_method(name, tiny, NAMES))
-    if method.needs & {"class_descriptions"}:
-        pytest.skip("needs texts about its classes")
     model, pixels = PromptedModel(method), pictures(1)[0]
     model.save_pretrained(tmp_path)
     loaded = PromptedModel.from_pretrained(tmp_path)

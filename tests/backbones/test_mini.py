@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from tests.kit.known import needs_openmoji
+from tests.kit.marks import slow
 from vlprompt import build_method
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import EMBEDDED
@@ -66,6 +67,7 @@ def test_it_names_single_pictures(mini: Backbone, openmoji: LoadedDataset) -> No
 NAMELESS = {"bird": "alpha", "fruit": "bravo", "ground transport": "charlie", "musical instrument": "delta"}
 
 
+@slow
 def test_tuning_teaches_names_it_does_not_know(mini: Backbone, openmoji: LoadedDataset, tmp_path: Path) -> None:
     for picture in pictures():
         if picture.class_name in NAMELESS:

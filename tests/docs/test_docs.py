@@ -16,6 +16,7 @@ from PIL import Image
 
 from tests.kit import REPOSITORY
 from tests.kit.hub import Hub
+from tests.kit.marks import slow
 from vlprompt.cli import app
 from vlprompt.config.schema import build_config, parse_override
 from vlprompt.data.known.openmoji import CLASSES, pictures
@@ -154,7 +155,13 @@ def benches() -> Iterator[tuple[str, list[str]]]:
             yield where, words
 
 
-@pytest.mark.parametrize(("where", "words"), [pytest.param(w, b, id=f"{w}: {' '.join(b)}") for w, b in benches()])
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        pytest.param(w, b, id=f"{w}: {' '.join(b)}", marks=[slow] if w.startswith(("docs/results", "tools/")) else [])
+        for w, b in benches()
+    ],
+)
 def test_benches_can_begin(
     vlprompt, tmp_path: Path, own_method: None, monkeypatch: pytest.MonkeyPatch, where: str, words: list[str]
 ) -> None:

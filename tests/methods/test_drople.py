@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tests.kit import TINY
 from tests.kit.drople import objective
+from tests.kit.marks import sweep
 from tests.kit.runs import StopsAfter, configured, log, prompts
 from vlprompt.artefact.artefact import load_artefact, save_artefact
 from vlprompt.backbones.attention import packed_attention, packed_with_maps, plain_attention, with_maps
@@ -662,7 +663,7 @@ def test_the_artefact_leaves_the_shared_tokens_out(tiny: Backbone, tmp_path: Pat
         assert all(torch.equal(a, b) for a, b in zip(ours[:2], theirs[:2], strict=True))
 
 
-@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("n", sweep([1, 4], 4))
 def test_an_interrupted_run_resumes_to_the_same_bits(n: int, pictures: Path, tmp_path: Path) -> None:
     config = configured(pictures, "drople", **{"train.epochs": 3, "method.lora_rank": 2, "optim.warmup_epochs": 0.1})
     train(config, tmp_path / "whole")

@@ -306,8 +306,8 @@ def check_gaussian_average(case: Case) -> None:
 
 @pytest.mark.parametrize("case", find_cases())
 def test_official_numbers(case: Case) -> None:
-    if case.method not in METHODS:
-        pytest.skip(f"{case.method} is not implemented yet")
+    if case.method not in METHODS and FOLDERS["full"] in case.file.parents:
+        pytest.skip(f"the whole set also has cases of methods that this package has not: {case.method}")
     if case.method == "zero_shot":
         check_zero_shot(case)
     elif "gpa_weights" in case.file.stem:

@@ -15,6 +15,7 @@ from speed.__main__ import main
 from speed.parts import Clock, Parts
 from speed.step import Work, computed, one_step, training
 from tests.kit import TINY
+from tests.kit.marks import slow
 from vlprompt.backbones.backbone import Backbone
 
 
@@ -46,6 +47,7 @@ def test_the_command(python_speed, tmp_path: Path) -> None:
             assert (r["split_s"]["image"] == 0) == (way == "bank")
 
 
+@slow
 def test_the_way_with_towers_in_bf16(python_speed, tmp_path: Path) -> None:
     file = tmp_path / "step.json"
     given = ["step", "maple", "--backbone", "mini", "--classes", "3", "--ways", "default,bf16", "--repeats", "1"]

@@ -292,7 +292,7 @@ def test_wordnet_tells_kinds_apart(tmp_path, monkeypatch):
 
 def test_the_table_is_what_wordnet_says():
     if not (of("kinds").WORDNET / "data.noun").is_file():
-        pytest.skip("wordnet-base is not installed")
+        pytest.skip("the system's package wordnet-base is not installed")
     lite0 = importlib.import_module("vlprompt.backbones.lite0")
     found = of("kinds").kinds(of("kinds").WORDNET)
     assert [lite0.Kind(k["id"], k["text"], tuple(k["names"]), k["gloss"]) for k in found] == lite0.kinds()

@@ -171,8 +171,32 @@ def test_wandb_gets_each_epoch_once(pictures, tmp_path, monkeypatch):
     assert calls == [("vlprompt", "run", "abc", "coop"), "finish"]
 
 
+def test_tensorboard_gets_each_epoch_once(pictures, tmp_path, monkeypatch):
+    calls = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            calls.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            calls.append((name, step))
+
+        def close(self):
+            calls.append("close")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    config = configured(pictures, **{"train.report_to": "tensorboard", "train.epochs": 2})
+    train(config, tmp_path / "run")
+    folder = str(tmp_path / "run" / "tensorboard")
+    assert (calls[0], calls[-1]) == ((folder, 1), "close")
+    assert sorted(calls[1:-1]) == sorted((name, step) for name in ("lr", "ce", "val_accuracy") for step in (1, 2))
+    calls.clear()
+    train(config, tmp_path / "run", resume=True)
+    assert calls == [(folder, 3), "close"]
+
+
 def test_tensorboard_files(pictures, tmp_path):
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed (extra: tensorboard)")
     train(configured(pictures, **{"train.report_to": "tensorboard"}), tmp_path / "run")
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
 

@@ -38,7 +38,7 @@ def test_graphs_need_a_gpu(pictures):
         training("coop", pictures, "cpu", graphs=True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="recording needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="steps are recorded as CUDA graphs, which needs a GPU")
 @pytest.mark.parametrize(
     ("method", "parts"),
     [(m, n) for m in TRAINED for n in (1, 2) if n == 1 or Can.SPLIT_BATCHES in find_method(m).Config().can],
@@ -65,7 +65,7 @@ def test_steps_are_recorded_on_the_gpu_of_the_run(pictures):
     torch.testing.assert_close(learned[1], learned[0], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="recording needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="steps are recorded as CUDA graphs, which needs a GPU")
 @pytest.mark.parametrize(
     ("method", "precision", "k", "said"),
     [

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tests.kit import TINY
 from tests.kit.checks import tree
+from tests.kit.marks import sweep
 from tests.kit.pictures import SHADES, make_photos, paint
 from tests.kit.runs import RUN_FILES
 from vlprompt.artefact.artefact import FORMAT_VERSION, load_artefact, save_artefact
@@ -692,7 +693,9 @@ def test_the_environment_names_the_gpu_of_the_run(monkeypatch: pytest.MonkeyPatc
     assert run.environment(backbone)["device"] == "name of cuda:1"
 
 
-@pytest.mark.parametrize("method", ["coop", "cocoop", "maple", "promptsrc", "linear_probe"])
+@pytest.mark.parametrize(
+    "method", sweep(["coop", "cocoop", "maple", "promptsrc", "linear_probe"], "coop", "linear_probe")
+)
 def test_the_seed_decides_the_run(tiny_from_memory: None, photos: Path, tmp_path: Path, method: str) -> None:
     for name, seed, workers in (("a", 3, 0), ("b", 3, 2), ("c", 4, 0)):
         torch.rand(5)  # whatever ran before
@@ -971,7 +974,7 @@ def test_a_configuration_without_a_key_is_refused(artefact: Path, key: str) -> N
     refused(artefact, "cannot read the tuned model")
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sweep(sorted(METHODS), "coop", "drople", "linear_probe", "maple", "zero_shot"))
 def test_tensors_that_do_not_fit_are_refused(tiny: Backbone, tmp_path: Path, name: str) -> None:
     save_artefact(find_method(name)(tiny, ("blue", "green", "red")), tmp_path)
     file = tmp_path / "prompts.safetensors"
