@@ -46,6 +46,7 @@ WORKERS = 2
 TRAINING = {
     **{f.name: f"optim.{f.name}" for f in fields(OptimConfig)},
     **{name: f"train.{name}" for name in ("epochs", "accumulate", "text_chunk", "graphs")},
+    "teacher": "teacher.backbone",
     "classes_per_batch": "teacher.classes_per_batch",
     **{name: f"data.{name}" for name in ("batch_size", "min_scale", "workers", "bank", "views", "regions_per_image")},
 }
@@ -122,11 +123,11 @@ def fit(
     for images and labels that do not fit together and images that the bank lacks, VlpromptError if a loss is not
     finite.
     """
-    keys = full_keys(settings, TRAINING, "training setting")
+    classifier = teacher if teacher is not None and not isinstance(teacher, str) else None
     if teacher is not None:
-        keys["teacher.backbone"] = teacher if isinstance(teacher, str) else teacher.name
+        settings["teacher"] = classifier.name if classifier else teacher
+    keys = full_keys(settings, TRAINING, "training setting")
     config = build_config(source_of(method), preset, overrides=keys)
-    classifier = None if isinstance(teacher, str) else teacher
     return fit_configured(method, images, labels, config, seed, after_epoch, extra, classifier)
 
 
