@@ -302,15 +302,10 @@ def test_a_disk_that_fills_up_at_the_end_keeps_what_was_logged(here, monkeypatch
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, call, code, reason):
     write_atomically(tmp_path / "file", "old")
 
-    def half(path, content):
-        with path.open("wb") as stream:
-            stream.write(content[:2])
-        raise OSError(code, os.strerror(code))
-
     def refused(*_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(*((Path, "write_bytes", half) if call == "write" else (os, "replace", refused)))
+    monkeypatch.setattr(os, "fsync" if call == "write" else "replace", refused)
     with pytest.raises(OutputError, match=rf"\Acannot write {tmp_path}/file: {reason}"):
         write_atomically(tmp_path / "file", "new")
     monkeypatch.undo()

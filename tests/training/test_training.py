@@ -812,8 +812,8 @@ def test_an_image_that_is_missing_or_damaged_is_named(
     tiny_from_memory: None, tmp_path: Path, spoil: Callable[[Path], str], method: str
 ) -> None:
     data = spoil(make_photos(tmp_path / "photos"))
-    before = tree(tmp_path)
     (tmp_path / "made").mkdir()
+    before = tree(tmp_path)
     for out in ("made", "new"):
         with pytest.raises(DataError, match=one_line(r"red/2\.png")):
             train(configure(Path(data), method, data__batch_size=12), tmp_path / out)
