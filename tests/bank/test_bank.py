@@ -455,6 +455,7 @@ def test_of_two_builds_that_differ_and_begin_together_one_is_refused(more, pictu
     assert content(out) == content(tmp_path / "alone")
 
 
+@slow
 def test_other_images_while_a_bank_is_built_do_not_mix_with_it(pictures, bank, tmp_path) -> None:
     out, seeds = tmp_path / "bank", [{"data.shots": 4, "seed": seed} for seed in (1, 2)]
 

@@ -305,7 +305,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch,
     def refused(*_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(os, {"write": "fsync", "move": "replace"}[call], refused)
+    monkeypatch.setattr(os, "fsync" if call == "write" else "replace", refused)
     with pytest.raises(OutputError, match=rf"\Acannot write {tmp_path}/file: {reason}"):
         write_atomically(tmp_path / "file", "new")
     monkeypatch.undo()

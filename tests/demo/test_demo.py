@@ -73,7 +73,7 @@ def ran(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
             patch.setattr(table, "PHOTOGRAPHS", place / "clothes")
         steps = {name for name in show.methods if "train.epochs" in show.methods[name]}
         fast = {
-            name: dict(given) | ({"train.epochs": 2} if name in steps else {}) for name, given in show.methods.items()
+            name: dict(given) | ({"train.epochs": 1} if name in steps else {}) for name, given in show.methods.items()
         }
         patch.setitem(demo.SHOWS, data, replace(show, methods=fast))
         patch.chdir(place)

@@ -15,7 +15,6 @@ from vlprompt.api import PromptedModel, build_method, fit
 from vlprompt.artefact.artefact import load_artefact, save_artefact
 from vlprompt.artefact.export import export_classes
 from vlprompt.backbones.backbone import Backbone
-from vlprompt.backbones.load import load_backbone
 from vlprompt.config.schema import TrainConfig, build_config, check_capabilities
 from vlprompt.data.images import load_image
 from vlprompt.data.reading import ImageReader
@@ -77,11 +76,6 @@ CACHE = ADAPTER.replace("own_adapter", "own_cache").replace(
 )
 OWN = {"own_adapter": ADAPTER, "own_encoder": ENCODES, "own_cache": CACHE}
 EVERY = sorted([*METHODS, *OWN])
-
-
-@pytest.fixture(scope="module")
-def double() -> Backbone:
-    return load_backbone(str(TINY)).to(dtype=torch.double)
 
 
 @pytest.fixture

@@ -291,7 +291,7 @@ def test_the_negative_context_is_not_saved(tiny: Backbone, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "settings", "couples"),
     [
-        ("kdpl_coop", {}, False),
+        pytest.param("kdpl_coop", {}, False, marks=slow),
         ("fdbpl_coop", {}, False), ("fdbpl_coop", {"pcd": "hinge"}, True), ("fdbpl_promptsrc", {}, True),
     ],
 )  # fmt: skip

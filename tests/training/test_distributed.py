@@ -95,9 +95,7 @@ def test_torchrun_starts_them(pictures, tmp_path):
     assert torch.equal(prompts(tmp_path / "run")["context.vectors"], before["context.vectors"])
 
 
-@pytest.mark.parametrize(
-    "method", sweep([*METHOD_SETTINGS, "kgcoop", "cocoop", "vpt", "ivlp"], "coop", "maple", "prograd")
-)
+@pytest.mark.parametrize("method", sweep([*METHOD_SETTINGS, "kgcoop", "cocoop", "vpt", "ivlp"], "coop", "prograd"))
 def test_a_batch_in_parts_equals_a_whole_one(method, pictures):
     # in float64, where nothing but a wrong weight could make a difference
     files = sorted((pictures / "train").rglob("*.png"))

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from tests.kit.command import environment
-from tests.kit.marks import slow
+from tests.kit.marks import slow, sweep
 from tests.kit.pictures import make_pictures
 from tests.kit.runs import StopsAfter, arguments, configured, log, prompts
 from vlprompt.data.datasets import load_dataset
@@ -109,7 +109,7 @@ def whole(request, pictures, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 5])
+@pytest.mark.parametrize("n", sweep([1, 2, 3, 5], 1, 3))
 def test_an_interrupt_within_an_epoch_loses_nothing(n, whole, tmp_path):
     config = saved_config(whole)
     with pytest.raises(Interrupted, match=r"vlprompt train --resume"):
