@@ -54,7 +54,6 @@ def test_plain_equals_default(name: str, double: Backbone) -> None:
 def test_plain_computes_every_position(name: str, double: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text blocks see every class at full length (DroPLe: of the longest), and the last one asks for all of them."""
     seen: list[torch.Size] = []
-    step(name, double)  # frozen texts are remembered from here on
     with plain(double, longest=name == "drople"):
         whole = Block.forward
 
