@@ -72,7 +72,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         check_classification_targets(y)
         labels = column_or_1d(y, warn=True)
         self.classes_, indices = np.unique(labels, return_inverse=True)
-        known = {**TRAINING, "teacher": "teacher.backbone", **method_keys(self.method)}
+        known = {**TRAINING, **method_keys(self.method)}
         settings = full_keys(self.settings or {}, known, f"setting of {self.method}")
         given = {"train.epochs": self.epochs, "optim.lr": self.lr, "data.batch_size": self.batch_size}
         overrides = {**settings, **{k: v for k, v in given.items() if v is not None}}
