@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from data import PACKAGES, lemmas, package_folder
 from torch import Tensor
 
+from data import PACKAGES, lemmas, package_folder
 from vlprompt.backbones.lite0 import sentence_encoder
 from vlprompt.data.known.openmoji import SUBGROUPS
 from vlprompt.files import write_atomically

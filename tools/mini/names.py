@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from data import PACKAGES, package_folder
 from photos import AXES
 from tokenizer import counts
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data import PACKAGES, package_folder
 from vlprompt.backbones.lite0 import Kind, directions
 from vlprompt.data.known.openmoji import SUBGROUPS
 

@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from data import PACKAGES, package_folder
 from embed import embed
 from image import STATE as IMAGE_STATE
 from image import attention_of
@@ -36,6 +35,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data import PACKAGES, package_folder
 from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.towers import Block, TextConfig, TextTower
 from vlprompt.files import write_atomically

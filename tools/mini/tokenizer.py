@@ -15,9 +15,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from data import PACKAGES, package_folder
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
+from data import PACKAGES, package_folder
 from vlprompt.backbones.tokenizer import EOS, SOS, bpe_from_merges
 from vlprompt.files import write_atomically
 
