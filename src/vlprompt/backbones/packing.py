@@ -89,6 +89,7 @@ def pack(
     where = [dict(zip(s, range(len(s)), strict=True)) for s in slots] if slots else [{} for _ in tokens]
     prefix = _shared_prefix(tokens, where, class_specific) if causal and share else 0
 
+    # One length a group: its attention is one dense product under one mask, with nothing padded.
     by_length: dict[int, list[int]] = {}
     for c, ids in enumerate(tokens):
         by_length.setdefault(len(ids), []).append(c)
@@ -122,6 +123,7 @@ def pack(
 
 def _shared_prefix(tokens: Sequence[Sequence[int]], where: list[dict[int, int]], class_specific: bool) -> int:
     """Tokens before the first one that differs between texts; every text keeps its last token for itself."""
+    # The last token is the one that is pooled: each text needs a row of its own for it, even if all texts are the same.
     limit = min(len(ids) for ids in tokens) - 1
     for j in range(limit):
         if class_specific and j in where[0]:

@@ -96,6 +96,9 @@ class BankViews:
 
         No region of an image comes twice in a turn.
         """
+        # By arithmetic from the step alone: a resumed run, and each of several processes, knows it without a state.
+        # Every round walks through all images in a new order; each image goes on with its regions where it stopped,
+        # from a start of its own, so that the first regions of all do not come in the same epoch.
         n, m = len(self.files), self.regions_per_image
         rounds, places = np.divmod(step * self.images_at_once + np.arange(self.images_at_once), n)
         images = np.array([self._order(int(r))[place] for r, place in zip(rounds, places, strict=True)])

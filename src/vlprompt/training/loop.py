@@ -123,6 +123,7 @@ class Training:
     def _step(self, batch: Batch, asked_to_stop: Callable[[], bool]) -> bool:
         """One optimiser step on this process's share of a batch; whether any process was asked to stop."""
         parts, device = self.config.accumulate, self.method.backbone.device
+        # Not carried from step to step: a run that goes on from a checkpoint draws what it would have drawn.
         seed = np.random.SeedSequence([self.views.seed, self.epoch, self.step, self.processes.rank])
         of_parts = batch.map(lambda t: t.to(device)).parts(parts)
         if self.recorded:
@@ -138,6 +139,7 @@ class Training:
             for name, new in new_gradients.items():
                 old = gradients.get(name)
                 gradients[name] = [a + b for a, b in zip(old, new, strict=True)] if old else new
+        # Who was asked to stop says so with the losses: all processes stop after the same step.
         stop = torch.tensor(float(asked_to_stop()), dtype=torch.double, device=device)
         sums = torch.stack([*terms.values(), stop])
         self.processes.sum_([sums])
