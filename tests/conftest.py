@@ -16,6 +16,7 @@ with warnings.catch_warnings():
     import torch
 
 from tests.kit import TINY, command
+from tests.kit.known import needs_openmoji
 from tests.kit.pictures import make_photos, make_pictures
 
 torch.set_num_threads(1)
@@ -57,6 +58,15 @@ def forget_texts(request):
 def pictures(tmp_path_factory) -> Path:
     """4 training and 2 val pictures of noise of each of three classes."""
     return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="session")
+def openmoji(tmp_path_factory):
+    """The OpenMoji data set, drawn; nothing else is in its folder's folder."""
+    from vlprompt.data.datasets import load_dataset
+
+    needs_openmoji()
+    return load_dataset("openmoji", tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import pytest
 import torch
 import yaml
 
-from tests.kit.known import needs_openmoji
 from tests.kit.marks import slow
 from vlprompt import build_method
 from vlprompt.backbones.backbone import Backbone
@@ -30,12 +29,6 @@ def card(folder: Path) -> dict[str, float]:
 
 
 FIGURES = card(EMBEDDED["mini"])
-
-
-@pytest.fixture(scope="module")
-def openmoji(tmp_path_factory: pytest.TempPathFactory) -> LoadedDataset:
-    needs_openmoji()
-    return load_dataset("openmoji", tmp_path_factory.mktemp("data"))
 
 
 def score(method: Method, split: Split) -> float:

@@ -55,12 +55,6 @@ def pictures(tmp_path_factory) -> Path:
     return make_pictures(tmp_path_factory.mktemp("pictures"), train=6, size=40)
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    """A tiny backbone of these tests alone: a shared one remembers texts, and which batch they were encoded in."""
-    return load_backbone(str(TINY))
-
-
 def build(pictures: Path, out: Path, progress=lambda done, of: None, **more: Any):
     """A bank of six regions, with labels and features unless told otherwise."""
     given = {"data.name": str(pictures), "data.workers": 0, "teacher.backbone": TEACHER, "backbone": str(TINY)}
@@ -406,6 +400,7 @@ def test_a_bank_without_any_file_is_not_begun(more, pictures, bank, tmp_path) ->
     assert content(tmp_path / "bank") == content(bank)
 
 
+@slow
 def test_a_file_whose_images_are_all_gone_is_empty(pictures, bank, tmp_path) -> None:
     images, out = damaged(pictures, tmp_path / "p"), damaged(bank, tmp_path / "bank")
     one, other = (images / "train" / "cat" / name for name in ("one.png", "other.png"))
@@ -882,7 +877,7 @@ def trained(
     return own.state_dict()
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", sweep(TRAINED, "coop", "dpl", "drople", "fdbpl_coop", "promptsrc", "vpt"))
 def test_two_steps_from_a_bank_are_those_online_on_the_same_regions(method, pictures, bank, tiny) -> None:
     """Bit by bit with the bank's features; nearly with those that the image tower gives in batches of another size."""
     own = METHODS[method](tiny, CLASSES, METHODS[method].Config())

@@ -18,7 +18,6 @@ import pytest
 from tests.kit import TINY
 from tests.kit.command import environment
 from tests.kit.marks import slow
-from tests.kit.pictures import make_pictures
 from vlprompt.bench import on_ray
 from vlprompt.bench.protocols import Asked, Run, plan
 from vlprompt.bench.results import read_results
@@ -34,14 +33,6 @@ class Own(ZeroShot):
     pass
 """
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (extra: ray)")
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """4 training and 2 test pictures of three classes."""
-    folder = make_pictures(tmp_path / "photos")
-    (folder / "val").rename(folder / "test")
-    return folder
 
 
 def command(*given: object) -> list[str]:

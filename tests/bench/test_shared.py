@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from tests.kit import TINY
-from tests.kit.pictures import CLASSES, make_pictures
+from tests.kit.pictures import CLASSES
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.bench import shared
@@ -28,14 +28,6 @@ from vlprompt.data.reading import ImageReader
 from vlprompt.errors import DataError
 from vlprompt.methods import Method, find_method
 from vlprompt.training.evaluate import EvaluationImages, predict_logits
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """4 training, no val and 2 test pictures of three classes."""
-    folder = make_pictures(tmp_path / "photos")
-    (folder / "val").rename(folder / "test")
-    return folder
 
 
 @pytest.fixture

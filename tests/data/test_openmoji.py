@@ -30,9 +30,9 @@ def font() -> None:
     needs_openmoji()
 
 
-@pytest.fixture(scope="module")
-def folder(font: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_openmoji(tmp_path_factory.mktemp("data") / "openmoji")
+@pytest.fixture
+def folder(openmoji) -> Path:
+    return openmoji.split.root
 
 
 def ink(image: Image.Image) -> np.ndarray:

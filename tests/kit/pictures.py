@@ -21,10 +21,10 @@ def draw(file: Path, seed: int = 0, width: int = 24, height: int = 20) -> None:
     Image.fromarray(pixels).save(file, format="png")
 
 
-def make_pictures(folder: Path, train: int = 4, val: int = 2, size: int = 32) -> Path:
-    """``train`` and ``val`` pictures of noise of each of three classes."""
+def make_pictures(folder: Path, train: int = 4, val: int = 2, size: int = 32, held_out: str = "val") -> Path:
+    """``train`` and ``val`` pictures of noise of each of three classes; the latter are the part ``held_out``."""
     rng = np.random.default_rng(0)
-    for part, n in (("train", train), ("val", val)):
+    for part, n in (("train", train), (held_out, val)):
         for name in CLASSES:
             (folder / part / name).mkdir(parents=True)
             for i in range(n):
