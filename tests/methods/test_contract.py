@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from vlprompt.config.schema import TrainConfig, build_config, check_capabilities
 from vlprompt.data.images import load_image
 from vlprompt.data.reading import ImageReader
 from vlprompt.errors import ArtefactError, ConfigError
-from vlprompt.methods import METHODS, Batch, Can, Method
+from vlprompt.methods import METHODS, Batch, Can, Method, registry
 from vlprompt.training.evaluate import EvaluationImages, predict_logits
 
 NAMES = ("red square", "blue circle", "green star", "black dog", "old oak tree")
@@ -174,6 +175,38 @@ def test_evaluation_reloading_and_export_keep_every_part(
     save_artefact(method, tmp_path / "saved")
     again = load_artefact(tmp_path / "saved", str(TINY)).eval()
     torch.testing.assert_close(again.predict(x, NAMES), expected, **close)
+
+
+def test_kept_class_features_are_those_of_the_model_as_it_is(double: Backbone) -> None:
+    """However it was changed: in place, past autograd's count of changes, or by another tensor."""
+    method, x = made("coop", double), images(double)
+    seen = [method.predict(x, NAMES)]
+    with torch.no_grad():
+        method.context.vectors.add_(0.1)
+    seen.append(method.predict(x, NAMES))
+    method.context.vectors.data.add_(0.1)
+    seen.append(method.predict(x, NAMES))
+    method.context.vectors = torch.nn.Parameter(method.context.vectors.detach() + 0.1)
+    seen.append(method.predict(x, NAMES))
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+    again = method.predict(x, NAMES)
+    assert torch.equal(again, seen[-1])
+    assert len(method._kept) == 1
+
+
+def test_an_installed_method_stands_for_the_file_it_came_from(
+    tiny: Backbone, sources: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Path(sources["own_adapter"])
+    save_artefact(build_method(str(file), tiny, NAMES), tmp_path / "saved")
+    METHODS.pop("own_adapter")
+    file.rename(tmp_path / "own_package.py")
+    with pytest.raises(ArtefactError, match=r"own_adapter.py, which is not there: load it first"):
+        load_artefact(tmp_path / "saved", str(TINY))
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint("own_adapter", "own_package:Adapter", registry.GROUP)
+    monkeypatch.setattr(registry, "_installed", lambda: {"own_adapter": point})
+    assert load_artefact(tmp_path / "saved", str(TINY)).name == "own_adapter"
 
 
 # --- parts equal the whole, or are refused --------------------------------------------------------

@@ -539,6 +539,15 @@ def test_a_tuned_model_teaches_what_it_predicts(tuned_teacher, pictures, tiny, t
     assert again.fingerprint == teacher.fingerprint, "where it lies decides nothing"
 
 
+def test_teachers_come_in_the_students_precision(tuned_teacher, double) -> None:
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    for name in (str(TINY), str(tuned_teacher)):
+        config = build_config("coop", overrides={"teacher.backbone": name})
+        p = find_teacher(config, CLASSES, "a photo of a {}.", double).probabilities(images)
+        assert p.dtype == torch.double
+        torch.testing.assert_close(p.sum(-1), torch.ones(4, dtype=torch.double), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(("key", "value"), [("template", "one {}."), ("logit_scale", 3.0)])
 def test_a_tuned_teacher_keeps_its_own(key, value, tuned_teacher, pictures, tmp_path) -> None:
     given = {"teacher.backbone": str(tuned_teacher), f"teacher.{key}": value}

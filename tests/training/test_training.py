@@ -589,7 +589,7 @@ def test_evaluate_equals_scoring_image_by_image(
     method = find_method(name)(tiny, split.class_names).eval()
     paths, labels = split.paths("test"), [item.label for item in split.test]
     if name == "cocoop":  # a few images at a time, where each has texts of its own
-        monkeypatch.setattr("vlprompt.methods.base.TEXTS_AT_ONCE", 6)
+        monkeypatch.setattr("vlprompt.methods.base.TEXTS_OF_IMAGES", 6)
     images = EvaluationImages(paths, labels, ImageReader(0))
     result = evaluate(method, images, split.class_names)
     assert result == evaluate(method, images, split.class_names)  # now from remembered features

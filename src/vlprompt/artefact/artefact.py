@@ -24,12 +24,12 @@ from vlprompt.backbones.load import EMBEDDED, load_backbone
 from vlprompt.backbones.names import public_name
 from vlprompt.errors import ArtefactError, BackboneError, ConfigError, one_line, unknown
 from vlprompt.files import write_atomically
-from vlprompt.methods import METHODS, Method, find_method
-from vlprompt.methods.registry import GROUP, file_of
+from vlprompt.methods import Method, find_method, method_names
+from vlprompt.methods.registry import GROUP, checksum, file_of
 from vlprompt.version import __version__
 
 FORMAT_VERSION = 2
-"""2 added ``about`` and ``prompts`` (checksum and shapes); artefacts of version 1 are read without that check."""
+"""2 added ``about`` and ``prompts`` (checksum and shapes); version 1, of before any release, is refused."""
 
 PROMPTS, CONFIG, CARD = "prompts.safetensors", "config.json", "README.md"
 FILES = (CONFIG, PROMPTS, CARD)
@@ -126,7 +126,7 @@ def read_artefact_config(folder: Path) -> dict[str, Any]:
 def _method_file(method: Method) -> dict[str, Any]:
     """The file that the method was loaded from, if it is no package's."""
     file = file_of(type(method))
-    return {"method_file": {"path": str(file), "sha256": sha256(file.read_bytes()).hexdigest()}} if file else {}
+    return {"method_file": {"path": str(file), "sha256": checksum(file)}} if file else {}
 
 
 def _find_method(config: Mapping[str, Any], folder: Path, files: bool) -> type[Method]:
@@ -134,16 +134,16 @@ def _find_method(config: Mapping[str, Any], folder: Path, files: bool) -> type[M
     if source is None:
         return find_method(name)
     file = Path(source["path"])
-    known = METHODS.get(name)
-    if known and file_of(known) in (None, file):
-        return known
+    known = find_method(name) if name in method_names() else None
+    if known and (file_of(known) != file or not files):
+        return known  # installed since, or loaded from where it lies now
     if not files or not file.is_file():
         raise ArtefactError(
             f"{folder} was tuned with method '{name}' of file {file}, which is "
             f"{'not run for a downloaded model' if not files else 'not there'}: load it first with "
             f'find_method("…/{file.name}"), or install it under the entry point group {GROUP}'
         )
-    if sha256(file.read_bytes()).hexdigest() != source["sha256"]:
+    if checksum(file) != source["sha256"]:
         warnings.warn(f"{file} has changed since {folder} was tuned with it", stacklevel=3)
     return find_method(str(file))
 

@@ -182,7 +182,7 @@ def note_planned(runs: Sequence[Run], out: Path) -> None:
     for run in runs:
         place = run.folder.relative_to(run.protocol).as_posix()
         before = known.get(place, {}).get("measured", [])
-        asked = [dict(zip(("data", "classes", "split"), m.key, strict=True)) for m in run.measurements]
+        asked = [m.to_dict() for m in run.measurements]
         known[place] = {
             "data": run.data,
             "name": run.name,

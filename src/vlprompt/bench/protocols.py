@@ -80,6 +80,10 @@ class Measurement:
         """What tells a run's measurements apart: data set as tables print it, classes, split."""
         return data_name(self.data), self.classes, self.split
 
+    def to_dict(self) -> dict[str, str]:
+        """The key as it is written."""
+        return dict(zip(("data", "classes", "split"), self.key, strict=True))
+
 
 @dataclass(frozen=True)
 class Run:

@@ -89,8 +89,8 @@ def do_run(run: Run, out: Path) -> dict[str, Any]:
         method.take_template(measured_dataset(config, measurement, load).template)
         split = measured_split(config, measurement, load)
         score = measure(method.eval(), config, split, measurement.split, out / SHARED)
-        measured: dict[str, Any] = dict(zip(("data", "classes", "split"), measurement.key, strict=True))
-        measured |= {"code": code_version(), "seconds": time.monotonic() - began}
+        measured: dict[str, Any] = {**measurement.to_dict(), "code": code_version()}
+        measured["seconds"] = time.monotonic() - began
         measured["images_fingerprint"] = images_fingerprint(split, measurement.split)
         figures["measured"].append(measured | (described(score, PROTOCOLS[run.protocol].groups) if score else {"n": 0}))
         write_atomically(folder / FIGURES, json.dumps(figures))

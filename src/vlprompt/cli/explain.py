@@ -67,8 +67,11 @@ def explain(method: Method, file: Path, seed: int = 0) -> Explanation:
     pixels = preprocess(load_image(file))
     images = pixels[None].to(method.backbone.device)
     probability, best = method.predict(images, method.class_names)[0].double().softmax(-1).max(-1)
-    v = method.adapt(method.encode_images(images)) if method.image_dependent else None
-    t = method.class_features(method.class_names, v)[..., int(best), :]
+    if method.image_dependent:
+        t = method.class_features(method.class_names, method.adapt(method.encode_images(images)))
+    else:
+        t = method.kept_class_features(method.class_names)
+    t = t[..., int(best), :]
     patches = method.adapt(unit(patch_features(method, images)[0]))
     mean, std = (torch.tensor(x)[:, None, None] for x in (preprocess.mean, preprocess.std))
     shown = (255 * (pixels * std + mean)).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()

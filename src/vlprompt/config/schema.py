@@ -280,16 +280,19 @@ def check_capabilities(
 ) -> None:
     """Raise ConfigError if training, in so many processes, asks for what a method does not say it ``can``."""
     chosen = "" if classes_per_batch is None else f" (teacher.classes_per_batch = {classes_per_batch})"
-    how = [f"{processes} processes"] * (processes > 1)
-    how += [f"train.accumulate = {train.accumulate}"] * (train.accumulate > 1)
+    how = how_split(train, processes)
     if how and (Can.SPLIT_BATCHES not in can or chosen):
-        raise ConfigError(
-            f"method '{name}' compares the images of a batch{chosen}: it does not allow {' and '.join(how)}"
-        )
+        raise ConfigError(f"method '{name}' compares the images of a batch{chosen}: it does not allow {how}")
     if train.text_chunk is not None and Can.SPLIT_TEXTS not in can:
         raise ConfigError(f"train.text_chunk: method '{name}' encodes the texts of all classes at once")
     if train.graphs and (Can.REPLAY_STEPS not in can or chosen):
         raise ConfigError(f"train.graphs: method '{name}' does other operations from step to step{chosen}")
+
+
+def how_split(train: TrainConfig, processes: int) -> str:
+    """Among what the images of a batch are divided, in words; empty if they are not."""
+    how = [f"{processes} processes"] * (processes > 1)
+    return " and ".join(how + [f"train.accumulate = {train.accumulate}"] * (train.accumulate > 1))
 
 
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vlprompt.artefact.artefact import PROMPTS, load_artefact
+from vlprompt.artefact.artefact import PROMPTS, load_artefact, read_artefact_config
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.lite0 import Lite0
 from vlprompt.backbones.load import DTYPES, load_backbone
@@ -40,22 +41,34 @@ class Tuned:
     """A tuned model, of a run's folder; it keeps to its own template and scale."""
 
     def __init__(self, folder: str, device: torch.device | str, precision: str) -> None:
-        self.method = load_artefact(Path(folder).expanduser(), device=str(device), precision=precision)
-        self.name, self.template = folder, self.method.template
-        self.preprocess, self.logit_scale = self.method.backbone.preprocess, self.method.backbone.logit_scale
-        self.device = self.method.backbone.device
-        digest = sha256(repr((self.method.name, self.method.config, self.template)).encode())
-        digest.update(self.method.backbone.fingerprint.encode())
-        for key, value in sorted(self.method.inference_state().items()):
-            digest.update(key.encode() + value.cpu().numpy().tobytes())
-        self.fingerprint = digest.hexdigest()
+        path = Path(folder).expanduser()
+        self.name, self.method = folder, load_artefact(path, device=str(device), precision=precision)
+        self.template, self.logit_scale = self.method.template, self.method.backbone.logit_scale
+        self.preprocess = self.method.backbone.preprocess
+        config = read_artefact_config(path)
+        decides = [config[key] for key in ("method", "settings", "template", "prompts")]
+        decides += [self.method.backbone.fingerprint, config.get("method_file", {}).get("sha256")]
+        self.fingerprint = sha256(json.dumps(decides).encode()).hexdigest()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.method.backbone.device
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Tuned:
+        """Move its backbone and its prompts in place, and the backbone into another precision."""
+        self.method.backbone.to(device, dtype)
+        self.method.to(device)
+        return self
 
     def probabilities(self, images: Tensor, class_names: Sequence[str]) -> Tensor:
         """As :meth:`Classifier.probabilities`."""
         return self.method.predict(images, class_names).softmax(-1)
 
 
-TeacherModel = Backbone | Lite0 | Tuned | Classifier
+NamedModel = Backbone | Lite0 | Tuned
+"""What ``--teacher`` can name."""
+TeacherModel = NamedModel | Classifier
 """What can teach: a backbone or EfficientNet-lite0, asked with texts, or what classifies by itself."""
 
 
@@ -67,12 +80,11 @@ def find_teacher(config: RunConfig, class_names: Sequence[str], template: str, s
     """
     if (name := teacher_name(config)) is None:
         return None
-    precision = next(name for name, dtype in DTYPES.items() if dtype == student.dtype)
-    model = load_teacher_model(name, student.device, precision)
+    model = load_teacher_model(name).to(student.device, student.dtype)
     return configured_teacher(config.teacher, model, class_names, template, student.logit_scale)
 
 
-def load_teacher_model(name: str, device: torch.device | str = "cpu", precision: str = "fp32") -> TeacherModel:
+def load_teacher_model(name: str, device: torch.device | str = "cpu", precision: str = "fp32") -> NamedModel:
     """What ``--teacher`` names: the classifier ``efficientnet-lite0``, a tuned model's folder, or a backbone.
 
     Raises BackboneError as :func:`load_backbone` does, or for a package that is not installed, and ArtefactError as

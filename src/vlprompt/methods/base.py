@@ -19,7 +19,7 @@ from vlprompt.data.batches import Batch
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.prompting.text import TextContext, encode_classes, encode_in_parts
 
-TEXTS_AT_ONCE = 2000
+TEXTS_OF_IMAGES = 2000
 """Class texts encoded together where each image has its own (CoCoOp)."""
 KEPT = 4
 """Lists of class names whose features a tuned model remembers."""
@@ -142,7 +142,7 @@ class Method(nn.Module):
         self.class_names = tuple(class_names)
         self.config: Any = self.Config() if config is None else config
         self.template = template
-        self._kept: dict[tuple, Tensor] = {}
+        self._kept: dict[tuple, tuple[list[Tensor], Tensor]] = {}
         self.build()
 
     def build(self) -> None:
@@ -186,20 +186,21 @@ class Method(nn.Module):
         v = self.adapt(self.encode_images(x) if x.ndim == 4 else x)
         if not self.image_dependent:
             return self.logits(v, self.kept_class_features(names))
-        parts = v.split(max(TEXTS_AT_ONCE // len(names), 1))
+        parts = v.split(max(TEXTS_OF_IMAGES // len(names), 1))
         return torch.cat([self.logits(part, self.class_features(names, part)) for part in parts])
 
     def kept_class_features(self, class_names: Sequence[str]) -> Tensor:
         """Class features of a tuned model; the last few lists' are remembered while nothing of the model changes."""
         if self.training:
             return self.class_features(class_names)
-        state = [(t.data_ptr(), t._version) for t in self.state_dict(keep_vars=True).values()]
-        key = (tuple(class_names), self.template, self.text_chunk, *state)
-        if key not in self._kept:
-            if len(self._kept) == KEPT:
+        backbone, state = self.backbone, list(self.state_dict().values())
+        key = (tuple(class_names), self.template, self.text_chunk, backbone.device, backbone.dtype)
+        # By their values: what is written through ``data``, or into memory used before, leaves no other trace.
+        if key not in self._kept or not _equal(self._kept[key][0], state):
+            if key not in self._kept and len(self._kept) == KEPT:
                 del self._kept[next(iter(self._kept))]
-            self._kept[key] = self.class_features(class_names)
-        return self._kept[key]
+            self._kept[key] = [t.clone() for t in state], self.class_features(class_names)
+        return self._kept[key][1]
 
     def scale_and_bias(self) -> tuple[Tensor, Tensor]:
         """What ``logits`` multiplies and adds: logits = scale · v · tᵀ + bias; the bias is a number, or [C]."""
@@ -327,6 +328,13 @@ class Method(nn.Module):
     def load_inference_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over the tensors of :meth:`inference_state`."""
         self.load_state_dict(state)
+
+
+def _equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Whether tensors are the same in number, kind, place and value."""
+    return len(a) == len(b) and all(
+        x.dtype == y.dtype and x.device == y.device and torch.equal(x, y) for x, y in zip(a, b, strict=True)
+    )
 
 
 def total(losses: Mapping[str, Tensor]) -> Tensor:

@@ -70,7 +70,12 @@ def source_of(method: Method) -> str:
 
 def file_fingerprint(name: str) -> str | None:
     """Twelve hexadecimal digits that stand for what is in a method's file now; None for a method of a package."""
-    return sha256(Path(name).expanduser().read_bytes()).hexdigest()[:12] if is_file(name) else None
+    return checksum(Path(name).expanduser())[:12] if is_file(name) else None
+
+
+def checksum(file: Path) -> str:
+    """SHA-256 of a file."""
+    return sha256(file.read_bytes()).hexdigest()
 
 
 _FILES: dict[type[Method], Path] = {}

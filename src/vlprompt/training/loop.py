@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlprompt.bank.views import BankViews
-from vlprompt.config.schema import OptimConfig, TrainConfig, check_capabilities
+from vlprompt.config.schema import OptimConfig, TrainConfig, check_capabilities, how_split
 from vlprompt.config.teacher import Teacher
 from vlprompt.data.batches import Batch, TrainingViews
 from vlprompt.errors import ConfigError, VlpromptError
@@ -215,7 +215,6 @@ class Training:
 
     def _check_size(self) -> None:
         """Every part of a batch must hold an image."""
-        size, parts = self.processes.size, self.config.accumulate
-        if self.views.images_per_batch < size * parts:
-            how = [f"{size} processes"] * (size > 1) + [f"train.accumulate = {parts}"] * (parts > 1)
-            raise ConfigError(f"a batch of {self.views.images_per_batch} images is too small for {' and '.join(how)}")
+        n, size = self.views.images_per_batch, self.processes.size
+        if n < size * self.config.accumulate:
+            raise ConfigError(f"a batch of {n} images is too small for {how_split(self.config, size)}")
