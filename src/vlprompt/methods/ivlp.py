@@ -12,7 +12,7 @@ from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.towers import Prompts
 from vlprompt.methods.base import LEARNS_PROMPTS, Can, Count, Method, MethodConfig
 from vlprompt.methods.registry import register
-from vlprompt.prompting.text import TextContext
+from vlprompt.prompting.text import TextContext, spaced
 from vlprompt.prompting.visual import VisualPrompts
 
 
@@ -22,7 +22,7 @@ def deep_context(backbone: Backbone, n_ctx: int, init: str | None, depth: int, *
     With fewer learned tokens than initial words the other words stay frozen in the text; with more, the official
     code drops the words and starts at random, and so do we.
     """
-    if init and 0 < len(backbone.tokenizer.words(init)) < n_ctx:
+    if init and 0 < len(backbone.tokenizer.words(spaced(init))) < n_ctx:
         init = None
     return TextContext(backbone, n_ctx, init, depth=depth, **options)
 
