@@ -160,9 +160,16 @@ def check_objective(case: Case) -> None:
 
 
 CHECKS: dict[str, Callable[[Case], None]] = {
-    "token_importance_a": check_importance,
-    "mag_a": check_shared_tokens,
-    "residual_entropy_a": check_residual_entropy,
-    "schedule": check_schedule,
-    "objective_a": check_objective,
+    "vision/in/self_attn": check_importance,
+    "init/learnable_tokens": check_shared_tokens,
+    "out/entropy_text": check_residual_entropy,
+    "annealing_factor/": check_schedule,
+    "in/visual_mag_features_0": check_objective,
 }
+"""By a tensor that only such a case has, or how its name begins."""
+
+
+def check(case: Case) -> None:
+    """The piece of DroPLe that the case is of, by what it holds."""
+    (found,) = (check for begins, check in CHECKS.items() if any(key.startswith(begins) for key in case.tensors))
+    found(case)
