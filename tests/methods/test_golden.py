@@ -1,8 +1,8 @@
 """Every method against the numbers of its official implementation, for every case found.
 
-A case lies in the folder of its method and may have any name. ``OPTIONS`` says, for each method, which of our options the
-hyper-parameters of a case are; one that nobody reads is an error. A folder whose cases are no training runs on images
-has a check of its own in ``CHECKS``.
+A case lies in the folder of its method and may have any name. ``OPTIONS`` says, for each method, which of our options
+the hyper-parameters of a case are; one that nobody reads is an error. A folder whose cases are no training runs on
+images has a check of its own in ``CHECKS``.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from vlprompt.backbones.backbone import Backbone, unit
-from vlprompt.methods.base import Can, Method, MethodConfig, Template
+from vlprompt.methods.base import Can, Method, MethodConfig, Templates
 from vlprompt.methods.registry import register
 from vlprompt.methods.templates import ENSEMBLES
 from vlprompt.prompting.text import check_known, fill
@@ -46,7 +46,7 @@ class ZeroShot(Method):
     class Config(MethodConfig):
         """Options of zero_shot."""
 
-        template: Template | tuple[Template, ...] | None = None
+        template: Templates | None = None
         """Text with {} for the class name, or several whose features are averaged; the data set's own if not given."""
         ensemble: Literal["none", "select", "imagenet"] = "none"
         """Average over the 7 templates selected for ImageNet, or over its first 60 (PromptSRC's list)."""
