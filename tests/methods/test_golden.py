@@ -7,7 +7,10 @@ images has a check of its own in ``CHECKS``.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import pytest
@@ -45,13 +48,14 @@ def cocoop(h: Hyper) -> dict[str, Any]:
 
 def kgcoop(h: Hyper) -> dict[str, Any]:
     words = "a photo of a" if h.words else None  # whatever they are
-    h.told("n_ctx")
+    h.told("n_ctx", "class_token_position")
     n_ctx = 4 if words else h["n_ctx"]
     return {"n_ctx": n_ctx, "init": words, "w": h["w"], "template": h.get("template", "a photo of a {}.")}
 
 
 def prograd(h: Hyper) -> dict[str, Any]:
     options = {"n_ctx": h["n_ctx"], "init": h.words, "class_specific": h.class_specific}
+    options["position"] = h.get("class_token_position", "end")
     return options | {"lambda_": h["lambda_"], "temperature": h["t"], "template": h.get("zero_shot_template")}
 
 
@@ -107,7 +111,7 @@ OPTIONS: dict[str, Options] = {
 def check_zero_shot(case: Case) -> None:
     """One template, or the mean over several."""
     info, gold = case.info, Gold(case.tensors)
-    method = make(case, lambda h: {"template": tuple(info["templates"])}, Hyper(case))
+    method = make(case, lambda _: {"template": tuple(info["templates"])}, Hyper(case))
     noise = info.get("noise_sensitivity", {}).get("logits", 1e-5)
     for key, names in (
         ("logits", "classnames"),
@@ -183,6 +187,29 @@ def test_official_numbers(case: Case) -> None:
         assert case.method not in METHODS, f"{case.method} is registered, but nothing here checks its golden cases"
         assert FOLDERS["full"] in case.file.parents, f"nothing here checks the cases of {case.folder}"
         pytest.skip(f"the whole set also has cases of methods that this package has not: {case.method}")
+
+
+def test_a_case_may_have_any_name(tmp_path: Path) -> None:
+    folder = FOLDERS["reduced"]
+    (tmp_path / "backbone").symlink_to(folder.parent / "backbone")
+    for i, file in enumerate(sorted([*folder.glob("drople/*.json"), folder / "promptsrc" / "gpa_weights.json"])):
+        named = tmp_path / "cases" / file.parent.name / f"b_{i}.json"
+        named.parent.mkdir(parents=True, exist_ok=True)
+        for suffix in (".json", ".safetensors"):
+            copyfile(file.with_suffix(suffix), named.with_suffix(suffix))
+        CHECKS[file.parent.name](Case(named))
+
+
+def test_a_hyper_parameter_that_nobody_reads_is_an_error(tmp_path: Path) -> None:
+    file = FOLDERS["reduced"] / "vpt" / "a_8_depth12.json"
+    info = json.loads(file.read_text())
+    info["hyper"]["dropout"] = 0.5
+    changed = tmp_path / "cases" / "vpt" / "b.json"
+    changed.parent.mkdir(parents=True)
+    (tmp_path / "backbone").symlink_to(FOLDERS["reduced"].parent / "backbone")
+    changed.write_text(json.dumps(info))
+    with pytest.raises(AssertionError, match=r"hyper-parameters that do not reach vpt: \['dropout'\]"):
+        make(Case(changed), vpt, Hyper(Case(changed)))
 
 
 def test_reduced_set_covers_every_method() -> None:
