@@ -6,11 +6,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from speed import bank, growth, short, show, step, text
+from speed import bank, growth, predict, short, show, step, text
 from speed.inputs import write_figures
 from vlprompt.errors import VlpromptError
 
-COMMANDS = {"step": step, "growth": growth, "text": text, "bank": bank, "short": short, "show": show}
+COMMANDS = {
+    "step": step,
+    "growth": growth,
+    "text": text,
+    "predict": predict,
+    "bank": bank,
+    "short": short,
+    "show": show,
+}
 
 
 def main() -> int:

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from speed import bank, growth, step, text
+from speed import bank, growth, predict, step, text
 from vlprompt.errors import DataError
 
-COMMANDS: dict[str, Any] = {"step": step, "growth": growth, "text": text, "bank": bank}
+COMMANDS: dict[str, Any] = {"step": step, "growth": growth, "text": text, "predict": predict, "bank": bank}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -98,7 +98,8 @@ def needed_texts(cases: list[Case]) -> set[str]:
             names |= {name.replace("_", " ") for name in info.get(key) or ()}
         templates |= set(info.get("templates", ()))
         hyper = info.get("hyper") or {}
-        contexts |= {v for k, v in hyper.items() if k.lower().startswith("ctx_init") and v}
+        contexts |= {v.replace("_", " ") for k, v in hyper.items() if k.lower().startswith("ctx_init") and v}
+        templates |= {v for k, v in hyper.items() if k.lower().endswith("template") and "{}" in v}
     contexts |= {"X X"} | {f"X {context}" for context in contexts}  # placeholders of learned tokens without words
     sentences = {f"{context} {{}}." for context in contexts} | templates
     return names | contexts | {sentence.format(name) for sentence in sentences for name in names}

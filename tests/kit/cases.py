@@ -1,13 +1,15 @@
-"""Golden vectors: where they lie, how they are read, and how our parameters are called officially."""
+"""Golden vectors: where they lie, how they are read, our parameters' official names, and how near is near."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -52,15 +54,16 @@ class Case:
         return load_file(self.file.with_suffix(".safetensors"))
 
     @property
+    def folder(self) -> str:
+        """The official method, by which cases are found; a case may have any name."""
+        return self.file.parent.name
+
+    @property
     def method(self) -> str:
         """Our name of the case's method (`zeroshot` is `zero_shot`, `kdpl/vpt_a…` is `kdpl_vpt`)."""
-        folder = self.file.parent.name
-        on_student = f"{folder}_{self.file.stem.partition('_')[0]}"
-        return (
-            on_student
-            if on_student in METHODS
-            else next((m for m in METHODS if m.replace("_", "") == folder.replace("_", "")), folder)
-        )
+        on_student = (f"{self.folder}_{part}" for part in self.file.stem.split("_"))
+        plain = (m for m in METHODS if m.replace("_", "") == self.folder.replace("_", ""))
+        return next((m for m in on_student if m in METHODS), next(plain, self.folder))
 
     @property
     def backbone(self) -> Backbone:
@@ -71,6 +74,43 @@ class Case:
         """The teacher, which the reduced set lacks."""
         folder = self.file.parents[2] / "teacher"
         return _backbone(folder) if folder.is_dir() else None
+
+
+class Hyper(Mapping[str, Any]):
+    """A case's hyper-parameters by lower-case name; whoever feeds a case to a method reads every one of them."""
+
+    def __init__(self, case: Case) -> None:
+        self._values = {key.lower(): value for key, value in (case.info.get("hyper") or {}).items()}
+        self.unread = set(self._values)
+
+    def __getitem__(self, key: str) -> Any:
+        self.unread.discard(key)
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def told(self, *keys: str) -> None:
+        """These only describe what is always so, or what the official code ignores."""
+        self.unread -= set(keys)
+
+    @property
+    def words(self) -> str | None:
+        """The initial words, as the official configurations write them."""
+        return self.get("ctx_init") or None
+
+    def context(self, n_ctx: int | None = None, words: str = "ctx_init") -> dict[str, Any]:
+        """CoOp's context, which is as long as its words, if there are any, whatever ``n_ctx`` says."""
+        n_ctx, words = self.get("n_ctx", n_ctx), self.get(words)
+        return {"n_ctx": len(words.replace("_", " ").split(" ")) if words else n_ctx, "init": words}
+
+    @property
+    def class_specific(self) -> bool:
+        """Words begin a context that is one for all classes, whatever this says."""
+        return bool(self.get("class_specific", self.get("csc"))) and not self.words
 
 
 @cache
@@ -110,9 +150,12 @@ def view(method: Method, official: str, gradient: bool = False) -> Tensor:
     return tensor if index is None else tensor[index]
 
 
-def load_official(method: Method, tensors: dict[str, Tensor], prefix: str) -> set[str]:
-    """Set parameters from ``prefix``NAME tensors; returns the official names. Every parameter must be covered."""
-    names = {k.removeprefix(prefix) for k in tensors if k.startswith(prefix)}
+def load_official(method: Method, tensors: Mapping[str, Tensor], prefix: str) -> set[str]:
+    """Set parameters from ``prefix``NAME tensors; returns the official names. Every parameter must be covered.
+
+    An official parameter of no tokens is none of ours.
+    """
+    names = {k.removeprefix(prefix) for k, tensor in tensors.items() if k.startswith(prefix) and tensor.numel()}
     covered = sum(tensors[prefix + n].numel() for n in names)
     assert covered == sum(p.numel() for p in method.parameters()), "a parameter has no official counterpart"
     with torch.no_grad():
@@ -121,8 +164,21 @@ def load_official(method: Method, tensors: dict[str, Tensor], prefix: str) -> se
     return names
 
 
+class Gold(dict[str, Tensor]):
+    """A case's tensors; what it leaves out is not asked for."""
+
+    compared = 0
+
+    def compare(self, key: str, ours: Tensor, noise: float = 0.0, scale: float | None = None) -> None:
+        """:func:`close`, if the case has the tensor."""
+        if key in self:
+            close(key, ours, self[key], noise, scale)
+            self.compared += 1
+
+
 def close(name: str, ours: Tensor, golden: Tensor, noise: float = 0.0, scale: float | None = None) -> None:
     """Within max(1e-5 · max|x|, 5 × noise); ``noise`` is absolute, or relative to ``scale``."""
+    assert golden.numel(), f"{name}: nothing to compare"
     reach = golden.abs().max().item()
     tolerance = max(1e-5 * reach, 5 * noise * (1 if scale is None else scale))
     assert ours.shape == golden.shape, f"{name}: shape {tuple(ours.shape)}, official {tuple(golden.shape)}"

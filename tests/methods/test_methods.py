@@ -14,11 +14,13 @@ from torch import Tensor
 
 from vlprompt.artefact.artefact import load_artefact, save_artefact
 from vlprompt.backbones.backbone import Backbone
-from vlprompt.config.schema import build_config
+from vlprompt.config.schema import build_config, config_of, parse_yaml
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.methods import METHODS, Batch, Method, find_method
 from vlprompt.methods.base import total
 from vlprompt.methods.promptsrc import gaussian_weights
+from vlprompt.methods.templates import SELECT_TEMPLATES
+from vlprompt.prompting.text import class_tokens, word_vectors
 
 NAMES = ("red square", "blue circle", "green star", "black dog", "old oak tree", "house", "sea_horse")
 OTHER_NAMES = ("one of the very old and very tall trees behind the red house", "向日葵", "подсолнух", "café", "x")
@@ -28,6 +30,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in 
     "vpt, shallow": ("vpt", {"depth": 1}),
     "maple, more tokens than words": ("maple", {"n_ctx": 5, "depth": 2}),
     "ivlp, first layer": ("ivlp", {"depth_text": 1, "depth_vision": 1}),
+    "ivlp, language-only": ("ivlp", {"depth_vision": 0}),
+    "ivlp, vision-only": ("ivlp", {"depth_text": 0}),
+    "promptsrc, language-only": ("promptsrc", {"n_ctx_vision": 0}),
+    "promptsrc, vision-only": ("promptsrc", {"n_ctx_text": 0, "init": None}),
+    "prograd, class-specific": ("prograd", {"class_specific": True, "template": "{}, a kind of thing"}),
+    "fdbpl_coop, two lengths": ("fdbpl_coop", {"n_ctx": 5, "init": None, "n_ctx_negative": 4}),
+    "zero_shot, several templates": ("zero_shot", {"template": ("a {}.", "the {}.")}),
     "dpl, learned weights": ("dpl", {"instance_to_prompt": "learned", "prompt_to_prompt": "drop"}),
     "dpl, constant weight": ("dpl", {"instance_to_prompt": "constant", "text": "read-only"}),
     "dpl, visual": ("dpl", {"branches": "visual", "carry": "replace"}),
@@ -336,6 +345,95 @@ def test_prograd_starts_with_zeros_in_front_of_the_words(tiny: Backbone) -> None
     assert vectors[12:].any(-1).all()
 
 
+def test_prograd_reads_a_template_of_its_own(tiny: Backbone) -> None:
+    images, labels = images_and_labels(tiny, len(NAMES), 7)
+    own, template = make(tiny, "prograd", template="{}, a type of flower."), "{}, a type of flower."
+    cls = find_method("prograd")
+    torch.manual_seed(0)
+    of_data_set = cls(tiny, NAMES, cls.Config(), template=template)
+    plain = make(tiny, "prograd")
+    kl = [m.losses(make_batch(m, images, labels))["kl"] for m in (own, of_data_set, plain)]
+    assert torch.equal(kl[0], kl[1])
+    assert not torch.equal(kl[0], kl[2])
+
+
+def test_prograd_counts_words_as_the_official_code_does(tiny: Backbone) -> None:
+    """Of 9 tokens in 8 words, 8 are learned behind 8 zeros; the last, "a", stays frozen in the text."""
+    words = "a type of flower, a photo of a"
+    method = make(tiny, "prograd", init=words.replace(" ", "_"))
+    ids = tiny.tokenizer.words(words)
+    assert (len(words.split()), len(method.context.vectors)) == (8, 16)
+    assert not method.context.vectors[:8].any()
+    known = word_vectors(tiny, words)
+    assert torch.equal(method.context.vectors[8:], known[:8])
+    texts = class_tokens(tiny, ("house",), 16, method.context.words)
+    assert texts.slots == [list(range(1, 17))]
+    assert texts.ids[0][17 : 1 + 8 + len(ids)] == ids[8:]
+
+
+def test_prograd_learns_a_context_for_each_class(tiny: Backbone) -> None:
+    images, labels = images_and_labels(tiny, len(NAMES), 7)
+    method = make(tiny, "prograd", class_specific=True, n_ctx=6)
+    assert method.context.vectors.shape == (len(NAMES), 6, tiny.text_tower.config.width)
+    assert not method.context.vectors[:, :2].any()
+    shared = make(tiny, "prograd", n_ctx=6)
+    torch.testing.assert_close(logits_of(method, images), logits_of(shared, images), atol=1e-4, rtol=0)
+    losses = [m.losses(make_batch(m, images, labels)) for m in (method, shared)]
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_fdbpl_has_two_contexts_of_their_own_lengths(tiny: Backbone) -> None:
+    method = make(tiny, "fdbpl_coop", n_ctx=5, init=None, n_ctx_negative=3, init_negative="a_photo_of_no")
+    assert (len(method.context.vectors), len(method.negative.vectors)) == (5, 3)
+    assert torch.equal(method.negative.vectors, word_vectors(tiny, "a photo of"))
+    assert len(make(tiny, "fdbpl_coop", n_ctx=5, init=None).negative.vectors) == 5
+
+
+@pytest.mark.parametrize("none", ["n_ctx", "depth"])
+@pytest.mark.parametrize("name", ["ivlp", "promptsrc"])
+def test_one_tower_alone(tiny: Backbone, name: str, none: str) -> None:
+    images, labels = images_and_labels(tiny, len(NAMES), 7)
+    both, vpt = make(tiny, name), make(tiny, "vpt", n_ctx=4, depth=9)
+    language = make(tiny, name, **{f"{none}_vision": 0})
+    vision = make(tiny, name, **{f"{none}_text": 0}, init="a_photo_of_a")
+    language.context.load_state_dict(both.context.state_dict())
+    for method in (vision, vpt):
+        method.visual.load_state_dict(both.visual.state_dict())
+    assert [n for n, _ in language.named_parameters()] == ["context.vectors", "context.deep"]
+    assert [n for n, _ in vision.named_parameters()] == ["visual.vectors"]
+    assert torch.equal(language.class_features(NAMES), both.class_features(NAMES))
+    assert torch.equal(logits_of(vision, images), logits_of(vpt, images))
+    frozen = tiny.encode_images(images)
+    assert torch.equal(language.predict(images, NAMES), language.predict(frozen, NAMES))
+    assert language.config.can == find_method("coop").Config().can
+    assert vision.config.can == vpt.config.can
+    losses = [m.losses(make_batch(m, images, labels)) for m in (language, vision)]
+    if name == "promptsrc":
+        assert losses[0]["image_l1"] == 0 < losses[1]["image_l1"]
+    taught = Batch(images, labels, frozen, torch.ones(7, len(NAMES)).softmax(-1), classes=torch.tensor([1, 3]))
+    assert torch.equal(vision(taught).t, vpt.class_features(NAMES)[[1, 3]])
+    other = "depth" if none == "n_ctx" else "n_ctx"
+    assert language.config.unused() == {f"{other}_vision": f"{none}_vision"}
+    with pytest.raises(ConfigError, match=r"^method.depth_text = .*: nothing is learned"):
+        make(tiny, name, **{f"{none}_vision": 0, f"{none}_text": 0})
+
+
+def test_frozen_texts_without_words_are_the_data_sets_own(tiny: Backbone) -> None:
+    cls = find_method("ivlp")
+    method = cls(tiny, NAMES, cls.Config(depth_text=0, init=None), template="{}, a type of flower.")
+    assert torch.equal(method.class_features(("house",)), tiny.encode_texts(["house, a type of flower."]))
+
+
+@pytest.mark.parametrize("name", [n for n, cls in METHODS.items() if "init" in cls.Config.__dataclass_fields__])
+def test_underscores_in_initial_words_are_spaces(tiny: Backbone, name: str) -> None:
+    """As in the official configurations: CTX_INIT: "a_photo_of_a"."""
+    written, spoken = (make(tiny, name, init=words) for words in ("a_photo_of_a", "a photo of a"))
+    before = spoken.state_dict()
+    assert all(torch.equal(x, before[k]) for k, x in written.state_dict().items())
+    v = tiny.encode_images(images_and_labels(tiny, 2, 2)[0])
+    assert torch.equal(written.class_features(NAMES, v), spoken.class_features(NAMES, v))
+
+
 def test_kgcoop_pulls_towards_the_template(tiny: Backbone) -> None:
     images, labels = images_and_labels(tiny, len(NAMES), 7)
     batch = Batch(images, labels)
@@ -413,6 +511,16 @@ def test_a_template_needs_a_place_for_the_class_name(tiny: Backbone, name: str) 
     torch.testing.assert_close(braces.class_features(("house",)), plain)
 
 
+@pytest.mark.parametrize("given", [["a {}.", "the {}."], '["a {}.", "the {}."]'])
+def test_several_templates(given: list[str] | str) -> None:
+    config = build_config("zero_shot", overrides={"template": given})
+    assert config.options.template == ("a {}.", "the {}.")
+    assert config_of(parse_yaml(config.to_yaml())) == config
+    for bad in (["a {}.", "the"], '["a {}.", "the"]', []):
+        with pytest.raises(ConfigError, match=r"^method.template = "):
+            build_config("zero_shot", overrides={"template": bad})
+
+
 @pytest.mark.parametrize("ensemble", ["none", "select"])
 def test_a_template_beside_an_ensemble_has_no_effect(tiny: Backbone, ensemble: str) -> None:
     plain, changed = (make(tiny, "zero_shot", ensemble=ensemble, template=t) for t in (None, "{}, a kind of thing"))
@@ -423,6 +531,9 @@ def test_a_template_beside_an_ensemble_has_no_effect(tiny: Backbone, ensemble: s
 def test_zero_shot_ensembles(tiny: Backbone) -> None:
     images, _ = images_and_labels(tiny, 2, 2)
     single = logits_of(make(tiny, "zero_shot"), images)
+    select = logits_of(make(tiny, "zero_shot", template=SELECT_TEMPLATES), images)
+    assert torch.equal(select, logits_of(make(tiny, "zero_shot", ensemble="select"), images))
+    assert not torch.equal(select, single)
     select, imagenet = (logits_of(make(tiny, "zero_shot", ensemble=e), images) for e in ("select", "imagenet"))
     assert not torch.allclose(single, select)
     assert not torch.allclose(select, imagenet)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
-from annotated_types import Ge
-from pydantic import AfterValidator
+from annotated_types import Ge, MinLen
+from pydantic import AfterValidator, BeforeValidator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -28,13 +29,25 @@ Count = Annotated[int, Ge(1)]
 Weight = Annotated[float, Ge(0)]
 
 
-def _check_template(text: str) -> str:
-    if "{}" not in text:
+def _check_template(given: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    if not all("{}" in text for text in ([given] if isinstance(given, str) else given)):
         raise ValueError("text with {} for the class name")
-    return text
+    return given
+
+
+def _listed(given: Any) -> Any:
+    """A list that was written on the command line."""
+    try:
+        return json.loads(given) if isinstance(given, str) and given.startswith("[") else given
+    except ValueError:
+        return given
 
 
 Template = Annotated[str, AfterValidator(_check_template)]
+Templates = Annotated[
+    str | Annotated[tuple[str, ...], MinLen(1)], BeforeValidator(_listed), AfterValidator(_check_template)
+]
+"""One template, or several whose features are averaged."""
 
 
 class Can(Flag):

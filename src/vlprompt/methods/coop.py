@@ -58,9 +58,13 @@ class CoOp(Method):
 
     def build(self) -> None:
         """Create the context."""
+        self.context = self.make_context(self.config.n_ctx, self.config.init)
+
+    def make_context(self, n_ctx: int, init: str | None) -> TextContext:
+        """A context where the class name stands as asked, for all classes or for each."""
         c = self.config
         n_classes = len(self.class_names) if c.class_specific else None
-        self.context = TextContext(self.backbone, c.n_ctx, c.init, position=c.position, n_classes=n_classes)
+        return TextContext(self.backbone, n_ctx, init, position=c.position, n_classes=n_classes)
 
     @property
     def takes_new_classes(self) -> bool:

@@ -53,8 +53,9 @@ class FDBPLCoOp(CoOp):
     With w, the informativeness of a region to the teacher: w-weighted ½·KL(teacher ‖ student) + ½·KL(student ‖
     teacher) of the positive logits, −(1 − w)·entropy of the negative ones, 0.001·w·cosine of both, and the cascade
     (PCD). Inference uses the positive context, and only that is saved. Official settings: "a photo of a", "a photo
-    of no", SGD 0.002, batch 32, 50 epochs (negan7879's FDBPL, ``coop_off.py``). Deviation: the official cascade is
-    identically zero, which is ``pcd=off``; ``hinge`` is our reconstruction of what the paper describes.
+    of no", SGD 0.002, batch 32, 50 epochs (negan7879's FDBPL, ``coop_off.py``). Deviations: the official cascade is
+    identically zero, which is ``pcd=off``; ``hinge`` is our reconstruction of what the paper describes. A context is
+    officially as long as its words, or has 5 tokens without words.
     """
 
     paper, year, learns = "Zhang et al., arXiv", 2025, "positive and negative text context"
@@ -66,9 +67,11 @@ class FDBPLCoOp(CoOp):
         """Options of fdbpl_coop."""
 
         n_ctx: Count = 4
-        """Learned context tokens, of each context."""
+        """Learned tokens of the positive context."""
         init: str | None = "a photo of a"
         """Words that initialise the positive context instead of noise."""
+        n_ctx_negative: Count | None = None
+        """Those of the negative context; as many as ``n_ctx`` if not given."""
         init_negative: str | None = "a photo of no"
         """Words that initialise the negative context instead of noise."""
         pcd: Literal["off", "hinge"] = "off"
@@ -83,10 +86,7 @@ class FDBPLCoOp(CoOp):
         """Create both contexts."""
         super().build()
         c = self.config
-        n_classes = len(self.class_names) if c.class_specific else None
-        self.negative: TextContext | None = TextContext(
-            self.backbone, c.n_ctx, c.init_negative, position=c.position, n_classes=n_classes
-        )
+        self.negative: TextContext | None = self.make_context(c.n_ctx_negative or c.n_ctx, c.init_negative)
 
     def supervision(self, out: Output, batch: Batch) -> dict[str, Tensor]:
         """The positive context like the teacher, the negative one undecided where the teacher is."""

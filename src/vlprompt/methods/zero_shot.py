@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from vlprompt.backbones.backbone import Backbone, unit
-from vlprompt.methods.base import Can, Method, MethodConfig, Template
+from vlprompt.methods.base import Can, Method, MethodConfig, Templates
 from vlprompt.methods.registry import register
 from vlprompt.methods.templates import ENSEMBLES
 from vlprompt.prompting.text import check_known, fill
@@ -36,7 +36,8 @@ def frozen_class_features(
 class ZeroShot(Method):
     """The data set's template, or an ensemble of templates whose normalised text features are averaged.
 
-    Official code: KaiyangZhou's CoOp, ``ZeroshotCLIP`` and ``ZeroshotCLIP2``.
+    Official code: KaiyangZhou's CoOp, ``ZeroshotCLIP`` and ``ZeroshotCLIP2``, which averages over the 7 selected
+    templates and the data set's own, but for ImageNet.
     """
 
     paper, year, learns = "Radford et al., ICML", 2021, "nothing"
@@ -45,8 +46,8 @@ class ZeroShot(Method):
     class Config(MethodConfig):
         """Options of zero_shot."""
 
-        template: Template | None = None
-        """Text with {} for the class name; the data set's own if not given."""
+        template: Templates | None = None
+        """Text with {} for the class name, or several whose features are averaged; the data set's own if not given."""
         ensemble: Literal["none", "select", "imagenet"] = "none"
         """Average over the 7 templates selected for ImageNet, or over its first 60 (PromptSRC's list)."""
 
@@ -61,5 +62,6 @@ class ZeroShot(Method):
 
     def class_features(self, class_names: Sequence[str], image_features: Tensor | None = None) -> Tensor:
         """[C, E], the same for every image."""
-        own = (self.config.template or self.template,)
+        given = self.config.template or self.template
+        own = (given,) if isinstance(given, str) else tuple(given)
         return frozen_class_features(self.backbone, class_names, ENSEMBLES.get(self.config.ensemble, own))

@@ -44,7 +44,7 @@ def class_tokens(
     position: Position = "end",
     end: str = ".",
 ) -> ClassTokens:
-    """Texts "{context} {class}." with M learned tokens; underscores in class names are read as spaces.
+    """Texts "{context} {class}." with M learned tokens; underscores are read as spaces.
 
     The first M tokens of the context's ``words`` are learned and the rest of them stays frozen (MaPLe: 2 of
     "a photo of a"). More learned tokens than words stand in front of the words (ProGrad), and without words
@@ -53,6 +53,7 @@ def class_tokens(
     Raises DataError naming the class whose text is longer than the backbone reads.
     """
     tokenizer = backbone.tokenizer
+    words = spaced(words or "")
     n_words = len(tokenizer.words(words)) if words else 0
     lead = " ".join(["X"] * max(n_ctx - n_words, 0) + ([words] if words else []))
     n_lead = max(n_ctx, n_words)
@@ -60,7 +61,7 @@ def class_tokens(
     check_known(backbone, class_names)
     all_ids, slots = [], []
     for class_name in class_names:
-        name = class_name.replace("_", " ")
+        name = spaced(class_name)
         sentence = tokenizer.words(f"{lead} {name}{end}")
         context, rest = sentence[:n_lead], sentence[n_lead:]
         n_name = len(tokenizer.words(name))
@@ -75,15 +76,20 @@ def class_tokens(
     return ClassTokens(all_ids, slots)
 
 
+def spaced(text: str) -> str:
+    """A class name, or CoOp's ``a_photo_of_a``, with spaces between its words."""
+    return text.replace("_", " ")
+
+
 def fill(template: str, class_names: Sequence[str]) -> list[str]:
     """A template's text for each class; underscores in class names are read as spaces."""
-    return [template.replace("{}", name.replace("_", " ")) for name in class_names]
+    return [template.replace("{}", spaced(name)) for name in class_names]
 
 
 def check_known(backbone: Backbone, class_names: Sequence[str]) -> None:
     """Raise DataError for a class name of which the backbone's vocabulary knows nothing."""
     for name in class_names:
-        if not backbone.tokenizer.words(name.replace("_", " ")):
+        if not backbone.tokenizer.words(spaced(name)):
             raise DataError(f"class name '{name}' has no token that the backbone knows")
 
 
@@ -157,7 +163,7 @@ class TextContext(nn.Module):
 def word_vectors(backbone: Backbone, words: str) -> Tensor:
     """Token embeddings of words, in fp32 at least: [tokens, D]. Raises ConfigError where there are none."""
     embedding = backbone.text_tower.token_embedding
-    ids = backbone.tokenizer.words(words)
+    ids = backbone.tokenizer.words(spaced(words))
     if not ids:
         raise ConfigError(f"initial words '{words}' have no token that the backbone knows")
     vectors = embedding(torch.tensor(ids, device=embedding.weight.device))

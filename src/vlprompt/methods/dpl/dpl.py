@@ -14,7 +14,7 @@ from vlprompt.backbones.backbone import unit
 from vlprompt.backbones.towers import ImageTower, Prompts, TextTower
 from vlprompt.methods.base import LEARNS_PROMPTS, LEARNS_TEXT, Can, Method, Template, Weight
 from vlprompt.methods.dpl.decoupled import SentencePrompts, SubProcesses, image_attention, text_attention
-from vlprompt.methods.ivlp import IVLP, deep_context
+from vlprompt.methods.ivlp import IVLP, DeepPrompts, deep_context
 from vlprompt.methods.registry import register
 from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.prompting.text import TextContext, encode_classes
@@ -39,7 +39,7 @@ class DPL(Method):
     presets = {"textual": {"method.branches": "textual", "optim.lr": 0.002}}
 
     @dataclass(frozen=True)
-    class Config(IVLP.Config):
+    class Config(DeepPrompts):
         """Options of dpl."""
 
         branches: Literal["visual", "textual", "both"] = "both"

@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le, Lt
 
 from vlprompt.methods.base import LEARNS_PROMPTS, Can, Count, Weight
-from vlprompt.methods.ivlp import IVLP
+from vlprompt.methods.ivlp import DeepPrompts
 
 Probability = Annotated[float, Ge(0), Le(1)]
 
 
 @dataclass(frozen=True)
-class Config(IVLP.Config):
+class Config(DeepPrompts):
     """Options of drople."""
 
     depth_vision: Count = 6

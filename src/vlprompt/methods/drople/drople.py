@@ -58,7 +58,7 @@ class DroPLe(IVLP):
         "long-tail": {"data.shots": 16, "data.imbalance": 10},
     }
     rates = {"lora.": 0.1}
-    Config = config.Config
+    Config = config.Config  # type: ignore[assignment]  # sizes of IVLP's may be 0
 
     def build(self) -> None:
         """Create prompts, shared tokens, logit scale and, if asked for, adapters."""
