@@ -101,7 +101,7 @@ def load_siglip_tokenizer(folder: Path, context_length: int, *, canonical: bool 
     file = folder / "tokenizer.json"
     if not file.is_file():
         other = next((f.name for f in sorted(folder.glob("*.model"))), None)
-        reason = f"; {other} is not read: the hub has tokenizer.json beside it" if other else ""
+        reason = f"; {other} is not read: the model's repository on the hub has tokenizer.json" if other else ""
         raise BackboneError(f"no tokenizer.json in {folder}: SigLIP's tokenizer is read from it{reason}")
     tokenizer = _read_tokenizer_json(file)
     steps: list[normalizers.Normalizer] = [normalizers.Lowercase()]

@@ -95,12 +95,15 @@ def predict(
     from vlprompt.artefact.artefact import load_artefact
     from vlprompt.cli.predict import find_images, predict_images, read_class_names, show
     from vlprompt.data.reading import CACHE_BYTES, ImageReader, readable
+    from vlprompt.prompting.text import partly_known
 
     if json_output and csv:
         raise ConfigError("--json and --csv exclude each other")
     paths = find_images(images)
     method = load_artefact(run, backbone, device, precision)
     names = read_class_names(class_names, class_names_file) or method.class_names
+    if names != method.class_names and (note := partly_known(method.backbone, names)):
+        say(note)
     with ImageReader(room=CACHE_BYTES if skip_bad else 0) as reader:
         kept = [paths[i] for i in readable(paths, reader, skip_bad, say)]
         predictions = predict_images(method, kept, names, top, reader)
