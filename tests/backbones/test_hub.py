@@ -19,6 +19,7 @@ from tests.backbones.test_backbones import (
     check_parity,
     clip,
     clip_ids,
+    open_clip,  # noqa: F401, a fixture
     openai_state,
     refused,
     write_hf,
@@ -26,6 +27,7 @@ from tests.backbones.test_backbones import (
     write_tokenizer,
 )
 from tests.kit.hub import Hub
+from vlprompt.backbones.convert import convert
 from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.names import hub_id, public_name
 from vlprompt.errors import BackboneError
@@ -284,3 +286,43 @@ def test_a_configuration_that_does_not_fit_is_told(tmp_path: Path) -> None:
         with pytest.raises(BackboneError, match=r"cannot read .*open_clip_config\.json") as caught:
             load_backbone(tmp_path)
         assert "\n" not in str(caught.value)
+
+
+# -------------------------------------------------------------------------- one's own checkpoint of an open_clip model
+
+
+@pytest.mark.usefixtures("open_clip")
+@pytest.mark.parametrize("name", ["epoch_3.pt", "open_clip_pytorch_model.bin", "model.safetensors"])
+def test_own_checkpoint_of_an_open_clip_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """``open_clip:MODEL/FILE``: the library says the architecture, the file has the weights, and is found again."""
+    file = write_state(tmp_path / "own" / name, "module.")
+    backbone = load_backbone(f"open_clip:tiny/{file}")
+    check_parity(backbone, clip("gelu", 4), clip_ids(write_tokenizer(tmp_path / "reference")))
+    assert public_name(backbone.name) == f"open_clip:tiny/{name}"
+    monkeypatch.chdir(tmp_path)
+    again = load_backbone(f"open_clip:tiny/own/{name}")
+    assert (again.name, again.fingerprint) == (backbone.name, backbone.fingerprint)
+    quick = load_backbone(f"open_clip:tiny-quickgelu/own/{name}")
+    assert quick.text_tower.config.activation == "quick_gelu"
+    assert quick.fingerprint != backbone.fingerprint
+
+
+@pytest.mark.usefixtures("open_clip")
+def test_own_checkpoints_refused(tmp_path: Path) -> None:
+    refused(f"open_clip:tiny/{tmp_path}/no.pt", match=f"checkpoint {tmp_path}/no.pt does not exist")
+    torch.save({"w": Payload()}, tmp_path / "object.pt")
+    refused(f"open_clip:tiny/{tmp_path}/object.pt", match="object.pt holds objects beside tensors")
+    file = write_state(tmp_path / "other.pt")
+    refused(f"open_clip:tower/{file}", match="open_clip vision_cfg with timm_model_name = vit_base_mci_224")
+
+
+def test_convert_keeps_what_shows_openai(tmp_path: Path) -> None:
+    """Their three numbers, tensors or not: after it the file loads without a configuration."""
+    numbers = {"input_resolution": 32, "context_length": torch.tensor(40), "vocab_size": 6362}
+    torch.save(openai_state() | numbers, tmp_path / "clip.pt")
+    write_tokenizer(tmp_path)
+    convert(tmp_path / "clip.pt", tmp_path / "clip.safetensors")
+    check_parity(load_backbone(tmp_path / "clip.safetensors"), clip(), clip_ids(tmp_path))
+    torch.save(openai_state(), tmp_path / "bare.pt")
+    convert(tmp_path / "bare.pt", tmp_path / "bare.safetensors")
+    refused(str(tmp_path / "bare.safetensors"), match="does not say its architecture (heads and activation)")
