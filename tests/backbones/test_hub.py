@@ -30,6 +30,7 @@ from tests.kit.hub import Hub
 from vlprompt.backbones.convert import convert
 from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.names import hub_id, public_name
+from vlprompt.bench.protocols import backbone_name
 from vlprompt.errors import BackboneError
 
 CARD = [".gitattributes", "README.md"]
@@ -326,3 +327,12 @@ def test_convert_keeps_what_shows_openai(tmp_path: Path) -> None:
     torch.save(openai_state(), tmp_path / "bare.pt")
     convert(tmp_path / "bare.pt", tmp_path / "bare.safetensors")
     refused(str(tmp_path / "bare.safetensors"), match="does not say its architecture (heads and activation)")
+
+
+def test_a_bench_names_the_repository() -> None:
+    """So that published figures are found whichever name the weights were asked for by."""
+    assert {backbone_name(n) for n in ("ViT-B/16", "hf-hub:openai/clip-vit-base-patch16")} == {
+        backbone_name("openai/clip-vit-base-patch16")
+    }
+    assert backbone_name("mini") == "mini"
+    assert backbone_name("open_clip:ViT-B-16/openai") == "open_clip-ViT-B-16-openai"

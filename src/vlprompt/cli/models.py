@@ -162,7 +162,10 @@ def convert(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A .bin or .pt state dict.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file to write.")],
 ) -> None:
-    """Convert an older checkpoint to safetensors, without running code that it may hold."""
+    """Convert an older checkpoint to safetensors, without running code that it may hold.
+
+    OpenAI's loads as it is; weights of open_clip need their open_clip_config.json beside them.
+    """
     from vlprompt.backbones.convert import convert as convert_file
 
     say(f"{convert_file(file, out)} tensors written to {out}")
