@@ -205,6 +205,7 @@ def test_bin_is_read_once_and_kept_beside(tmp_path: Path, monkeypatch: pytest.Mo
     (folder / "open_clip_config.json").unlink()
     check_parity(load_backbone(folder), clip(), clip_ids(folder))
     kept, calls, real = folder / "pytorch_model.safetensors", [], torch.load
+    old = folder / "open_clip_pytorch_model.bin"
     monkeypatch.setattr(torch, "load", lambda *a, **k: calls.append(1) or real(*a, **k))
     first = load_backbone(folder).fingerprint
     assert kept.is_file()
@@ -216,8 +217,24 @@ def test_bin_is_read_once_and_kept_beside(tmp_path: Path, monkeypatch: pytest.Mo
     os.utime(folder / "pytorch_model.bin", ns=(1, 1))
     assert load_backbone(folder).fingerprint != first
     assert load_backbone(folder).logit_scale == pytest.approx(torch.tensor(5.60546875).exp().item())
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP, "preprocess_cfg": {}}))
+    (folder / "config.json").unlink()
+    for scale in (4.5, 4.0):  # what was kept has a name that weights of their own may have
+        torch.save(openai_state(clip("gelu", 4)) | {"logit_scale": torch.tensor(scale)}, old)
+        os.utime(old, ns=(1, int(10 * scale)))
+        assert load_backbone(folder).logit_scale == pytest.approx(torch.tensor(scale).exp().item())
+        assert old.with_suffix(".safetensors").is_file()
+    old.unlink()
+    assert load_backbone(folder).logit_scale == pytest.approx(torch.tensor(4.0).exp().item())
+
+
+def test_a_file_of_the_kept_name_is_left_alone(tmp_path: Path) -> None:
+    folder = written(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    (folder / "open_clip_config.json").unlink()
+    kept = folder / "pytorch_model.safetensors"
     kept.write_bytes(b"damaged")
-    assert load_backbone(folder).logit_scale > 200
+    check_parity(load_backbone(folder), clip(), clip_ids(folder))
     assert kept.read_bytes() == b"damaged"  # not ours: left alone
 
 
@@ -282,11 +299,21 @@ def test_hugging_face_weights_by_their_file(tmp_path: Path) -> None:
 def test_a_configuration_that_does_not_fit_is_told(tmp_path: Path) -> None:
     config = changed(OPEN_CLIP, "vision_cfg.image_size", [32, 64])
     refused(str(write_open_clip(tmp_path, config)), match="open_clip vision_cfg that is not square: [32, 64]")
-    for bad in ("thirty", None, {"a": 1}):
-        write_open_clip(tmp_path, changed(OPEN_CLIP, "vision_cfg.width", bad))
-        with pytest.raises(BackboneError, match=r"cannot read .*open_clip_config\.json") as caught:
-            load_backbone(tmp_path)
-        assert "\n" not in str(caught.value)
+    for key in ("width", "layers", "patch_size", "head_width", "mlp_ratio", "image_size"):
+        for bad in ("thirty", None, {"a": 1}, -3, 0, 1.5, 10**9):
+            write_open_clip(tmp_path, changed(OPEN_CLIP, f"vision_cfg.{key}", bad))
+            with pytest.raises(BackboneError) as caught:
+                load_backbone(tmp_path)
+            assert "\n" not in str(caught.value)
+    folder = write_hf(tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    for path in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size"):
+        for side in ("vision_config", "text_config"):
+            for bad in ("thirty", None, [1], 7, -1):
+                (folder / "config.json").write_text(json.dumps(changed(config, f"{side}.{path}", bad)))
+                with pytest.raises(BackboneError) as caught:
+                    load_backbone(folder)
+                assert "\n" not in str(caught.value)
 
 
 # -------------------------------------------------------------------------- one's own checkpoint of an open_clip model

@@ -76,6 +76,10 @@ def _read_file(file: Path) -> State:
     if file.suffix != ".safetensors":
         return _kept_beside(file)
     try:
+        with safe_open(file, "pt") as content:
+            origin = (content.metadata() or {}).get("converted_from")
+        if origin and (older := file.with_name(Path(origin).name)).is_file():
+            return _kept_beside(older)  # which may have changed since
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise BackboneError(f"cannot read {file}: {error}") from None

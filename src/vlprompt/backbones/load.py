@@ -29,6 +29,9 @@ EMBEDDED = {"mini": Path(__file__).parent / "mini"}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+MOST = {"width": 100_000, "mlp_width": 1_000_000, "embed_dim": 100_000, "heads": 10_000, "layers": 1000,
+        "image_size": 10_000, "patch_size": 10_000, "vocab_size": 10_000_000, "context_length": 100_000}  # fmt: skip
+"""What a configuration may say; beyond that it is damaged."""
 CLIP_VOCAB_SIZE = 49408
 CLIP_TOKENIZER_SOURCE = "openai/clip-vit-base-patch32"  # the vocabulary is the same for all of OpenAI's models
 
@@ -96,11 +99,21 @@ def _from_folder(name: str, folder: Path, found: Found | None = None) -> Backbon
 
 
 def _layout(folder: Path, found: Found) -> Layout:
-    config = read_json(folder / found.config)
+    file = folder / found.config
+    config = read_json(file)
     try:
-        return open_clip_layout(config.get("model_cfg", {})) if found.of_open_clip else hf_layout(config)
+        layout = open_clip_layout(config.get("model_cfg", {})) if found.of_open_clip else hf_layout(config)
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise BackboneError(f"cannot read {folder / found.config}: {one_line(error)}") from None
+        raise BackboneError(f"cannot read {file}: {one_line(error)}") from None
+    without = ("layers", "mlp_width") if layout.image.stages else ()  # a ResNet has neither
+    for tower in (layout.image, layout.text):
+        for name, value in vars(tower).items():
+            most, least = MOST.get(name), 0 if name in without else 1
+            if most and not (type(value) is int and least <= value <= most):
+                raise BackboneError(f"cannot read {file}: {name} = {one_line(value, 60)} (allowed: {least} to {most})")
+        if tower.width % tower.heads:
+            raise BackboneError(f"cannot read {file}: width = {tower.width} is no multiple of {tower.heads} heads")
+    return layout
 
 
 def _preprocess(folder: Path, found: Found, layout: Layout) -> Preprocess:
