@@ -523,7 +523,7 @@ def test_open_clip_absent(no_open_clip: None) -> None:
     ("path", "value", "match"),
     [
         ("vision_cfg.timm_model_name", "vit_base_mci_224", "vision_cfg with timm_model_name = vit_base_mci_224"),
-        ("vision_cfg.layers", [3, 4, 6, 3], "open_clip ResNet with layers = [3, 4, 6, 3]"),
+        ("vision_cfg.layers", [3, 4, 6, 3], 'does not fit its own configuration: Missing key(s) in state_dict: "bn1'),
         ("vision_cfg.pool_type", "avg", "vision_cfg with pool_type = avg"),
         ("vision_cfg.ls_init_value", 1e-4, "vision_cfg with ls_init_value = 0.0001"),
         ("vision_cfg.norm_kwargs", {"eps": 1e-6}, "vision_cfg with norm_kwargs = {'eps': 1e-06}"),
@@ -596,8 +596,8 @@ def test_siglip_without_head_refused(siglip_folder: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("remove", "add", "match"),
     [
-        ("visual.proj", "visual.attnpool.c_proj.weight", "is a CLIP ResNet (allowed: vision transformers)"),
-        ("visual.conv1.weight", "x", "is no OpenAI CLIP state dict"),
+        ("visual.proj", "visual.attnpool.c_proj.weight", "lacks tensor 'visual.attnpool.positional_embedding'"),
+        ("visual.conv1.weight", "x", "checkpoint lacks tensor 'visual.conv1.weight'"),
         ("token_embedding.weight", None, "checkpoint lacks tensor 'token_embedding.weight'"),
         ("ln_final.bias", None, "checkpoint lacks tensor 'ln_final.bias'"),
         (None, "visual.extra", "checkpoint has tensors of another architecture: visual.extra"),
@@ -617,6 +617,7 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
     file.rename(tmp_path / "model.pt")
     refused(str(tmp_path), match=f"no model.safetensors in {tmp_path}: convert older weights first")
     refused(str(tmp_path / "model.pt"), match="model.pt is not a .safetensors file: convert it first: vlprompt convert")
+    write_hf(tmp_path)
     (tmp_path / "config.json").write_text("{")
     refused(str(tmp_path), match=f"cannot read {tmp_path / 'config.json'}: ")
     (tmp_path / "config.json").unlink()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tests.kit import TINY
 from vlprompt.backbones.backbone import Backbone
-from vlprompt.backbones.load import CLIP_MEAN, CLIP_STD
+from vlprompt.backbones.processors import CLIP_MEAN, CLIP_STD
 from vlprompt.backbones.tokenizer import TextTokenizer, load_clip_tokenizer
 from vlprompt.backbones.towers import Block, ImageConfig, ImageTower, TextConfig, TextTower
 from vlprompt.data.images import Preprocess

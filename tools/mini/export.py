@@ -22,7 +22,7 @@ from text import STATE as TEXT_STATE
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from vlprompt.backbones.load import CLIP_MEAN, CLIP_STD
+from vlprompt.backbones.processors import CLIP_MEAN, CLIP_STD
 from vlprompt.backbones.tokenizer import EOS, SOS
 from vlprompt.files import write_atomically
 

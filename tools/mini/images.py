@@ -16,7 +16,7 @@ from steps import draw_by_weight
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlprompt.backbones.load import CLIP_MEAN, CLIP_STD
+from vlprompt.backbones.processors import CLIP_MEAN, CLIP_STD
 
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
 

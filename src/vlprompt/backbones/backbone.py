@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,10 +134,16 @@ class Backbone:
         digest = hashlib.sha256()
         reads = (self.image_tower.config, self.text_tower.config, self.preprocess)
         scale_and_bias = torch.tensor([math.log(self.logit_scale), self.logit_bias]).to(torch.float16)
-        digest.update(repr((*reads, scale_and_bias.tolist())).encode())
+        digest.update(f"({', '.join(map(_described, reads))}, {scale_and_bias.tolist()})".encode())
         digest.update(str(self.tokenizer.tokenizer.get_vocab_size()).encode())
         for tower in (self.image_tower, self.text_tower):
             for name, tensor in sorted(tower.state_dict().items()):
                 digest.update(name.encode())
                 digest.update(tensor.to(torch.float16).cpu().contiguous().numpy().data)
         return digest.hexdigest()
+
+
+def _described(config: Any) -> str:
+    """Its ``repr`` without keyword-only fields at their defaults: these came later, and fingerprints stay the same."""
+    shown = [f.name for f in fields(config) if not f.kw_only or getattr(config, f.name) != f.default]
+    return f"{type(config).__name__}({', '.join(f'{name}={getattr(config, name)!r}' for name in shown)})"

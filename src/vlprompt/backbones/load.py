@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from vlprompt.backbones.backbone import Backbone
-from vlprompt.backbones.formats import State, Weights, read_hf, read_open_clip, read_openai
+from vlprompt.backbones.convert import OPENAI_NUMBERS, State, parts, read_json, read_weights
+from vlprompt.backbones.formats import Layout, hf_layout
+from vlprompt.backbones.hub import BESIDE, HF_CONFIG, OPEN_CLIP_CONFIG, Found, choose, download, list_files
 from vlprompt.backbones.lite0 import NAME as LITE0
-from vlprompt.backbones.names import may_be_hub_id
+from vlprompt.backbones.names import OPENAI, hub_id
+from vlprompt.backbones.openai import open_clip_layout, openai_layout, shows_openai
+from vlprompt.backbones.processors import hf_preprocess, open_clip_preprocess
+from vlprompt.backbones.resnet import ResNetTower
 from vlprompt.backbones.tokenizer import FILES as TOKENIZER_FILES
 from vlprompt.backbones.tokenizer import TextTokenizer, load_clip_tokenizer, load_siglip_tokenizer
 from vlprompt.backbones.towers import ImageTower, TextTower
 from vlprompt.data.images import Preprocess
-from vlprompt.errors import BackboneError, first_line, unknown
+from vlprompt.errors import BackboneError, first_line, one_line, unknown
 
 EMBEDDED = {"mini": Path(__file__).parent / "mini"}
 """Backbones that come with the package."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MOST = {"width": 100_000, "mlp_width": 1_000_000, "embed_dim": 100_000, "heads": 10_000, "layers": 1000,
+        "image_size": 10_000, "patch_size": 10_000, "vocab_size": 10_000_000, "context_length": 100_000}  # fmt: skip
+"""What a configuration may say; beyond that it is damaged."""
 CLIP_VOCAB_SIZE = 49408
 CLIP_TOKENIZER_SOURCE = "openai/clip-vit-base-patch32"  # the vocabulary is the same for all of OpenAI's models
-OPEN_CLIP_STEMS = ("open_clip_model", "open_clip_pytorch_model")
-HUB_FILES = ["*.json", "*.safetensors", "merges.txt", "README.md"]
 
 
 def load_backbone(
@@ -43,9 +43,10 @@ def load_backbone(
 ) -> Backbone:
     """Load a frozen vision-language model.
 
-    ``name`` is ``mini`` (embedded), a folder or a ``.safetensors`` file, a hub
-    id such as ``openai/clip-vit-base-patch16``, or ``open_clip:MODEL/TAG``. Folders are Hugging Face CLIP or SigLIP, or
-    open_clip's (``open_clip_config.json``); a file is an OpenAI state dict.
+    ``name`` is ``mini`` (embedded), a folder or a ``.safetensors`` file, a hub id such as
+    ``openai/clip-vit-base-patch16`` (or ``ViT-B/16``, ``hf-hub:OWNER/MODEL``), or ``open_clip:MODEL/TAG``, where one's
+    own checkpoint may be the TAG. Folders are Hugging Face CLIP or SigLIP, or open_clip's (``open_clip_config.json``);
+    a file is an OpenAI state dict, or has its configuration beside it.
 
     Raises BackboneError if nothing is found there, if the architecture is not supported, or if tensors are
     missing, left over or of another shape.
@@ -60,12 +61,12 @@ def load_backbone(
         backbone = _from_folder(name, path)
     elif path.is_file():
         backbone = _from_file(name, path)
-    elif may_be_hub_id(name):
-        backbone = _from_folder(name, _download(name, HUB_FILES))
+    elif repo := hub_id(name):
+        backbone = _from_hub(repo)
     elif name == LITE0:
         raise BackboneError(f"'{name}' is a classifier without a text tower: it can teach (--teacher), and no more")
     else:
-        near = get_close_matches(name, [*EMBEDDED, LITE0], n=1, cutoff=0.5)
+        near = get_close_matches(name, [*EMBEDDED, LITE0, *OPENAI], n=1, cutoff=0.5)
         guess = f": did you mean '{near[0]}'?" if near else ""
         raise BackboneError(
             f"no backbone '{name}'{guess} (allowed: {', '.join(EMBEDDED)}, a folder or .safetensors file, "
@@ -77,31 +78,79 @@ def load_backbone(
         raise BackboneError(f"cannot use device '{device}': {first_line(error)}") from None
 
 
-def _from_folder(name: str, folder: Path) -> Backbone:
-    # Many repositories hold both configurations, but safetensors of one of them only.
-    stem = next((s for s in OPEN_CLIP_STEMS if (folder / f"{s}.safetensors").is_file()), None)
-    if (folder / "open_clip_config.json").is_file() and (stem or not (folder / "config.json").is_file()):
-        config = _read_json(folder / "open_clip_config.json")
-        weights = read_open_clip(config.get("model_cfg", {}), _read_state(folder, stem or OPEN_CLIP_STEMS[0]))
-        preprocess = _open_clip_preprocess(weights, config.get("preprocess_cfg", {}))
-        return _assemble(name, weights, preprocess, _clip_tokenizer(folder, weights), _licence(folder))
-    if (folder / "config.json").is_file():
-        config = _read_json(folder / "config.json")
-        weights = read_hf(config, _read_state(folder, "model"))
-        preprocess = _hf_preprocess(folder, weights)
-        reader = load_clip_tokenizer if weights.text.causal else load_siglip_tokenizer
-        return _assemble(name, weights, preprocess, reader(folder, weights.text.context_length), _licence(folder))
-    raise BackboneError(f"no backbone in {folder}: needs config.json or open_clip_config.json")
+def _from_hub(name: str) -> Backbone:
+    """Only one form of the weights is fetched, and not before its configuration is known to be one of ours."""
+    files = list_files(name)
+    if files is None:
+        return _from_folder(name, download(name, [], local=True))
+    found = choose(files, name)
+    small = [file for file in found.described_by if file in files]
+    folder = download(name, small)
+    _preprocess(folder, found, _layout(folder, found))
+    weights = parts(folder / found.weights) if found.weights.endswith(".index.json") else [found.weights]
+    return _from_folder(name, download(name, [*small, *(f for f in BESIDE if f in files), *weights]), found)
+
+
+def _from_folder(name: str, folder: Path, found: Found | None = None) -> Backbone:
+    found = found or choose([file.name for file in folder.iterdir()], str(folder))
+    layout = _layout(folder, found)
+    preprocess, tokenizer = _preprocess(folder, found, layout), _tokenizer(folder, found, layout)
+    return _assemble(name, layout, read_weights(folder / found.weights), preprocess, tokenizer, _licence(folder))
+
+
+def _layout(folder: Path, found: Found) -> Layout:
+    file = folder / found.config
+    config = read_json(file)
+    try:
+        layout = open_clip_layout(config.get("model_cfg", {})) if found.of_open_clip else hf_layout(config)
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise BackboneError(f"cannot read {file}: {one_line(error)}") from None
+    without = ("layers", "mlp_width") if layout.image.stages else ()  # a ResNet has neither
+    for tower in (layout.image, layout.text):
+        for name, value in vars(tower).items():
+            most, least = MOST.get(name), 0 if name in without else 1
+            if most and not (type(value) is int and least <= value <= most):
+                raise BackboneError(f"cannot read {file}: {name} = {one_line(value, 60)} (allowed: {least} to {most})")
+        if tower.width % tower.heads:
+            raise BackboneError(f"cannot read {file}: width = {tower.width} is no multiple of {tower.heads} heads")
+    return layout
+
+
+def _preprocess(folder: Path, found: Found, layout: Layout) -> Preprocess:
+    size = layout.image.image_size
+    if found.of_open_clip:
+        return open_clip_preprocess(size, read_json(folder / found.config).get("preprocess_cfg", {}))
+    return hf_preprocess(folder, size, siglip=layout.image.pool == "map")
+
+
+def _tokenizer(folder: Path, found: Found, layout: Layout) -> TextTokenizer:
+    if layout.text.causal:
+        return _clip_tokenizer(folder, layout)
+    return load_siglip_tokenizer(folder, layout.text.context_length, canonical=found.of_open_clip)
 
 
 def _from_file(name: str, file: Path) -> Backbone:
-    state = _read_safetensors(file)
-    if "visual.conv1.weight" not in state or "visual.proj" not in state:
-        kind = "a CLIP ResNet" if "visual.attnpool.c_proj.weight" in state else "no OpenAI CLIP state dict"
-        raise BackboneError(f"unsupported architecture: {file} is {kind} (allowed: vision transformers)")
-    weights = read_openai(state)
-    size = weights.image.image_size
-    return _assemble(name, weights, Preprocess(size, CLIP_MEAN, CLIP_STD), _clip_tokenizer(file.parent, weights))
+    if file.suffix != ".safetensors":
+        raise BackboneError(
+            f"{file} is not a .safetensors file: convert it first: "
+            f"vlprompt convert {file} {file.with_suffix('.safetensors')}"
+        )
+    state = read_weights(file)
+    if shows_openai(state):
+        layout = openai_layout(state)
+        preprocess = open_clip_preprocess(layout.image.image_size, {})
+        return _assemble(name, layout, state, preprocess, _clip_tokenizer(file.parent, layout))
+    hugging_face = any(key.startswith("vision_model.") for key in state)
+    config = HF_CONFIG if hugging_face else OPEN_CLIP_CONFIG
+    if (file.parent / config).is_file():
+        return _from_folder(name, file.parent, Found(config, file.name))
+    if not hugging_face and not any(key.startswith("visual.") for key in state):
+        raise BackboneError(f"unsupported architecture: {file} is no CLIP state dict")
+    advice = "" if hugging_face else f", or name its model: open_clip:MODEL/{file}"
+    raise BackboneError(
+        f"{file} does not say its architecture (heads and activation), and is not OpenAI's, which holds "
+        f"{', '.join(OPENAI_NUMBERS)}: put its {config} beside it{advice}"
+    )
 
 
 def _from_open_clip_library(name: str) -> Backbone:
@@ -115,145 +164,82 @@ def _from_open_clip_library(name: str) -> Backbone:
         raise BackboneError(f"'{name}' needs open_clip, which cannot be imported: {error}") from None
 
     if not tag or model_name not in open_clip.list_models():
-        raise BackboneError(f"unknown open_clip model '{name}' (written open_clip:MODEL/TAG)")
+        raise BackboneError(
+            f"unknown open_clip model '{name}' (written open_clip:MODEL/TAG); "
+            "the TAG may be a file, one's own checkpoint"
+        )
+    config, file = open_clip.get_model_config(model_name), Path(tag).expanduser()
     trained = open_clip.get_pretrained_cfg(model_name, tag)
-    if not trained:
+    if not trained and not file.is_file():
+        if file.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors"):
+            raise BackboneError(f"checkpoint {file} does not exist")
         tags = open_clip.list_pretrained_tags_by_model(model_name)
         raise BackboneError(unknown(f"open_clip tag of {model_name}:", tag, tags))
-    config = open_clip.get_model_config(model_name)
     # open_clip takes the activation from the model's name and only warns where the weights had another one.
     quick_gelu = bool(config.get("quick_gelu") or trained.get("quick_gelu") or tag == "openai")
-    try:
-        model = open_clip.create_model(model_name, pretrained=tag, force_quick_gelu=quick_gelu)
-    except Exception as error:  # downloads fail in many ways
-        raise BackboneError(f"open_clip cannot load '{name}': {first_line(error)}") from None
-    weights = read_open_clip({**config, "quick_gelu": quick_gelu}, model.state_dict())
-    if weights.text.vocab_size != CLIP_VOCAB_SIZE:
+    layout = open_clip_layout({**config, "quick_gelu": quick_gelu})
+    if layout.text.vocab_size != CLIP_VOCAB_SIZE:
         raise BackboneError(
-            f"unsupported architecture: {name} has {weights.text.vocab_size} tokens (allowed: CLIP's {CLIP_VOCAB_SIZE})"
+            f"unsupported architecture: {name} has {layout.text.vocab_size} tokens (allowed: CLIP's {CLIP_VOCAB_SIZE})"
         )
-    preprocess = _open_clip_preprocess(weights, open_clip.get_model_preprocess_cfg(model))
-    return _assemble(name, weights, preprocess, _clip_tokenizer(Path(open_clip.__file__).parent, weights))
+    if trained:
+        try:
+            model = open_clip.create_model(model_name, pretrained=tag, force_quick_gelu=quick_gelu)
+        except Exception as error:  # downloads fail in many ways
+            raise BackboneError(f"open_clip cannot load '{name}': {first_line(error)}") from None
+        state, settings = model.state_dict(), open_clip.get_model_preprocess_cfg(model)
+    else:
+        state, settings = read_weights(file), {}
+        name = f"open_clip:{model_name}/{file.resolve()}"
+    preprocess = open_clip_preprocess(layout.image.image_size, settings)
+    tokenizer = _clip_tokenizer(Path(open_clip.__file__).parent, layout)
+    return _assemble(name, layout, state, preprocess, tokenizer)
 
 
 def _assemble(
-    name: str, weights: Weights, preprocess: Preprocess, tokenizer: TextTokenizer, licence: str | None = None
+    name: str,
+    layout: Layout,
+    state: State,
+    preprocess: Preprocess,
+    tokenizer: TextTokenizer,
+    licence: str | None = None,
 ) -> Backbone:
+    weights = layout.read(state)
     with torch.device("meta"):  # no time spent on initial values that the checkpoint overwrites
-        image_tower, text_tower = ImageTower(weights.image), TextTower(weights.text)
-    for tower, state in ((image_tower, weights.image_state), (text_tower, weights.text_state)):
+        image_tower = ResNetTower(layout.image) if layout.image.stages else ImageTower(layout.image)
+        text_tower = TextTower(layout.text)
+    for tower, own in ((image_tower, weights.image_state), (text_tower, weights.text_state)):
         try:
-            tower.load_state_dict({k: v.float().contiguous() for k, v in state.items()}, assign=True)
+            tower.load_state_dict({k: v.float().contiguous() for k, v in own.items()}, assign=True)
         except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
+            reason = one_line(str(error).splitlines()[1])
             raise BackboneError(f"checkpoint '{name}' does not fit its own configuration: {reason}") from None
-    if (last := max((*tokenizer.start, *tokenizer.end), default=0)) >= weights.text.vocab_size:
+    if (last := max((*tokenizer.start, *tokenizer.end), default=0)) >= layout.text.vocab_size:
         raise BackboneError(
-            f"the tokenizer of '{name}' has token id {last}; its text tower knows {weights.text.vocab_size} tokens"
+            f"the tokenizer of '{name}' has token id {last}; its text tower knows {layout.text.vocab_size} tokens"
         )
     return Backbone(
         name, image_tower, text_tower, tokenizer, preprocess, weights.logit_scale, weights.logit_bias, licence
     )
 
 
-def _hf_preprocess(folder: Path, weights: Weights) -> Preprocess:
-    """From ``preprocessor_config.json``; without one, what CLIP (or SigLIP) was trained with.
-
-    A processor saved by transformers 5 writes the same settings into ``processor_config.json``.
-    """
-    clip = weights.image.pool == "cls"
-    file, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
-    settings = _read_json(file) if file.is_file() else {}
-    if not settings and whole.is_file():
-        file, settings = whole, _read_json(whole).get("image_processor", {})
-    resample = settings.get("resample", 3)
-    if resample not in (2, 3):
-        raise BackboneError(f"{file}: resample = {resample} (allowed: 2 bilinear, 3 bicubic)")
-    return Preprocess(
-        weights.image.image_size,
-        tuple(settings.get("image_mean", CLIP_MEAN if clip else (0.5,) * 3)),
-        tuple(settings.get("image_std", CLIP_STD if clip else (0.5,) * 3)),
-        resize="shortest" if settings.get("do_center_crop", clip) else "squash",
-        interpolation="bicubic" if resample == 3 else "bilinear",
-    )
-
-
-def _open_clip_preprocess(weights: Weights, settings: Mapping[str, Any]) -> Preprocess:
-    resize = settings.get("resize_mode", "shortest")
-    if resize not in ("shortest", "squash"):
-        raise BackboneError(f"unsupported open_clip resize_mode '{resize}'")
-    return Preprocess(
-        weights.image.image_size,
-        tuple(settings.get("mean", CLIP_MEAN)),
-        tuple(settings.get("std", CLIP_STD)),
-        resize=resize,
-        interpolation=settings.get("interpolation", "bicubic"),
-    )
-
-
-def _clip_tokenizer(folder: Path, weights: Weights) -> TextTokenizer:
+def _clip_tokenizer(folder: Path, layout: Layout) -> TextTokenizer:
     """The tokenizer beside the weights; else, for CLIP's own vocabulary, open_clip's copy or the hub's."""
     if any((folder / f).is_file() for f in TOKENIZER_FILES):
-        return load_clip_tokenizer(folder, weights.text.context_length)
+        return load_clip_tokenizer(folder, layout.text.context_length)
     missing = (
         f"no tokenizer beside the weights in {folder} (put tokenizer.json, vocab.json + merges.txt or "
         f"{TOKENIZER_FILES[-1]} there)"
     )
-    if weights.text.vocab_size != CLIP_VOCAB_SIZE:
-        raise BackboneError(f"{missing}; its {weights.text.vocab_size} tokens are not CLIP's {CLIP_VOCAB_SIZE}")
+    if layout.text.vocab_size != CLIP_VOCAB_SIZE:
+        raise BackboneError(f"{missing}; its {layout.text.vocab_size} tokens are not CLIP's {CLIP_VOCAB_SIZE}")
     if (spec := find_spec("open_clip")) and spec.origin and (Path(spec.origin).parent / TOKENIZER_FILES[-1]).is_file():
-        return load_clip_tokenizer(Path(spec.origin).parent, weights.text.context_length)
+        return load_clip_tokenizer(Path(spec.origin).parent, layout.text.context_length)
     try:
-        place = _download(CLIP_TOKENIZER_SOURCE, ["tokenizer.json"])
+        place = download(CLIP_TOKENIZER_SOURCE, ["tokenizer.json"])
     except BackboneError as error:
         raise BackboneError(f"{missing}; {error}") from None
-    return load_clip_tokenizer(place, weights.text.context_length)
-
-
-def _download(repo: str, files: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo, allow_patterns=files))
-    except Exception as error:  # the library lets errors of several network libraries through
-        raise BackboneError(f"cannot fetch '{repo}' from the hub: {first_line(error)}") from None
-
-
-def _read_state(folder: Path, stem: str) -> State:
-    """All tensors of a folder, in one file or in shards."""
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if single.is_file():
-        return _read_safetensors(single)
-    if index.is_file():
-        state: State = {}
-        for part in sorted(set(_read_json(index).get("weight_map", {}).values())):
-            state |= _read_safetensors(folder / Path(part).name)
-        return state
-    old = next(folder.glob("*.bin"), None)
-    file = old or "pytorch_model.bin"
-    fetch = "" if old else f" (if its weights come as {file}, fetch that too)"
-    raise BackboneError(
-        f"no {stem}.safetensors in {folder}: convert older weights first{fetch}: vlprompt convert {file} {single}"
-    )
-
-
-def _read_safetensors(file: Path) -> State:
-    if file.suffix != ".safetensors":
-        raise BackboneError(
-            f"{file} is not a .safetensors file: convert it first: "
-            f"vlprompt convert {file} {file.with_suffix('.safetensors')}"
-        )
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise BackboneError(f"cannot read {file}: {error}") from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise BackboneError(f"cannot read {file}: {error}") from None
+    return load_clip_tokenizer(place, layout.text.context_length)
 
 
 def _licence(folder: Path) -> str | None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gzip
-import json
+import re
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from vlprompt.backbones.convert import read_json
 from vlprompt.errors import BackboneError, DataError
 
+SPACE = "▁"  # SentencePiece's
 SOS, EOS = "<|startoftext|>", "<|endoftext|>"
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", "bpe_simple_vocab_16e6.txt.gz")
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -28,6 +31,8 @@ class TextTokenizer:
     end: tuple[int, ...]
     pad: int | None = None
     """Set where the tower was trained on padded texts and reads the padding (SigLIP)."""
+    unknown: int | None = None
+    """What stands for letters that the vocabulary does not have, where that is a token of its own (SigLIP)."""
 
     def words(self, text: str) -> list[int]:
         """Token ids of a text without special tokens.
@@ -36,6 +41,13 @@ class TextTokenizer:
         """
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         return [i for i in ids if i not in self.end]
+
+    def reads(self, text: str) -> tuple[bool, bool]:
+        """Whether the vocabulary knows anything of a text, and whether it knows all of it."""
+        lost = {*self.end, self.unknown}
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        known = [i for i in ids if i not in lost]
+        return any((self.tokenizer.id_to_token(i) or "").strip(SPACE) for i in known), len(known) == len(ids)
 
     def finish(self, ids: Sequence[int], name: str) -> list[int]:
         """Special tokens (and padding, where the tower reads it) around ``ids``.
@@ -63,7 +75,7 @@ def load_clip_tokenizer(folder: Path, context_length: int) -> TextTokenizer:
     if (folder / "tokenizer.json").is_file():
         tokenizer = _read_tokenizer_json(folder / "tokenizer.json")
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
+        vocab = read_json(folder / "vocab.json")
         lines = (folder / "merges.txt").read_text("utf-8").splitlines()
         tokenizer = _clip_bpe(vocab, [line for line in lines if line and not line.startswith("#version")])
     elif (folder / "bpe_simple_vocab_16e6.txt.gz").is_file():
@@ -80,16 +92,32 @@ def load_clip_tokenizer(folder: Path, context_length: int) -> TextTokenizer:
     return TextTokenizer(tokenizer, context_length, (start,), (end,))
 
 
-def load_siglip_tokenizer(folder: Path, context_length: int) -> TextTokenizer:
-    """SigLIP's tokenizer: no start token, one end token, padded to the context length."""
-    if not (folder / "tokenizer.json").is_file():
-        raise BackboneError(f"no tokenizer.json in {folder}: SigLIP's tokenizer is read from it")
-    tokenizer = _read_tokenizer_json(folder / "tokenizer.json")
-    settings = {}
-    if (folder / "tokenizer_config.json").is_file():
-        settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-    end = _token_id(tokenizer, settings.get("eos_token", "</s>"))
-    pad = _token_id(tokenizer, settings.get("pad_token", "</s>"))
+def load_siglip_tokenizer(folder: Path, context_length: int, *, canonical: bool = False) -> TextTokenizer:
+    """SigLIP's tokenizer: no start token, one end token, padded to the context length.
+
+    SigLIP and SigLIP 2 were trained on texts in lower case, which the files of SigLIP 2 do not say. ``canonical``, as
+    open_clip reads texts for them, also drops punctuation, whatever the file does.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        other = next((f.name for f in sorted(folder.glob("*.model"))), None)
+        reason = f"; {other} is not read: the model's repository on the hub has tokenizer.json" if other else ""
+        raise BackboneError(f"no tokenizer.json in {folder}: SigLIP's tokenizer is read from it{reason}")
+    tokenizer = _read_tokenizer_json(file)
+    steps: list[normalizers.Normalizer] = [normalizers.Lowercase()]
+    if canonical:
+        punctuation = Regex("[" + re.escape(string.punctuation.replace("_", "")) + "]")
+        steps = [
+            normalizers.Replace("_", " "), normalizers.Replace(punctuation, ""), *steps,
+            normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(),
+        ]  # fmt: skip
+    tokenizer.normalizer = normalizers.Sequence([*steps, *([tokenizer.normalizer] if tokenizer.normalizer else [])])
+    settings_file = folder / "tokenizer_config.json"
+    settings = read_json(settings_file) if settings_file.is_file() else {}
+    end, pad, unknown = (
+        _token_id(tokenizer, settings.get(f"{key}_token") or default)
+        for key, default in (("eos", "</s>"), ("pad", "</s>"), ("unk", "<unk>"))
+    )
     if end is None or pad is None:
         raise BackboneError(f"tokenizer in {folder} has no end or padding token")
     # What the file's own post-processor adds is what the model was trained with (SigLIP 2 adds no end token).
@@ -97,7 +125,8 @@ def load_siglip_tokenizer(folder: Path, context_length: int) -> TextTokenizer:
     bare = tokenizer.encode("a", add_special_tokens=False).ids
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return TextTokenizer(tokenizer, context_length, (), (end,) if added[len(bare) :][:1] == [end] else (), pad)
+    ends = (end,) if added[len(bare) :][:1] == [end] else ()
+    return TextTokenizer(tokenizer, context_length, (), ends, pad, unknown)
 
 
 def _token_id(tokenizer: Tokenizer, token: str | dict[str, str]) -> int | None:

@@ -8,7 +8,7 @@ Shapes: B images, C texts, N tokens, T packed tokens, M prompt tokens, D width, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -66,8 +66,10 @@ class ImageConfig:
     embed_dim: int
     activation: str = "quick_gelu"
     eps: float = 1e-5
-    pool: Literal["cls", "map"] = "cls"
-    """Class token and projection (CLIP), or an attention-pooling head without either (SigLIP)."""
+    pool: Literal["cls", "map", "resnet"] = "cls"
+    """Class token and projection (CLIP), an attention-pooling head without either (SigLIP), or no tokens at all."""
+    stages: tuple[int, ...] = field(default=(), kw_only=True)
+    """Bottleneck blocks of each stage of a ResNet, whose first stage has ``width``; none of a transformer."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
+from vlprompt.backbones.names import hub_id
 from vlprompt.config.schema import RunConfig, build_config, config_of, parse_yaml
 from vlprompt.config.teacher import teacher_name
 from vlprompt.data.known.table import DATASETS, find_dataset
@@ -270,7 +271,7 @@ def data_name(data: str) -> str:
 def backbone_name(backbone: str) -> str:
     """A backbone as folders and tables name it: of a local one, the last part of its path."""
     path = Path(backbone).expanduser()
-    name = path.resolve().name.removesuffix(".safetensors") if path.exists() else backbone
+    name = path.resolve().name.removesuffix(".safetensors") if path.exists() else hub_id(backbone) or backbone
     return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "backbone"
 
 

@@ -92,6 +92,8 @@ def patch_features(method: Method, images: Tensor) -> Tensor:
     attention or weights. Raises ConfigError if it does not run the image tower once.
     """
     tower, seen = method.backbone.image_tower, list[Tensor]()
+    if not tower.config.layers:
+        tower.embed(images)  # says that there are no tokens
 
     def every_row(block: nn.Module, given: tuple) -> None:
         seen.append(block.forward(*given[:2]))

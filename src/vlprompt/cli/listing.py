@@ -46,9 +46,13 @@ def listing(what: str) -> list[dict[str, Any]]:
     return [
         *({"name": name, "source": "embedded", "formats": "Hugging Face CLIP"} for name in EMBEDDED),
         {"name": "FOLDER", "source": "local", "formats": "Hugging Face CLIP or SigLIP; open_clip"},
-        {"name": "FILE.safetensors", "source": "local", "formats": "OpenAI CLIP state dict"},
+        {
+            "name": "FILE.safetensors",
+            "source": "local",
+            "formats": "OpenAI CLIP state dict, or any with its configuration beside it",
+        },
         {"name": "OWNER/MODEL", "source": "hub", "formats": "Hugging Face CLIP or SigLIP; open_clip"},
-        {"name": "open_clip:MODEL/TAG", "source": "open_clip", "formats": "vision transformers"},
+        {"name": "open_clip:MODEL/TAG", "source": "open_clip", "formats": "vision transformers, ResNets"},
         {"name": LITE0, "source": "vlprompt[teacher]", "formats": "--teacher only"},
     ]
 

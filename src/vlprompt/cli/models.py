@@ -95,12 +95,15 @@ def predict(
     from vlprompt.artefact.artefact import load_artefact
     from vlprompt.cli.predict import find_images, predict_images, read_class_names, show
     from vlprompt.data.reading import CACHE_BYTES, ImageReader, readable
+    from vlprompt.prompting.text import partly_known
 
     if json_output and csv:
         raise ConfigError("--json and --csv exclude each other")
     paths = find_images(images)
     method = load_artefact(run, backbone, device, precision)
     names = read_class_names(class_names, class_names_file) or method.class_names
+    if names != method.class_names and (note := partly_known(method.backbone, names)):
+        say(note)
     with ImageReader(room=CACHE_BYTES if skip_bad else 0) as reader:
         kept = [paths[i] for i in readable(paths, reader, skip_bad, say)]
         predictions = predict_images(method, kept, names, top, reader)
@@ -159,7 +162,10 @@ def convert(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A .bin or .pt state dict.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file to write.")],
 ) -> None:
-    """Convert an older checkpoint to safetensors, without running code that it may hold."""
+    """Convert an older checkpoint to safetensors, without running code that it may hold.
+
+    OpenAI's loads as it is; weights of open_clip need their open_clip_config.json beside them.
+    """
     from vlprompt.backbones.convert import convert as convert_file
 
     say(f"{convert_file(file, out)} tensors written to {out}")

@@ -145,7 +145,7 @@ class RunConfig:
     options: MethodConfig
     """The method's own options."""
     backbone: str = "mini"
-    """The frozen model: mini, a folder or file, a hub id, or open_clip:MODEL/TAG."""
+    """The frozen model: mini, a folder or file, a hub id or ViT-B/16, or open_clip:MODEL/TAG (a checkpoint as TAG)."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 1
     """Decides the few-shot images, the initial prompts, and the order and crops of training images."""
     data: DataConfig = field(default_factory=DataConfig)

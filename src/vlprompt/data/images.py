@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -130,6 +130,9 @@ class Preprocess:
     """What happens to images that are not square."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
     """Pillow's filter."""
+    resized: tuple[int, ...] = field(default=(), kw_only=True)
+    """What images are resized to before S × S is cut from the centre, where that is not S: the shortest side, or height
+    and width with ``squash``."""
 
     def __post_init__(self) -> None:
         if self.resize not in ("shortest", "squash"):
@@ -153,13 +156,15 @@ class Preprocess:
         """The pixels of the evaluation view, S × S."""
         image, size = to_rgb(image), self.image_size
         if self.resize == "squash":
-            return self._resized(image, size, size)
-        image = _without_extreme_ends(image)
-        width, height = image.size
-        if width <= height:
-            image = self._resized(image, size, int(size * height / width))
+            height, width = self.resized or (size, size)
+            image = self._resized(image, width, height)
         else:
-            image = self._resized(image, int(size * width / height), size)
+            image, (shortest,) = _without_extreme_ends(image), self.resized or (size,)
+            width, height = image.size
+            if width <= height:
+                image = self._resized(image, shortest, int(shortest * height / width))
+            else:
+                image = self._resized(image, int(shortest * width / height), shortest)
         left, top = (image.width - size) // 2, (image.height - size) // 2
         return image.crop((left, top, left + size, top + size))
 

@@ -18,7 +18,7 @@ from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.backbones.towers import Prompts
 from vlprompt.data.batches import Batch
 from vlprompt.errors import ConfigError, DataError
-from vlprompt.prompting.text import TextContext, encode_classes, encode_in_parts
+from vlprompt.prompting.text import TextContext, check_known, encode_classes, encode_in_parts
 
 TEXTS_OF_IMAGES = 2000
 """Class texts encoded together where each image has its own (CoCoOp)."""
@@ -157,6 +157,8 @@ class Method(nn.Module):
         self.template = template
         self._kept: dict[tuple, tuple[list[Tensor], Tensor]] = {}
         self.build()
+        if self.reads_names:
+            check_known(backbone, self.class_names)
 
     def build(self) -> None:
         """Create what is learned."""
@@ -328,6 +330,11 @@ class Method(nn.Module):
     def trains(self) -> bool:
         """Whether there is anything to learn by gradient steps."""
         return bool(self.learned())
+
+    @property
+    def reads_names(self) -> bool:
+        """Whether it makes texts of class names: for new classes, or with learned context for its own."""
+        return self.takes_new_classes or any(isinstance(module, TextContext) for module in self.modules())
 
     @property
     def takes_new_classes(self) -> bool:

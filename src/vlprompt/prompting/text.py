@@ -14,7 +14,7 @@ from vlprompt.backbones.attention import Attention
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.backbones.packing import PackedText, pack
 from vlprompt.backbones.towers import Prompts, TextTower
-from vlprompt.errors import ConfigError, DataError
+from vlprompt.errors import ConfigError, DataError, first_few
 
 INIT_STD = 0.02
 """Standard deviation of randomly initialised tokens in every official implementation."""
@@ -87,10 +87,27 @@ def fill(template: str, class_names: Sequence[str]) -> list[str]:
 
 
 def check_known(backbone: Backbone, class_names: Sequence[str]) -> None:
-    """Raise DataError for a class name of which the backbone's vocabulary knows nothing."""
+    """Raise DataError for a class name of which the backbone's vocabulary knows nothing, or two that it reads alike.
+
+    Names that are the same to the letter are not its affair: a split file may have them.
+    """
+    read: dict[tuple[int, ...], str] = {}
     for name in class_names:
-        if not backbone.tokenizer.words(spaced(name)):
+        text = spaced(name)
+        if not backbone.tokenizer.reads(text)[0]:
             raise DataError(f"class name '{name}' has no token that the backbone knows")
+        other = read.setdefault(tuple(backbone.tokenizer.words(text)), name)
+        if other != name:
+            raise DataError(
+                f"classes '{other}' and '{name}' are the same tokens for backbone '{backbone.name}', which cannot tell "
+                "them apart: write one of them in other words"
+            )
+
+
+def partly_known(backbone: Backbone, class_names: Sequence[str]) -> str | None:
+    """A line that names the classes whose names have letters or signs that the backbone does not know, if any do."""
+    names = [f"'{name}'" for name in class_names if not backbone.tokenizer.reads(spaced(name))[1]]
+    return f"backbone '{backbone.name}' does not know all letters of {first_few(names)}" if names else None
 
 
 class TextContext(nn.Module):

@@ -32,6 +32,7 @@ from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError
 from vlprompt.files import held, write_atomically, write_error
 from vlprompt.methods import Method, MethodConfig
 from vlprompt.methods.registry import file_fingerprint
+from vlprompt.prompting.text import partly_known
 from vlprompt.training.checkpoints import History, Keeper, checkpoint_file, remove_unfinished
 from vlprompt.training.distributed import Processes, join_processes
 from vlprompt.training.evaluate import EvaluationImages, evaluate
@@ -107,7 +108,12 @@ def train(
         processes.wait()  # all have seen that the folder can be used
         with _run_folder(out, resume, processes):
             say(_opening(config, dataset, split, method, processes, sources))
-            for note in [*_unused(config.options), *(_only_warm_up(config) if training else [])]:
+            unread = partly_known(backbone, method.class_names) if method.reads_names else None
+            for note in [
+                *([unread] if unread else []),
+                *_unused(config.options),
+                *(_only_warm_up(config) if training else []),
+            ]:
                 say(note)
             if processes.first:
                 _describe(out, config, split, environment(backbone, sources), resume)
