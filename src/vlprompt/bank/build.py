@@ -16,7 +16,7 @@ from vlprompt.bank.manifest import MANIFEST, BankSettings, Manifest, differences
 from vlprompt.bank.regions import content_hash
 from vlprompt.bank.towers import Towers, load_towers
 from vlprompt.config.images import choose_images
-from vlprompt.data.datasets import load_dataset
+from vlprompt.data.datasets import check_outside, load_dataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split
 from vlprompt.errors import ConfigError, DataError
@@ -58,6 +58,7 @@ def build_bank(
     _begun(out)  # what cannot be continued is refused before anything is loaded
     with ImageReader(config.data.workers, room=0) as reader:
         dataset = load_dataset(config.data.name, config.data.root, config.data.split_file)
+        check_outside(out, dataset)
         split, skipped = choose_images(config, dataset, reader, say)
         towers = load_towers(config, split, dataset.template)
         built = fill(out, towers, split, reader, config.part, say, progress)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from vlprompt.bank.regions import Crops
-from vlprompt.data.splits import missing_error
+from vlprompt.data.files import missing_error
 from vlprompt.errors import DataError, one_line
 from vlprompt.files import write_atomically
 

@@ -275,7 +275,9 @@ def backbone_name(backbone: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "backbone"
 
 
-_NOT_THE_RESULT = ("data.root", "data.workers", "train.device", "train.graphs", "train.report_to", "seed")
+_NOT_THE_RESULT = (
+    "data.root", "data.workers", "data.max_pixels", "train.device", "train.graphs", "train.report_to", "seed"
+)  # fmt: skip
 
 
 def result_settings(config: RunConfig) -> dict[str, Any]:
