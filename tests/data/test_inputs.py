@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 
 from tests.kit.command import vlprompt
 from tests.kit.pictures import draw
-from vlprompt.config.images import choose_images
+from vlprompt.config.images import choose_images, image_notes
 from vlprompt.config.schema import build_config
 from vlprompt.data import files as files_module
 from vlprompt.data.datasets import in_two_parts, load_dataset
@@ -107,11 +108,12 @@ def test_formats_that_say_what_is_white(tmp_path):
 def test_dark_greys_are_counted_and_auto_mends_them(tmp_path):
     data = load_dataset(greys(tmp_path / "x", 4000))
 
-    def read(**given: object) -> tuple[list[str], float | None, int]:
+    def read(**given: Any) -> tuple[list[str], float | None, int]:
         said: list[str] = []
         config = build_config("zero_shot", overrides={f"data.{key}": v for key, v in given.items()})
         with ImageReader(0) as reader:
             split, _ = choose_images(config, data, reader, said.append)
+            said += image_notes(config, data, split, reader)
             bright = max(np.asarray(reader.image(path)).max() for path in split.paths("train"))
         return said, reader.white, int(bright)
 
@@ -502,7 +504,7 @@ def test_no_flip_and_no_augmentation(tiny, tmp_path):
         draw(path, i)
     whole = torch.stack([tiny.preprocess(load_image(path)) for path in paths])
 
-    def views(**given: object) -> dict[int, torch.Tensor]:
+    def views(**given: Any) -> dict[int, torch.Tensor]:
         with ImageReader(0) as reader:
             made = TrainingViews(paths, range(4), tiny.preprocess, 4, 1, reader=reader, **given)
             return {e: torch.stack([x for _, x in sorted(zip(b.labels.tolist(), b.images, strict=True))])

@@ -15,7 +15,7 @@ from vlprompt.bank.config import BankConfig
 from vlprompt.bank.manifest import MANIFEST, BankSettings, Manifest, differences, read_manifest, shard_file
 from vlprompt.bank.regions import content_hash
 from vlprompt.bank.towers import Towers, load_towers
-from vlprompt.config.images import choose_images
+from vlprompt.config.images import choose_images, image_notes
 from vlprompt.data.datasets import check_outside, load_dataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split
@@ -61,6 +61,8 @@ def build_bank(
         check_outside(out, dataset)
         split, skipped = choose_images(config, dataset, reader, say)
         towers = load_towers(config, split, dataset.template)
+        for note in image_notes(config, dataset, split, reader):
+            say(note)
         built = fill(out, towers, split, reader, config.part, say, progress)
     return replace(built, skipped=skipped)
 

@@ -62,8 +62,6 @@ def choose_images(
     The reader is told what is white in deep greys. Raises DataError naming the unreadable ones, unless the
     configuration skips them.
     """
-    for note in dataset.notes:
-        say(note)
     bad: dict[Path, str] = {}
     while True:
         split = run_split(config, dataset, bad)
@@ -79,17 +77,18 @@ def choose_images(
         bad |= found
     if config.data.val_fraction and dataset.split.val:
         say(f"data set '{dataset.name}' has val images: data.val_fraction is not used")
-    if config.data.split_file or not find_dataset(config.data.name):  # published splits are as they are
-        for note in in_two_parts(split):
-            say(note)
     for note in dict.fromkeys(dataset.gap(part, config.data.classes) for part in PARTS):
         if note:
             say(note)
-    for note in reader.range_notes():
-        say(note)
     if twice := repeated(split.class_names):
         say(f"several classes have the same name, so nothing tells them apart: {', '.join(twice)}")
     return split, len(bad)
+
+
+def image_notes(config: Choice, dataset: LoadedDataset, split: Split, reader: ImageReader) -> list[str]:
+    """Lines about a run's images, which have been looked at: what was left out, is there twice, or looks dark."""
+    published = find_dataset(config.data.name) and not config.data.split_file  # its split is as it is
+    return [*dataset.notes, *([] if published else in_two_parts(split)), *reader.range_notes()]
 
 
 def set_white(

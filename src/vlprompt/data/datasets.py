@@ -132,6 +132,8 @@ def read_known(dataset: Dataset, folder: Path, file: Path | None = None) -> tupl
 
 def check_outside(out: Path, dataset: LoadedDataset) -> None:
     """Raise ConfigError if an output is to lie where the data set's images are: it would be taken for one of them."""
+    if any(place.is_file() for place in out.parents):
+        return  # it cannot be made, which is told where it is
     if dataset.is_folder and out.resolve().is_relative_to(dataset.split.root.resolve()):
         raise ConfigError(f"--out {out} is inside the data set {dataset.split.root}: choose a place outside it")
 

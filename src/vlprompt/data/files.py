@@ -13,10 +13,12 @@ from functools import cache
 from hashlib import file_digest, sha256
 from importlib.util import find_spec
 from pathlib import Path
-
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from vlprompt.errors import DataError, first_few
+
+if TYPE_CHECKING:
+    from PIL import Image  # a command's --help does not need it
 
 _HEIF = (".heic", ".heif", ".hif")
 _READS_HEIF = find_spec("pillow_heif") is not None
@@ -52,6 +54,8 @@ class LeftOut:
 @cache
 def formats() -> tuple[str, ...]:
     """Pillow's names of the formats that images are read in, those that this machine can read."""
+    from PIL import Image
+
     if _READS_HEIF:
         from pillow_heif import register_heif_opener
 
@@ -65,6 +69,8 @@ def open_image(file: str | os.PathLike[str]) -> Image.Image:
 
     Of all that Pillow knows, others run programs (EPS runs Ghostscript).
     """
+    from PIL import Image
+
     return Image.open(file, formats=formats())
 
 

@@ -228,7 +228,9 @@ def _without_prefix(items: dict[str, tuple[Item, ...]], file: Path, root: Path) 
 
 def names_in_file(file: Path) -> tuple[str, ...]:
     """The class names of a file, one a line; raises DataError if it cannot be read, or for bad names."""
-    text = read_text(file, "class names file")
+    if not os.path.exists(file):
+        raise DataError(f"cannot read class names from {file}: it does not exist")
+    text = read_text(file, "class names from")
     refuse_json(text, f"class names file {file}", "one a line")
     names = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not names:

@@ -23,7 +23,7 @@ from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.names import public_name
 from vlprompt.bank.use import read_by, regions_used
-from vlprompt.config.images import choose_images
+from vlprompt.config.images import choose_images, image_notes
 from vlprompt.config.schema import RunConfig, build_config, read_config
 from vlprompt.data.datasets import LoadedDataset, check_outside, load_dataset
 from vlprompt.data.reading import ImageReader
@@ -117,6 +117,7 @@ def train(
             say(_opening(config, dataset, split, method, processes, sources))
             unread = partly_known(backbone, method.class_names) if method.reads_names else None
             for note in [
+                *(image_notes(config, dataset, split, reader) if processes.first else []),
                 *([unread] if unread else []),
                 *_unused(config.options),
                 *(_only_warm_up(config) if training else []),
