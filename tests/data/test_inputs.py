@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.kit.command import vlprompt
+from tests.kit.command import python, vlprompt
 from tests.kit.pictures import draw
 from vlprompt.config.images import choose_images, image_notes
 from vlprompt.config.schema import build_config
@@ -49,7 +49,7 @@ def greys(root: Path, top: float, dtype: type = np.uint16, suffix: str = ".png")
 
 
 def value(image: Image.Image) -> int:
-    return image.getpixel((0, 0))[0]
+    return int(np.asarray(image)[0, 0, 0])
 
 
 # --- deep greys -----------------------------------------------------------------------------------
@@ -491,24 +491,45 @@ def test_names_that_are_not_utf_8(tmp_path):
         read_split(tmp_path / "split.json", tmp_path)
 
 
+def test_a_terminal_that_cannot_print_a_name(tmp_path):
+    for i in range(4):
+        draw(tmp_path / "photos" / ("café", "tea")[i % 2] / f"{i}.png", i)
+    Path(os.fsdecode(os.fsencode(tmp_path / "photos" / "tea") + b"/caf\xe9.png")).write_bytes(
+        (tmp_path / "photos" / "tea" / "1.png").read_bytes()
+    )
+    for command in (("train", "zero_shot", "photos", "--out", "run"), ("predict", "run", "photos/tea")):
+        done = python("-m", "vlprompt", *command, cwd=tmp_path, PYTHONIOENCODING="ascii")
+        assert done.returncode == 0, done.stderr
+    assert "photos/tea/caf\\udce9.png" in done.stdout
+    assert "caf\\xe9" in done.stdout
+    code, _, err = vlprompt(
+        "bank", "build", tmp_path / "photos", "--backbone", "mini", "--regions", 2, "--out", tmp_path / "bank"
+    )
+    assert code == 0, err
+    assert vlprompt("bank", "verify", tmp_path / "bank", tmp_path / "photos")[0] == 0
+
+
 # --- settings and places --------------------------------------------------------------------------
 
 
 def test_no_flip_and_no_augmentation(tiny, tmp_path):
     import torch
 
-    from vlprompt.data.batches import TrainingViews
+    from vlprompt.data.batches import Batch, TrainingViews
 
     paths = [tmp_path / f"{i}.png" for i in range(4)]
     for i, path in enumerate(paths):
         draw(path, i)
     whole = torch.stack([tiny.preprocess(load_image(path)) for path in paths])
 
+    def in_order(batch: Batch) -> list[torch.Tensor]:
+        assert batch.images is not None
+        return list(batch.images[batch.labels.argsort()])
+
     def views(**given: Any) -> dict[int, torch.Tensor]:
         with ImageReader(0) as reader:
             made = TrainingViews(paths, range(4), tiny.preprocess, 4, 1, reader=reader, **given)
-            return {e: torch.stack([x for _, x in sorted(zip(b.labels.tolist(), b.images, strict=True))])
-                    for e in range(8) for b in made.epoch(e)}  # fmt: skip
+            return {e: torch.stack([x for batch in made.epoch(e) for x in in_order(batch)]) for e in range(8)}
 
     assert all(torch.equal(x, whole) for x in views(augment=False).values())
     flipped, plain, mirrored = views(), views(flip=0.0), views(flip=1.0)
@@ -516,6 +537,24 @@ def test_no_flip_and_no_augmentation(tiny, tmp_path):
         assert torch.equal(x.flip(-1), mirrored[e])
         assert all(torch.equal(v, p) or torch.equal(v, p.flip(-1)) for v, p in zip(flipped[e], x, strict=True))
     assert 0 < sum(torch.equal(v, p) for e in plain for v, p in zip(flipped[e], plain[e], strict=True)) < 32
+
+
+def test_a_bank_without_flips(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(8):
+        draw(tmp_path / "photos" / "ab"[i % 2] / f"{i}.png", i)
+    build = ("bank", "build", "photos", "--backbone", "mini", "--regions", 4, "--out")
+    assert vlprompt(*build, "plain")[0] == 0
+    assert vlprompt(*build, "straight", "--flip", 0)[0] == 0
+    train = ("train", "coop", "photos", "n_ctx=1", "--epochs", 1)
+    code, _, err = vlprompt(*train, "flip=0", "--bank", "plain", "--out", "run")
+    assert code == 2
+    assert "it was built with crops.flip = 0.5, not 0.0" in err
+    assert vlprompt(*train, "flip=0", "--bank", "straight", "--out", "run")[0] == 0
+    for setting, shown in (("augment=none", "augment = none"), ("white=4095", "white = 4095.0")):
+        code, _, err = vlprompt(*train, "flip=0", setting, "--bank", "straight", "--out", "other")
+        assert code == 2
+        assert f"data.{shown}: not with a region bank" in err
 
 
 @pytest.mark.filterwarnings("error")

@@ -56,7 +56,7 @@ def build_bank(
     meanwhile what it is to hold.
     """
     _begun(out)  # what cannot be continued is refused before anything is loaded
-    with ImageReader(config.data.workers, room=0) as reader:
+    with ImageReader(config.data.workers, room=0, max_pixels=config.data.max_pixels) as reader:
         dataset = load_dataset(config.data.name, config.data.root, config.data.split_file)
         check_outside(out, dataset)
         split, skipped = choose_images(config, dataset, reader, say)
