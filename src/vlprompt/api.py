@@ -6,6 +6,7 @@ Images are paths, Pillow images or uint8 arrays [H, W, 3]; labels are class name
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -157,6 +158,7 @@ def fit_configured(
         fit_features(method, training, EvaluationImages(images, indices, reader))
         if training:
             training.run([EachEpoch(after_epoch)])
+        _warn(reader)
     return method.eval()
 
 
@@ -171,7 +173,9 @@ def evaluate(
     names = _several(_names(method, class_names))
     images, indices = _labelled(images, labels, names)
     with ImageReader(WORKERS, room=0, white=method.white) as reader:
-        return evaluation.evaluate(method, EvaluationImages(images, indices, reader), names)
+        result = evaluation.evaluate(method, EvaluationImages(images, indices, reader), names)
+        _warn(reader)
+    return result
 
 
 class Predictions(NamedTuple):
@@ -214,7 +218,9 @@ class PromptedModel:
         if not images:
             return torch.zeros(0, len(names))
         with ImageReader(WORKERS if len(images) > 1 else 0, room=0, white=self.method.white) as reader:
-            return evaluation.predict_logits(self.method, EvaluationImages(images, [], reader), names)
+            logits = evaluation.predict_logits(self.method, EvaluationImages(images, [], reader), names)
+            _warn(reader)
+        return logits
 
     def predict(self, images: Images, class_names: Sequence[str] | None = None) -> Predictions:
         """The most probable class of each image and all probabilities; errors as in ``logits``."""
@@ -279,6 +285,12 @@ def _random_state_kept() -> Iterator[None]:
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=gpus):
         yield
+
+
+def _warn(reader: ImageReader) -> None:
+    """What the command line says of images that look dark."""
+    for note in reader.range_notes():
+        warnings.warn(note, stacklevel=3)
 
 
 def _names(method: Method, class_names: Sequence[str] | None) -> tuple[str, ...]:

@@ -173,6 +173,8 @@ def test_white_is_kept_with_the_model(tmp_path, monkeypatch):
     tops = [max(p["top"], key=lambda t: t["class"])["probability"] for p in json.loads(out)["predictions"]]
     np.testing.assert_allclose(tops, model.predict(images).probabilities[:, 1], atol=1e-6)
     assert "note" not in err
+    with pytest.warns(UserWarning, match="12 of 12 images of more than 8 bits look dark"):
+        PromptedModel.from_pretrained("run-bright").predict(images)
     code, _, err = vlprompt("evaluate", "run-bright", "dark")
     assert "images of more than 8 bits look dark" in err
     model.save_pretrained("again")
@@ -357,6 +359,7 @@ def test_images_that_are_trained_and_tested_on_are_counted(tmp_path):
     assert in_two_parts(load_dataset(tmp_path / "x.csv").split) == [note]
     code, _, err = vlprompt("data", "split", tmp_path / "x.csv", "--out", tmp_path / "few.json")
     assert (code, err.count(note)) == (0, 1)
+    assert note in vlprompt("data", "check", tmp_path / "x.csv", "--quick").out
 
 
 def test_same_files_compares_whole_contents(tmp_path):
@@ -460,6 +463,30 @@ def test_a_table_that_is_no_plain_file(tmp_path):
         load_dataset("x" * 5000)
     with fails(r"x\.csv does not exist"):
         load_dataset("x" * 5000 + ".csv")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("loop",), "unknown data set 'loop'"),
+        (("./loop",), "folder loop does not exist: it is a link to loop"),
+        (("x" * 5000,), "unknown data set 'xxx"),
+        (("./" + "x" * 5000,), "xxx does not exist"),
+        (("~nobody9/x",), "~nobody9/x does not exist"),
+        (("/dev/zero",), "/dev/zero is not a .csv file"),
+        (("dtd", "--root", "x" * 5000), "xxx/dtd does not exist"),
+        (("dtd", "--root", "loop"), "loop/dtd does not exist"),
+        (("photos", "--split-file", "x" * 5000), "xxx does not exist"),
+        (("photos", "--split-file", "/dev/zero"), "/dev/zero: it is not a plain file"),
+    ],
+)
+def test_strange_places_of_data_end_in_one_line(tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path, "photos/a/1.png", "photos/b/1.png")
+    (tmp_path / "loop").symlink_to("loop")
+    code, out, err = vlprompt("train", "zero_shot", *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert says in err
 
 
 def test_split_files_of_windows(tmp_path):

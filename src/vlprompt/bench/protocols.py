@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
@@ -265,7 +266,7 @@ def take_shard(runs: Sequence[Run], shard: str | None) -> list[Run]:
 def data_name(data: str) -> str:
     """A data set as folders and tables name it."""
     dataset = find_dataset(data)
-    return dataset.name if dataset else Path(data).expanduser().resolve().name.removesuffix(".csv")
+    return dataset.name if dataset else Path(os.path.realpath(os.path.expanduser(data))).name.removesuffix(".csv")
 
 
 def backbone_name(backbone: str) -> str:

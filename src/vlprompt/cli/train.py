@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +135,7 @@ def train(
     if dry_run:
         print(json.dumps(merged.to_dict()) if json_output else merged.to_yaml(), end="\n" if json_output else "")
         return
-    name = Path(data).resolve().name.removesuffix(".csv")  # of "." too
+    name = os.path.basename(os.path.realpath(data)).removesuffix(".csv")  # of "." too
     _train(merged, out or Path("runs") / f"{name}-{method}-seed{merged.seed}", json_output)
 
 

@@ -118,7 +118,7 @@ def read_known(dataset: Dataset, folder: Path, file: Path | None = None) -> tupl
     else:
         images = folder / dataset.images
         for place in (folder, *(images / sub for sub in dataset.subfolders)):
-            if not place.is_dir():
+            if not os.path.isdir(place):
                 raise missing_error(f"{source}: folder", place)
         if dataset.read is None:
             file = file or folder / dataset.split_file
@@ -132,9 +132,9 @@ def read_known(dataset: Dataset, folder: Path, file: Path | None = None) -> tupl
 
 def check_outside(out: Path, dataset: LoadedDataset) -> None:
     """Raise ConfigError if an output is to lie where the data set's images are: it would be taken for one of them."""
-    if any(place.is_file() for place in out.parents):
+    if any(os.path.isfile(place) for place in out.parents):
         return  # it cannot be made, which is told where it is
-    if dataset.is_folder and out.resolve().is_relative_to(dataset.split.root.resolve()):
+    if dataset.is_folder and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(dataset.split.root)):
         raise ConfigError(f"--out {out} is inside the data set {dataset.split.root}: choose a place outside it")
 
 

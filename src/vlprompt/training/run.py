@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import shlex
@@ -79,7 +80,7 @@ def train(
     those that accuracy is measured on, in place of :class:`EvaluationImages`. Raises ConfigError if the folder is in
     use, or its run cannot be resumed with this data.
     """
-    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not resume and os.path.exists(out) and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"output folder {out} is already in use: choose another with --out, or see --resume")
     began = time.monotonic()
     data = config.data
