@@ -89,7 +89,7 @@ class Batch:
 class TrainingViews:
     """A new random resized crop and flip of every image in every epoch, in a new order.
 
-    ``flip`` is a probability. Without ``augment`` it is the evaluation view in every epoch.
+    ``flip`` is a probability. With ``center`` it is the evaluation view in every epoch.
     """
 
     fingerprint: str | None = None
@@ -106,7 +106,7 @@ class TrainingViews:
         reader: ImageReader,
         min_scale: float = 0.08,
         flip: float = 0.5,
-        augment: bool = True,
+        center: bool = False,
         teacher: Preprocess | None = None,
         patch_size: int | None = None,
         extra: Mapping[str, Tensor] | None = None,
@@ -115,7 +115,7 @@ class TrainingViews:
         # Where the teacher reads what the student does, it needs no view of its own.
         self.preprocess, self.teacher = preprocess, None if teacher == preprocess else teacher
         self.batch_size, self.seed, self.min_scale = batch_size, seed, min_scale
-        self.reader, self.patch_size, self.flip, self.augment = reader, patch_size, flip, augment
+        self.reader, self.patch_size, self.flip, self.center = reader, patch_size, flip, center
 
     def __len__(self) -> int:
         """Batches in an epoch: the last incomplete one is dropped, unless it is the only one."""
@@ -146,8 +146,9 @@ class TrainingViews:
         """One image's view, the teacher's and the second one where there are any: [3, S, S] each."""
         image = self.reader.image(self.images[i])
         rng = np.random.default_rng([self.seed, epoch, i])
-        scale = self.min_scale, 1.0
-        region = random_regions(rng, image.width, image.height, 1, scale, flip=self.flip)[0] if self.augment else None
+        region, scale = None, (self.min_scale, 1.0)
+        if not self.center:
+            region = random_regions(rng, image.width, image.height, scale=scale, flip=self.flip)[0]
         views = both_views(image, region, self.preprocess, self.patch_size, rng)
         if self.teacher is None:
             return views

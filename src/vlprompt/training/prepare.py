@@ -115,7 +115,7 @@ def prepare(
             reader=reader,
             min_scale=config.data.min_scale,
             flip=config.data.flip,
-            augment=config.data.augment == "random",
+            center=config.data.augment == "none",
             teacher=sources.teacher.preprocess if sources.teacher else None,
             patch_size=method.patch_size,
             extra=extra,
