@@ -6,6 +6,7 @@ Images are paths, Pillow images or uint8 arrays [H, W, 3]; labels are class name
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -24,6 +25,7 @@ from vlprompt.artefact.export import export_classes
 from vlprompt.artefact.hub import download, upload
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.names import may_be_hub_id
+from vlprompt.config.images import set_white
 from vlprompt.config.schema import OptimConfig, RunConfig, build_config
 from vlprompt.config.teacher import Classifier
 from vlprompt.data.images import ImageSource
@@ -43,12 +45,15 @@ Labels = Sequence[str] | Sequence[int] | NDArray[Any] | Tensor
 
 WORKERS = 2
 """Threads that decode images ahead."""
+_OF_DATA = (
+    "batch_size", "min_scale", "flip", "augment", "white", "max_pixels", "workers", "bank", "views", "regions_per_image"
+)  # fmt: skip
 TRAINING = {
     **{f.name: f"optim.{f.name}" for f in fields(OptimConfig)},
     **{name: f"train.{name}" for name in ("epochs", "accumulate", "text_chunk", "graphs")},
     "teacher": "teacher.backbone",
     "classes_per_batch": "teacher.classes_per_batch",
-    **{name: f"data.{name}" for name in ("batch_size", "min_scale", "workers", "bank", "views", "regions_per_image")},
+    **{name: f"data.{name}" for name in _OF_DATA},
 }
 """What ``fit`` can be told, and its key in the run configuration."""
 
@@ -90,7 +95,7 @@ def build_configured(
     config: RunConfig, backbone: Backbone, class_names: Sequence[str], template: str, seed: int
 ) -> Method:
     """The method of a checked configuration, initialised as ``vlprompt train`` does it."""
-    names = _checked_names(class_names)
+    names = _several(_checked_names(class_names))
     if "{}" not in template:
         raise ConfigError(f"template = {template} (allowed: text with {{}} for the class name)")
     with _random_state_kept():
@@ -145,12 +150,15 @@ def fit_configured(
     images, indices = _labelled(images, labels, method.class_names)
     if not method.trains and any(True for _ in method.parameters()):
         raise ConfigError(f"{method.name} is frozen, as loaded models are: build a new one to fit it")
-    with ImageReader(config.data.workers) as reader, _random_state_kept():
+    with ImageReader(config.data.workers, max_pixels=config.data.max_pixels) as reader, _random_state_kept():
+        set_white(reader, config.data, images)
         sources = find_sources(config, method.class_names, method.template, method.backbone, classifier)
+        method.white = reader.white
         training = prepare(config, sources, method, images, indices, seed, reader, extra=extra)
         fit_features(method, training, EvaluationImages(images, indices, reader))
         if training:
             training.run([EachEpoch(after_epoch)])
+        _warn(reader)
     return method.eval()
 
 
@@ -162,10 +170,12 @@ def evaluate(
     Labels are class names or indices of them. Raises DataError for images and labels that do not fit together.
     """
     method = model.method if isinstance(model, PromptedModel) else model
-    names = _names(method, class_names)
+    names = _several(_names(method, class_names))
     images, indices = _labelled(images, labels, names)
-    with ImageReader(WORKERS, room=0) as reader:
-        return evaluation.evaluate(method, EvaluationImages(images, indices, reader), names)
+    with ImageReader(WORKERS, room=0, white=method.white) as reader:
+        result = evaluation.evaluate(method, EvaluationImages(images, indices, reader), names)
+        _warn(reader)
+    return result
 
 
 class Predictions(NamedTuple):
@@ -207,12 +217,14 @@ class PromptedModel:
         names, images = _names(self.method, class_names), _images(images)
         if not images:
             return torch.zeros(0, len(names))
-        with ImageReader(WORKERS if len(images) > 1 else 0, room=0) as reader:
-            return evaluation.predict_logits(self.method, EvaluationImages(images, [], reader), names)
+        with ImageReader(WORKERS if len(images) > 1 else 0, room=0, white=self.method.white) as reader:
+            logits = evaluation.predict_logits(self.method, EvaluationImages(images, [], reader), names)
+            _warn(reader)
+        return logits
 
     def predict(self, images: Images, class_names: Sequence[str] | None = None) -> Predictions:
         """The most probable class of each image and all probabilities; errors as in ``logits``."""
-        names = _names(self.method, class_names)
+        names = _several(_names(self.method, class_names))
         probabilities = self.logits(images, names).double().softmax(-1)
         best = probabilities.argmax(-1).tolist()
         return Predictions([names[c] for c in best], probabilities.numpy(), names)
@@ -275,8 +287,20 @@ def _random_state_kept() -> Iterator[None]:
         yield
 
 
+def _warn(reader: ImageReader) -> None:
+    """What the command line says of images that look dark."""
+    for note in reader.range_notes():
+        warnings.warn(note, stacklevel=3)
+
+
 def _names(method: Method, class_names: Sequence[str] | None) -> tuple[str, ...]:
     return method.class_names if class_names is None else _checked_names(class_names)
+
+
+def _several(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(names) == 1:
+        raise DataError(f"there is only one class, '{names[0]}': every answer would be right")
+    return names
 
 
 def _checked_names(class_names: Sequence[str]) -> tuple[str, ...]:

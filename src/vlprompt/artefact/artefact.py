@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Gt, Lt
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -33,6 +34,7 @@ FORMAT_VERSION = 2
 
 PROMPTS, CONFIG, CARD = "prompts.safetensors", "config.json", "README.md"
 FILES = (CONFIG, PROMPTS, CARD)
+_White = Annotated[float, Gt(0), Lt(float("inf"))] | None
 
 
 def save_artefact(
@@ -54,6 +56,7 @@ def save_artefact(
         "settings": asdict(method.config),
         "class_names": list(method.class_names),
         "template": method.template,
+        **({} if method.white is None else {"white": method.white}),
         "backbone": {
             "name": (public_name if public else _place)(backbone.name),
             "fingerprint": backbone.fingerprint,
@@ -93,6 +96,7 @@ def load_artefact(
         state = _read_prompts(folder / PROMPTS, config)
         loaded = _load_backbone(backbone, config["backbone"], folder, device, precision)
         method = cls(loaded, class_names, options, TypeAdapter(str).validate_python(config["template"]))
+        method.white = TypeAdapter(_White).validate_python(config.get("white"))
     except (KeyError, TypeError, ValueError, ValidationError, SafetensorError, OSError, ConfigError) as error:
         raise _unreadable_error(folder, error) from None
     try:

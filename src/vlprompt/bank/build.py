@@ -15,8 +15,8 @@ from vlprompt.bank.config import BankConfig
 from vlprompt.bank.manifest import MANIFEST, BankSettings, Manifest, differences, read_manifest, shard_file
 from vlprompt.bank.regions import content_hash
 from vlprompt.bank.towers import Towers, load_towers
-from vlprompt.config.images import choose_images
-from vlprompt.data.datasets import load_dataset
+from vlprompt.config.images import choose_images, image_notes
+from vlprompt.data.datasets import check_outside, load_dataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split
 from vlprompt.errors import ConfigError, DataError
@@ -56,10 +56,13 @@ def build_bank(
     meanwhile what it is to hold.
     """
     _begun(out)  # what cannot be continued is refused before anything is loaded
-    with ImageReader(config.data.workers, room=0) as reader:
+    with ImageReader(config.data.workers, room=0, max_pixels=config.data.max_pixels) as reader:
         dataset = load_dataset(config.data.name, config.data.root, config.data.split_file)
+        check_outside(out, dataset)
         split, skipped = choose_images(config, dataset, reader, say)
         towers = load_towers(config, split, dataset.template)
+        for note in image_notes(config, dataset, split, reader):
+            say(note)
         built = fill(out, towers, split, reader, config.part, say, progress)
     return replace(built, skipped=skipped)
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from vlprompt.bank.regions import Crops
-from vlprompt.data.splits import missing_error
+from vlprompt.data.files import missing_error
 from vlprompt.errors import DataError, one_line
 from vlprompt.files import write_atomically
 
@@ -141,12 +141,17 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Put it into place as a whole."""
         images, shards = (
-            ",".join(f"\n  {json.dumps(row, ensure_ascii=False)}" for row in rows)
-            for rows in (self.images, map(asdict, self.shards))
+            ",".join(f"\n  {_json(row)}" for row in rows) for rows in (self.images, map(asdict, self.shards))
         )
         settings = json.dumps(asdict(self.settings), indent=2, ensure_ascii=False)
         head = f'"format_version": {FORMAT_VERSION},\n"settings": {settings}'
         write_atomically(folder / MANIFEST, f'{{\n{head},\n"images": [{images}\n],\n"shards": [{shards}\n]\n}}\n')
+
+
+def _json(row: object) -> str:
+    """As text to read, unless it stands for bytes that are no UTF-8, as a file's name may."""
+    text = json.dumps(row, ensure_ascii=False)
+    return json.dumps(row) if any("\ud800" <= letter <= "\udfff" for letter in text) else text
 
 
 def shard_file(folder: Path, i: int) -> Path:

@@ -11,8 +11,8 @@ import numpy as np
 from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 
+from vlprompt.data.files import missing_error
 from vlprompt.data.images import random_regions
-from vlprompt.data.splits import missing_error
 from vlprompt.errors import DataError
 
 _ONE = 65535  # stands for 1 in stored regions

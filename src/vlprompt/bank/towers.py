@@ -19,7 +19,6 @@ from vlprompt.bank.manifest import MOST_CLASSES, BankSettings, Features, Labels
 from vlprompt.bank.records import top_k
 from vlprompt.bank.regions import restored, stored
 from vlprompt.config.teacher import Teacher, configured_teacher, load_teacher_model
-from vlprompt.data.images import load_image
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split
 from vlprompt.errors import DataError, VlpromptError
@@ -40,7 +39,7 @@ class Towers:
 
         def batches() -> Iterator[list[tuple[Image.Image, NDArray[np.float64]]]]:
             for content, file in files:
-                image = load_image(file)
+                image = reader.image(file)
                 regions = restored(s.crops.draw(content, image.width, image.height, s.regions))
                 for i in range(0, s.regions, s.batch_size):  # no batch has two images
                     yield [(image, region) for region in regions[i : i + s.batch_size]]

@@ -39,7 +39,10 @@ def find_bank(config: RunConfig, class_names: Sequence[str]) -> Bank | None:
         return None
     bank = Bank(Path(data.bank).expanduser())
     built = bank.settings
-    wanted: dict[str, Any] = {"crops": {"min_scale": data.min_scale}}
+    if data.augment == "none" or data.white is not None:
+        key = "white" if data.white is not None else "augment"
+        raise ConfigError(f"data.{key} = {getattr(data, key)}: not with a region bank (--bank), whose regions are made")
+    wanted: dict[str, Any] = {"crops": {"min_scale": data.min_scale, "flip": data.flip}}
     if config.taught:
         if not built.teacher:
             raise ConfigError(

@@ -20,7 +20,7 @@ from vlprompt.bench.results import RESULTS, Results
 from vlprompt.bench.runs import Load, check_same, finished, measured_dataset, measured_split
 from vlprompt.bench.shared import SHARED
 from vlprompt.config.images import run_split
-from vlprompt.data.datasets import load_dataset
+from vlprompt.data.datasets import check_outside, load_dataset
 from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError, first_few, one_line
 from vlprompt.files import held, write_atomically, write_error
 
@@ -71,6 +71,8 @@ def bench(
         check_same(run, out, load)
     todo = [run for run in mine if not finished(run, out)]
     check_data(todo, load)
+    for data in {run.config.data.name: run.config.data for run in runs}.values():
+        check_outside(out, load(data.name, data.root, data.split_file))
     elsewhere = engine == "ray" and bool(todo)
     with on_ray.connected() if elsewhere else nullcontext():
         ended = _begin(todo, out, elsewhere, workers, say)
@@ -171,7 +173,8 @@ def check_data(runs: Sequence[Run], load: Load = load_dataset) -> None:
 
 def gaps(runs: Sequence[Run], load: Load = load_dataset) -> list[str]:
     """A line for each choice of images that the runs are measured on in which some of its classes have none."""
-    notes = (measured_dataset(run.config, m, load).gap(m.split, m.classes) for run in runs for m in run.measurements)
+    asked = [(measured_dataset(run.config, m, load), m) for run in runs for m in run.measurements]
+    notes = [note for dataset, m in asked for note in (*dataset.notes, dataset.gap(m.split, m.classes))]
     return list(filter(None, dict.fromkeys(notes)))
 
 

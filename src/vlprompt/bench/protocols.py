@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
@@ -265,7 +266,7 @@ def take_shard(runs: Sequence[Run], shard: str | None) -> list[Run]:
 def data_name(data: str) -> str:
     """A data set as folders and tables name it."""
     dataset = find_dataset(data)
-    return dataset.name if dataset else Path(data).expanduser().resolve().name.removesuffix(".csv")
+    return dataset.name if dataset else Path(os.path.realpath(os.path.expanduser(data))).name.removesuffix(".csv")
 
 
 def backbone_name(backbone: str) -> str:
@@ -275,7 +276,9 @@ def backbone_name(backbone: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "backbone"
 
 
-_NOT_THE_RESULT = ("data.root", "data.workers", "train.device", "train.graphs", "train.report_to", "seed")
+_NOT_THE_RESULT = (
+    "data.root", "data.workers", "data.max_pixels", "train.device", "train.graphs", "train.report_to", "seed"
+)  # fmt: skip
 
 
 def result_settings(config: RunConfig) -> dict[str, Any]:

@@ -131,17 +131,18 @@ def measure(method: Method, config: RunConfig, split: Split, part: str, shared_f
     if split.class_names != method.class_names and not method.takes_new_classes:
         return None
     items, paths = split.items(part), split.paths(part)
-    kept = _readable(tuple(paths), config.data.workers) if config.data.skip_bad else range(len(paths))
-    with ImageReader(config.data.workers, room=0) as reader:
+    how = config.data.workers, method.white, config.data.max_pixels
+    kept = _readable(tuple(paths), *how) if config.data.skip_bad else range(len(paths))
+    with ImageReader(config.data.workers, room=0, white=method.white, max_pixels=config.data.max_pixels) as reader:
         labels = [items[i].label for i in kept]
         images = SharedImages([paths[i] for i in kept], labels, reader, folder=shared_folder)
         return evaluate(method, images, split.class_names)
 
 
 @lru_cache(32)
-def _readable(paths: tuple[Path, ...], workers: int) -> Sequence[int]:
+def _readable(paths: tuple[Path, ...], workers: int, white: float | None, max_pixels: int | None) -> Sequence[int]:
     """Which images can be decoded: all are, so once for the runs of a process."""
-    with ImageReader(workers, room=0) as reader:
+    with ImageReader(workers, room=0, white=white, max_pixels=max_pixels) as reader:
         return readable(paths, reader, True, lambda text: None)
 
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -78,21 +78,22 @@ class SharedImages(EvaluationImages):
         return super().frozen(method) if kept is None else torch.from_numpy(np.array(kept)).to(backbone.device)
 
     def _file(self, what: str, made_by: object) -> Path:
-        return self.folder / f"{what}-{_digest([made_by, self._identity])}.npy"
+        white = [] if self.reader.white is None else [self.reader.white]
+        return self.folder / f"{what}-{_digest([made_by, self._identity, *white])}.npy"
 
 
-def decoded_once(folder: Path) -> Callable[[Path], Image.Image]:
+def decoded_once(folder: Path) -> Callable[..., Image.Image]:
     """A :func:`load_image` for files: the process that comes first leaves the pixels in ``folder`` for the others.
 
     Two that come at the same moment both decode. Where the disk lacks room an image is decoded each time.
     """
 
-    def decode(path: Path) -> Image.Image:
-        file = folder / f"image-{_digest(_identity(path))}.npy"
+    def decode(path: Path, **how: Any) -> Image.Image:
+        file = folder / f"image-{_digest([*_identity(path), *how.items()])}.npy"
         kept = _read(file)
         if kept is not None:
             return Image.fromarray(kept)
-        image = load_image(path)
+        image = load_image(path, **how)
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             pixels, disk = np.asarray(image), shutil.disk_usage(folder)

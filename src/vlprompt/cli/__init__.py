@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,6 +34,10 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Run the command line; bad input ends in one line on standard error and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # names of files and classes may be what a terminal cannot print
+            stream.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # we tell what hinders us; the rest changes no pixel
     try:
         code = app(standalone_mode=False, prog_name="vlprompt")
         if code == INTERRUPTED:  # typer turns an interrupt into a silent exit

@@ -121,7 +121,7 @@ def split(
     """
     from vlprompt.config.images import run_split
     from vlprompt.config.schema import build_config
-    from vlprompt.data.datasets import load_dataset
+    from vlprompt.data.datasets import check_outside, in_two_parts, load_dataset
     from vlprompt.data.splits import PARTS, write_split
 
     if out.exists():
@@ -138,7 +138,11 @@ def split(
     config = build_config(  # of any method: all are given the same images
         "zero_shot", overrides={key: value for key, value in given.items() if value is not None}
     )
-    chosen = run_split(config, load_dataset(data, root, split_file))
+    dataset = load_dataset(data, root, split_file)
+    check_outside(out, dataset)
+    chosen = run_split(config, dataset)
+    for note in (*dataset.notes, *in_two_parts(chosen)):
+        say(note)
     write_split(chosen, out)
     images = {part: len(chosen.items(part)) for part in PARTS}
     if json_output:

@@ -64,7 +64,7 @@ def _numbers(values: Tensor) -> list[float] | list[int]:
 def explain(method: Method, file: Path, seed: int = 0) -> Explanation:
     """Explain what a tuned model says of an image file; raises DataError if the image cannot be read."""
     preprocess, tower = method.backbone.preprocess, method.backbone.image_tower.config
-    pixels = preprocess(load_image(file))
+    pixels = preprocess(load_image(file, method.white))
     images = pixels[None].to(method.backbone.device)
     probability, best = method.predict(images, method.class_names)[0].double().softmax(-1).max(-1)
     if method.image_dependent:

@@ -16,6 +16,7 @@ from vlprompt.cli.options import (
     Data,
     Device,
     Json,
+    MaxPixels,
     OtherBackbone,
     Precision,
     Root,
@@ -39,6 +40,7 @@ def evaluate(
     split: Annotated[Literal["test", "val"], typer.Option(help="Images to measure on.", rich_help_panel=DATA)] = "test",
     split_file: SplitFile = None,
     skip_bad: SkipBad = False,
+    max_pixels: MaxPixels = None,
     backbone: OtherBackbone = None,
     device: Device = "cpu",
     precision: Precision = "fp32",
@@ -56,14 +58,17 @@ def evaluate(
     items, paths = chosen.items(split), chosen.paths(split)
     if not items:
         raise DataError(f"data set '{dataset.name}' has no {split} images")
-    if note := dataset.gap(split, classes):
+    for note in filter(None, [*dataset.notes, dataset.gap(split, classes)]):
         say(note)
     method = load_artefact(run, backbone, device, precision)
     method.take_template(dataset.template)
-    with ImageReader(room=CACHE_BYTES if skip_bad else 0) as reader:
+    room = CACHE_BYTES if skip_bad else 0
+    with ImageReader(room=room, white=method.white, max_pixels=max_pixels) as reader:
         kept = readable(paths, reader, skip_bad, say)
         images = EvaluationImages([paths[i] for i in kept], [items[i].label for i in kept], reader)
         result = evaluate_method(method, images, chosen.class_names)
+        for note in reader.range_notes():
+            say(note)
     if json_output:
         print(json.dumps({**result.to_dict(), "skipped": len(paths) - len(kept)}))
         return
@@ -82,6 +87,7 @@ def predict(
     class_names: ClassNames = None,
     class_names_file: ClassNamesFile = None,
     skip_bad: SkipBad = False,
+    max_pixels: MaxPixels = None,
     backbone: OtherBackbone = None,
     device: Device = "cpu",
     precision: Precision = "fp32",
@@ -99,14 +105,17 @@ def predict(
 
     if json_output and csv:
         raise ConfigError("--json and --csv exclude each other")
-    paths = find_images(images)
+    paths = find_images(images, say)
     method = load_artefact(run, backbone, device, precision)
     names = read_class_names(class_names, class_names_file) or method.class_names
     if names != method.class_names and (note := partly_known(method.backbone, names)):
         say(note)
-    with ImageReader(room=CACHE_BYTES if skip_bad else 0) as reader:
+    room = CACHE_BYTES if skip_bad else 0
+    with ImageReader(room=room, white=method.white, max_pixels=max_pixels) as reader:
         kept = [paths[i] for i in readable(paths, reader, skip_bad, say)]
         predictions = predict_images(method, kept, names, top, reader)
+        for note in reader.range_notes():
+            say(note)
     result = {"predictions": predictions, "skipped": len(paths) - len(kept)}
     print(json.dumps(result) if json_output else show(predictions, csv))
 

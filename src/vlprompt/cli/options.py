@@ -35,6 +35,7 @@ Data = Annotated[str, typer.Argument(metavar="DATA", help=_DATA)]
 Root = Annotated[Path | None, configured("data.root", DATA)]
 SplitFile = Annotated[Path | None, configured("data.split_file", DATA)]
 SkipBad = Annotated[bool, configured("data.skip_bad", DATA, "--skip-bad")]
+MaxPixels = Annotated[int | None, configured("data.max_pixels", DATA, min=1)]
 Device = Annotated[str, configured("train.device", MODEL)]
 Precision = Annotated[str, configured("train.precision", MODEL)]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or any folder that holds a tuned model.")]
@@ -76,7 +77,8 @@ ConfigFile = Annotated[Path | None, typer.Option(help="YAML file with any settin
 Resume = Annotated[
     Path | None,
     typer.Option(
-        help="Resume this stopped run with its own settings; only --json may be given too.", rich_help_panel=TRAINING
+        help="Resume this stopped run with its own settings; DATA, --root and --split-file say where its data is now.",
+        rich_help_panel=TRAINING,
     ),
 ]
 ReportTo = Annotated[Literal["tensorboard", "wandb"] | None, configured("train.report_to", OUTPUT)]

@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlprompt.data.folders import IMAGE_EXTENSIONS, image_files
+from vlprompt.data.files import IMAGE_EXTENSIONS, LeftOut, image_files, missing_error
 from vlprompt.data.reading import ImageReader
-from vlprompt.data.splits import check_class_names, names_in_file
+from vlprompt.data.splits import check_class_names, names_in_file, refuse_json
 from vlprompt.errors import DataError
 from vlprompt.methods import Method
 from vlprompt.training.evaluate import EvaluationImages, predict_logits
 
 
-def find_images(places: Sequence[Path]) -> list[Path]:
-    """The image files among ``places``, and below those that are folders, sorted by name."""
+def find_images(places: Sequence[Path], say: Callable[[str], object] = lambda text: None) -> list[Path]:
+    """The image files among ``places``, and below those that are folders, sorted by name; other files are told of."""
     found: list[Path] = []
     for place in places:
-        if place.is_dir():
-            inside = sorted(image_files(place))
+        if os.path.isdir(place):
+            left_out = LeftOut()
+            inside = sorted(image_files(place, left_out))
             if not inside:
-                raise DataError(f"no images in folder {place} (looked for {', '.join(IMAGE_EXTENSIONS)})")
+                others = f"; it has {left_out}" if left_out.files else ""
+                raise DataError(f"no images in folder {place} (looked for {', '.join(IMAGE_EXTENSIONS)}){others}")
+            for note in left_out.notes(place):
+                say(note)
             found += inside
-        elif place.is_file():
+        elif os.path.isfile(place):
             found.append(place)
+        elif os.path.exists(place):
+            raise DataError(f"{place} is neither an image nor a folder")
         else:
-            raise DataError(f"image {place} does not exist")
+            raise missing_error("image", place)
     return found
 
 
@@ -40,6 +47,7 @@ def read_class_names(text: str | None, file: Path | None) -> tuple[str, ...] | N
         return names_in_file(file)
     if text is None:
         return None
+    refuse_json(text, "--class-names", "separated by commas")
     names = tuple(name.strip() for name in text.split(","))
     check_class_names(names, "--class-names")
     return names
@@ -50,6 +58,9 @@ def predict_images(
 ) -> list[dict[str, Any]]:
     """For each image its ``top`` most probable classes: ``{"image": …, "top": [{"class": …, "probability": …}]}``."""
     images = EvaluationImages(paths, [], reader)
+    if len(class_names) == 1:
+        predict_logits(method, EvaluationImages(paths[:1], [], reader), class_names)  # its name may be what is wrong
+        raise DataError(f"there is only one class, '{class_names[0]}', so it is always right: commas separate names")
     probabilities = predict_logits(method, images, class_names).double().softmax(-1)
     best, labels = probabilities.topk(min(top, len(class_names)))
     return [

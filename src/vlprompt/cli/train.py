@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -108,12 +109,23 @@ def train(
         "train.report_to": report_to,
     }
     if resume is not None:
-        others = [*(given | {"method": method, "preset": preset, "config": config, "out": out}).values(), settings]
-        if dry_run or any(value is not None for value in others if value != []):
-            raise ConfigError("--resume takes everything from the run's config.yaml: give nothing else but --json")
+        from dataclasses import replace
+
         from vlprompt.training.run import saved_config
 
-        _train(saved_config(resume), resume, json_output, resume=True)
+        # Where the data has moved: the first word is DATA then, as the run has its method.
+        moved: dict[str, Any] = {
+            "name": method,
+            "root": given.pop("data.root"),
+            "split_file": given.pop("data.split_file"),
+        }
+        others = [*(given | {"preset": preset, "config": config, "out": out}).values(), settings]
+        strange = method is not None and not Path(method).expanduser().exists()
+        if dry_run or strange or any(value is not None for value in others if value != []):
+            raise ConfigError("--resume takes everything from the run's config.yaml: give nothing else but --json")
+        saved = saved_config(resume)
+        now = replace(saved.data, **{key: place for key, place in moved.items() if place is not None})
+        _train(replace(saved, data=now), resume, json_output, resume=True)
         return
     if method is None or data is None:
         raise ConfigError("missing METHOD and DATA (or --resume RUN)")
@@ -123,7 +135,7 @@ def train(
     if dry_run:
         print(json.dumps(merged.to_dict()) if json_output else merged.to_yaml(), end="\n" if json_output else "")
         return
-    name = Path(data).resolve().name.removesuffix(".csv")  # of "." too
+    name = os.path.basename(os.path.realpath(data)).removesuffix(".csv")  # of "." too
     _train(merged, out or Path("runs") / f"{name}-{method}-seed{merged.seed}", json_output)
 
 

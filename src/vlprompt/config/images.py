@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import os
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from vlprompt.config.schema import DataConfig
-from vlprompt.data.datasets import LoadedDataset
+from vlprompt.data.datasets import LoadedDataset, in_two_parts
+from vlprompt.data.images import ImageSource
+from vlprompt.data.known.table import find_dataset
 from vlprompt.data.reading import ImageReader, name_skipped, unusable_error
 from vlprompt.data.splits import PARTS, Split, repeated
 from vlprompt.errors import ConfigError, DataError, first_few
@@ -56,12 +59,15 @@ def choose_images(
 ) -> tuple[Split, int]:
     """The run's images, all looked at before training starts, and how many unreadable ones were left out.
 
-    Raises DataError naming the unreadable ones, unless the configuration skips them.
+    The reader is told what is white in deep greys. Raises DataError naming the unreadable ones, unless the
+    configuration skips them.
     """
     bad: dict[Path, str] = {}
     while True:
         split = run_split(config, dataset, bad)
         paths = split.paths("train") + split.paths("val")
+        if not bad:
+            set_white(reader, config.data, split.paths("train"), say)
         found = reader.unreadable(paths, everything=config.data.skip_bad)
         if not found:
             break
@@ -71,9 +77,27 @@ def choose_images(
         bad |= found
     if config.data.val_fraction and dataset.split.val:
         say(f"data set '{dataset.name}' has val images: data.val_fraction is not used")
-    for part in PARTS[1:]:
-        if note := dataset.gap(part, config.data.classes):
+    for note in dict.fromkeys(dataset.gap(part, config.data.classes) for part in PARTS):
+        if note:
             say(note)
     if twice := repeated(split.class_names):
         say(f"several classes have the same name, so nothing tells them apart: {', '.join(twice)}")
     return split, len(bad)
+
+
+def image_notes(config: Choice, dataset: LoadedDataset, split: Split, reader: ImageReader) -> list[str]:
+    """Lines about a run's images, which have been looked at: what was left out, is there twice, or looks dark."""
+    published = find_dataset(config.data.name) and not config.data.split_file  # its split is as it is
+    return [*dataset.notes, *([] if published else in_two_parts(split)), *reader.range_notes()]
+
+
+def set_white(
+    reader: ImageReader, data: DataConfig, images: Sequence[ImageSource], say: Callable[[str], object] = lambda _: None
+) -> None:
+    """Tell the reader what is white in deep greys, as configured or by the training images."""
+    if data.white != "auto":
+        reader.white = data.white
+        return
+    reader.white = reader.find_white([Path(image) for image in images if isinstance(image, (str, os.PathLike))])
+    found = "no image has more than 8 bits" if reader.white is None else f"{reader.white:g}, by the training images"
+    say(f"data.white = auto: {found}")

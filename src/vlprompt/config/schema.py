@@ -16,6 +16,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from vlprompt.config.presets import presets_of
+from vlprompt.data.images import White
 from vlprompt.data.splits import Classes
 from vlprompt.errors import ConfigError, one_line, unknown
 from vlprompt.methods import Can, MethodConfig, find_method
@@ -35,6 +36,21 @@ def _check_views(value: Any) -> int | str:
 
 
 ViewCount = Annotated[int | Literal["random"], BeforeValidator(_check_views)]
+
+
+def _check_white(value: Any) -> float | str | None:
+    if value is None or value == "auto":
+        return value
+    try:
+        white = float(str(value))
+    except ValueError:
+        white = 0
+    if not 0 < white < math.inf:
+        raise ValueError("auto, or a number above 0")
+    return white
+
+
+WhiteValue = Annotated[White | None, BeforeValidator(_check_white)]
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,14 @@ class DataConfig:
     """Images in a training step."""
     min_scale: Fraction = 0.08
     """Smallest share of the image that a random crop covers."""
+    flip: Annotated[float, Ge(0), Le(1)] = 0.5
+    """Probability that a random crop is mirrored; 0 where left and right are different classes."""
+    augment: Literal["random", "none"] = "random"
+    """random crops and flips, or none: training sees what evaluation sees; a method's own second views stay."""
+    white: WhiteValue = None
+    """Value that is white in greys of more than 8 bits, or auto: by the training images; 65535 if not given."""
+    max_pixels: Annotated[int, Ge(1)] | None = None
+    """Most pixels of an image, in place of Pillow's limit of about 179 million."""
     workers: Annotated[int, Ge(0)] = 2
     """Threads that decode and crop ahead of the training steps."""
     skip_bad: bool = False

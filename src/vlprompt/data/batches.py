@@ -87,7 +87,10 @@ class Batch:
 
 
 class TrainingViews:
-    """A new random resized crop and flip of every image in every epoch, in a new order."""
+    """A new random resized crop and flip of every image in every epoch, in a new order.
+
+    ``flip`` is a probability. With ``center`` it is the evaluation view in every epoch.
+    """
 
     fingerprint: str | None = None
     """Of what the views come from, if that is more than the images."""
@@ -102,6 +105,8 @@ class TrainingViews:
         *,
         reader: ImageReader,
         min_scale: float = 0.08,
+        flip: float = 0.5,
+        center: bool = False,
         teacher: Preprocess | None = None,
         patch_size: int | None = None,
         extra: Mapping[str, Tensor] | None = None,
@@ -110,7 +115,7 @@ class TrainingViews:
         # Where the teacher reads what the student does, it needs no view of its own.
         self.preprocess, self.teacher = preprocess, None if teacher == preprocess else teacher
         self.batch_size, self.seed, self.min_scale = batch_size, seed, min_scale
-        self.reader, self.patch_size = reader, patch_size
+        self.reader, self.patch_size, self.flip, self.center = reader, patch_size, flip, center
 
     def __len__(self) -> int:
         """Batches in an epoch: the last incomplete one is dropped, unless it is the only one."""
@@ -141,16 +146,23 @@ class TrainingViews:
         """One image's view, the teacher's and the second one where there are any: [3, S, S] each."""
         image = self.reader.image(self.images[i])
         rng = np.random.default_rng([self.seed, epoch, i])
-        region = random_regions(rng, image.width, image.height, scale=(self.min_scale, 1.0))[0]
+        region, scale = None, (self.min_scale, 1.0)
+        if not self.center:
+            region = random_regions(rng, image.width, image.height, scale=scale, flip=self.flip)[0]
         views = both_views(image, region, self.preprocess, self.patch_size, rng)
-        return views if self.teacher is None else {**views, "teacher_images": self.teacher.region(image, region)}
+        if self.teacher is None:
+            return views
+        return {
+            **views,
+            "teacher_images": self.teacher(image) if region is None else self.teacher.region(image, region),
+        }
 
 
 def both_views(
-    image: Image, region: Region, preprocess: Preprocess, patch_size: int | None, rng: np.random.Generator
+    image: Image, region: Region | None, preprocess: Preprocess, patch_size: int | None, rng: np.random.Generator
 ) -> dict[str, Tensor]:
-    """A region's view and, with a ``patch_size``, its second one, [3, S, S] each."""
-    crop = preprocess.cropped(image, region)
+    """The view of a region, or the evaluation view, and, with a ``patch_size``, its second one, [3, S, S] each."""
+    crop = preprocess.whole(image) if region is None else preprocess.cropped(image, region)
     views = {"images": preprocess.tensor(crop)}
     if patch_size is not None:
         views["second_view"] = preprocess.tensor(augment_patches(crop, patch_size, rng))

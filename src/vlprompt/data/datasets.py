@@ -6,10 +6,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlprompt.data.files import LeftOut, missing_error, same_files
 from vlprompt.data.folders import from_csv, from_folder
 from vlprompt.data.known.table import DATASETS, DEFAULT_TEMPLATE, Dataset, find_dataset
-from vlprompt.data.splits import PARTS, Classes, Split, missing_error, read_split
-from vlprompt.errors import DataError, first_few, unknown
+from vlprompt.data.splits import PARTS, Classes, Split, read_split
+from vlprompt.errors import ConfigError, DataError, first_few, unknown
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,19 @@ class LoadedDataset:
     split: Split
     template: str
     """With ``{}`` where the class name goes."""
+    notes: tuple[str, ...] = ()
+    """What its reader should know: files and folders left out, another folder of its name."""
+    is_folder: bool = True
+    """Whether the folder that it lies in is its own, as that of a CSV file is not."""
 
     def gap(self, part: str, classes: Classes = "all") -> str:
-        """A line about the classes without images in a part, where others have some; empty if there are none."""
+        """A line about the classes without images in a part, where others have some, or about there being one class.
+
+        Empty if there is nothing to say.
+        """
         split = self.split.subset(classes)
+        if len(split.class_names) == 1:
+            return f"note: there is only one class, '{split.class_names[0]}': every answer is right"
         there = set(split.labels(part))
         names = [name for label, name in enumerate(split.class_names) if label not in there]
         if not there or not names:
@@ -49,9 +59,13 @@ def load_dataset(
     Raises DataError for what does not exist, naming the path looked for or the nearest name: all images of a split must
     be there. A known data set's training and test images must be of the same classes, those of ``split_file`` too.
     """
-    data, file = os.fspath(data), None if split_file is None else Path(split_file).expanduser()
+    data, file = os.fspath(data), None if split_file is None else Path(os.path.expanduser(split_file))
     if dataset := find_dataset(data):
-        folder = known_folder(dataset, root)
+        here = f"for the folder of that name here write ./{data}" if os.path.isdir(data) else ""
+        try:
+            folder = known_folder(dataset, root)
+        except DataError as error:
+            raise DataError("; ".join(filter(None, [str(error), here]))) from None
         try:
             split, source = read_known(dataset, folder, file)
             if file or not dataset.from_folders:
@@ -59,18 +73,23 @@ def load_dataset(
         except DataError as error:
             if file or dataset.make:
                 raise
-            raise DataError(f"{error}; see `vlprompt data check {dataset.name} --root {root}`") from None
-        return LoadedDataset(dataset.name, split, dataset.template)
-    path = Path(data).expanduser()
-    if path.suffix.lower() == ".csv":
-        if file and not path.is_file():
+            advice = here or f"see `vlprompt data check {dataset.name} --root {root}`"
+            raise DataError(f"{error}; {advice}") from None
+        both = here and Path(data).resolve() != folder.resolve()
+        notes = [f"note: data set '{dataset.name}' of {folder} is used; {here}"] if both else []
+        return LoadedDataset(dataset.name, split, dataset.template, tuple(notes))
+    path, left_out = Path(os.path.expanduser(data)), LeftOut()
+    if path.suffix.lower() == ".csv" and not os.path.isdir(path):
+        if file and not os.path.isfile(path):
             raise missing_error("CSV file", path)
-        return LoadedDataset(path.stem, _listed(file, path.parent) if file else from_csv(path), DEFAULT_TEMPLATE)
-    if path.is_dir():
-        return LoadedDataset(path.resolve().name, _listed(file, path) if file else from_folder(path), DEFAULT_TEMPLATE)
-    if path.is_file() and path.suffix.lower() == ".json":
+        split = _listed(file, path.parent) if file else from_csv(path)
+        return LoadedDataset(path.stem, split, DEFAULT_TEMPLATE, is_folder=False)
+    if os.path.isdir(path):
+        split = _listed(file, path) if file else from_folder(path, left_out)
+        return LoadedDataset(path.resolve().name, split, DEFAULT_TEMPLATE, left_out.notes(path))
+    if os.path.isfile(path) and path.suffix.lower() == ".json":
         raise DataError(f"{path} is no data set: give the images as DATA, and this file with --split-file")
-    if path.is_file():
+    if os.path.exists(path):
         reason = f"{path} is not a .csv file"
     elif _looks_like_path(data):
         reason = str(missing_error("folder", path))
@@ -99,7 +118,7 @@ def read_known(dataset: Dataset, folder: Path, file: Path | None = None) -> tupl
     else:
         images = folder / dataset.images
         for place in (folder, *(images / sub for sub in dataset.subfolders)):
-            if not place.is_dir():
+            if not os.path.isdir(place):
                 raise missing_error(f"{source}: folder", place)
         if dataset.read is None:
             file = file or folder / dataset.split_file
@@ -109,6 +128,25 @@ def read_known(dataset: Dataset, folder: Path, file: Path | None = None) -> tupl
         split, source = read_split(file, images), _named(file)
     _same_classes(split, source)
     return split, source
+
+
+def check_outside(out: Path, dataset: LoadedDataset) -> None:
+    """Raise ConfigError if an output is to lie where the data set's images are: it would be taken for one of them."""
+    if any(os.path.isfile(place) for place in out.parents):
+        return  # it cannot be made, which is told where it is
+    if dataset.is_folder and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(dataset.split.root)):
+        raise ConfigError(f"--out {out} is inside the data set {dataset.split.root}: choose a place outside it")
+
+
+def in_two_parts(split: Split) -> list[str]:
+    """Lines for images that are trained on and are val or test images too, by their content."""
+    train, notes = split.paths("train"), []
+    for part in PARTS[1:]:
+        paths = split.paths(part)
+        if same := same_files(paths, train):
+            shown = first_few([os.path.relpath(path, split.root) for path in same])
+            notes.append(f"note: {len(same)} of {len(paths)} {part} images are among the training images too: {shown}")
+    return notes
 
 
 def absent(split: Split) -> list[Path]:
@@ -129,7 +167,9 @@ def _files(folder: str) -> set[str]:
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries if entry.is_file()}
-    except (FileNotFoundError, NotADirectoryError):
+    except PermissionError as error:
+        raise DataError(f"cannot read folder {folder}: {error.strerror}") from None
+    except (OSError, ValueError):  # it is not there, or nothing can be of that name
         return set()
 
 
@@ -152,7 +192,7 @@ def _complete(split: Split, source: str) -> Split:
         if len(gone) == 1:
             raise missing_error(f"{source}: image", gone[0])
         n = sum(len(split.items(part)) for part in PARTS)
-        shown = first_few([path.relative_to(split.root).as_posix() for path in gone])
+        shown = first_few([os.path.relpath(path, split.root) for path in gone])
         raise DataError(f"{source}: {len(gone)} of {n} images do not exist in {split.root}: {shown}")
     return split
 

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from vlprompt.data.files import (
+    IMAGE_EXTENSIONS,
+    LINKS,
+    LeftOut,
+    image_files,
+    missing_error,
+    read_text,
+    subfolders,
+    with_slashes,
+)
 from vlprompt.data.splits import (
     PARTS,
     Item,
@@ -14,39 +27,48 @@ from vlprompt.data.splits import (
     check_class_names,
     class_name,
     in_order,
-    missing_error,
     ranked_by_class,
 )
-from vlprompt.errors import DataError, unknown
+from vlprompt.errors import DataError, first_few, unknown
 
-IMAGE_EXTENSIONS = (
-    ".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
-)  # fmt: skip
-_PART_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_PART_WORDS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+_BESIDE = {"set", "data", "dataset", "image", "images", "img", "imgs", "photos", "pictures", "seg", "split", "files"}
+"""Words that stand beside these in folders' names."""
 
 
-def from_folder(root: str | os.PathLike[str]) -> Split:
+def from_folder(root: str | os.PathLike[str], left_out: LeftOut | None = None) -> Split:
     """Make a split of class folders, in alphabetical order; images may lie deeper inside them.
 
-    Either ``train``, ``val`` (or ``valid``, ``validation``) and ``test`` stand above the class folders, and
-    then train, if it is there, says which classes exist. Or the class folders stand alone: then the images of
-    each class are ranked by a hash of their relative paths, and half of them (rounded up) are train, a fifth
-    (rounded down) val, the rest test. Hidden files and files other than images are skipped. Raises DataError
-    for a missing folder, fewer than two classes, or a class folder without images.
+    Either folders of parts (``train``, ``val`` and ``test``, or the like: ``Training``, ``test_set``) stand above the
+    class folders, and then train, if it is there, says which classes exist. Or the class folders stand alone: then the
+    images of each class are ranked by a hash of their relative paths, and half of them (rounded up) are train, a fifth
+    (rounded down) val, the rest test. Hidden files are skipped; ``left_out`` is told of others that are not read.
+    Raises DataError for a missing folder, fewer than two classes, a class folder without images, and folders that seem
+    to be no classes: some hold folders only, or folders of the same names.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder") if root.exists() else missing_error("folder", root)
+    root, left_out = Path(root), LeftOut() if left_out is None else left_out
+    if not os.path.isdir(root):
+        raise DataError(f"{root} is not a folder") if os.path.exists(root) else missing_error("folder", root)
     folders = subfolders(root)
-    parts = _parts(root, folders)
+    parts = _parts(root, folders, left_out)
     every = [folder for classes in parts.values() for folder in classes] if parts else folders
     labels = _labels((folder.name for folder in parts.get("train", every)), f"folder {root}")
+    if not parts:
+        _check_classes(root, folders)
     for folder in every:
         if folder.name not in labels:
             raise DataError(f"{folder}: {unknown('class', folder.name, labels)}")
+    for place in {root, *(folder.parent for folder in every)}:
+        beside = LeftOut()
+        if loose := image_files(place, beside, deep=False):
+            left_out.files[f"images beside the folders of {place.name or place}"] += len(loose)
+        left_out.files.update({kind: beside.files[kind] for kind in LINKS if beside.files[kind]})
 
     def items(classes: Iterable[Path]) -> list[Item]:
-        found = [(image, labels[folder.name]) for folder in classes for image in _images_of_class(folder)]
+        found = [(image, labels[folder.name]) for folder in classes for image in _images_of_class(folder, left_out)]
         return [Item(image.relative_to(root).as_posix(), label) for image, label in found]
 
     named = {part: items(classes) for part, classes in parts.items()} or _divided(items(folders))
@@ -64,24 +86,23 @@ def from_csv(file: str | os.PathLike[str]) -> Split:
     label_of: dict[str, str] = {}  # by path
     part_of: dict[str, str] = {}
     try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream, restval="")
-            columns = [name.strip().lower() for name in reader.fieldnames or ()]
-            reader.fieldnames = columns
-            for column in ("path", "label"):
-                if column not in columns:
-                    raise DataError(f"CSV file {file} has no column '{column}' (found: {', '.join(columns)})")
-            for row in reader:
-                where = f"CSV file {file}, line {reader.line_num}"
-                path = _existing_path(row, file.parent, where)
-                if path in label_of:
-                    raise DataError(f"{where}: {path} is listed twice")
-                label_of[path] = row["label"].strip()
-                if "split" in columns:
-                    part_of[path] = _part(row["split"], where)
-    except FileNotFoundError:
-        raise missing_error("CSV file", file) from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reader = csv.DictReader(io.StringIO(read_text(file, "CSV file"), newline=""), restval="")
+        columns = [name.strip().lower() for name in reader.fieldnames or ()]
+        reader.fieldnames = columns
+        _check_columns(columns, file)
+        for row in reader:
+            where = f"CSV file {file}, line {reader.line_num}"
+            if not _filled(row, where):
+                continue
+            path = _existing_path(row["path"].strip(), file.parent, where)
+            if path in label_of:
+                raise DataError(f"{where}: {path} is listed twice")
+            label_of[path] = row["label"].strip()
+            if not class_name(label_of[path]):
+                raise DataError(f"{where}: a class has no name: the label is '{label_of[path]}'")
+            if "split" in columns:
+                part_of[path] = _part(row["split"], where)
+    except csv.Error as error:
         raise DataError(f"cannot read CSV file {file}: {error}") from error
     labels = _labels(label_of.values(), f"CSV file {file}")
     items = [Item(path, labels[label]) for path, label in label_of.items()]
@@ -89,6 +110,30 @@ def from_csv(file: str | os.PathLike[str]) -> Split:
         return _split(file.parent, labels, _divided(items))
     named = {part: [item for item in items if part_of[item.path] == part] for part in PARTS}
     return _split(file.parent, labels, named)
+
+
+def _check_columns(columns: list[str], file: Path) -> None:
+    for column in ("path", "label"):
+        if column not in columns:
+            between = next((name for sign, name in _SIGNS.items() if any(sign in c for c in columns)), "")
+            hint = f": columns are separated by commas, not by {between}" if between else ""
+            found = ", ".join(columns).replace("\t", "<TAB>")
+            raise DataError(f"CSV file {file} has no column '{column}' (found: {found}){hint}")
+    for column in ("path", "label", "split"):
+        if columns.count(column) > 1:
+            raise DataError(f"CSV file {file} has {columns.count(column)} columns '{column}'")
+
+
+_SIGNS = {";": "';'", "\t": "TAB", "|": "'|'"}
+
+
+def _filled(row: dict, where: str) -> bool:
+    """Whether a row has values: spreadsheets write rows of commas alone, and commas after the last value."""
+    if any(value.strip() for value in row.pop(None, ())):
+        raise DataError(f"{where}: more values than columns (quote a value that has a comma)")
+    if any("\n" in value for value in row.values()):
+        raise DataError(f"{where}: a value has several lines: is a quotation mark not closed?")
+    return any(value.strip() for value in row.values())
 
 
 def _split(root: Path, labels: Iterable[str], items: dict[str, list[Item]]) -> Split:
@@ -116,59 +161,71 @@ def _labels(names: Iterable[str], source: str) -> dict[str, int]:
     return labels
 
 
-def _parts(root: Path, folders: list[Path]) -> dict[str, list[Path]]:
+def part_named(name: str) -> str | None:
+    """The part that a folder or a column means by this name, in any case: ``Training``, ``test_set``, ``seg_train``."""
+    words = [re.sub("(?<=.)(set|data|images)$", "", word) for word in re.findall(r"[^\W\d_]+", name.lower())]
+    words = [word for word in words if word not in _BESIDE]
+    return _PART_WORDS.get(words[0]) if len(words) == 1 else None
+
+
+def _parts(root: Path, folders: list[Path], left_out: LeftOut) -> dict[str, list[Path]]:
     """The class folders of each part; empty if the folders are classes themselves."""
     parts: dict[str, list[Path]] = {}
     for folder in folders:
-        part = _PART_NAMES.get(folder.name.lower())
+        part, classes = part_named(folder.name), subfolders(folder)
+        # Some archives hold seg_train/seg_train/CLASS.
+        while part and len(classes) == 1 and part_named(classes[0].name) == part:
+            classes = subfolders(classes[0])
         # A class may be called "train" too: its folder holds images, a part's holds class folders.
-        if part and (classes := subfolders(folder)):
+        if part and classes:
             if part in parts:
                 raise DataError(f"{root} has two folders for '{part}'")
             parts[part] = classes
-    return parts if "train" in parts or len(parts) == len(folders) else {}
+        else:
+            left_out.folders.append(folder.name)
+    if "train" in parts or (parts and len(parts) == len(folders)):
+        return parts
+    left_out.folders.clear()
+    return {}
 
 
-def hidden(name: str) -> bool:
-    """Whether a file or folder of this name is no part of a data set."""
-    return name.startswith(".") or name == "__MACOSX"
+def _check_classes(root: Path, folders: list[Path]) -> None:
+    """Raise DataError if folders hold what seem to be the classes."""
+    inside = {folder: [sub.name for sub in subfolders(folder)] for folder in folders}
+    names = Counter(name for subs in inside.values() for name in subs)
+    shared = [name for name, n in names.items() if n > 1]
+    above = [folder.name for folder, subs in inside.items() if subs and not image_files(folder, deep=False)]
+    if shared:
+        above = [folder.name for folder, subs in inside.items() if shared[0] in subs]
+    if above:
+        subs = shared or inside[root / above[0]]
+        what = f"{first_few(above)} all hold folders" if shared else f"{first_few(above)} hold folders only, as"
+        raise DataError(
+            f"folder {root}: are its folders classes? {what} {first_few(subs)}; folders of parts are called train, val "
+            "and test, and a CSV file says of any images what they are"
+        )
 
 
-def subfolders(folder: Path) -> list[Path]:
-    """The visible folders directly inside, in alphabetical order."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not hidden(path.name))
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The visible files inside, at any depth, whose names say that they are images."""
-    return [
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_EXTENSIONS
-        and not any(map(hidden, path.relative_to(folder).parts))
-        and path.is_file()
-    ]
-
-
-def _images_of_class(folder: Path) -> list[Path]:
-    images = image_files(folder)
+def _images_of_class(folder: Path, left_out: LeftOut) -> list[Path]:
+    here = LeftOut()
+    images = image_files(folder, here)
     if not images:
-        raise DataError(f"class folder {folder} holds no images ({', '.join(IMAGE_EXTENSIONS)})")
+        others = f"; it has {here}" if here.files else ""
+        raise DataError(f"class folder {folder} holds no images ({', '.join(IMAGE_EXTENSIONS)}){others}")
+    left_out.files += here.files
     return images
 
 
-def _existing_path(row: dict[str, str], folder: Path, where: str) -> str:
-    if None in row:
-        raise DataError(f"{where}: more values than columns (quote a value that has a comma)")
+def _existing_path(text: str, folder: Path, where: str) -> str:
     # Absolute paths too: an image's name must not change when the folder moves.
-    path = Path(os.path.relpath(folder / row["path"].strip(), folder)).as_posix()
-    if not (folder / path).is_file():
-        raise missing_error(f"{where}: image", folder / path)
+    path = Path(os.path.relpath(folder / with_slashes(text, folder), folder)).as_posix()
+    if not os.path.isfile(folder / path):
+        raise missing_error(f"{where}: image", folder / path) if text else DataError(f"{where}: the path is empty")
     return path
 
 
 def _part(name: str, where: str) -> str:
-    part = _PART_NAMES.get(name.strip().lower())
+    part = part_named(name)
     if part is None:
         raise DataError(f"{where}: {unknown('split', name, PARTS)}")
     return part

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from vlprompt.data.files import formats, heif_advice, open_image
 from vlprompt.errors import DataError, first_line, unknown
 
 _FILTERS = {
@@ -23,7 +24,7 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-_SIXTEEN_BIT = 65535
+SIXTEEN_BIT = 65535
 # No photograph is this many times longer than wide; resizing such a strip whole would fill the memory.
 _LONGEST = 100
 
@@ -34,29 +35,46 @@ ImageSource = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 """A file, a Pillow image, or uint8 pixels: [H, W, 3], or [H, W] for grey."""
 
 
-def load_image(source: ImageSource) -> Image.Image:
+White = float | Literal["auto"]
+"""The value of greys deeper than 8 bits that is white; ``auto`` finds it in the training images."""
+
+
+def load_image(source: ImageSource, white: float | None = None, max_pixels: int | None = None) -> Image.Image:
     """An image upright (EXIF orientation), its first frame, as 8-bit RGB; files are decoded.
 
     JPEGs are decoded at full size: Pillow's draft mode, which decodes at 1/2, 1/4 or 1/8, gives other pixels than
     resizing the whole image does, and so other features.
 
-    Raises DataError with the file and the reason if it is missing, damaged, empty, or a decompression bomb, and for
-    pixels of another type or shape than ``ImageSource`` says.
+    Greys of more than 8 bits are scaled so that ``white`` becomes 255, by default the largest 16-bit value; a format
+    that tells its own (PGM, 12-bit TIFF) decides that. The greatest value found is ``info["greatest"]``. ``max_pixels``
+    replaces Pillow's limit where that is lifted, as :class:`~vlprompt.data.reading.ImageReader` does.
+
+    Raises DataError with the file and the reason if it is missing, damaged, empty, in no documented format, or a
+    decompression bomb, and for pixels of another type or shape than ``ImageSource`` says.
     """
     if isinstance(source, np.ndarray):
         return _from_pixels(source)
     if isinstance(source, Image.Image):
         try:
+            own = _own_white(source)
             source.load()
-            return to_rgb(_upright(source))
+            return to_rgb(_upright(source), own or white)
         except Exception as error:  # a file that Pillow has opened may be damaged further on
             raise DataError(f"cannot read the image {source!r}: {error}") from error
     if not isinstance(source, (str, os.PathLike)):
         raise DataError(f"an image is a path, a Pillow image or an array, not {type(source).__name__}")
     try:
-        with Image.open(source) as image:
+        with open_image(source) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise DataError(f"{image.width * image.height} pixels; data.max_pixels = {max_pixels} is the limit")
+            own, sliced = _own_white(image), _has_16_bit_colours(image)
+            if sliced and white is not None:
+                raise DataError("of 16-bit colours 8 bits are read, so data.white is for greys; save it with 8 bits")
             image.load()
-            return to_rgb(_upright(image))
+            rgb = to_rgb(_upright(image), own or white)
+            if sliced:
+                rgb.info["greatest"] = 257 * max(high for _, high in rgb.getextrema())  # type: ignore[misc]
+            return rgb
     except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes
         raise DataError(f"cannot read image {os.fspath(source)}: {_reason(error, Path(source))}") from error
 
@@ -69,29 +87,80 @@ def _from_pixels(pixels: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(pixels).convert("RGB")
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as 8-bit RGB: transparency over white, 16-bit grey scaled (``convert`` would clip it).
+def greatest_grey(file: Path) -> float | None:
+    """The greatest value of a grey image deeper than 8 bits, which is not 0; None for others and unreadable ones."""
+    try:
+        with open_image(file) as image:
+            if not _is_deep(image) or _own_white(image):
+                return None
+            return float(np.asarray(image).max()) or None
+    except Exception:  # told when it is decoded
+        return None
 
-    Raises DataError for pixels whose range is unknown (32-bit floats, integers beyond 16 bits).
+
+def white_above(greatest: float) -> float:
+    """What is white, by the greatest value of many images: of whole numbers the most that their bits hold (4095).
+
+    Others are 1 or less, or the greatest is white itself.
+    """
+    if greatest != int(greatest) or greatest == 1:
+        return max(greatest, 1.0)
+    return float(2 ** max(int(greatest).bit_length(), 8) - 1)
+
+
+def to_rgb(image: Image.Image, white: float | None = None) -> Image.Image:
+    """Any Pillow image as 8-bit RGB: transparency over white, deep greys scaled (``convert`` would clip them).
+
+    Raises DataError for pixels whose range is unknown: 32-bit floats and integers beyond 16 bits without ``white``,
+    negative ones, and those that are not finite.
     """
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
-    if image.mode == "F":
-        raise DataError("32-bit float pixels have no known range; save the image with 8 or 16 bits")
-    if image.mode.startswith("I"):
-        return _scale_to_8_bit(image).convert("RGB")
+    if _is_deep(image):
+        return _scale_to_8_bit(image, white)
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        paper = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 
-def _scale_to_8_bit(image: Image.Image) -> Image.Image:
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def _raw_mode(image: Image.Image) -> tuple[str, str]:
+    """How the pixels of a file that is not decoded yet lie in it: decoder and layout."""
+    tiles = getattr(image, "tile", None)
+    codec, _, _, layout = tiles[0] if tiles else ("", (), 0, "")
+    return codec, str(layout[0] if isinstance(layout, tuple) and layout else layout)
+
+
+def _own_white(image: Image.Image) -> float | None:
+    """What is white in deep greys as the format says: Pillow scales PGM to 16 bits, but not 12-bit TIFF."""
+    codec, raw = _raw_mode(image)
+    return float(SIXTEEN_BIT) if codec.startswith("ppm") else 4095.0 if raw.startswith("I;12") else None
+
+
+def _has_16_bit_colours(image: Image.Image) -> bool:
+    return not _is_deep(image) and ";16" in _raw_mode(image)[1]
+
+
+def _scale_to_8_bit(image: Image.Image, white: float | None) -> Image.Image:
     pixels = np.asarray(image)
+    low, high = float(pixels.min()), float(pixels.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise DataError("some pixels are not finite")
+    if low < 0:
+        raise DataError(f"negative pixels (down to {low:g}), as CT values are: add to all so that black is 0")
     # Some 16-bit files open in mode "I", which has 32 bits.
-    if pixels.min() < 0 or pixels.max() > _SIXTEEN_BIT:
-        raise DataError("integer pixels beyond 16 bits have no known range; save the image with 8 or 16 bits")
-    return Image.fromarray(np.rint(pixels * (255 / _SIXTEEN_BIT)).astype(np.uint8))
+    if white is None and (image.mode == "F" or high > SIXTEEN_BIT):
+        kind = "32-bit float pixels" if image.mode == "F" else "integer pixels beyond 16 bits"
+        raise DataError(f"{kind} have no known range: data.white=auto or data.white=VALUE says what is white")
+    white = white or float(SIXTEEN_BIT)
+    scaled = np.rint(np.minimum(pixels, white) * (255 / white)).astype(np.uint8)
+    rgb = Image.fromarray(scaled).convert("RGB")
+    rgb.info["greatest"] = high
+    return rgb
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -105,7 +174,9 @@ def _reason(error: Exception, path: Path) -> str:
     if path.is_file() and path.stat().st_size == 0:
         return "the file is empty"
     if isinstance(error, UnidentifiedImageError):
-        return "not an image in a known format"
+        return f"not an image in a known format: {', '.join(formats())}{heif_advice(path)}"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"{first_line(error)} (data.max_pixels=N allows more)"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return first_line(error)

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import default_collate
 
-from vlprompt.data.images import ImageSource, load_image
+from vlprompt.data.images import SIXTEEN_BIT, ImageSource, greatest_grey, load_image, white_above
 from vlprompt.errors import DataError, first_few
 
 CACHE_BYTES = 2 << 30  # decoded images kept in memory; the rest is decoded again when it is needed again
@@ -34,17 +34,30 @@ class ImageReader:
 
     Pillow decodes and resizes outside Python's lock, so threads are enough: they start at once and share the decoded
     images. ``workers`` = 0 does all work in the calling thread. ``room`` is in bytes, by default this process's part of
-    CACHE_BYTES. ``decode`` replaces :func:`load_image` for files. Close it, or use it in a ``with`` statement.
+    CACHE_BYTES. ``decode`` replaces :func:`load_image` for files. ``white`` and ``max_pixels`` are as there; a
+    ``max_pixels`` lifts Pillow's limit for the whole process until the reader is closed. Close it, or use it in a
+    ``with`` statement.
     """
 
     def __init__(
-        self, workers: int = 2, room: int | None = None, decode: Callable[[Path], Image.Image] | None = None
+        self,
+        workers: int = 2,
+        room: int | None = None,
+        decode: Callable[..., Image.Image] | None = None,
+        *,
+        white: float | None = None,
+        max_pixels: int | None = None,
     ) -> None:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="vlprompt-images") if workers else None
         self.room = CACHE_BYTES // _sharing if room is None else room
         """Bytes of decoded images that it may still keep."""
+        self.white, self._max_pixels = white, max_pixels
+        self._pillows_limit = Image.MAX_IMAGE_PIXELS
+        if max_pixels is not None:
+            Image.MAX_IMAGE_PIXELS = None
         self._full = False
         self._decode = decode
+        self._greys: dict[Path, float] = {}  # the greatest value of each deep grey
         self._kept: dict[Path, Image.Image] = {}
         self._lock = Lock()
 
@@ -58,16 +71,22 @@ class ImageReader:
         """End the threads and forget the images."""
         if self._pool:
             self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._max_pixels is not None:
+            Image.MAX_IMAGE_PIXELS = self._pillows_limit
         self._kept.clear()
 
     def image(self, source: ImageSource) -> Image.Image:
         """The decoded image; raises DataError naming the file if it cannot be used."""
+        how: dict[str, Any] = {} if self.white is None else {"white": self.white}
+        how |= {} if self._max_pixels is None else {"max_pixels": self._max_pixels}
         if not isinstance(source, (str, os.PathLike)):
-            return load_image(source)  # it is in memory already
+            return load_image(source, **how)  # it is in memory already
         path = Path(source)
         if path in self._kept:
             return self._kept[path]
-        image = (self._decode or load_image)(path)
+        image = (self._decode or load_image)(path, **how)
+        if greatest := image.info.get("greatest"):
+            self._greys[path] = greatest
         size = 3 * image.width * image.height
         with self._lock:
             self._full = self._full or size > self.room
@@ -75,6 +94,26 @@ class ImageReader:
                 self.room -= size
                 self._kept[path] = image
         return image
+
+    def find_white(self, paths: Sequence[Path]) -> float | None:
+        """What is white in the deep greys among these files, by the greatest value of all; None if there are none."""
+        chunks = [paths[i : i + 64] for i in range(0, len(paths), 64)]
+        found = [value for _, values in self._ahead(greatest_grey, chunks) for value in values if value]
+        return white_above(max(found)) if found else None
+
+    def range_notes(self) -> list[str]:
+        """Lines about deep greys read so far that use a small part of their range, or go beyond it."""
+        white, greys = self.white or SIXTEEN_BIT, dict(self._greys)
+        of, notes = f"of {len(greys)} images of more than 8 bits", []
+        if low := [value for value in greys.values() if 4 * value < white]:
+            top = max(low)
+            notes.append(
+                f"note: {len(low)} {of} look dark: they use up to {top:g} of a range of {white:g}; "
+                f"data.white={white_above(top):g} mends that, or data.white=auto"
+            )
+        if high := [value for value in greys.values() if value > white]:
+            notes.append(f"note: {len(high)} {of} have values above data.white = {white:g}, up to {max(high):g}")
+        return notes
 
     def batches(
         self,

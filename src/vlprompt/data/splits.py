@@ -8,12 +8,13 @@ import os
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from vlprompt.data.files import read_text, with_slashes
 from vlprompt.errors import DataError, unknown
 from vlprompt.files import write_atomically
 
@@ -156,13 +157,6 @@ def class_name(name: str) -> str:
     return name.replace("_", " ").strip()
 
 
-def missing_error(what: str, path: Path) -> DataError:
-    """The error for a file or folder that is not there, with the nearest name beside it."""
-    siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = get_close_matches(path.name, siblings, n=1, cutoff=0.5)
-    return DataError(f"{what} {path} does not exist" + (f": did you mean '{near[0]}'?" if near else ""))
-
-
 def read_split(file: str | os.PathLike[str], root: str | os.PathLike[str]) -> Split:
     """Read a split file in CoOp's format: ``{"train": [[path, label, class name], …], "val": …, "test": …}``.
 
@@ -173,12 +167,12 @@ def read_split(file: str | os.PathLike[str], root: str | os.PathLike[str]) -> Sp
     or its labels are not 0 … C − 1 with one name each.
     """
     file, root = Path(file), Path(root)
+    text = read_text(file, "split file")
     try:
-        parts = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise missing_error("split file", file) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"cannot read split file {file}: {error}") from error
+        parts = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        advice = "; paths are written with /" if "\\escape" in str(error) else ""
+        raise DataError(f"cannot read split file {file}: {error}{advice}") from error
     rows = {part: _rows(parts.get(part, [])) for part in PARTS} if isinstance(parts, dict) else {}
     if not rows or not all(isinstance(part, list) for part in rows.values()):
         raise DataError(f"split file {file} must hold lists named {', '.join(PARTS)}")
@@ -192,9 +186,11 @@ def read_split(file: str | os.PathLike[str], root: str | os.PathLike[str]) -> Sp
             name = class_name(row[2])
             if not name:
                 raise DataError(f"split file {file}: {part}[{i}]: label {row[1]} has no class name")
+            if wrong := _unwritable(name):
+                raise DataError(f"split file {file}: {part}[{i}]: {wrong}")
             if names.setdefault(row[1], name) != name:
                 raise DataError(f"split file {file}: label {row[1]} is both '{names[row[1]]}' and '{name}'")
-        items[part] = tuple(Item(path, label) for path, label, _ in rows[part])
+        items[part] = tuple(Item(with_slashes(path, root), label) for path, label, _ in rows[part])
     gap = next((label for label in range(len(names)) if label not in names), None)
     if gap is not None or not names:
         found = f"{gap} is missing" if names else "it lists no images"
@@ -217,7 +213,7 @@ def _rows(part: Any) -> Any:
 def _without_prefix(items: dict[str, tuple[Item, ...]], file: Path, root: Path) -> dict[str, tuple[Item, ...]]:
     first = next(item.path for part in items.values() for item in part)
     folders = PurePosixPath(first).parts
-    n = next((n for n in range(len(folders)) if root.joinpath(*folders[n:]).is_file()), None)
+    n = next((n for n in range(len(folders)) if os.path.isfile(root.joinpath(*folders[n:]))), None)
     if n is None:
         raise DataError(f"split file {file}: {first} is not below {root}")
 
@@ -232,14 +228,24 @@ def _without_prefix(items: dict[str, tuple[Item, ...]], file: Path, root: Path) 
 
 def names_in_file(file: Path) -> tuple[str, ...]:
     """The class names of a file, one a line; raises DataError if it cannot be read, or for bad names."""
-    try:
-        names = tuple(line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read class names from {file}: {error}") from None
+    if not os.path.exists(file):
+        raise DataError(f"cannot read class names from {file}: it does not exist")
+    text = read_text(file, "class names from")
+    refuse_json(text, f"class names file {file}", "one a line")
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not names:
         raise DataError(f"class names file {file}: there are no class names")
+    if len(names) == 1:
+        raise DataError(f"class names file {file}: there is only one class, '{names[0]}': write one a line")
     check_class_names(names, f"class names file {file}")
     return names
+
+
+def refuse_json(text: str, source: str, how: str) -> None:
+    """Raise DataError for a list or an object in JSON, which would be read as names; ``how`` they are written."""
+    with suppress(ValueError, RecursionError):
+        if isinstance(json.loads(text), (list, dict)):
+            raise DataError(f"{source}: class names are written {how}, not as JSON")
 
 
 def check_class_names(class_names: Iterable[str], source: str) -> None:
@@ -250,6 +256,8 @@ def check_class_names(class_names: Iterable[str], source: str) -> None:
     """
     seen: dict[str, str] = {}
     for name, n in Counter(list(class_names)).items():
+        if wrong := _unwritable(name):
+            raise DataError(f"{source}: {wrong}")
         if n > 1 and name:
             raise DataError(f"{source}: {n} classes are named '{name}'")
         folded = " ".join(unicodedata.normalize("NFC", class_name(name)).casefold().split())
@@ -258,6 +266,15 @@ def check_class_names(class_names: Iterable[str], source: str) -> None:
         if folded in seen:
             raise DataError(f"{source}: classes '{seen[folded]}' and '{name}' have the same name for a text tower")
         seen[folded] = name
+
+
+def _unwritable(name: str) -> str:
+    """What is wrong with a name that is no text, as a folder's is that was named in another encoding; often nothing."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return f"class name '{name.encode('utf-8', 'backslashreplace').decode()}' is not UTF-8 text: rename it"
+    return ""
 
 
 def repeated(class_names: Sequence[str]) -> list[str]:

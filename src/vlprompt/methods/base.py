@@ -138,6 +138,8 @@ class Method(nn.Module):
     learns_prompts: ClassVar[bool] = True
     """Whether what it learns belongs to the template that it was trained with."""
 
+    white: float | None = None
+    """Value that is white in the deep greys of the images that it was tuned on; the largest of 16 bits if not given."""
     text_chunk: int | None = None
     """Classes whose texts are encoded at once, to need less memory; all if not given."""
 

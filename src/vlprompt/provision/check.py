@@ -9,7 +9,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from vlprompt.data.datasets import absent, known_folder, load_dataset, read_known
+from vlprompt.data.datasets import absent, in_two_parts, known_folder, load_dataset, read_known
 from vlprompt.data.known.table import Dataset, find_dataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import PARTS, Split
@@ -35,6 +35,8 @@ class Report:
     problems: list[str] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
     """Where files do not lie as they should: what to do."""
+    notes: list[str] = field(default_factory=list)
+    """What was left out, and what is in two parts."""
 
     @property
     def fault(self) -> str:
@@ -62,7 +64,7 @@ class Report:
             if found:
                 lines += [f"{len(found)} {what}:", *(f"  {line}" for line in found[:SHOWN])]
                 lines += [f"  … and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
-        return "\n".join([*lines, *self.advice])
+        return "\n".join([*lines, *self.notes, *self.advice])
 
 
 def check(
@@ -82,6 +84,7 @@ def check(
     if dataset is None:
         loaded = load_dataset(data, root, split_file)
         report, split = Report(loaded.name, loaded.split.root), loaded.split
+        report.notes = [*loaded.notes, *in_two_parts(split)]
     else:
         folder = known_folder(dataset, root)
         report = Report(dataset.name, folder)

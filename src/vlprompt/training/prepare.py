@@ -114,6 +114,8 @@ def prepare(
             seed,
             reader=reader,
             min_scale=config.data.min_scale,
+            flip=config.data.flip,
+            center=config.data.augment == "none",
             teacher=sources.teacher.preprocess if sources.teacher else None,
             patch_size=method.patch_size,
             extra=extra,

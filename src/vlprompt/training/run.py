@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import shlex
@@ -23,9 +24,9 @@ from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.names import public_name
 from vlprompt.bank.use import read_by, regions_used
-from vlprompt.config.images import choose_images
+from vlprompt.config.images import choose_images, image_notes
 from vlprompt.config.schema import RunConfig, build_config, read_config
-from vlprompt.data.datasets import LoadedDataset, load_dataset
+from vlprompt.data.datasets import LoadedDataset, check_outside, load_dataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split, read_split, write_split
 from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError
@@ -68,7 +69,7 @@ def train(
     say: Callable[[str], None] = lambda text: None,
     *,
     resume: bool = False,
-    decode: Callable[[Path], Image] | None = None,
+    decode: Callable[..., Image] | None = None,
     images_of: Callable[..., EvaluationImages] = EvaluationImages,
 ) -> tuple[Method, Result]:
     """Train as configured and write the run folder ``out``, or ``resume`` the run that is in it.
@@ -79,18 +80,25 @@ def train(
     those that accuracy is measured on, in place of :class:`EvaluationImages`. Raises ConfigError if the folder is in
     use, or its run cannot be resumed with this data.
     """
-    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not resume and os.path.exists(out) and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"output folder {out} is already in use: choose another with --out, or see --resume")
     began = time.monotonic()
-    with join_processes(config.train.device) as processes, ImageReader(config.data.workers, decode=decode) as reader:
+    data = config.data
+    with (
+        join_processes(config.train.device) as processes,
+        ImageReader(data.workers, decode=decode, max_pixels=data.max_pixels) as reader,
+    ):
         if not processes.first:
             watchers, say = (), lambda text: None
         with processes.first_alone():
-            dataset = load_dataset(config.data.name, config.data.root, config.data.split_file)
+            dataset = _resumed_dataset(config, out) if resume else load_dataset(data.name, data.root, data.split_file)
+            if not resume:
+                check_outside(out, dataset)
             split, skipped = choose_images(config, dataset, reader, say)
             backbone = load_backbone(config.backbone, processes.device, config.train.precision)
             sources = find_sources(config, split.class_names, dataset.template, backbone)
         method = build(config, sources, backbone, dataset.template, split.class_names)
+        method.white = reader.white
         images, val = (images_of(split.paths(part), split.labels(part), reader=reader) for part in ("train", "val"))
 
         def val_accuracy() -> float | None:
@@ -110,6 +118,7 @@ def train(
             say(_opening(config, dataset, split, method, processes, sources))
             unread = partly_known(backbone, method.class_names) if method.reads_names else None
             for note in [
+                *(image_notes(config, dataset, split, reader) if processes.first else []),
                 *([unread] if unread else []),
                 *_unused(config.options),
                 *(_only_warm_up(config) if training else []),
@@ -209,6 +218,14 @@ def _only_warm_up(config: RunConfig) -> list[str]:
         f"train.epochs = {epochs}: all of it is warm-up, at a learning rate of {optim.warmup_lr:g} "
         f"(optim.warmup_epochs = {optim.warmup_epochs:g})"
     ] * (epochs <= optim.warmup_epochs)
+
+
+def _resumed_dataset(config: RunConfig, out: Path) -> LoadedDataset:
+    try:
+        return load_dataset(config.data.name, config.data.root, config.data.split_file)
+    except DataError as error:
+        command = f"vlprompt train --resume {shlex.quote(str(out))}"
+        raise DataError(f"{error}; where the data has moved: {command} DATA, or with --root DIR") from None
 
 
 def _check_images(out: Path, split: Split) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from vlprompt.data.folders import IMAGE_EXTENSIONS, from_folder, hidden, subfolders
-from vlprompt.data.splits import PARTS, Item, Split, class_name, in_order, missing_error, ranked_by_class
+from vlprompt.data.files import IMAGE_EXTENSIONS, hidden, read_text, subfolders
+from vlprompt.data.folders import from_folder
+from vlprompt.data.splits import PARTS, Item, Split, class_name, in_order, ranked_by_class
 from vlprompt.errors import DataError, unknown
 
 CLASS_NAMES = "classnames.txt"
@@ -147,10 +148,5 @@ def _image_names(folder: Path) -> list[str]:
 
 
 def _lines(file: Path) -> list[tuple[int, str]]:
-    try:
-        lines = file.read_text("utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise missing_error("file", file) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {file}: {error}") from error
+    lines = read_text(file, "file").splitlines()
     return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
