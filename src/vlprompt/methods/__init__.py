@@ -14,6 +14,7 @@ from vlprompt.methods import (  # noqa: F401
     maple,
     prograd,
     promptsrc,
+    tcp,
     vpt,
     zero_shot,
 )
