@@ -36,6 +36,25 @@ def ctx_init(h: dict) -> str | None:
 
 
 FORMS = {
+    "bayesian": Official(
+        lambda info: {
+            "n_ctx": info["hyper"]["n_ctx"],
+            "init": ctx_init(info["hyper"]),
+            "samples": info["hyper"]["l"],
+            "conditional": {"cocoopvpt": True, "coopvpt": False}[info["hyper"]["vpt_type"]],
+        },
+        {
+            r"prompt_learner\.ctx": "context.vectors",
+            r"prompt_learner\.mean_posterior": "mean",
+            r"prompt_learner\.std_posterior": "log_variance",
+            r"prompt_learner\.meta_net\.weight_mean\.module\.(.+)": r"blocks.0.\1",
+            r"prompt_learner\.meta_net\.weight_log_variance\.module\.(.+)": r"blocks.1.\1",
+        },
+        {
+            "ce": lambda h, official: official["task"],
+            "kl": lambda h, official: 0.001 * official["kl_unweighted"],
+        },
+    ),
     "tcp": Official(
         lambda info: {
             "n_ctx": info["hyper"]["n_ctx"],
@@ -163,12 +182,16 @@ def check(case: Case, form: Official, predict: Callable[[Method, Tensor, list[st
 
 def prepare(method: Method, gold: dict[str, Tensor]) -> None:
     """Give a method the case's random numbers in place of its own."""
+    if "eps" in gold:  # [L, 1, D], in training and evaluation
+        method.noise = lambda mu: gold["eps"].transpose(0, 1)
 
 
 def check_forward(method: Method, out, gold: dict[str, Tensor], noise: float) -> None:
-    close("logits", out.logits, gold["logits"], noise)
+    of_samples = gold["logits"].ndim == 3  # log-probabilities, [L, B, C]
+    logits = method.log_probabilities(out.v, out.t).transpose(0, 1) if of_samples else out.logits
+    close("logits", logits, gold["logits"], noise)
     close("image_features", out.v, unit(gold["image_features"]), 2e-7)
-    close("text_features", out.t, unit(gold["text_features"]), 2e-7)
+    close("text_features", out.t.reshape(gold["text_features"].shape), unit(gold["text_features"]), 2e-7)
     if "frozen/text_features_normalized" in gold:
         t0 = frozen_class_features(method.backbone, method.class_names, [method.template])
         close("frozen", t0, gold["frozen/text_features_normalized"], 1e-6)

@@ -2,6 +2,7 @@
 
 from vlprompt.data.batches import Batch
 from vlprompt.methods import (  # noqa: F401
+    bayesian,
     cocoop,
     coop,
     dpl,

@@ -137,6 +137,8 @@ class Method(nn.Module):
     """Whether class features depend on the image."""
     learns_prompts: ClassVar[bool] = True
     """Whether what it learns belongs to the template that it was trained with."""
+    has_spread: ClassVar[bool] = False
+    """Whether it says how sure it is of its probabilities: :meth:`spread`."""
 
     text_chunk: int | None = None
     """Classes whose texts are encoded at once, to need less memory; all if not given."""
@@ -201,8 +203,16 @@ class Method(nn.Module):
         v = self.adapt(self.encode_images(x) if x.ndim == 4 else x)
         if not self.image_dependent:
             return self.logits(v, self.kept_class_features(names))
-        parts = v.split(max(TEXTS_OF_IMAGES // len(names), 1))
+        parts = v.split(self.images_at_once(names))
         return torch.cat([self.logits(part, self.class_features(names, part)) for part in parts])
+
+    def images_at_once(self, class_names: Sequence[str]) -> int:
+        """Images whose own class texts are encoded together."""
+        return max(TEXTS_OF_IMAGES // len(class_names), 1)
+
+    def spread(self, x: Tensor, class_names: Sequence[str]) -> Tensor:
+        """Standard deviation of each class's probability over what the model leaves open; as ``predict``: [B, C]."""
+        raise NotImplementedError
 
     def kept_class_features(self, class_names: Sequence[str]) -> Tensor:
         """Class features of a tuned model; the last few lists' are remembered while nothing of the model changes."""

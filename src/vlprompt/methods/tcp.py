@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
@@ -81,7 +80,7 @@ class TCP(Method):
         parts = self.context.packed_parts(self.backbone, class_names, n, share=False)
         if c.weight < 1:
             (texts,) = parts
-            kept = torch.ones(len(texts.tokens), 1, device=own.device).index_fill(0, texts.slots, 1 - c.weight)
+            kept = own.new_ones(len(texts.tokens), 1).index_fill(0, texts.slots, 1 - c.weight)
             prompts = Prompts([self.context.vectors, *later, c.weight * own], "add")
             return unit(tower(texts, prompts, None, lambda i, x: x * kept.to(x.dtype) if i == c.layer else x)[0])
         prompts = Prompts([self.context.vectors, *later, own])
