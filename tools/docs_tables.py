@@ -148,6 +148,8 @@ def shown(value: Any) -> str:
         return "–"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, tuple):
+        return "–" if not value else f"[{', '.join(map(str, value))}]" if len(value) < 9 else f"{len(value)} of them"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

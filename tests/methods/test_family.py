@@ -14,8 +14,9 @@ from tests.kit.plain import plain_block, plain_norm, same_with_gradients, small_
 from vlprompt.api import PromptedModel, build_method
 from vlprompt.artefact.artefact import save_artefact
 from vlprompt.backbones.backbone import Backbone, unit
+from vlprompt.config.schema import build_config, parse_override
 from vlprompt.errors import ConfigError
-from vlprompt.methods import Method, find_method
+from vlprompt.methods import Batch, Method, find_method
 from vlprompt.prompting.text import class_tokens
 
 NAMES = ("dog", "sea horse", "forget-me-not", "cat")
@@ -56,6 +57,68 @@ def test_tcp_is_a_plain_forward(layer: int, weight: float) -> None:
 def test_tcp_needs_a_block_after_its_layer() -> None:
     with pytest.raises(ConfigError, match=r"method.layer = 3 \(allowed: 1 to 2, with 3 blocks\)"):
         small("tcp", layer=3)
+
+
+# --- lasp -------------------------------------------------------------------------------------------
+
+
+def test_lasp_tells_hand_written_texts_apart_by_its_class_features() -> None:
+    """The text-to-text loss of two groups, written out; virtual classes count, and no class counts twice."""
+    templates = ("a {}.", "{} texture.", "the {}.")
+    virtual = ("otter", "forget-me-not", "sea_horse", "otter")
+    method = small("lasp", groups=2, templates=templates, virtual_classes=virtual, init=None, w=2.0).eval()
+    backbone, names = method.backbone, [*NAMES, "otter"]
+    losses = []
+    for context, own in zip(method.contexts, (templates[::2], templates[1::2]), strict=True):
+        t = unit(method.encode_classes(names, context, normalise=False) + method.correction)
+        each = []
+        for template in own:
+            for c, name in enumerate(names):
+                reference = backbone.encode_texts([template.format(name)])[0]
+                each.append(-(backbone.logit_scale * t @ reference).log_softmax(-1)[c])
+        losses.append(torch.stack(each).mean())
+    batch = Batch(images(backbone), torch.arange(5) % len(NAMES))
+    torch.testing.assert_close(method.losses(batch)["text_to_text"], 2 * torch.stack(losses).mean())
+    assert method.class_features(NAMES).shape == (len(NAMES), backbone.embed_dim)
+
+
+def test_lasp_starts_from_the_frozen_image_tower_and_cuts_gradients() -> None:
+    method = small("lasp")
+    x = images(method.backbone)
+    torch.testing.assert_close(method.encode_images(x), method.backbone.encode_images(x), rtol=0, atol=1e-9)
+    batch = Batch(x, torch.arange(5) % len(NAMES))
+    whole = method.gradients(method.losses(batch))
+    cut = method.combine(whole)
+    norm = torch.cat([g.flatten() for g in whole["total"]]).norm()
+    assert norm > 1
+    for a, b in zip(cut, whole["total"], strict=True):
+        torch.testing.assert_close(a, b / norm)
+    assert all(a is b for a, b in zip(small("lasp", max_norm=None).combine(whole), whole["total"], strict=True))
+    little = {"total": [g / norm / 2 for g in whole["total"]]}
+    assert all(torch.equal(a, b) for a, b in zip(method.combine(little), little["total"], strict=True))
+
+
+def test_lasp_adds_noise_to_half_of_the_steps() -> None:
+    method, r = small("lasp"), torch.zeros(2, 3, dtype=torch.double)
+    torch.manual_seed(0)
+    drawn = [method.draw_noise(r).abs().sum().item() > 0 for _ in range(200)]
+    assert 70 < sum(drawn) < 130
+    assert not method.eval().draw_noise(r).any()
+
+
+def test_lists_on_the_command_line() -> None:
+    key, value = parse_override("virtual_classes=[otter, sea horse]")
+    assert build_config("lasp", overrides={key: value}).options.virtual_classes == ("otter", "sea horse")
+    for given, said in {
+        "virtual_classes=otter": r"method.virtual_classes = otter \(allowed: list, as in \[a, b\]\)",
+        "templates=[a photo]": r"method.templates = a photo \(allowed: text with \{\} for the class name\)",
+        "templates=[]": r"method.templates = \[\] \(allowed: value should have at least 1 item",
+        "virtual_classes=[": r"method.virtual_classes = \[ \(allowed: list",
+    }.items():
+        with pytest.raises(ConfigError, match=said):
+            build_config("lasp", overrides=dict([parse_override(given)]))
+    with pytest.raises(ConfigError, match=r"method.groups = 3 \(allowed: 1 to 2, a template each\)"):
+        small("lasp", groups=3, templates=("a {}.", "the {}."))
 
 
 # --- bayesian ---------------------------------------------------------------------------------------

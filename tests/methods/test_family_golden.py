@@ -16,6 +16,7 @@ from vlprompt.config.schema import OptimConfig
 from vlprompt.methods import Batch, Method, find_method
 from vlprompt.methods.base import total
 from vlprompt.methods.zero_shot import frozen_class_features
+from vlprompt.prompting.text import fill
 from vlprompt.training.schedule import build_optimizer
 
 
@@ -54,6 +55,29 @@ FORMS = {
             "ce": lambda h, official: official["task"],
             "kl": lambda h, official: 0.001 * official["kl_unweighted"],
         },
+    ),
+    "lasp": Official(
+        lambda info: {
+            "n_ctx": info["hyper"]["n_ctx"],
+            "init": ctx_init(info["hyper"]),
+            "w": info["hyper"]["lasp_loss_weight"],
+            "templates": tuple(info["hyper"]["lasp_templates"]),
+            "virtual_classes": tuple(info["hyper"]["text_to_text_classnames"]),
+            "correction": info["hyper"]["correction_w"],
+            "norms": info["hyper"]["finetune_vit_ln"],
+            "norms_rate": info["hyper"]["vit_ln_lr_factor"],
+            "max_norm": None,
+        },
+        {
+            r"prompt_learner\.ctx": "contexts.0.vectors",
+            r"prompt_learner\.w": "correction",
+            **{
+                rf"image_encoder\.transformer\.resblocks\.(\d+)\.ln_{j + 1}\.{part}": rf"norms[\1,{2 * j + k}]"
+                for j in range(2)
+                for k, part in enumerate(("weight", "bias"))
+            },
+        },
+        {"text_to_text": lambda h, official: h["lasp_loss_weight"] * official["text_to_text_unweighted"]},
     ),
     "tcp": Official(
         lambda info: {
@@ -184,6 +208,9 @@ def prepare(method: Method, gold: dict[str, Tensor]) -> None:
     """Give a method the case's random numbers in place of its own."""
     if "eps" in gold:  # [L, 1, D], in training and evaluation
         method.noise = lambda mu: gold["eps"].transpose(0, 1)
+    if method.name == "lasp":  # the official order of the classes is that of the text-to-text loss
+        noise = gold.get("standard_normal_noise")
+        method.draw_noise = lambda r: torch.zeros_like(r) if noise is None else 0.05 * noise.reshape(r.shape)
 
 
 def check_forward(method: Method, out, gold: dict[str, Tensor], noise: float) -> None:
@@ -191,7 +218,14 @@ def check_forward(method: Method, out, gold: dict[str, Tensor], noise: float) ->
     logits = method.log_probabilities(out.v, out.t).transpose(0, 1) if of_samples else out.logits
     close("logits", logits, gold["logits"], noise)
     close("image_features", out.v, unit(gold["image_features"]), 2e-7)
-    close("text_features", out.t.reshape(gold["text_features"].shape), unit(gold["text_features"]), 2e-7)
+    text = gold["text_features"]
+    if method.name == "lasp":  # of the classes, and of all in the text-to-text loss; before the correction
+        text = text[0] if text.ndim == 3 else text
+    close("text_features", out.t.reshape(text.shape), unit(text), 2e-7)
+    if "frozen/class_text_features" in gold:
+        names, templates = method.all_names, method.config.templates
+        references = method.backbone.encode_texts([text for t in templates for text in fill(t, names)])
+        close("references", references, unit(gold["frozen/class_text_features"]).flatten(0, 1), 1e-6)
     if "frozen/text_features_normalized" in gold:
         t0 = frozen_class_features(method.backbone, method.class_names, [method.template])
         close("frozen", t0, gold["frozen/text_features_normalized"], 1e-6)

@@ -46,6 +46,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in 
     "zero_shot, ensemble": ("zero_shot", {"ensemble": "select"}),
     "linear_probe, given C": ("linear_probe", {"C": 10.0}),
     "bayesian, conditional": ("bayesian", {"conditional": True, "samples": 3}),
+    "lasp, groups": ("lasp", {"groups": 3, "virtual_classes": ("otter", "sea horse")}),
+    "lasp, text alone": ("lasp", {"norms": False, "correction": False, "templates": ("a {}.",)}),
     "tcp, in part": ("tcp", {"weight": 0.5, "layer": 2, "init": "a photo of a"}),
     "fdbpl_coop, hinge": ("fdbpl_coop", {"pcd": "hinge"}),
 }

@@ -11,6 +11,7 @@ from vlprompt.methods import (  # noqa: F401
     ivlp,
     kdpl,
     kgcoop,
+    lasp,
     linear_probe,
     maple,
     prograd,

@@ -204,14 +204,16 @@ def encode_classes(
     return unit(features) if normalise else features
 
 
-def encode_in_parts(text_tower: TextTower, prompts: Prompts, parts: Sequence[PackedText], at_once: int) -> Tensor:
+def encode_in_parts(
+    text_tower: TextTower, prompts: Prompts, parts: Sequence[PackedText], at_once: int, normalise: bool = True
+) -> Tensor:
     """:func:`encode_classes` of parts of ``at_once`` classes, each computed again in the backward pass.
 
     Exact, and no more than one part's states are in memory; the forward pass is computed twice.
     """
 
     def encode(part: PackedText, *layers: Tensor | None) -> Tensor:
-        return encode_classes(text_tower, Prompts(layers, prompts.mode), part)
+        return encode_classes(text_tower, Prompts(layers, prompts.mode), part, normalise)
 
     features = []
     for i, part in enumerate(parts):
