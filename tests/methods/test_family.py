@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.kit import TINY
 from tests.kit.pictures import write_pictures
@@ -65,9 +66,9 @@ def test_tcp_needs_a_block_after_its_layer() -> None:
 def test_lasp_tells_hand_written_texts_apart_by_its_class_features() -> None:
     """The text-to-text loss of two groups, written out; virtual classes count, and no class counts twice."""
     templates = ("a {}.", "{} texture.", "the {}.")
-    virtual = ("otter", "forget-me-not", "sea_horse", "otter")
+    virtual = ("otter", "forget-me-not", "sea_horse", "otter", "river_cat", "river cat")
     method = small("lasp", groups=2, templates=templates, virtual_classes=virtual, init=None, w=2.0).eval()
-    backbone, names = method.backbone, [*NAMES, "otter"]
+    backbone, names = method.backbone, [*NAMES, "otter", "river cat"]
     losses = []
     for context, own in zip(method.contexts, (templates[::2], templates[1::2]), strict=True):
         t = unit(method.encode_classes(names, context, normalise=False) + method.correction)
@@ -119,6 +120,66 @@ def test_lists_on_the_command_line() -> None:
             build_config("lasp", overrides=dict([parse_override(given)]))
     with pytest.raises(ConfigError, match=r"method.groups = 3 \(allowed: 1 to 2, a template each\)"):
         small("lasp", groups=3, templates=("a {}.", "the {}."))
+
+
+# --- mmrl -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [(1, 2, 3), (2, 3), (3,), (1, 3), (2,)])
+def test_mmrl_is_a_plain_forward(layers: tuple[int, ...]) -> None:
+    """Texts grow by the tokens behind their start, images by those at their end, from the first of the layers on."""
+    method = small("mmrl", layers=layers, n_tokens=2, width=6)
+    backbone, text, image = method.backbone, method.backbone.text_tower, method.backbone.image_tower
+    own, features = method.layer_tokens("text"), []
+    for ids in backbone.tokenize([method.template.format(name) for name in NAMES]):
+        x = text.token_embedding.weight[ids] + text.positions[: len(ids)]
+        for i, block in enumerate(text.blocks):
+            if i in own:
+                x = torch.cat([x[:1], own[i], x[1 if i == min(own) else 3 :]])
+            mask = torch.full((len(x), len(x)), -torch.inf, dtype=x.dtype).triu(1)
+            x = plain_block(x, block, text.config.heads, mask)
+        features.append(text.projection.weight @ plain_norm(x, text.ln_final)[-1])
+    texts = {k: p for k, p in method.named_parameters() if "text" in k or k == "tokens"}
+    same_with_gradients(method.class_features(NAMES), unit(torch.stack(features)), texts)
+    own, features = method.layer_tokens("image"), []
+    for x in image.embed(images(backbone)):
+        n = len(x)
+        for i, block in enumerate(image.blocks):
+            x = torch.cat([x[:n], own[i]]) if i in own else x
+            x = plain_block(x, block, image.config.heads, torch.zeros(len(x), len(x), dtype=x.dtype))
+        x = plain_norm(x, image.ln_post)
+        features.append(torch.stack([image.projection.weight @ x[0], x[n:].mean(0) @ method.projection]))
+    seen = {k: p for k, p in method.named_parameters() if "text" not in k}
+    same_with_gradients(method.encode_images(images(backbone)), unit(torch.stack(features)), seen)
+
+
+def test_mmrl_scores_novel_classes_by_the_class_token_alone() -> None:
+    method = small("mmrl", layers=(2, 3), width=6, alpha=0.6).eval()
+    x, names = images(method.backbone), ("otter", "cat", "river")
+    v, t = method.encode_images(x).detach(), method.class_features(names).detach()
+    main, rep = (100 * v[:, i] @ t.T for i in range(2))
+    both = 0.6 * main + 0.4 * rep
+    logits = method.predict(x, names)
+    torch.testing.assert_close(logits, torch.stack([main[:, 0], both[:, 1], main[:, 2]], 1))
+    own = small("mmrl", layers=(2, 3), width=6, alpha=0.6, scale=None).eval()
+    torch.testing.assert_close(own.predict(x, names), logits / 100 * own.backbone.logit_scale)
+
+
+def test_mmrl_is_saved_without_its_maps(tiny: Backbone, tmp_path: Path) -> None:
+    method = build_method("mmrl", tiny, NAMES)
+    save_artefact(method, tmp_path)
+    text, image, embed = tiny.text_tower.config.width, tiny.image_tower.config.width, tiny.embed_dim
+    state = load_file(tmp_path / "prompts.safetensors")
+    expected = {"text_tokens": (7, 5, text), "image_tokens": (7, 5, image), "projection": (image, embed)}
+    assert {k: tuple(v.shape) for k, v in state.items()} == expected
+
+
+@pytest.mark.parametrize("layers", [(3, 2), (2, 2), (3, 4)])
+def test_mmrl_knows_its_layers(layers: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"method.layers = .*\(allowed: rising numbers from 1 to 3\)"):
+        small("mmrl", layers=layers)
+    with pytest.raises(ConfigError, match=r"method.layers = 0 \(allowed: greater than or equal to 1\)"):
+        build_config("mmrl", overrides={"layers": "[0, 2]"})
 
 
 # --- bayesian ---------------------------------------------------------------------------------------

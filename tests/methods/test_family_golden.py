@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -16,7 +16,6 @@ from vlprompt.config.schema import OptimConfig
 from vlprompt.methods import Batch, Method, find_method
 from vlprompt.methods.base import total
 from vlprompt.methods.zero_shot import frozen_class_features
-from vlprompt.prompting.text import fill
 from vlprompt.training.schedule import build_optimizer
 
 
@@ -78,6 +77,27 @@ FORMS = {
             },
         },
         {"text_to_text": lambda h, official: h["lasp_loss_weight"] * official["text_to_text_unweighted"]},
+    ),
+    "mmrl": Official(
+        lambda info: {
+            "n_tokens": info["hyper"]["n_rep_tokens"],
+            "width": info["hyper"]["rep_dim"],
+            "layers": tuple(info["hyper"]["rep_layers"]),
+            "alpha": info["hyper"]["alpha"],
+            "w": info["hyper"]["reg_weight"],
+        },
+        {
+            r"representation_learner\.compound_rep_tokens": "tokens",
+            r"representation_learner\.compound_rep_tokens_r2vproj\.(.+)": r"maps.image.\1",
+            r"representation_learner\.compound_rep_tokens_r2tproj\.(.+)": r"maps.text.\1",
+            r"image_encoder\.proj_rep": "projection",
+        },
+        {
+            "ce": lambda h, official: h["alpha"] * official["ce_main"],
+            "ce_rep": lambda h, official: (1 - h["alpha"]) * official["ce_rep"],
+            "image": lambda h, official: h["reg_weight"] * official["cos_image"],
+            "text": lambda h, official: h["reg_weight"] * official["cos_text"],
+        },
     ),
     "tcp": Official(
         lambda info: {
@@ -156,7 +176,13 @@ def check_terms(form: Official, h: dict, losses: dict[str, Tensor], gold: dict[s
 
 
 def predict(method: Method, images: Tensor, names: list[str]) -> Tensor:
-    return method.eval().predict(images, names)
+    logits = method.eval().predict(images, names)
+    if method.name != "mmrl":
+        return logits
+    v, t = method.encode_images(images), method.class_features(names)
+    main, rep, both = *method.branches(v, t), method.logits(v, t)
+    assert torch.equal(logits, both if tuple(names) == method.class_names else main)
+    return torch.stack([main, rep, both])
 
 
 def check(case: Case, form: Official, predict: Callable[[Method, Tensor, list[str]], Tensor] = predict) -> Method:
@@ -214,6 +240,11 @@ def prepare(method: Method, gold: dict[str, Tensor]) -> None:
 
 
 def check_forward(method: Method, out, gold: dict[str, Tensor], noise: float) -> None:
+    if method.name == "mmrl":
+        main, rep = method.branches(out.v, out.t)
+        close("logits_rep", rep, gold["logits_rep"], noise)
+        close("logits_fusion", out.logits, gold["logits_fusion"], noise)
+        out = replace(out, logits=main, v=out.v[:, 0])
     of_samples = gold["logits"].ndim == 3  # log-probabilities, [L, B, C]
     logits = method.log_probabilities(out.v, out.t).transpose(0, 1) if of_samples else out.logits
     close("logits", logits, gold["logits"], noise)
@@ -223,9 +254,7 @@ def check_forward(method: Method, out, gold: dict[str, Tensor], noise: float) ->
         text = text[0] if text.ndim == 3 else text
     close("text_features", out.t.reshape(text.shape), unit(text), 2e-7)
     if "frozen/class_text_features" in gold:
-        names, templates = method.all_names, method.config.templates
-        references = method.backbone.encode_texts([text for t in templates for text in fill(t, names)])
-        close("references", references, unit(gold["frozen/class_text_features"]).flatten(0, 1), 1e-6)
+        close("references", method.references(), unit(gold["frozen/class_text_features"]).flatten(0, 1), 1e-6)
     if "frozen/text_features_normalized" in gold:
         t0 = frozen_class_features(method.backbone, method.class_names, [method.template])
         close("frozen", t0, gold["frozen/text_features_normalized"], 1e-6)

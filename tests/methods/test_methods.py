@@ -48,6 +48,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in 
     "bayesian, conditional": ("bayesian", {"conditional": True, "samples": 3}),
     "lasp, groups": ("lasp", {"groups": 3, "virtual_classes": ("otter", "sea horse")}),
     "lasp, text alone": ("lasp", {"norms": False, "correction": False, "templates": ("a {}.",)}),
+    "mmrl, three blocks": ("mmrl", {"layers": (1, 3, 4), "n_tokens": 2, "scale": None}),
     "tcp, in part": ("tcp", {"weight": 0.5, "layer": 2, "init": "a photo of a"}),
     "fdbpl_coop, hinge": ("fdbpl_coop", {"pcd": "hinge"}),
 }
@@ -162,7 +163,8 @@ def test_class_features_are_normalised(tuned: Tuned) -> None:
     method = tuned.method
     v = method.encode_images(tuned.images[:3])
     t = method.class_features(NAMES, v)
-    assert v.shape == (3, method.backbone.embed_dim)
+    branches = (2,) if method.name == "mmrl" else ()
+    assert v.shape == (3, *branches, method.backbone.embed_dim)
     each = (3,) if method.image_dependent else ()
     samples = (method.config.samples,) if method.name == "bayesian" else ()
     assert t.shape == (*each, *samples, len(NAMES), method.backbone.embed_dim)

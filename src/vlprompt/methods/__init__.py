@@ -14,6 +14,7 @@ from vlprompt.methods import (  # noqa: F401
     lasp,
     linear_probe,
     maple,
+    mmrl,
     prograd,
     promptsrc,
     tcp,

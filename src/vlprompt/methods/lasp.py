@@ -44,9 +44,9 @@ class LASP(Method):
     the learned class features, those of ``virtual_classes`` too. Class features are the text tower's output + a
     learned correction. Official settings: "a photo of a", 35 templates, one group, w = 5, LayerNorms of the image
     tower's blocks at a tenth of the rate, gradients cut to norm 1, noise 0.05 on the references in half of the steps,
-    SGD 0.032, batch 32, 25 epochs, 3 of warm-up (1adrianb's lasp, its configuration of most data sets; those of the
-    others are presets). Deviations: the official code always has the novel classes among the text-to-text classes;
-    here they are given, or not there. ``groups`` is reconstructed from the paper: the public code has one.
+    SGD 0.032, batch 32, 25 epochs, 3 of warm-up (1adrianb's lasp, for most data sets; the others' are presets).
+    Deviations: the official text-to-text classes are all of the data set's, novel ones too; here virtual classes are
+    named. ``groups`` is reconstructed from the paper: the public code has one.
     """
 
     paper, year, learns = "Bulat and Tzimiropoulos, CVPR", 2023, "text context near hand-written ones, visual norms"
@@ -103,9 +103,8 @@ class LASP(Method):
             raise ConfigError(f"method.groups = {c.groups} (allowed: 1 to {len(c.templates)}, a template each)")
         self.contexts = nn.ModuleList(TextContext(backbone, c.n_ctx, c.init) for _ in range(c.groups))
         self.correction = nn.Parameter(torch.zeros(1, backbone.embed_dim)) if c.correction else None
-        own = {name.replace("_", " ") for name in self.class_names}
-        more = dict.fromkeys(name for name in c.virtual_classes if name.replace("_", " ") not in own)
-        self.all_names = (*self.class_names, *more)
+        own, more = ({n.replace("_", " "): n for n in names} for names in (self.class_names, c.virtual_classes))
+        self.all_names = (*self.class_names, *(name for spoken, name in more.items() if spoken not in own))
         if c.norms:
             frozen = [torch.stack([x.get_parameter(n) for n in NORMS]) for x in backbone.image_tower.blocks]
             precise = torch.promote_types(backbone.dtype, torch.float32)
@@ -140,17 +139,19 @@ class LASP(Method):
         t = unit(every[:, : len(self.class_names)].mean(0))[batch.compared]
         return Output(v, t, self.logits(v, t), every)
 
+    def references(self) -> Tensor:
+        """Frozen features of all classes in each template, [T · (C + virtual), E]."""
+        return self.backbone.encode_texts([x for t in self.config.templates for x in fill(t, self.all_names)])
+
     def regularisers(self, out: Output, batch: Batch) -> dict[str, Tensor]:
         """The text-to-text loss: a reference's class among the learned class features, averaged over groups."""
         c, n = self.config, len(self.all_names)
-        texts = [text for template in c.templates for text in fill(template, self.all_names)]
-        references = self.backbone.encode_texts(texts)
+        references = self.backbone.remember((self.all_names, c.templates, "references"), self.references)
         references = (references + self.draw_noise(references)).unflatten(0, (-1, n))  # [T, C + virtual, E]
-        labels = torch.arange(n, device=references.device)
         losses = []
         for g, t in enumerate(out.extra):
             logits = self.backbone.logit_scale * references[g :: c.groups] @ t.T
-            losses.append(cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits))))
+            losses.append(cross_entropy(logits.mT, torch.arange(n, device=t.device).expand(len(logits), -1)))
         return {"text_to_text": c.w * torch.stack(losses).mean()}
 
     def draw_noise(self, references: Tensor) -> Tensor:
