@@ -25,7 +25,7 @@ FOLDERS = {
     "full": Path(os.environ.get("VLPROMPT_GOLDEN", SHARED / "golden" / "cases")),
 }
 
-FAMILY = ("bayesian", "lasp", "mmrl", "tcp")
+FAMILY = ("bayesian", "comma", "lasp", "mmrl", "tcp")
 """Folders of cases that tests/methods/test_family_golden.py checks."""
 
 OFFICIAL_NAMES = [  # official name → (our parameter, index into it)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import cosine_similarity
 
 from tests.kit import TINY
 from tests.kit.pictures import write_pictures
@@ -180,6 +181,60 @@ def test_mmrl_knows_its_layers(layers: tuple[int, ...]) -> None:
         small("mmrl", layers=layers)
     with pytest.raises(ConfigError, match=r"method.layers = 0 \(allowed: greater than or equal to 1\)"):
         build_config("mmrl", overrides={"layers": "[0, 2]"})
+
+
+# --- comma ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("last", "blocks"), [("repeated", (0, 1, 2)), ("each", (0, 1, 2)), ("repeated", (0, 1, 1)), ("repeated", (0, 0, 0))]
+)
+def test_comma_compares_the_last_states_of_padded_texts(last: str, blocks: tuple[int, ...]) -> None:
+    """One text at a time; blocks as they run where the first of the last n stands in for them."""
+    n = {(0, 1, 2): 1 if last == "repeated" else 2, (0, 1, 1): 2, (0, 0, 0): 3}[blocks]
+    method = small("comma", depth=2, last=last, last_blocks=n, w=3.0)
+    backbone, tower = method.backbone, method.backbone.text_tower
+    length = backbone.context_length
+    mask = torch.full((length, length), -torch.inf, dtype=torch.double).triu(1)
+    first, deep = method.context.prompts().tokens
+    tokens, distances, features = class_tokens(backbone, NAMES, 2, "a photo of a"), [], []
+    hand = backbone.tokenize([method.template.format(name) for name in NAMES])
+    for ids, where, by_hand in zip(tokens.ids, tokens.slots, hand, strict=True):
+        end, states = len(ids) - 1, []
+        for text, learned in ((ids, True), (by_hand, False)):
+            x = tower.token_embedding.weight[[*text, *[0] * (length - len(text))]]
+            x = (write(x, where, first, "replace") if learned else x) + tower.positions
+            for i, b in enumerate(blocks):
+                x = write(x, where, deep, "replace") if learned and i == 1 else x
+                x = plain_block(x, tower.blocks[b], tower.config.heads, mask)
+                states += [x] if i >= len(blocks) - n else []
+            features += [tower.projection.weight @ plain_norm(x, tower.ln_final)[end]] if learned else []
+        distances += [1 - cosine_similarity(a, b, -1) for a, b in zip(states[:n], states[n:], strict=True)]
+    out = method(Batch(images(backbone), torch.arange(5) % len(NAMES)))
+    t = unit(torch.stack(features))
+    torch.testing.assert_close(out.t, t, rtol=0, atol=1e-9)
+    torch.testing.assert_close(method.class_features(NAMES), t, rtol=0, atol=1e-9)
+    kg = method.regularisers(out, Batch(None, torch.arange(5)))["kg"]
+    torch.testing.assert_close(kg, 3 * torch.stack(distances).mean(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("generators", ["frozen", "learned"])
+def test_comma_generates_visual_prompts_from_both_towers(generators: str, tmp_path: Path) -> None:
+    method = small("comma", depth=3, generators=generators)
+    text, (first, second, third) = method.context.prompts().tokens, method.visual_prompts().tokens
+    one, two = method.coupled.generators
+    for made, from_both, own, below in ((second, one, text[0], first), (third, two, text[1], second)):
+        keys = own @ from_both.fc.weight.T + from_both.fc.bias
+        weights = (below @ keys.T / keys.shape[-1] ** 0.5).softmax(-1)
+        torch.testing.assert_close(made, from_both.mlp(from_both.ln(weights @ keys)))
+    assert third.requires_grad == (generators == "learned")
+    assert any("generators" in name for name, _ in method.named_parameters()) == (generators == "learned")
+    assert {*method.inference_state()} == {"context.vectors", "context.deep", "folded"}
+
+
+def test_comma_has_as_many_last_blocks_as_the_tower() -> None:
+    with pytest.raises(ConfigError, match=r"method.last_blocks = 4 \(allowed: 1 to 3, the text tower's\)"):
+        small("comma", depth=2, last_blocks=4)
 
 
 # --- bayesian ---------------------------------------------------------------------------------------

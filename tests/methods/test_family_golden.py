@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.kit.cases import FAMILY, Case, close, find_cases
 from vlprompt.backbones.backbone import unit
+from vlprompt.backbones.towers import Prompts
 from vlprompt.config.schema import OptimConfig
 from vlprompt.methods import Batch, Method, find_method
 from vlprompt.methods.base import total
@@ -29,6 +30,8 @@ class Official:
     """Official parameter → ours; an index in brackets is a part of it."""
     terms: dict[str, Callable[[dict, dict[str, Tensor]], Tensor]] = field(default_factory=dict)
     """Our weighted loss term of the case's hyper-parameters and official terms, where it is not the same."""
+    written: set[str] = field(default_factory=set)
+    """Official parameters that every forward pass overwrites: no parameters of ours."""
 
 
 def ctx_init(h: dict) -> str | None:
@@ -54,6 +57,27 @@ FORMS = {
             "ce": lambda h, official: official["task"],
             "kl": lambda h, official: 0.001 * official["kl_unweighted"],
         },
+    ),
+    "comma": Official(
+        lambda info: {
+            "n_ctx": info["hyper"]["n_ctx"],
+            "init": ctx_init(info["hyper"]),
+            "depth": info["hyper"]["prompt_depth"],
+            "last_blocks": info["hyper"]["last_layer"],
+            "w": info["hyper"]["weight"],
+        },
+        {
+            r"prompt_learner\.ctx": "context.vectors",
+            r"prompt_learner\.compound_prompts_text": "context.deep",
+            r"prompt_learner\.proj\.(\w+)": r"coupled.projections.0.\1",
+            r"prompt_learner\.compound_prompt_projections_image_base\.(.+)": r"coupled.generators.0.\1",
+            **{
+                rf"prompt_learner\.compound_prompt_projections_image\.{i}\.(.+)": rf"coupled.generators.{i + 1}.\1"
+                for i in range(10)
+            },
+        },
+        {"kg": lambda h, official: h["weight"] * official["kg_unweighted"]},
+        {"prompt_learner.compound_prompts_image"},
     ),
     "lasp": Official(
         lambda info: {
@@ -128,7 +152,7 @@ def ours(form: Official, official: str) -> tuple[str, tuple[int, ...]]:
 
 def load(form: Official, method: Method, gold: dict[str, Tensor], prefix: str) -> None:
     """Set all parameters from ``prefix``NAME tensors."""
-    names = [k.removeprefix(prefix) for k in gold if k.startswith(prefix)]
+    names = [n for k in gold if k.startswith(prefix) and (n := k.removeprefix(prefix)) not in form.written]
     state = dict(method.state_dict(keep_vars=True))
     with torch.no_grad():
         for name in names:
@@ -142,6 +166,8 @@ def learned(form: Official, method: Method, gold: dict[str, Tensor]) -> Iterator
     """The official names of what is learned, with our values and gradients."""
     parameters = dict(method.named_parameters())
     for key in (k.removeprefix("grad/") for k in gold if k.startswith("grad/")):
+        if key in form.written:
+            continue
         name, index = ours(form, key)
         if name in parameters:
             p = parameters[name]
@@ -203,8 +229,15 @@ def check(case: Case, form: Official, predict: Callable[[Method, Tensor, list[st
     optimizer = build_optimizer(method, OptimConfig(name=o["name"], lr=o["lr"], **decay))
     for group in optimizer.param_groups:
         group["lr"] = o["lr"] * group["share"]
-    per_step = []
+    per_step, momentum = [], torch.zeros(())
     for i in range(o["steps"]):
+        for name in form.written:  # an official step changes it too, in vain
+            value, g = overwritten(method, batch)
+            if i == 0:
+                close(f"grad/{name}", g, gold[f"grad/{name}"], noise["grad_max_rel"], g.abs().max().item())
+            momentum = o["momentum"] * momentum + g + o["weight_decay"] * value
+            if i == o["steps"] - 1:
+                close(f"after3/{name}", value - o["lr"] * momentum, gold[f"after3/{name}"], 1e-5)
         losses = step(method, batch, optimizer)
         per_step.append(total(losses))
         if i == 0:
@@ -228,6 +261,16 @@ def check(case: Case, form: Official, predict: Callable[[Method, Tensor, list[st
         novel = predict(method, images, info["novel_classnames"])
         close("novel_eval_logits", novel, gold["novel_eval_logits"], noise["novel_eval_logits"])
     return method
+
+
+def overwritten(method: Method, batch: Batch) -> tuple[Tensor, Tensor]:
+    """COMMA's generated visual prompts of the deeper layers, and the gradient that stops there."""
+    first, *deep = method.visual_prompts().tokens
+    values = torch.stack(deep).detach().requires_grad_()
+    method.visual_prompts = lambda: Prompts([first, *values])
+    (g,) = torch.autograd.grad(total(method.losses(batch)), values)
+    del method.visual_prompts
+    return values.detach(), g
 
 
 def prepare(method: Method, gold: dict[str, Tensor]) -> None:

@@ -49,6 +49,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in 
     "lasp, groups": ("lasp", {"groups": 3, "virtual_classes": ("otter", "sea horse")}),
     "lasp, text alone": ("lasp", {"norms": False, "correction": False, "templates": ("a {}.",)}),
     "mmrl, three blocks": ("mmrl", {"layers": (1, 3, 4), "n_tokens": 2, "scale": None}),
+    "comma, learned": ("comma", {"generators": "learned", "depth": 3, "last_blocks": 2}),
     "tcp, in part": ("tcp", {"weight": 0.5, "layer": 2, "init": "a photo of a"}),
     "fdbpl_coop, hinge": ("fdbpl_coop", {"pcd": "hinge"}),
 }

@@ -4,6 +4,7 @@ from vlprompt.data.batches import Batch
 from vlprompt.methods import (  # noqa: F401
     bayesian,
     cocoop,
+    comma,
     coop,
     dpl,
     drople,
