@@ -11,15 +11,18 @@ from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity
 
 from tests.kit import TINY
+from tests.kit.cases import FAMILY
 from tests.kit.pictures import write_pictures
 from tests.kit.plain import plain_block, plain_norm, same_with_gradients, small_backbone, write
+from tests.kit.runs import StopsAfter, configured, log, prompts
 from vlprompt.api import PromptedModel, build_method
 from vlprompt.artefact.artefact import save_artefact
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.config.schema import build_config, parse_override
-from vlprompt.errors import ConfigError
+from vlprompt.errors import ConfigError, Interrupted
 from vlprompt.methods import Batch, Method, find_method
 from vlprompt.prompting.text import class_tokens
+from vlprompt.training.run import train
 
 NAMES = ("dog", "sea horse", "forget-me-not", "cat")
 
@@ -34,6 +37,20 @@ def small(name: str, **options: object) -> Method:
 def images(backbone: Backbone, n: int = 5) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(n, 3, backbone.image_size, backbone.image_size, dtype=backbone.dtype, generator=generator)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_stopped_run_resumes_to_the_same_bits(name: str, pictures: Path, tmp_path: Path) -> None:
+    fewer = {"method.samples": 2} if name == "bayesian" else {}
+    config = configured(pictures, name, **{"train.epochs": 2}, **fewer)
+    train(config, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "stopped", [StopsAfter(2)])
+    train(config, tmp_path / "stopped", resume=True)
+    whole, resumed = (prompts(tmp_path / run) for run in ("whole", "stopped"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(resumed[k], whole[k]) for k in whole)
+    assert log(tmp_path / "stopped") == log(tmp_path / "whole")
 
 
 # --- tcp --------------------------------------------------------------------------------------------
