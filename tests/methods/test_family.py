@@ -56,18 +56,19 @@ def test_a_stopped_run_resumes_to_the_same_bits(name: str, pictures: Path, tmp_p
 # --- tcp --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("layer", "weight"), [(1, 1.0), (2, 1.0), (1, 0.3), (2, 0.3)])
-def test_tcp_is_a_plain_forward(layer: int, weight: float) -> None:
-    method = small("tcp", layer=layer, weight=weight, n_ctx=2)
+@pytest.mark.parametrize(("layer", "weight", "n"), [(1, 1.0, 2), (2, 1.0, 4), (1, 0.3, 2), (2, 0.3, 6), (1, 1.0, 6)])
+def test_tcp_is_a_plain_forward(layer: int, weight: float, n: int) -> None:
+    """The class tokens take the first places of the context, at most four."""
+    method = small("tcp", layer=layer, weight=weight, n_ctx=n, end=", a pet")
     tower, own = method.backbone.text_tower, method.class_tokens(NAMES)
-    tokens, features = class_tokens(method.backbone, NAMES, 2), []
+    tokens, features = class_tokens(method.backbone, NAMES, n, end=", a pet"), []
     for c, (ids, where) in enumerate(zip(tokens.ids, tokens.slots, strict=True)):
         x = write(tower.token_embedding.weight[ids], where, method.context.vectors, "replace")
         x = x + tower.positions[: len(ids)]
         mask = torch.full((len(ids), len(ids)), -torch.inf, dtype=x.dtype).triu(1)
         for i, block in enumerate(tower.blocks):
             if i == layer:
-                x = write(x, where, weight * own[c] + (1 - weight) * x[where], "replace")
+                x = write(x, where[:4], weight * own[c] + (1 - weight) * x[where[:4]], "replace")
             x = plain_block(x, block, tower.config.heads, mask)
         features.append(tower.projection.weight @ plain_norm(x, tower.ln_final)[-1])
     same_with_gradients(method.class_features(NAMES), unit(torch.stack(features)), dict(method.named_parameters()))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.prompting.text import TextContext, encode_classes, encode_in_parts
 
 REDUCTION = 4  # the hidden layer is the embedding's width over this
+MOST = 4  # tokens of a class
 
 
 @register("tcp")
@@ -42,9 +44,11 @@ class TCP(Method):
         """Options of tcp."""
 
         n_ctx: Count = 4
-        """Learned context tokens, and tokens of each class."""
+        """Learned context tokens; as many of each class, at most four, take the places of the first."""
         init: str | None = None
         """Words that initialise the context instead of noise."""
+        end: str | None = None
+        """What follows the class name; what follows it in the data set's template if not given."""
         layer: Annotated[int, Ge(1)] = 8
         """Blocks of the text tower that read the context; the class tokens take its places after them."""
         weight: Annotated[float, Gt(0), Le(1)] = 1.0
@@ -55,22 +59,27 @@ class TCP(Method):
         @property
         def can(self) -> Can:
             """Everything; but texts are mixed with their class tokens whole."""
-            return LEARNS_TEXT if self.weight == 1 else LEARNS_TEXT & ~Can.SPLIT_TEXTS
+            return LEARNS_TEXT & ~Can.SPLIT_TEXTS if self.mixes else LEARNS_TEXT
+
+        @property
+        def mixes(self) -> bool:
+            """Whether something of the context stays beside the class tokens."""
+            return self.weight < 1 or self.n_ctx > MOST
 
     def build(self) -> None:
         """Create the context, and the two layers from class features to class tokens."""
         c, text, embed = self.config, self.backbone.text_tower.config, self.backbone.embed_dim
         if c.layer >= text.layers:
             raise ConfigError(f"method.layer = {c.layer} (allowed: 1 to {text.layers - 1}, with {text.layers} blocks)")
-        end = self.template.partition("{}")[2]
+        end = self.template.partition("{}")[2] if c.end is None else c.end
         self.context = TextContext(self.backbone, c.n_ctx, c.init, end=end)
         hidden = max(embed // REDUCTION, 1)
-        self.down, self.up = nn.Linear(embed, hidden), nn.Linear(hidden, c.n_ctx * text.width)
+        self.down, self.up = nn.Linear(embed, hidden), nn.Linear(hidden, min(c.n_ctx, MOST) * text.width)
 
     def class_tokens(self, class_names: Sequence[str]) -> Tensor:
-        """[C, M, D] of the frozen class features."""
+        """[C, M or 4, D] of the frozen class features."""
         t0 = frozen_class_features(self.backbone, class_names, [self.template]).to(self.down.weight.dtype)
-        return self.up(quick_gelu(self.down(t0))).unflatten(-1, (self.config.n_ctx, -1))
+        return self.up(quick_gelu(self.down(t0))).unflatten(-1, (-1, self.backbone.text_tower.config.width))
 
     def class_features(self, class_names: Sequence[str], image_features: Tensor | None = None) -> Tensor:
         """[C, E], the same for every image."""
@@ -78,10 +87,12 @@ class TCP(Method):
         later, n = [None] * (c.layer - 1), self.text_chunk or len(class_names)
         # Each text has states of its own from the class tokens on, so none are shared.
         parts = self.context.packed_parts(self.backbone, class_names, n, share=False)
-        if c.weight < 1:
+        if c.mixes:
             (texts,) = parts
-            kept = own.new_ones(len(texts.tokens), 1).index_fill(0, texts.slots, 1 - c.weight)
-            prompts = Prompts([self.context.vectors, *later, c.weight * own], "add")
+            taken = texts.slots[texts.source % c.n_ctx < MOST]
+            kept = own.new_ones(len(texts.tokens), 1).index_fill(0, taken, 1 - c.weight)
+            rest = own.new_zeros(len(own), max(c.n_ctx - MOST, 0), own.shape[-1])
+            prompts = Prompts([self.context.vectors, *later, torch.cat([c.weight * own, rest], 1)], "add")
             return unit(tower(texts, prompts, None, lambda i, x: x * kept.to(x.dtype) if i == c.layer else x)[0])
         prompts = Prompts([self.context.vectors, *later, own])
         if len(parts) > 1:
