@@ -438,7 +438,7 @@ def test_frozen_texts_without_words_are_the_data_sets_own(tiny: Backbone) -> Non
 @pytest.mark.parametrize("name", [n for n, cls in METHODS.items() if "init" in cls.Config.__dataclass_fields__])
 def test_underscores_in_initial_words_are_spaces(tiny: Backbone, name: str) -> None:
     """As in the official configurations: CTX_INIT: "a_photo_of_a"."""
-    written, spoken = (make(tiny, name, init=words) for words in ("a_photo_of_a", "a photo of a"))
+    written, spoken = (make(tiny, name, init=words).eval() for words in ("a_photo_of_a", "a photo of a"))
     before = spoken.state_dict()
     assert all(torch.equal(x, before[k]) for k, x in written.state_dict().items())
     v = tiny.encode_images(images_and_labels(tiny, 2, 2)[0])
