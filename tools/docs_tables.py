@@ -26,7 +26,7 @@ from vlprompt.methods import METHODS, Method
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 MARKED = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
-OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
+OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 
 
 def write_tables(page: str) -> str:
@@ -148,6 +148,8 @@ def shown(value: Any) -> str:
         return "–"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, tuple):
+        return "–" if not value else f"[{', '.join(map(str, value))}]" if len(value) < 9 else f"{len(value)} of them"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -94,12 +94,12 @@ def needed_texts(cases: list[Case]) -> set[str]:
     templates = {template for ensemble in ENSEMBLES.values() for template in ensemble}
     for case in cases:
         info = case.info
-        for key in ("classnames", "novel_classnames"):
-            names |= {name.replace("_", " ") for name in info.get(key) or ()}
-        templates |= set(info.get("templates", ()))
         hyper = info.get("hyper") or {}
+        for key in ("classnames", "novel_classnames", "text_to_text_classnames"):
+            names |= {name.replace("_", " ") for name in info.get(key) or hyper.get(key) or ()}
         contexts |= {v.replace("_", " ") for k, v in hyper.items() if k.lower().startswith("ctx_init") and v}
         templates |= {v for k, v in hyper.items() if k.lower().endswith("template") and "{}" in v}
+        templates |= {*info.get("templates", ()), *hyper.get("lasp_templates", ())}
     contexts |= {"X X"} | {f"X {context}" for context in contexts}  # placeholders of learned tokens without words
     sentences = {f"{context} {{}}." for context in contexts} | templates
     return names | contexts | {sentence.format(name) for sentence in sentences for name in names}

@@ -187,6 +187,8 @@ class Predictions(NamedTuple):
     """[n, C], each row sums to 1."""
     class_names: tuple[str, ...]
     """What the C columns stand for."""
+    spread: NDArray[np.float64] | None = None
+    """Standard deviation of each probability, [n, C], where a method is not sure of it (bayesian)."""
 
 
 class PromptedModel:
@@ -217,17 +219,19 @@ class PromptedModel:
         names, images = _names(self.method, class_names), _images(images)
         if not images:
             return torch.zeros(0, len(names))
-        with ImageReader(WORKERS if len(images) > 1 else 0, room=0, white=self.method.white) as reader:
-            logits = evaluation.predict_logits(self.method, EvaluationImages(images, [], reader), names)
-            _warn(reader)
-        return logits
+        with _evaluation_images(images, self.method) as unlabelled:
+            return evaluation.predict_logits(self.method, unlabelled, names)
 
     def predict(self, images: Images, class_names: Sequence[str] | None = None) -> Predictions:
         """The most probable class of each image and all probabilities; errors as in ``logits``."""
-        names = _several(_names(self.method, class_names))
-        probabilities = self.logits(images, names).double().softmax(-1)
+        names, images = _several(_names(self.method, class_names)), _images(images)
+        with _evaluation_images(images, self.method) as unlabelled:
+            logits = evaluation.predict_logits(self.method, unlabelled, names) if images else torch.zeros(0, len(names))
+            spread = evaluation.predict_spread(self.method, unlabelled, names) if images else None
+        probabilities = logits.double().softmax(-1)
         best = probabilities.argmax(-1).tolist()
-        return Predictions([names[c] for c in best], probabilities.numpy(), names)
+        sure = None if spread is None else spread.double().numpy()
+        return Predictions([names[c] for c in best], probabilities.numpy(), names, sure)
 
     def export(self, file: str | os.PathLike[str], class_names: Sequence[str] | None = None) -> None:
         """Class features for use without vlprompt; see :func:`vlprompt.artefact.export.export_classes`."""
@@ -287,10 +291,18 @@ def _random_state_kept() -> Iterator[None]:
         yield
 
 
-def _warn(reader: ImageReader) -> None:
+@contextmanager
+def _evaluation_images(images: list[ImageSource], method: Method) -> Iterator[EvaluationImages]:
+    """Unlabelled images; at the end, what the command line says of those that look dark."""
+    with ImageReader(WORKERS if len(images) > 1 else 0, room=0, white=method.white) as reader:
+        yield EvaluationImages(images, [], reader)
+        _warn(reader, 4)
+
+
+def _warn(reader: ImageReader, level: int = 3) -> None:
     """What the command line says of images that look dark."""
     for note in reader.range_notes():
-        warnings.warn(note, stacklevel=3)
+        warnings.warn(note, stacklevel=level)
 
 
 def _names(method: Method, class_names: Sequence[str] | None) -> tuple[str, ...]:

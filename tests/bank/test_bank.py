@@ -85,6 +85,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def from_bank(pictures: Path, bank: Path, method: str = "coop", **more: Any):
     settings = {"data.bank": str(bank), "teacher.backbone": None, "train.epochs": 2}
     settings |= {"method.average_mean": 2} if "promptsrc" in method else {}
+    settings |= {"data.min_scale": 0.08} if method == "mmrl" else {}  # the bank's
     return configured(pictures, method, **{**settings, **more})
 
 

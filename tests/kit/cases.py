@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,9 @@ FOLDERS = {
     "reduced": TINY.parent / "cases",
     "full": Path(os.environ.get("VLPROMPT_GOLDEN", SHARED / "golden" / "cases")),
 }
+
+FAMILY = ("bayesian", "comma", "lasp", "mmrl", "tcp")
+"""Folders of cases that tests/methods/test_family_golden.py checks."""
 
 OFFICIAL_NAMES = [  # official name → (our parameter, index into it)
     (r"prompt_learner\.ctx", "context.vectors", None),
@@ -118,14 +121,15 @@ def _backbone(folder: Path) -> Backbone:
     return load_backbone(str(folder))
 
 
-def find_cases() -> list:
-    """Every case of both folders, as pytest parameters."""
+def find_cases(only: Sequence[str] | None = None) -> list:
+    """Every case of both folders, as pytest parameters; of some methods, or of all that are not the family's."""
     import pytest
 
     return [
         pytest.param(Case(file), id=f"{where}-{file.parent.name}-{file.stem}")
         for where, folder in FOLDERS.items()
         for file in sorted(folder.glob("*/*.json"))
+        if (file.parent.name in only if only is not None else file.parent.name not in FAMILY)
     ]
 
 

@@ -121,6 +121,22 @@ def pack(
     )
 
 
+def pack_with_room(tokens: Sequence[Sequence[int]], n: int) -> tuple[PackedText, PackedText]:
+    """Texts of a causal tower with ``n`` slots behind their first token, for tokens that join inside the tower.
+
+    Packed as attention sees them before those tokens join, when it passes over the slots, and after. Positions do not
+    count the slots.
+    """
+    slots = range(1, 1 + n)
+    after = pack([[ids[0]] * (1 + n) + [*ids[1:]] for ids in tokens], [slots] * len(tokens), share=False)
+    after = replace(after, positions=(after.positions - n).clamp(min=0))
+    groups = []
+    for group in after.groups:
+        assert group.mask is not None
+        groups.append(replace(group, mask=group.mask.index_fill(1, torch.tensor(slots), value=False)))
+    return replace(after, groups=tuple(groups)), after
+
+
 def _shared_prefix(tokens: Sequence[Sequence[int]], where: list[dict[int, int]], class_specific: bool) -> int:
     """Tokens before the first one that differs between texts; every text keeps its last token for itself."""
     # The last token is the one that is pooled: each text needs a row of its own for it, even if all texts are the same.

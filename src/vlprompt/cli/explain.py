@@ -80,7 +80,9 @@ def explain(method: Method, file: Path, seed: int = 0) -> Explanation:
         method.class_names[int(best)],
         probability.item(),
         tower.image_size // tower.patch_size,
-        (unit(patches.float()) @ unit(t.float()).flatten()).cpu(),
+        (
+            unit(patches.float()) @ unit(t.float()).reshape(-1, t.shape[-1]).mean(0)
+        ).cpu(),  # of several features: the mean
         method.explain(images, seed),
     )
 

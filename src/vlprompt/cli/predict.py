@@ -14,7 +14,7 @@ from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import check_class_names, names_in_file, refuse_json
 from vlprompt.errors import DataError
 from vlprompt.methods import Method
-from vlprompt.training.evaluate import EvaluationImages, predict_logits
+from vlprompt.training.evaluate import EvaluationImages, predict_logits, predict_spread
 
 
 def find_images(places: Sequence[Path], say: Callable[[str], object] = lambda text: None) -> list[Path]:
@@ -56,30 +56,44 @@ def read_class_names(text: str | None, file: Path | None) -> tuple[str, ...] | N
 def predict_images(
     method: Method, paths: Sequence[Path], class_names: Sequence[str], top: int, reader: ImageReader
 ) -> list[dict[str, Any]]:
-    """For each image its ``top`` most probable classes: ``{"image": …, "top": [{"class": …, "probability": …}]}``."""
+    """For each image its ``top`` most probable classes: ``{"image": …, "top": [{"class": …, "probability": …}]}``.
+
+    With ``"spread"``, the standard deviation of the probability, where the method has one.
+    """
     images = EvaluationImages(paths, [], reader)
     if len(class_names) == 1:
         predict_logits(method, EvaluationImages(paths[:1], [], reader), class_names)  # its name may be what is wrong
         raise DataError(f"there is only one class, '{class_names[0]}', so it is always right: commas separate names")
     probabilities = predict_logits(method, images, class_names).double().softmax(-1)
     best, labels = probabilities.topk(min(top, len(class_names)))
-    return [
+    found: list[dict[str, Any]] = [
         {
             "image": str(path),
             "top": [{"class": class_names[c], "probability": p} for p, c in zip(ps, cs, strict=True)],
         }
         for path, ps, cs in zip(paths, best.tolist(), labels.tolist(), strict=True)
     ]
+    if (spread := predict_spread(method, images, class_names)) is not None:
+        for image, values in zip(found, spread.double().gather(1, labels).tolist(), strict=True):
+            for shown, value in zip(image["top"], values, strict=True):
+                shown["spread"] = value
+    return found
 
 
 def show(predictions: Sequence[dict[str, Any]], as_csv: bool) -> str:
     """Predictions for people, or as image,class,probability rows."""
     if not as_csv:
-        tops = ([f"  {100 * t['probability']:5.1f} %  {t['class']}" for t in p["top"]] for p in predictions)
+        tops = ([f"  {_percent(t)} %  {t['class']}" for t in p["top"]] for p in predictions)
         lines = ([p["image"], *top] for p, top in zip(predictions, tops, strict=True))
         return "\n".join(line for group in lines for line in group)
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["image", "class", "probability"])
-    rows.writerows([p["image"], t["class"], f"{t['probability']:.6f}"] for p in predictions for t in p["top"])
+    spread = ["spread"] * any("spread" in t for p in predictions for t in p["top"])
+    numbers = ["probability", *spread]
+    rows.writerow(["image", "class", *numbers])
+    rows.writerows([p["image"], t["class"], *(f"{t[n]:.6f}" for n in numbers)] for p in predictions for t in p["top"])
     return text.getvalue().rstrip("\n")
+
+
+def _percent(shown: dict[str, Any]) -> str:
+    return f"{100 * shown['probability']:5.1f}" + (f" ± {100 * shown['spread']:4.1f}" if "spread" in shown else "")

@@ -120,7 +120,7 @@ class TeacherConfig:
 class OptimConfig:
     """Optimiser and learning-rate schedule."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
     """Optimiser."""
     lr: Annotated[float, Gt(0)] = 0.002
     """Learning rate after the warm-up."""

@@ -2,7 +2,9 @@
 
 from vlprompt.data.batches import Batch
 from vlprompt.methods import (  # noqa: F401
+    bayesian,
     cocoop,
+    comma,
     coop,
     dpl,
     drople,
@@ -10,10 +12,13 @@ from vlprompt.methods import (  # noqa: F401
     ivlp,
     kdpl,
     kgcoop,
+    lasp,
     linear_probe,
     maple,
+    mmrl,
     prograd,
     promptsrc,
+    tcp,
     vpt,
     zero_shot,
 )

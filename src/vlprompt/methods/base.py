@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
+import yaml
 from annotated_types import Ge, MinLen
 from pydantic import AfterValidator, BeforeValidator
 from torch import Tensor, nn
@@ -38,11 +38,19 @@ def _check_template(given: str | tuple[str, ...]) -> str | tuple[str, ...]:
 def _listed(given: Any) -> Any:
     """A list that was written on the command line."""
     try:
-        return json.loads(given) if isinstance(given, str) and given.startswith("[") else given
-    except ValueError:
+        return yaml.safe_load(given) if isinstance(given, str) and given.startswith("[") else given
+    except yaml.YAMLError:
         return given
 
 
+def _several(given: Any) -> Any:
+    if isinstance(listed := _listed(given), str):
+        raise ValueError("list, as in [a, b]")
+    return listed
+
+
+Listed = BeforeValidator(_several)
+"""Of an option with several values: on the command line ``key="[a, b]"``."""
 Template = Annotated[str, AfterValidator(_check_template)]
 Templates = Annotated[
     str | Annotated[tuple[str, ...], MinLen(1)], BeforeValidator(_listed), AfterValidator(_check_template)
@@ -137,6 +145,8 @@ class Method(nn.Module):
     """Whether class features depend on the image."""
     learns_prompts: ClassVar[bool] = True
     """Whether what it learns belongs to the template that it was trained with."""
+    has_spread: ClassVar[bool] = False
+    """Whether it says how sure it is of its probabilities: :meth:`spread`."""
 
     white: float | None = None
     """Value that is white in the deep greys of the images that it was tuned on; the largest of 16 bits if not given."""
@@ -203,8 +213,16 @@ class Method(nn.Module):
         v = self.adapt(self.encode_images(x) if x.ndim == 4 else x)
         if not self.image_dependent:
             return self.logits(v, self.kept_class_features(names))
-        parts = v.split(max(TEXTS_OF_IMAGES // len(names), 1))
+        parts = v.split(self.images_at_once(names))
         return torch.cat([self.logits(part, self.class_features(names, part)) for part in parts])
+
+    def images_at_once(self, class_names: Sequence[str]) -> int:
+        """Images whose own class texts are encoded together."""
+        return max(TEXTS_OF_IMAGES // len(class_names), 1)
+
+    def spread(self, x: Tensor, class_names: Sequence[str]) -> Tensor:
+        """Standard deviation of each class's probability over what the model leaves open; as ``predict``: [B, C]."""
+        raise NotImplementedError
 
     def kept_class_features(self, class_names: Sequence[str]) -> Tensor:
         """Class features of a tuned model; the last few lists' are remembered while nothing of the model changes."""
@@ -223,14 +241,17 @@ class Method(nn.Module):
         """What ``logits`` multiplies and adds: logits = scale · v · tᵀ + bias; the bias is a number, or [C]."""
         return torch.tensor(self.backbone.logit_scale), torch.tensor(self.backbone.logit_bias)
 
-    def encode_classes(self, class_names: Sequence[str], context: TextContext, bias: Tensor | None = None) -> Tensor:
+    def encode_classes(
+        self, class_names: Sequence[str], context: TextContext, bias: Tensor | None = None, normalise: bool = True
+    ) -> Tensor:
         """Class features under a learned context; see :func:`vlprompt.prompting.text.encode_classes`."""
         if context.class_specific and tuple(class_names) != self.class_names:
             raise DataError(f"{self.name} learned a context for each of its classes: it has none for other classes")
         tower, prompts, at_once = self.backbone.text_tower, context.prompts(bias), self.text_chunk
         if at_once is not None and at_once < len(class_names):
-            return encode_in_parts(tower, prompts, context.packed_parts(self.backbone, class_names, at_once), at_once)
-        return encode_classes(tower, prompts, context.packed(self.backbone, class_names))
+            parts = context.packed_parts(self.backbone, class_names, at_once)
+            return encode_in_parts(tower, prompts, parts, at_once, normalise)
+        return encode_classes(tower, prompts, context.packed(self.backbone, class_names), normalise)
 
     def explain(self, images: Tensor, seed: int = 0) -> Sequence[TokenMaps]:
         """What ``vlprompt explain`` draws of an image [1, 3, S, S] beside what its patches say, which all have."""

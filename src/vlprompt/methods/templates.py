@@ -77,4 +77,43 @@ SELECT_TEMPLATES = (
 )
 """The seven that CLIP's authors selected for ImageNet."""
 
+LASP_TEMPLATES = (
+    "a photo of a {}, a type of flower.",
+    "a photo of a person doing {}.",
+    "a centered satellite photo of {}.",
+    "a photo of a {}, a type of aircraft.",
+    "{} texture.",
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+    "a photo of a {}.",
+    "a photo of many {}.",
+    "a photo of the hard to see {}.",
+    "a low resolution photo of the {}.",
+    "a rendering of a {}.",
+    "a bad photo of the {}.",
+    "a cropped photo of the {}.",
+    "a pixelated photo of the {}.",
+    "a bright photo of the {}.",
+    "a cropped photo of a {}.",
+    "a photo of the {}.",
+    "a good photo of the {}.",
+    "a rendering of the {}.",
+    "a close-up photo of the {}.",
+    "a low resolution photo of a {}.",
+    "a rendition of the {}.",
+    "a photo of the clean {}.",
+    "a photo of a large {}.",
+    "a blurry photo of a {}.",
+    "a pixelated photo of a {}.",
+    "itap of the {}.",
+    "a jpeg corrupted photo of the {}.",
+    "a good photo of a {}.",
+)
+"""LASP's references; one stands in its list twice, and so weighs double."""
+
 ENSEMBLES = {"select": SELECT_TEMPLATES, "imagenet": IMAGENET_TEMPLATES}

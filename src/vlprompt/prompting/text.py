@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vlprompt.backbones.attention import Attention
+from vlprompt.backbones.attention import Attention, packed_attention
 from vlprompt.backbones.backbone import Backbone, unit
-from vlprompt.backbones.packing import PackedText, pack
+from vlprompt.backbones.packing import PackedText, pack, pack_with_room
 from vlprompt.backbones.towers import Prompts, TextTower
 from vlprompt.errors import ConfigError, DataError, first_few
 
@@ -177,6 +177,36 @@ class TextContext(nn.Module):
         return pack(tokens.ids, tokens.slots, causal=causal, class_specific=specific, share=share)
 
 
+class JoiningTexts:
+    """Hand-written texts of a causal tower, with M learned tokens behind the first from a later block on (MMRL)."""
+
+    def __init__(self, backbone: Backbone, n_tokens: int) -> None:
+        self.backbone, self.n_tokens = backbone, n_tokens
+        self._packed: tuple[Any, list[PackedText]] | None = None
+
+    def packed(self, class_names: Sequence[str], template: str) -> list[PackedText]:
+        """As blocks see them before the tokens join, and after; the last list of names is kept."""
+        key = tuple(class_names), template, self.backbone.device
+        if self._packed is None or self._packed[0] != key:
+            check_known(self.backbone, class_names)
+            both = pack_with_room(self.backbone.tokenize(fill(template, class_names)), self.n_tokens)
+            self._packed = key, [text.to(self.backbone.device) for text in both]
+        return self._packed[1]
+
+    def encode(self, class_names: Sequence[str], template: str, tokens: Mapping[int, Tensor]) -> Tensor:
+        """Normalised class features [C, E]; ``tokens`` [M, D] by block: they join at the first."""
+        tower, first = self.backbone.text_tower, min(tokens)
+        before, text = self.packed(class_names, template)
+
+        def join(i: int, x: Tensor) -> Tensor:
+            own = tokens[i].to(x.dtype)[None, text.source % self.n_tokens] if i in tokens else None
+            return x if own is None else x.index_copy(1, text.slots, own)
+
+        early, late = (packed_attention(t, tower.config.heads) for t in (before, text))
+        attention = [early if i < first else late for i in range(len(tower.blocks))]
+        return unit(tower(text, None, attention, join)[0])
+
+
 def word_vectors(backbone: Backbone, words: str) -> Tensor:
     """Token embeddings of words, in fp32 at least: [tokens, D]. Raises ConfigError where there are none."""
     embedding = backbone.text_tower.token_embedding
@@ -204,14 +234,16 @@ def encode_classes(
     return unit(features) if normalise else features
 
 
-def encode_in_parts(text_tower: TextTower, prompts: Prompts, parts: Sequence[PackedText], at_once: int) -> Tensor:
+def encode_in_parts(
+    text_tower: TextTower, prompts: Prompts, parts: Sequence[PackedText], at_once: int, normalise: bool = True
+) -> Tensor:
     """:func:`encode_classes` of parts of ``at_once`` classes, each computed again in the backward pass.
 
     Exact, and no more than one part's states are in memory; the forward pass is computed twice.
     """
 
     def encode(part: PackedText, *layers: Tensor | None) -> Tensor:
-        return encode_classes(text_tower, Prompts(layers, prompts.mode), part)
+        return encode_classes(text_tower, Prompts(layers, prompts.mode), part, normalise)
 
     features = []
     for i, part in enumerate(parts):

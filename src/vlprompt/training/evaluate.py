@@ -61,6 +61,13 @@ def predict_logits(method: Method, images: EvaluationImages, class_names: Sequen
     return logits
 
 
+def predict_spread(method: Method, images: EvaluationImages, class_names: Sequence[str]) -> Tensor | None:
+    """How far each class's probability moves with what the method leaves open, [n, C]; None where that is nothing."""
+    if not method.has_spread:
+        return None
+    return torch.cat([method.spread(x, class_names).cpu() for x in images.read_by(method)])
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What ``vlprompt evaluate`` reports."""

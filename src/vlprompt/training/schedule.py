@@ -26,12 +26,13 @@ def learning_rate(epoch: float, epochs: int, config: OptimConfig) -> float:
 
 
 def build_optimizer(method: Method, config: OptimConfig) -> torch.optim.Optimizer:
-    """SGD with momentum, or AdamW, over groups of parameters with their ``share`` of the learning rate."""
+    """SGD with momentum, Adam or AdamW, over groups of parameters with their ``share`` of the learning rate."""
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in method.named_parameters():
         share = next((share for start, share in method.rates.items() if name.startswith(start)), 1.0)
         groups.setdefault(share, []).append(parameter)
     parameters = [{"params": group, "share": share} for share, group in groups.items()]
-    if config.name == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    if config.name in ("adam", "adamw"):
+        adam = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+        return adam(parameters, lr=config.lr, weight_decay=config.weight_decay)
     return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
