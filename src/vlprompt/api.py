@@ -48,7 +48,8 @@ TRAINING = {
     **{name: f"train.{name}" for name in ("epochs", "accumulate", "text_chunk", "graphs")},
     "teacher": "teacher.backbone",
     "classes_per_batch": "teacher.classes_per_batch",
-    **{name: f"data.{name}" for name in ("batch_size", "min_scale", "workers", "bank", "views", "regions_per_image")},
+    **{name: f"data.{name}" for name in ("batch_size", "drop_last", "min_scale", "workers")},
+    **{name: f"data.{name}" for name in ("bank", "views", "regions_per_image")},
 }
 """What ``fit`` can be told, and its key in the run configuration."""
 
@@ -147,8 +148,9 @@ def fit_configured(
         raise ConfigError(f"{method.name} is frozen, as loaded models are: build a new one to fit it")
     with ImageReader(config.data.workers) as reader, _random_state_kept():
         sources = find_sources(config, method.class_names, method.template, method.backbone, classifier)
-        training = prepare(config, sources, method, images, indices, seed, reader, extra=extra)
-        fit_features(method, training, EvaluationImages(images, indices, reader))
+        whole = EvaluationImages(images, indices, reader)
+        training = prepare(config, sources, method, images, indices, seed, reader, extra=extra, whole=whole)
+        fit_features(method, training, whole)
         if training:
             training.run([EachEpoch(after_epoch)])
     return method.eval()

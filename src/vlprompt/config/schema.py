@@ -27,14 +27,14 @@ Folder = Annotated[str, BeforeValidator(lambda path: str(path) if isinstance(pat
 
 
 def _check_views(value: Any) -> int | str:
-    if value == "random":
+    if value in ("random", "center"):
         return value
     if not re.fullmatch("[1-9][0-9]*", str(value)):
-        raise ValueError("random, or a number from 1 on")
+        raise ValueError("random, center, or a number from 1 on")
     return int(value)
 
 
-ViewCount = Annotated[int | Literal["random"], BeforeValidator(_check_views)]
+Views = Annotated[int | Literal["random", "center"], BeforeValidator(_check_views)]
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,17 @@ class DataConfig:
     allow_fewer: bool = False
     """Let classes with fewer images than shots use all that they have."""
     imbalance: Annotated[float, Ge(1)] = 1.0
-    """Shots of the first class to those of the last, fewer and fewer in between: a long tail."""
+    """A long tail: images of the most frequent class to those of the rarest, fewer and fewer in between.
+
+    With shots the classes are in their own order; else all training images count, and classes are ranked by them."""
     val_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Share of each class's training images that becomes val before shots are drawn, where there is no val split."""
     classes: Classes = "all"
     """First half of the classes, second half, or all."""
     batch_size: Annotated[int, Ge(1)] = 32
     """Images in a training step."""
+    drop_last: bool = True
+    """Leave out the last batch of an epoch where it would be incomplete; with a bank all batches are whole."""
     min_scale: Fraction = 0.08
     """Smallest share of the image that a random crop covers."""
     workers: Annotated[int, Ge(0)] = 2
@@ -67,8 +71,9 @@ class DataConfig:
     """Leave out images that cannot be read, and count them, instead of stopping."""
     bank: Folder | None = None
     """Folder of the region bank that views, labels and features come from."""
-    views: ViewCount | None = None
-    """random, or R, the first regions of each image of a bank; if not given, all of a bank's, or else random."""
+    views: Views | None = None
+    """random: a new crop and flip of each image in every epoch; center: its evaluation crop, of which frozen features
+    are computed once; R: the first regions of each image of a bank. All of a bank's if not given, or else random."""
     regions_per_image: Annotated[int, Ge(1)] | None = None
     """Regions that a batch holds of each of its images, of a bank; 4, or fewer where that leaves less than 8 images."""
 
@@ -248,10 +253,10 @@ def build_config(
     problems: list[str] = []
     merged: dict[str, Any] = {}
     for layer in (cls.official, presets[preset] if preset else {}, file or {}, overrides or {}):
-        for key, value in layer.items():
-            full = _resolve(key, known, problems)
-            if full is not None:
-                merged[full] = value
+        merged |= {full: v for key, v in layer.items() if (full := _resolve(key, known, problems)) is not None}
+    own = {_resolve(key, known, []) for layer in (file or {}, overrides or {}) for key in layer}
+    if merged.get("data.bank") is not None and "data.views" not in own:
+        merged.pop("data.views", None)  # a bank's regions come in place of a method's official views
     if (named := merged.pop("method.name", method)) != method:
         problems.append(f"method.name = {named}: the command asks for '{method}'")
     nested: dict[str, dict[str, Any]] = {s: {} for s in ("method", *SECTIONS)}
