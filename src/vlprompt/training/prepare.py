@@ -130,16 +130,19 @@ def prepare(
 
 def _center(config: RunConfig, teacher: Teacher | None, method: Method, whole: EvaluationImages) -> dict[str, Any]:
     """What training on the evaluation crops reads of frozen towers: computed once, at the first step."""
+
+    def taught() -> Tensor:
+        assert teacher
+        device, views = teacher.model.device, evaluation_batches(whole.images, teacher.preprocess, whole.reader)
+        return torch.cat([teacher.probabilities(images.to(device)).cpu() for images in views])
+
     if config.data.views != "center":
         return {}
     constant: dict[str, Callable[[], Tensor]] = {}
     if "frozen_image_features" in method.needs or not config.reads_pixels:
         constant["frozen_image_features"] = lambda: whole.frozen(method).cpu()
     if teacher:
-        views = evaluation_batches(whole.images, teacher.preprocess, whole.reader)
-        constant["teacher_probabilities"] = lambda: torch.cat(
-            [teacher.probabilities(images.to(teacher.model.device)).cpu() for images in views]
-        )
+        constant["teacher_probabilities"] = taught
     return {"center": True, "constant": constant, "pixels": config.reads_pixels}
 
 
