@@ -109,10 +109,14 @@ def training(work: Work, backbone: Backbone) -> Training:
     features = normalize(torch.randn(n, backbone.embed_dim, generator=random), dim=-1)
     taught = (3 * torch.randn(n, work.classes, generator=random)).softmax(-1)
     bank, reads_images = work.way == "bank", config.reads_pixels or work.way != "bank"
+    # Where the official views never change, neither do their frozen features; plain computes them in every step.
+    constant = config.data.views == "center" and work.way != "plain"
+    if constant:
+        features = backbone.encode_images(images)
     views = Batch(
         images if reads_images else None,
         torch.arange(n) % work.classes,
-        frozen_image_features=features if bank else None,
+        frozen_image_features=features if bank or constant else None,
         teacher_probabilities=taught if "teacher_probabilities" in method.needs else None,
         second_view=second if method.patch_size else None,
     )
@@ -175,7 +179,14 @@ def data_seconds(method: Method, way: str, batch_size: int, folder: Path, clock:
     with ImageReader(0, room=0 if way == "plain" else None) as reader:
         labels, preprocess = split.labels("train"), method.backbone.preprocess
         views = TrainingViews(
-            split.paths("train"), labels, preprocess, batch_size, 1, reader=reader, patch_size=method.patch_size
+            split.paths("train"),
+            labels,
+            preprocess,
+            batch_size,
+            1,
+            reader=reader,
+            patch_size=method.patch_size,
+            center=build_config(method.name).data.views == "center",
         )
         list(views.epoch(0))
         return clock.seconds(lambda: list(views.epoch(1)))

@@ -43,14 +43,14 @@ def trial(method: str, rate: float, epochs: int, scale: float, tokens: int, dept
         "average_mean": round(AVERAGED * epochs),
     }
     known = {field.name for field in fields(METHODS[method].Config)}
-    official = build_config(method).optim.lr
+    official = build_config(method)
     settings: dict[str, Any] = {
-        "optim.lr": float(f"{official * rate:.3g}"),
+        "optim.lr": float(f"{official.optim.lr * rate:.3g}"),
         "optim.warmup_epochs": 0,
         "optim.cosine_epochs": 1,
         "train.epochs": epochs,
         "data.batch_size": BATCH,
-        "data.min_scale": scale,
+        **({} if official.data.views == "center" else {"data.min_scale": scale}),
     }
     return settings | {f"method.{key}": value for key, value in own.items() if key in known}
 

@@ -46,7 +46,7 @@ Labels = Sequence[str] | Sequence[int] | NDArray[Any] | Tensor
 WORKERS = 2
 """Threads that decode images ahead."""
 _OF_DATA = (
-    "batch_size", "min_scale", "flip", "augment", "white", "max_pixels", "workers", "bank", "views", "regions_per_image"
+    "batch_size", "drop_last", "min_scale", "flip", "white", "max_pixels", "workers", "bank", "views", "regions_per_image"
 )  # fmt: skip
 TRAINING = {
     **{f.name: f"optim.{f.name}" for f in fields(OptimConfig)},
@@ -154,8 +154,9 @@ def fit_configured(
         set_white(reader, config.data, images)
         sources = find_sources(config, method.class_names, method.template, method.backbone, classifier)
         method.white = reader.white
-        training = prepare(config, sources, method, images, indices, seed, reader, extra=extra)
-        fit_features(method, training, EvaluationImages(images, indices, reader))
+        whole = EvaluationImages(images, indices, reader)
+        training = prepare(config, sources, method, images, indices, seed, reader, extra=extra, whole=whole)
+        fit_features(method, training, whole)
         if training:
             training.run([EachEpoch(after_epoch)])
         _warn(reader)

@@ -575,7 +575,7 @@ def test_a_number_of_views_that_is_none_is_one_line(given, vlprompt, pictures, b
     for option in (["--views", given], [f"views={given}"]):
         code, out, err = vlprompt(*arguments("coop", pictures, tmp_path / "run", "--bank", str(bank), *option))
         assert (code, out) == (2, "")
-        assert err == f"error: data.views = {given} (allowed: random, or a number from 1 on)\n"
+        assert err == f"error: data.views = {given} (allowed: random, center, or a number from 1 on)\n"
 
 
 def test_more_views_than_the_bank_has_are_one_line(vlprompt, pictures, bank, tmp_path) -> None:
@@ -998,7 +998,7 @@ def test_the_scikit_learn_shell_trains_from_a_bank(pictures, bank) -> None:
         ("coop", {"regions_per_image": 3}, r"^data.regions_per_image = 3 \(allowed with batches of 4: 1, 2, 4\)$"),
         ("coop", {"bank": None, "regions_per_image": 2}, r"= 2: there is no region bank \(--bank\)$"),
         ("coop", {"views": 7}, r"^data.views = 7 \(allowed with region bank .*/bank: 1 to 6\)$"),
-        ("coop", {"views": 0}, r"^data.views = 0 \(allowed: random, or a number from 1 on\)$"),
+        ("coop", {"views": 0}, r"^data.views = 0 \(allowed: random, center, or a number from 1 on\)$"),
         ("coop", {"bank": "nowhere"}, r"^region bank nowhere does not exist"),
         ("coop", {"images": [Image.new("RGB", (40, 40))] * 18}, r"knows images by their files: it has none that"),
         ("coop", {"images": [TINY / "config.json"] * 18}, r"lacks 18 of the run's 18 training images: .*config.json"),

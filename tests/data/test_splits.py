@@ -72,7 +72,7 @@ def test_a_runs_split_is_read_back_exactly(photos, tmp_path):
 @pytest.mark.parametrize(
     "given",
     [(), ("--shots", 2, "--seed", 3), ("--shots", 2, "--classes", "base"), ("--shots", 4, "--imbalance", 4),
-     ("--classes", "novel", "--val-fraction", 0.5)],
+     ("--imbalance", 2), ("--classes", "novel", "--val-fraction", 0.5)],
 )  # fmt: skip
 def test_a_split_that_is_published_is_that_of_a_run(vlprompt, photos, tmp_path, given):
     """The file is a run's, byte for byte; and a run that is given the file is the same run."""
@@ -97,7 +97,7 @@ def test_a_split_that_is_published_is_that_of_a_run(vlprompt, photos, tmp_path, 
         ((), "split.json is there already: choose another --out, or remove it"),
         (("--shots", 0), "data.shots = 0 (allowed: greater than or equal to 1)"),
         (("--shots", 99), "too few for 99 shots"),
-        (("--imbalance", 2), "data.imbalance = 2: it needs data.shots"),
+        (("--imbalance", 0.5), "data.imbalance = 0.5 (allowed: greater than or equal to 1)"),
         (("--seed", -1), "seed = -1"),
         (("--classes", "bse"), "'bse' is not one of 'base', 'novel', 'all'"),
     ],

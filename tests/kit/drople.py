@@ -66,7 +66,7 @@ def check_shared_tokens(case: Case) -> None:
     """Their attention, what they see, the alignment loss and its gradients."""
     gold = case.tensors
     e, (d_v, d_t) = gold["init/learnable_tokens"], (gold[f"in/{x}_tokens"].shape[-1] for x in ("visual", "text"))
-    shared = SharedTokens(case.backbone, *e.shape)
+    shared = SharedTokens(case.backbone, *e.shape, case.info["hyper"]["temperature"])
     shared.image, shared.text = (torch.nn.Linear(d, e.shape[1]) for d in (d_v, d_t))
     parameters = {"learnable_tokens": shared.tokens}
     for ours, official in ((shared.image, "visual_mapping"), (shared.text, "text_mapping")):

@@ -587,6 +587,33 @@ def test_initial_prompts(tiny: Backbone) -> None:
     bound = width**-0.5  # Kaiming uniform with a = √5 over D inputs
     assert 0.95 * bound < method.context.deep.abs().max() <= bound
     assert method.visual.vectors.shape[0] == 6
+    for n_ctx in (1, 4):  # of one tensor [6, n_ctx, D], whose inputs Kaiming counts as n_ctx · D
+        vectors, bound = make(tiny, n_ctx_vision=n_ctx).visual.vectors, (n_ctx * tiny.image_tower.config.width) ** -0.5
+        assert 0.95 * bound < vectors.abs().max() <= bound
+        assert vectors.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("tau", [0.25, 3.0])
+def test_the_temperature_of_the_shared_tokens(double: Backbone, tau: float, draws: list) -> None:
+    """a_rj = softmax_j(τ · e_r · (W x_j + b)), in what they see, in what is hit and in what a tuned model explains."""
+    method, images = make(double, temperature=tau), pictures(double)
+    shared, x = method.shared, torch.randn(3, 7, double.image_tower.config.width, dtype=torch.double)
+    mapped = x @ shared.image.weight.T + shared.image.bias
+    a = (tau * shared.tokens @ mapped.mT).softmax(-1)
+    ours = dropout.look(shared.keys(shared.image), x)
+    close(ours, a)
+    close(shared.pool(shared.image, ours, x), a @ mapped)
+    plain = make(double)  # the same tokens
+    assert torch.equal(plain.shared.tokens, shared.tokens)
+    hit = []
+    for each in (method, plain):
+        draws.clear()
+        torch.manual_seed(0)
+        each._images(images)
+        hit.append(draws[0][1])
+    assert (hit[0] - hit[1]).abs().max() > 1e-4
+    close(method.dropout_of(images)[0].p[:, : hit[0].shape[1]], hit[0])
+    close(method.inference_state()["image_keys"], tau * shared.tokens @ shared.image.weight)
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
@@ -637,7 +664,7 @@ def test_adapters_are_saved_and_learn_slowly(tiny: Backbone, tmp_path: Path) -> 
     from vlprompt.training.schedule import build_optimizer
 
     groups = build_optimizer(method, build_config("drople").optim).param_groups
-    assert [(g["share"], len(g["params"])) for g in groups] == [(1.0, 9), (0.1, 2)]
+    assert [(g["share"], g["floor"], len(g["params"])) for g in groups] == [(1.0, 0.0, 9), (0.1, 0.5, 2)]
     assert {id(p) for p in groups[1]["params"]} == {id(method.lora.a), id(method.lora.b)}
 
 

@@ -279,7 +279,7 @@ def test_all_problems_are_listed_at_once() -> None:
         "method.class_specific = perhaps (allowed: boolean",
         "optim.lr = -1 (allowed: greater than 0)",
         "optim.momentum = -0.5 (allowed: greater than or equal to 0)",
-        "optim.name = sgdd (allowed: 'sgd' or 'adamw'; did you mean 'sgd'?)",
+        "optim.name = sgdd (allowed: 'sgd', 'adam' or 'adamw'; did you mean 'sgd'?)",
         "train.epochs = many (allowed: integer",
         "train.precision = fp8 (allowed: 'fp32', 'bf16' or 'fp16'",
         "data.min_scale = 1.5 (allowed: less than or equal to 1)",

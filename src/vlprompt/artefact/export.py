@@ -37,8 +37,8 @@ def export_classes(method: Method, class_names: Sequence[str], out: Path) -> Non
         raise ArtefactError(f"cannot export {method.name}: its class features are different for each image")
     if Can.EXPORT_CLASSES not in method.config.can:
         raise ArtefactError(
-            f"cannot export {method.name}: it does more to images than the plain backbone, to features or to logits; ship "
-            "the run folder and use vlprompt predict"
+            f"cannot export {method.name}: it does more to images than the plain backbone, to features or to logits; "
+            "ship the run folder and use vlprompt predict"
         )
     check_class_names(class_names, "class names")
     with torch.no_grad():

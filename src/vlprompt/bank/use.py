@@ -34,14 +34,13 @@ def find_bank(config: RunConfig, class_names: Sequence[str]) -> Bank | None:
     data, cls = config.data, find_method(config.method)
     if data.bank is None:
         for key, value in (("views", data.views), ("regions_per_image", data.regions_per_image)):
-            if value not in (None, "random"):
+            if value not in (None, "random", "center"):
                 raise ConfigError(f"data.{key} = {value}: there is no region bank (--bank)")
         return None
     bank = Bank(Path(data.bank).expanduser())
     built = bank.settings
-    if data.augment == "none" or data.white is not None:
-        key = "white" if data.white is not None else "augment"
-        raise ConfigError(f"data.{key} = {getattr(data, key)}: not with a region bank (--bank), whose regions are made")
+    if data.white is not None:
+        raise ConfigError(f"data.white = {data.white}: not with a region bank (--bank), whose regions are made")
     wanted: dict[str, Any] = {"crops": {"min_scale": data.min_scale, "flip": data.flip}}
     if config.taught:
         if not built.teacher:
@@ -78,7 +77,7 @@ def regions_used(data: DataConfig, bank: Bank) -> int:
     most = bank.settings.regions
     if data.views is None:
         return most
-    if data.views == "random" or data.views > most:
+    if isinstance(data.views, str) or data.views > most:
         raise ConfigError(f"data.views = {data.views} (allowed with region bank {bank.folder}: 1 to {most})")
     return data.views
 

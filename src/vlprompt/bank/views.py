@@ -7,6 +7,7 @@ from functools import lru_cache
 from itertools import chain, groupby, repeat
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ class BankViews:
         k, n = share
         steps = range(epoch * len(self) + start, (epoch + 1) * len(self))
         pieces = [np.array_split(self._samples(step), n)[k] for step in steps]
-        made: Iterator[dict[str, Tensor | None]] = repeat({"images": None})
+        made: Iterator[dict[str, Any]] = repeat({"images": None})
         if self.preprocess is not None:
             visits = ([list(group) for _, group in groupby(piece.tolist(), itemgetter(0))] for piece in pieces)
             made = (views for _, views in self.reader.batches(self._views, visits, _collate_visits))

@@ -56,6 +56,7 @@ Settings = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Any setting; --dry-run shows them all.")
 ]
 Shots = Annotated[int | None, configured("data.shots", DATA)]
+Imbalance = Annotated[float, configured("data.imbalance", DATA)]
 AllowFewer = Annotated[bool, configured("data.allow_fewer", DATA, "--allow-fewer")]
 WhichClasses = Annotated[Classes, configured("data.classes", DATA)]
 TrainClasses = Annotated[Classes | None, configured("data.classes", DATA)]
@@ -64,7 +65,7 @@ DrawSeed = Annotated[int, typer.Option("--seed", help="Decides which few images 
 TrainBackbone = Annotated[str | None, configured("backbone", MODEL)]
 TeacherBackbone = Annotated[str | None, configured("teacher.backbone", MODEL, "--teacher")]
 TrainBank = Annotated[Path | None, configured("data.bank", DATA)]
-TrainViews = Annotated[str | None, configured("data.views", DATA, metavar="random|R")]
+TrainViews = Annotated[str | None, configured("data.views", DATA, metavar="random|center|R")]
 TrainDevice = Annotated[str | None, configured("train.device", MODEL)]
 TrainPrecision = Annotated[str | None, configured("train.precision", MODEL)]
 Seed = Annotated[int | None, configured("seed", TRAINING)]

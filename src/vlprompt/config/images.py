@@ -13,7 +13,7 @@ from vlprompt.data.images import ImageSource
 from vlprompt.data.known.table import find_dataset
 from vlprompt.data.reading import ImageReader, name_skipped, unusable_error
 from vlprompt.data.splits import PARTS, Split, repeated
-from vlprompt.errors import ConfigError, DataError, first_few
+from vlprompt.errors import DataError, first_few
 
 
 class Choice(Protocol):
@@ -33,8 +33,7 @@ def run_split(config: Choice, dataset: LoadedDataset, unreadable: Collection[Pat
 
     In this order: its classes, its val images where the data set has none, the images that cannot be read taken out,
     its shots. So a val image is one for every seed and number of shots, and an unreadable image makes room for the next
-    that the seed would have drawn. Raises DataError if a class has no training images, or too few, and
-    ConfigError for an imbalance without shots.
+    that the seed would have drawn. Raises DataError if a class has no training images, or too few.
     """
     data = config.data
     split = dataset.split.subset(data.classes)
@@ -45,13 +44,11 @@ def run_split(config: Choice, dataset: LoadedDataset, unreadable: Collection[Pat
     split = split.without(unreadable)
     if data.shots is not None:
         return split.few_shot(data.shots, config.seed, data.allow_fewer, data.imbalance)
-    if data.imbalance > 1:
-        raise ConfigError(f"data.imbalance = {data.imbalance:g}: it needs data.shots, those of the first class")
     labels = {item.label for item in split.train}
     empty = [f"'{name}'" for label, name in enumerate(split.class_names) if label not in labels]
     if empty:
         raise DataError(f"classes without training images: {first_few(empty)}")
-    return split
+    return split.long_tailed(config.seed, data.imbalance) if data.imbalance > 1 else split
 
 
 def choose_images(

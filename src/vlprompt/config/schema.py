@@ -28,14 +28,14 @@ Folder = Annotated[str, BeforeValidator(lambda path: str(path) if isinstance(pat
 
 
 def _check_views(value: Any) -> int | str:
-    if value == "random":
+    if value in ("random", "center"):
         return value
     if not re.fullmatch("[1-9][0-9]*", str(value)):
-        raise ValueError("random, or a number from 1 on")
+        raise ValueError("random, center, or a number from 1 on")
     return int(value)
 
 
-ViewCount = Annotated[int | Literal["random"], BeforeValidator(_check_views)]
+Views = Annotated[int | Literal["random", "center"], BeforeValidator(_check_views)]
 
 
 def _check_white(value: Any) -> float | str | None:
@@ -68,19 +68,21 @@ class DataConfig:
     allow_fewer: bool = False
     """Let classes with fewer images than shots use all that they have."""
     imbalance: Annotated[float, Ge(1)] = 1.0
-    """Shots of the first class to those of the last, fewer and fewer in between: a long tail."""
+    """A long tail: images of the most frequent class to those of the rarest, fewer and fewer in between.
+
+    With shots the classes are in their own order; else all training images count, and classes are ranked by them."""
     val_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Share of each class's training images that becomes val before shots are drawn, where there is no val split."""
     classes: Classes = "all"
     """First half of the classes, second half, or all."""
     batch_size: Annotated[int, Ge(1)] = 32
     """Images in a training step."""
+    drop_last: bool = True
+    """Leave out the last batch of an epoch where it would be incomplete; with a bank all batches are whole."""
     min_scale: Fraction = 0.08
     """Smallest share of the image that a random crop covers."""
     flip: Annotated[float, Ge(0), Le(1)] = 0.5
     """Probability that a random crop is mirrored; 0 where left and right are different classes."""
-    augment: Literal["random", "none"] = "random"
-    """random crops and flips, or none: training sees what evaluation sees; a method's own second views stay."""
     white: WhiteValue = None
     """Value that is white in greys of more than 8 bits, or auto: by the training images; 65535 if not given."""
     max_pixels: Annotated[int, Ge(1)] | None = None
@@ -91,8 +93,10 @@ class DataConfig:
     """Leave out images that cannot be read, and count them, instead of stopping."""
     bank: Folder | None = None
     """Folder of the region bank that views, labels and features come from."""
-    views: ViewCount | None = None
-    """random, or R, the first regions of each image of a bank; if not given, all of a bank's, or else random."""
+    views: Views | None = None
+    """random: a new crop and flip of each image in every epoch; center: its evaluation crop, of which frozen features
+    are computed once; R: the first regions of each image of a bank. All of a bank's if not given, or else random.
+    data.augment=none says center, too."""
     regions_per_image: Annotated[int, Ge(1)] | None = None
     """Regions that a batch holds of each of its images, of a bank; 4, or fewer where that leaves less than 8 images."""
 
@@ -271,11 +275,12 @@ def build_config(
     known = _known_keys(cls.Config)
     problems: list[str] = []
     merged: dict[str, Any] = {}
-    for layer in (cls.official, presets[preset] if preset else {}, file or {}, overrides or {}):
-        for key, value in layer.items():
-            full = _resolve(key, known, problems)
-            if full is not None:
-                merged[full] = value
+    told = [_with_views(layer) for layer in (file or {}, overrides or {})]
+    for layer in (cls.official, presets[preset] if preset else {}, *told):
+        merged |= {full: v for key, v in layer.items() if (full := _resolve(key, known, problems)) is not None}
+    own = {_resolve(key, known, []) for layer in told for key in layer}
+    if merged.get("data.bank") is not None and "data.views" not in own:
+        merged.pop("data.views", None)  # a bank's regions come in place of a method's official views
     if (named := merged.pop("method.name", method)) != method:
         problems.append(f"method.name = {named}: the command asks for '{method}'")
     nested: dict[str, dict[str, Any]] = {s: {} for s in ("method", *SECTIONS)}
@@ -297,6 +302,17 @@ def build_config(
     config = RunConfig(method=method, options=options, **top, **sections)
     check_capabilities(cls.name, config.options.can, config.train, config.teacher.classes_per_batch)
     return config
+
+
+def _with_views(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which ``data.augment`` is ``data.views``, of which no augmentation is one choice."""
+    views = {"none": "center"}
+    return {
+        "data.views" if key in ("augment", "data.augment") else key: (
+            views.get(value, value) if key in ("augment", "data.augment") else value
+        )
+        for key, value in layer.items()
+    }
 
 
 def check_capabilities(

@@ -1,12 +1,14 @@
-"""Batches of views: random regions for training, whole images for evaluation, made ahead by threads.
+"""Batches of views: random regions or centre crops for training, whole images for evaluation, made ahead by threads.
 
 Every view depends on (seed, epoch, image) alone, not on the number of threads or on what ran before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,10 +44,14 @@ class Batch:
     """Whatever else a method needs of each image, by name: [B, …]."""
     classes: Tensor | None = None
     """Of a teacher's classes those that are compared, as indices [K]; all if not given."""
+    whole: int | None = None
+    """Images of the whole batch that this is a process's share or a part of; if not given, as in every batch."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with each of its tensors changed."""
-        own = {f.name: change(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        own: dict[str, Any] = {
+            f.name: change(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
         return replace(self, **own, extra={name: change(value) for name, value in self.extra.items()})
 
     def parts(self, n: int) -> list[Batch]:
@@ -87,9 +93,11 @@ class Batch:
 
 
 class TrainingViews:
-    """A new random resized crop and flip of every image in every epoch, in a new order.
+    """The images in a new order in every epoch: a new random resized crop and flip of each, or its ``center``.
 
-    ``flip`` is a probability. With ``center`` it is the evaluation view in every epoch.
+    ``center`` is the view of evaluation. What frozen towers say of it never changes: ``constant`` names what a batch
+    brings of that, by field, and computes it for all images when it is first asked for. Without ``pixels`` that is all.
+    ``flip`` is a probability.
     """
 
     fingerprint: str | None = None
@@ -106,24 +114,30 @@ class TrainingViews:
         reader: ImageReader,
         min_scale: float = 0.08,
         flip: float = 0.5,
-        center: bool = False,
         teacher: Preprocess | None = None,
         patch_size: int | None = None,
         extra: Mapping[str, Tensor] | None = None,
+        drop_last: bool = True,
+        center: bool = False,
+        constant: Mapping[str, Callable[[], Tensor]] | None = None,
+        pixels: bool = True,
     ) -> None:
         self.images, self.labels, self.extra = images, torch.tensor(labels), extra or {}
+        self.drop_last, self.center, self.pixels = drop_last, center, pixels or patch_size is not None
+        self.constant = {name: cache(compute) for name, compute in (constant or {}).items()}
         # Where the teacher reads what the student does, it needs no view of its own.
         self.preprocess, self.teacher = preprocess, None if teacher == preprocess else teacher
         self.batch_size, self.seed, self.min_scale = batch_size, seed, min_scale
-        self.reader, self.patch_size, self.flip, self.center = reader, patch_size, flip, center
+        self.reader, self.patch_size, self.flip = reader, patch_size, flip
 
     def __len__(self) -> int:
-        """Batches in an epoch: the last incomplete one is dropped, unless it is the only one."""
-        return max(len(self.images) // self.batch_size, 1)
+        """Batches in an epoch; the last incomplete one does not count if it is dropped, unless it is the only one."""
+        whole, rest = divmod(len(self.images), self.batch_size)
+        return max(whole + (rest > 0 and not self.drop_last), 1)
 
     @property
     def images_per_batch(self) -> int:
-        """Images in every batch: the batch size, or all there are if they are fewer."""
+        """Images in every batch but a last incomplete one: the batch size, or all there are if they are fewer."""
         return min(self.batch_size, len(self.images))
 
     def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
@@ -132,37 +146,47 @@ class TrainingViews:
         Teacher images come with a ``teacher`` that reads images of another size or scale, second views with a
         ``patch_size`` in pixels, and of ``extra`` [n, …] the rows of the batch's images.
 
-        ``share=(k, n)`` gives the k-th of n nearly equal pieces of every batch, one for each of n processes.
+        ``share=(k, n)`` gives the k-th of n nearly equal pieces of every batch, one for each of n processes. Where the
+        last batch has fewer images than there are processes, those that have none are given its first one.
         """
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
         whole = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(start, len(self))]
         k, n = share
-        batches = [np.array_split(batch, n)[k] for batch in whole]
-        for batch, views in self.reader.batches(lambda i: self._views(i, epoch), batches):
+        constant = {name: compute() for name, compute in self.constant.items()}
+        batches = [np.array_split(batch, n)[k] if k < len(batch) else batch[:1] for batch in whole]
+        made: Iterable[tuple[NDArray, dict[str, Any]]] = ((batch, {"images": None}) for batch in batches)
+        if self.pixels:
+            made = self.reader.batches(lambda i: self._views(i, epoch), batches)
+        for (batch, views), all_of_it in zip(made, whole, strict=True):
             rows = torch.from_numpy(batch)
-            yield Batch(labels=self.labels[rows], extra={k: v[rows] for k, v in self.extra.items()}, **views)
+            extra = {name: values[rows] for name, values in self.extra.items()}
+            known = {name: values[rows] for name, values in constant.items()}
+            yield Batch(labels=self.labels[rows], extra=extra, whole=len(all_of_it), **known, **views)
 
     def _views(self, i: int, epoch: int) -> dict[str, Tensor]:
         """One image's view, the teacher's and the second one where there are any: [3, S, S] each."""
         image = self.reader.image(self.images[i])
         rng = np.random.default_rng([self.seed, epoch, i])
-        region, scale = None, (self.min_scale, 1.0)
+        region = None
         if not self.center:
+            scale = (self.min_scale, 1.0)
             region = random_regions(rng, image.width, image.height, scale=scale, flip=self.flip)[0]
         views = both_views(image, region, self.preprocess, self.patch_size, rng)
-        if self.teacher is None:
+        if self.teacher is None or "teacher_probabilities" in self.constant:
             return views
-        return {
-            **views,
-            "teacher_images": self.teacher(image) if region is None else self.teacher.region(image, region),
-        }
+        return {**views, "teacher_images": self.teacher.tensor(pixels_of(image, region, self.teacher))}
+
+
+def pixels_of(image: Image, region: Region | None, preprocess: Preprocess) -> Image:
+    """Of a region, or of the evaluation view, S × S."""
+    return preprocess.whole(image) if region is None else preprocess.cropped(image, region)
 
 
 def both_views(
     image: Image, region: Region | None, preprocess: Preprocess, patch_size: int | None, rng: np.random.Generator
 ) -> dict[str, Tensor]:
-    """The view of a region, or the evaluation view, and, with a ``patch_size``, its second one, [3, S, S] each."""
-    crop = preprocess.whole(image) if region is None else preprocess.cropped(image, region)
+    """The view of a region, or of evaluation, and, with a ``patch_size``, its second one, [3, S, S] each."""
+    crop = pixels_of(image, region, preprocess)
     views = {"images": preprocess.tensor(crop)}
     if patch_size is not None:
         views["second_view"] = preprocess.tensor(augment_patches(crop, patch_size, rng))

@@ -108,6 +108,18 @@ class Split:
             val=in_order(item for group in val.values() for item in group[: min(shots, _VAL_SHOTS)]),
         )
 
+    def long_tailed(self, seed: int, imbalance: float) -> Split:
+        """Cut train to a :func:`long_tail` as DroPLe's code does, from all images of the class that has most.
+
+        Classes are ranked by how many images they have (equal ones in their own order), and keep all where they have
+        fewer than their rank gives. Which ones depends on seed and paths alone, as in :meth:`few_shot`.
+        """
+        train = ranked_by_class(self.train, seed)
+        ranks = sorted(train, key=lambda label: (-len(train[label]), label))
+        wanted = long_tail(len(train[ranks[0]]), len(ranks), imbalance)
+        kept = (train[label][:n] for label, n in zip(ranks, wanted, strict=True))
+        return replace(self, train=in_order(item for group in kept for item in group))
+
     def subset(self, classes: Classes) -> Split:
         """Keep the base classes (first half, rounded up), the novel ones, or all; labels restart from 0."""
         n, half = len(self.class_names), (len(self.class_names) + 1) // 2
@@ -134,7 +146,7 @@ def long_tail(n_max: int, classes: int, ratio: float) -> list[int]:
         raise DataError(f"imbalance = {ratio:g} (allowed: at least 1, images of the first class to those of the last)")
     steps = max(classes - 1, 1)
     # The power is a hair above whole numbers that it should equal (100 · 10⁻¹ is 10.000000000000002).
-    return [math.ceil(n_max * ratio ** (-c / steps) - 1e-9) for c in range(classes)]
+    return [max(math.ceil(n_max * ratio ** (-c / steps) - 1e-9), 1) for c in range(classes)]
 
 
 def ranked_by_class(items: Iterable[Item], key: str | int) -> dict[int, list[Item]]:

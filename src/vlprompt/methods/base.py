@@ -141,6 +141,8 @@ class Method(nn.Module):
     """Other official settings by name: ``cross-dataset``, ``few-shot``, …"""
     rates: ClassVar[Mapping[str, float]] = {}
     """Parameters, by how their names begin, that learn at this share of the learning rate."""
+    floors: ClassVar[Mapping[str, float]] = {}
+    """Of them those whose rate does not fall below this share of ``optim.min_lr``."""
     image_dependent: ClassVar[bool] = False
     """Whether class features depend on the image."""
     learns_prompts: ClassVar[bool] = True

@@ -104,7 +104,7 @@ class Training:
                 if stopping:
                     return False
             self.method.after_epoch(self.epoch, self.config.epochs)
-            lr = learning_rate(self.epoch + 1 - 1 / len(self.views), self.config.epochs, self.optim)
+            lr = self._rate(self.epoch + 1 - 1 / len(self.views))
             losses = {term: value / len(self.views) for term, value in self.sums.items()}
             self.method.eval()
             log = EpochLog(self.epoch, lr, losses, self.validate())
@@ -115,17 +115,20 @@ class Training:
         self.method.eval()
         return True
 
+    def _rate(self, epoch: float) -> float:
+        return learning_rate(epoch, self.config.epochs, self.optim, len(self.views))
+
     def _set_rate(self) -> None:
-        lr = learning_rate(self.epoch + self.step / len(self.views), self.config.epochs, self.optim)
+        lr = self._rate(self.epoch + self.step / len(self.views))
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["share"]
+            group["lr"] = max(lr * group["share"], self.optim.min_lr * group["floor"])
 
     def _step(self, batch: Batch, asked_to_stop: Callable[[], bool]) -> bool:
         """One optimiser step on this process's share of a batch; whether any process was asked to stop."""
         parts, device = self.config.accumulate, self.method.backbone.device
         # Not carried from step to step: a run that goes on from a checkpoint draws what it would have drawn.
         seed = np.random.SeedSequence([self.views.seed, self.epoch, self.step, self.processes.rank])
-        of_parts = batch.map(lambda t: t.to(device)).parts(parts)
+        of_parts = [part for part in batch.map(lambda t: t.to(device)).parts(parts) if len(part.labels)]
         if self.recorded:
             for part in of_parts:
                 self.recorded.prepare(part)
@@ -156,7 +159,9 @@ class Training:
         slow = backbone.device.type == "cpu" and backbone.dtype == torch.bfloat16
         with sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
             batch = self._batch(views)
-            weight = len(batch.labels) / self.views.images_per_batch
+            whole = batch.whole or self.views.images_per_batch
+            # A process that has no image of a last, incomplete batch was given one to compute with: it counts nothing.
+            weight = len(batch.labels) / whole * (self.processes.rank < whole)
             losses = {term: weight * value for term, value in self.method.losses(batch).items()}
             gradients = self.method.gradients({term: self.scale.value * value for term, value in losses.items()})
         return {term: value.detach().double() for term, value in losses.items()}, gradients

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from vlprompt.bank.records import Bank
 from vlprompt.bank.use import bank_views, find_bank
 from vlprompt.config.schema import RunConfig
 from vlprompt.config.teacher import Classifier, Teacher, find_teacher
-from vlprompt.data.batches import TrainingViews
+from vlprompt.data.batches import TrainingViews, evaluation_batches
 from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
 from vlprompt.errors import ConfigError
@@ -83,11 +84,13 @@ def prepare(
     processes: Processes | None = None,
     validate: Callable[[], float | None] = lambda: None,
     extra: Mapping[str, Tensor] | None = None,
+    whole: EvaluationImages | None = None,
 ) -> Training | None:
     """Gradient steps of a method, ready to run; None if it has nothing to learn by steps.
 
-    ``extra`` holds what the method ``needs`` of each image beyond what is found here, [n, …] by name. Raises
-    ConfigError before anything is computed if configuration, method, data and processes do not fit.
+    ``extra`` holds what the method ``needs`` of each image beyond what is found here, [n, …] by name; ``whole`` are
+    the same images for evaluation, whose frozen features are shared with training on centre crops. Raises ConfigError
+    before anything is computed if configuration, method, data and processes do not fit.
     """
     name, bank = method.name, sources.bank
     if lacking := sorted(method.needs - PROVIDED - set(extra or {})):
@@ -115,14 +118,33 @@ def prepare(
             reader=reader,
             min_scale=config.data.min_scale,
             flip=config.data.flip,
-            center=config.data.augment == "none",
             teacher=sources.teacher.preprocess if sources.teacher else None,
             patch_size=method.patch_size,
             extra=extra,
+            drop_last=config.data.drop_last,
+            **_center(config, sources.teacher, method, whole or EvaluationImages(images, labels, reader)),
         )
     )
     k = config.teacher.classes_per_batch
     return Training(method, views, config.optim, config.train, processes, sources.teacher, k, validate)
+
+
+def _center(config: RunConfig, teacher: Teacher | None, method: Method, whole: EvaluationImages) -> dict[str, Any]:
+    """What training on the evaluation crops reads of frozen towers: computed once, at the first step."""
+
+    def taught() -> Tensor:
+        assert teacher
+        device, views = teacher.model.device, evaluation_batches(whole.images, teacher.preprocess, whole.reader)
+        return torch.cat([teacher.probabilities(images.to(device)).cpu() for images in views])
+
+    if config.data.views != "center":
+        return {}
+    constant: dict[str, Callable[[], Tensor]] = {}
+    if "frozen_image_features" in method.needs or not config.reads_pixels:
+        constant["frozen_image_features"] = lambda: whole.frozen(method).cpu()
+    if teacher:
+        constant["teacher_probabilities"] = taught
+    return {"center": True, "constant": constant, "pixels": config.reads_pixels}
 
 
 def fit_features(method: Method, training: Training | None, images: EvaluationImages) -> None:

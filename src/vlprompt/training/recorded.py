@@ -24,10 +24,11 @@ class _Recording(NamedTuple):
 
 
 class Recorded:
-    """``compute`` as CUDA graphs, one for each shape of its input: the same kernels in the same order.
+    """``compute`` as CUDA graphs: the same kernels in the same order.
 
-    It must not wait for the GPU, nor depend on anything that changes from step to step other than its input, the
-    values of tensors that stay where they are, and PyTorch's random numbers.
+    There is one for each shape of its input and each size of the whole batch, by which it weighs a part. It must not
+    wait for the GPU, nor depend on anything that changes from step to step other than its input, the values of tensors
+    that stay where they are, and PyTorch's random numbers.
     """
 
     def __init__(self, compute: Compute) -> None:
@@ -68,4 +69,4 @@ class Recorded:
 
 
 def _key(batch: Batch) -> tuple:
-    return tuple((name, t.shape, t.dtype) for name, t in batch.tensors().items())
+    return batch.whole, *((name, t.shape, t.dtype) for name, t in batch.tensors().items())

@@ -25,7 +25,7 @@ from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.names import public_name
 from vlprompt.bank.use import read_by, regions_used
 from vlprompt.config.images import choose_images, image_notes
-from vlprompt.config.schema import RunConfig, build_config, read_config
+from vlprompt.config.schema import DataConfig, RunConfig, build_config, read_config
 from vlprompt.data.datasets import LoadedDataset, check_outside, load_dataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split, read_split, write_split
@@ -106,7 +106,16 @@ def train(
 
         paths, labels = split.paths("train"), split.labels("train")
         training = prepare(
-            config, sources, method, paths, labels, config.seed, reader, processes=processes, validate=val_accuracy
+            config,
+            sources,
+            method,
+            paths,
+            labels,
+            config.seed,
+            reader,
+            processes=processes,
+            validate=val_accuracy,
+            whole=images,
         )
         if config.train.select == "val" and not split.val:
             raise ConfigError("train.select = val: there are no val images to select on")
@@ -121,7 +130,7 @@ def train(
                 *(image_notes(config, dataset, split, reader) if processes.first else []),
                 *([unread] if unread else []),
                 *_unused(config.options),
-                *(_only_warm_up(config) if training else []),
+                *([*_only_warm_up(config), *_no_crops(config)] if training else []),
             ]:
                 say(note)
             if processes.first:
@@ -228,6 +237,13 @@ def _resumed_dataset(config: RunConfig, out: Path) -> LoadedDataset:
         raise DataError(f"{error}; where the data has moved: {command} DATA, or with --root DIR") from None
 
 
+def _no_crops(config: RunConfig) -> list[str]:
+    """A line for a size of random crops that there are none of."""
+    data = config.data
+    changed = data.views == "center" and data.min_scale != DataConfig.min_scale
+    return [f"data.min_scale = {data.min_scale:g} has no effect: data.views = center"] * changed
+
+
 def _check_images(out: Path, split: Split) -> None:
     """Raise ConfigError if the run in ``out`` began with other images or classes."""
     if not (out / "split.json").exists():  # it was stopped before it began
@@ -302,7 +318,8 @@ def environment(backbone: Backbone, sources: Sources | None = None) -> dict[str,
 
 def about(config: RunConfig, dataset: LoadedDataset, result: Result, history: History) -> dict[str, Any]:
     """The rows of the model card."""
-    regions = "fixed regions" + (f", {config.data.views} of each image" if config.data.views else "")
+    views = config.data.views
+    regions = "fixed regions" + (f", {views} of each image" if views else "")
     val = "no val split" if result.val_accuracy is None else f"{result.val_accuracy:.1f} %"
     return {
         "data set": f"{dataset.name} ({config.data.classes} classes)",
@@ -316,6 +333,7 @@ def about(config: RunConfig, dataset: LoadedDataset, result: Result, history: Hi
         else "no gradient steps",
         **({"teacher": f"`{public_name(result.teacher)}` in place of labels"} if result.teacher else {}),
         **({"views": f"{regions}, of region bank `{Path(config.data.bank).name}`"} if config.data.bank else {}),
+        **({"views": "the evaluation crop of each image"} if views == "center" and result.epochs else {}),
         "learned parameters": f"{result.trainable_parameters:,}",
         "accuracy on the training images": f"{result.train_accuracy:.1f} %",
         "accuracy on the val images": val,

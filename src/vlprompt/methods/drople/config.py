@@ -33,6 +33,8 @@ class Config(DeepPrompts):
     """Shared tokens, which look at the tokens of both towers."""
     shared_width: Count = 512
     """Width of the shared tokens."""
+    temperature: Weight = 1.0
+    """τ, what the shared tokens' products with a block's outputs are multiplied by before their softmax."""
     label_smoothing: Probability = 0.0
     """Share of the label that all classes get, in the cross-entropy."""
     text_weight: Weight = 25.0

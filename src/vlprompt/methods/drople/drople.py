@@ -33,7 +33,8 @@ LOG_SCALE_MAX = 4.605
 class DroPLe(IVLP):
     """Deep prompts under token dropout that spares important tokens, kept near frozen CLIP by four terms.
 
-    Official settings: 4 + 4 tokens, text depth 9, visual depth 6, AdamW 2e-4, batch 4, 20 epochs, cosine to 1e-5.
+    Official settings: 4 + 4 tokens, text depth 9, visual depth 6, AdamW 2e-4, batch 4, 20 epochs, cosine to 1e-5,
+    centre crops, of which the learned branch alone sees a changed view.
     Deviations: no language-model prior, so t0 is the data set's template alone; adapters (``lora_rank``, 8 in the
     public code) are off, and v0 never passes through them; scores know no padding; prompts stay fp32. The page
     ``docs/methods/drople.md`` has them all.
@@ -49,15 +50,17 @@ class DroPLe(IVLP):
         "optim.min_lr": 1e-5,
         "optim.cosine_epochs": 20,
         "data.batch_size": 4,
+        "data.views": "center",
+        "data.drop_last": False,
         "train.epochs": 20,
     }
     presets = {
         "base-to-novel-imagenet": {"train.epochs": 5},
         "cross-dataset": {"train.epochs": 3},
         "few-shot": {"train.epochs": 50},
-        "long-tail": {"data.shots": 16, "data.imbalance": 10},
+        "long-tail": {"data.imbalance": 10},
     }
-    rates = {"lora.": 0.1}
+    rates, floors = {"lora.": 0.1}, {"lora.": 0.5}
     Config = config.Config  # type: ignore[assignment]  # sizes of IVLP's may be 0
 
     def build(self) -> None:
@@ -69,7 +72,8 @@ class DroPLe(IVLP):
         for vectors in () if self.context.deep is None else self.context.deep.data:
             nn.init.kaiming_uniform_(vectors, a=math.sqrt(5))
         self.visual = VisualPrompts(b, c.n_ctx_vision, c.depth_vision)
-        self.shared: SharedTokens | None = SharedTokens(b, c.n_shared, c.shared_width)
+        nn.init.kaiming_uniform_(self.visual.vectors, a=math.sqrt(5))  # one tensor [depth, M, D]: U(±1/√(M·D))
+        self.shared: SharedTokens | None = SharedTokens(b, c.n_shared, c.shared_width, c.temperature)
         self.image_keys: Tensor | None = None
         self.logit_scale = nn.Parameter(torch.tensor([math.log(b.logit_scale)]).clamp(0, LOG_SCALE_MAX))
         self.lora = VisualLoRA(b, c.lora_rank, c.lora_alpha, c.lora_dropout) if c.lora_rank else None
@@ -170,6 +174,7 @@ class DroPLe(IVLP):
         """Class features [C, E], and what the shared tokens see of the labels' texts in each aligned block."""
         assert self.shared is not None
         tower, shared = self.backbone.text_tower, self.shared
+        # Without a shared prefix: noise on the start token is each class's own, and so is all that reads it.
         text = self.context.packed(self.backbone, class_names, share=False)
         c, keys, seen = tower.config, shared.keys(shared.text), list[Tensor]()
         maps = [list[Tensor]() for _ in range(c.layers)]
@@ -179,28 +184,36 @@ class DroPLe(IVLP):
             """Positions that are hit: the context in the last prompted layer, and the start token if by noise."""
             if not self._drops or not 0 <= i < self.dropped_text:
                 return range(0)
+            # Where the next block has prompts of its own they replace the context, whatever was done to it. The start
+            # token is never zeroed: it is the one that all others attend to most.
             first = 1 if self.config.mode == "zero" else 0
             last = self.config.n_ctx_text if i == self.config.depth_text - 1 else 0
             return range(first, last + 1)
 
         def before_block(i: int, x: Tensor) -> Tensor:
-            i -= 1
+            i -= 1  # what this block has made
             if 0 <= i < self.aligned:
+                # An image is aligned with its label's text alone: of the others nothing is pooled. Those have lengths
+                # of their own, so here, and only here, there is padding, which the mask keeps out of the softmax.
                 of_labels = x[0, rows_of_labels]
                 seen.append(shared.pool(shared.text, look(keys, of_labels, mask), of_labels))
             if not (positions := hit(i)):
                 return x
+            # A group is the texts of one length: no score ever sees padding, the end of text is always the last token
+            # (g = −1), and maps are as small as the texts. All groups are hit in one draw, as one call is cheaper.
             ps, rows = [], []
             columns = torch.arange(positions.start, positions.stop, device=x.device)
             of_groups = maps[i] if self._weighs else [None] * len(text.groups)
             for group, tokens, of_group in zip(text.groups, text.texts(x.detach())[1], of_groups, strict=True):
+                # Detached: shared tokens learn what to look at from the alignment, not by what is hit.
                 p = self._probabilities(of_group, look(keys.detach(), tokens[0]), -1)
                 ps.append(p[:, positions.start : positions.stop].flatten())
                 starts = group.start + group.length * torch.arange(group.count, device=x.device)
                 rows.append((starts[:, None] + columns).flatten())
-            maps[i].clear()
+            maps[i].clear()  # read once; kept, the maps of all layers would be in memory together
             return drop(x, torch.cat(rows), torch.cat(ps)[None], self.config.mode, self.config.sigma)
 
+        # The fused kernel never writes maps out, and is faster: they are made where tokens are hit, and nowhere else.
         plain = packed_attention(text, c.heads)
         attentions = [
             packed_with_maps(text, c.heads, of_block) if self._weighs and hit(i) else plain

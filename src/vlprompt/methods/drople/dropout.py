@@ -61,16 +61,17 @@ def drop(x: Tensor, rows: Tensor, p: Tensor, mode: Literal["gaussian", "zero"], 
 class SharedTokens(nn.Module):
     """R learned tokens that look at the tokens of both towers: e_r, and maps W_v, W_t (with biases) to their width."""
 
-    def __init__(self, backbone: Backbone, n: int, width: int) -> None:
+    def __init__(self, backbone: Backbone, n: int, width: int, temperature: float = 1.0) -> None:
         super().__init__()
+        self.temperature = temperature
         self.tokens = nn.Parameter(torch.empty(n, width))
         nn.init.kaiming_uniform_(self.tokens, a=5**0.5)
         self.image = nn.Linear(backbone.image_tower.config.width, width)
         self.text = nn.Linear(backbone.text_tower.config.width, width)
 
     def keys(self, to_shared: nn.Linear) -> Tensor:
-        """E·W, [R, D]: what a block's tokens are compared with; the bias is the same for all and changes no softmax."""
-        return self.tokens @ to_shared.weight
+        """τ·E·W, [R, D]: what a block's tokens are compared with; a bias would change no softmax."""
+        return (self.temperature * self.tokens) @ to_shared.weight
 
     def pool(self, to_shared: nn.Linear, a: Tensor, x: Tensor) -> Tensor:
         """What each shared token sees of x [B, N, D]: f_r = Σ_j a_rj (W x_j + b), [B, R, width]."""
@@ -78,7 +79,7 @@ class SharedTokens(nn.Module):
 
 
 def look(keys: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """a_rj = softmax over the tokens j of keys_r · x_j, [B, R, N]; neither temperature nor 1/√d."""
+    """a_rj = softmax over the tokens j of keys_r · x_j, [B, R, N]; τ is in the keys, and there is no 1/√d."""
     logits = keys @ x.to(keys.dtype).mT
     return (logits if mask is None else logits.masked_fill(~mask[:, None], -torch.inf)).softmax(-1)
 
