@@ -46,7 +46,8 @@ Labels = Sequence[str] | Sequence[int] | NDArray[Any] | Tensor
 WORKERS = 2
 """Threads that decode images ahead."""
 _OF_DATA = (
-    "batch_size", "drop_last", "min_scale", "flip", "white", "max_pixels", "workers", "bank", "views", "regions_per_image"
+    "batch_size", "drop_last", "min_scale", "flip", "white", "max_pixels", "workers",
+    "bank", "views", "regions_per_image",
 )  # fmt: skip
 TRAINING = {
     **{f.name: f"optim.{f.name}" for f in fields(OptimConfig)},
