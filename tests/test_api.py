@@ -280,7 +280,7 @@ def test_a_reloaded_model_is_the_same_under_its_own_and_other_class_names(name, 
 
 def test_no_new_classes_for_class_specific_contexts(tiny):
     model = PromptedModel(build_method("coop", tiny, NAMES, n_ctx=2, class_specific=True))
-    with fails(DataError, "it has none for other classes"):
+    with fails(DataError, "coop knows its own 3 classes alone, not"):
         model.predict(pictures(1)[0], class_names=OTHERS)
 
 

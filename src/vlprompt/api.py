@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vlprompt.artefact.artefact import load_artefact, read_artefact_config, save_artefact
+from vlprompt.artefact.artefact import read_artefact_config, save_artefact
 from vlprompt.artefact.export import export_classes
-from vlprompt.artefact.hub import download, upload
+from vlprompt.artefact.hub import load_model, upload
 from vlprompt.backbones.backbone import Backbone
-from vlprompt.backbones.names import may_be_hub_id
 from vlprompt.config.images import set_white
 from vlprompt.config.schema import OptimConfig, RunConfig, build_config
 from vlprompt.config.teacher import Classifier
@@ -257,12 +256,7 @@ class PromptedModel:
         share (``device`` and ``precision`` are then its own). Raises ArtefactError if there is no such model, its files
         are not those that were saved, or the backbone is another one.
         """
-        folder = Path(name).expanduser()
-        local = folder.is_dir() or not may_be_hub_id(str(name))
-        if not local:
-            folder = download(str(name), revision)
-        # Code comes from this machine alone: what is downloaded names no file of methods.
-        method = load_artefact(folder, backbone, device, precision, files=local)
+        method, folder = load_model(name, backbone, device, precision, revision)
         return cls(method, read_artefact_config(folder).get("about"))
 
     def push_to_hub(

@@ -232,7 +232,10 @@ def test_every_setting_of_a_run_can_be_given(empty: Path) -> None:
 @pytest.mark.parametrize(("part", "n"), [("test", 9), ("val", 6)])
 def test_evaluate(photos: Path, run: Path, part: str, n: int) -> None:
     result = vlprompt("evaluate", run, photos, "--split", part, "--json").json
-    assert set(result) == {"accuracy", "n", "classes", "per_class", "calibration_error", "skipped"}
+    assert set(result) == {
+        "accuracy", "n", "classes", "per_class", "calibration_error", "skipped", "split", "among", "macro_accuracy",
+        "precision", "recall", "f1", "by_class", "confusion",
+    }  # fmt: skip
     assert result["n"] == n
     assert result["classes"] == ["blue", "green", "red"]
     assert set(result["per_class"]) == set(SHADES)
@@ -414,9 +417,8 @@ BAD: dict[str, tuple[Callable[[Places], list[object]], str]] = {
                             "cannot make output folder"),
     "run missing to evaluate": (lambda p: ["evaluate", "norun", p.photos], "no tuned model in norun"),
     "data missing to evaluate": (lambda p: ["evaluate", p.run, "./no"], "does not exist"),
-    "unknown part": (lambda p: ["evaluate", p.run, p.photos, "--split", "train"], "'train' is not one of 'test', 'va"),
-    "probe on other classes": (lambda p: ["evaluate", p.probe, p.photos, "--classes", "base"],
-                               "linear_probe was fitted on its own classes"),
+    "unknown part": (lambda p: ["evaluate", p.run, p.photos, "--split", "tests"], "'tests' is not one of 'all', 'trai"),
+    "unknown classes": (lambda p: ["evaluate", p.run, p.photos, "--among", "run"], "'run' is not one of 'model', 'fol"),
     "run missing to predict": (lambda p: ["predict", "norun", p.image], "no tuned model in norun"),
     "run is a file": (lambda p: ["predict", p.run / "config.json", p.image], "no tuned model in"),
     "image missing": (predict_("no.png"), "image no.png does not exist"),
@@ -435,7 +437,7 @@ BAD: dict[str, tuple[Callable[[Places], list[object]], str]] = {
     "class names file is an image": (lambda p: ["predict", p.run, p.image, "--class-names-file", p.image],
                                      "cannot read class names from"),
     "probe under other names": (lambda p: ["predict", p.probe, p.image, "--class-names", "a,b"],
-                                "linear_probe was fitted on its own classes"),
+                                "linear_probe knows its own 3 classes alone, not 'a'"),
 }  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from vlprompt.config.images import run_split
 from vlprompt.config.schema import RunConfig
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.reading import ImageReader, readable
-from vlprompt.data.splits import Split, in_order, read_split
+from vlprompt.data.splits import Split, find_classes, in_order, read_split
 from vlprompt.errors import ConfigError, DataError, one_line
 from vlprompt.files import write_atomically
 from vlprompt.methods import Method, find_method
@@ -128,7 +128,7 @@ def images_fingerprint(split: Split, part: str) -> str:
 
 def measure(method: Method, config: RunConfig, split: Split, part: str, shared_folder: Path) -> Evaluation | None:
     """Score a tuned model; None where it cannot be asked about other classes than its own (a linear probe)."""
-    if split.class_names != method.class_names and not method.takes_new_classes:
+    if not method.takes_new_classes and None in find_classes(split.class_names, method.class_names):
         return None
     items, paths = split.items(part), split.paths(part)
     how = config.data.workers, method.white, config.data.max_pixels
