@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import yaml
 
 from tests.kit import TINY
 from tests.kit.checks import tree
-from tests.kit.command import Done, python, vlprompt
+from tests.kit.command import Done, environment, python, vlprompt
 from tests.kit.pictures import SHADES
 from tests.kit.runs import RUN_FILES
 from vlprompt import __version__
@@ -496,6 +497,32 @@ def test_interrupted_and_broken(
     assert done.err.splitlines()[-1] == f"interrupted{hint}"
     assert "Traceback" not in done.err
     assert not (empty / "out" / "prompts.safetensors").exists()
+
+
+INTERRUPTS = """
+import signal
+try:
+    exec("signal.raise_signal(signal.SIGINT)")  # Python would end by the signal, as an interrupt in exec was seen
+except KeyboardInterrupt:
+    raise ImportError("initialization failed")  # as some modules do
+"""
+
+
+@pytest.mark.parametrize(("module", "start"), [
+    ("typer", "main"), ("torch", "main"), ("PIL", "main"), ("torch", "script"), ("typer", "script")
+])  # fmt: skip
+def test_an_interrupt_while_modules_are_imported(photos: Path, tmp_path: Path, module: str, start: str) -> None:
+    (tmp_path / module).mkdir()
+    (tmp_path / module / "__init__.py").write_text(INTERRUPTS)
+    way = ["-m", "vlprompt"] if start == "main" else ["-c", "from vlprompt.__main__ import main; main()"]
+    given = environment()
+    given["PYTHONPATH"] = os.pathsep.join([str(tmp_path), given["PYTHONPATH"]])
+    for command in (["train", "coop", photos], ["predict", "run", photos], ["evaluate", "run", photos]):
+        done = subprocess.run(
+            [sys.executable, *way, *map(str, command)], env=given, cwd=tmp_path, capture_output=True, encoding="utf-8"
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+    assert {path.name for path in tmp_path.iterdir()} == {module}
 
 
 def test_an_error_in_a_process_of_its_own(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
+import numpy as np
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
@@ -378,7 +379,8 @@ def _checked_top(values: Mapping[str, Any], problems: list[str]) -> dict[str, An
 
 
 def _no_truth(value: Any, hint: Any) -> Any:
-    """``true`` as text where a number is asked for: pydantic would read it as 1."""
+    """``true`` as text where a number is asked for: pydantic would read it as 1. NumPy's numbers are numbers."""
+    value = value.item() if isinstance(value, np.generic) else value
     allowed = {hint, *get_args(hint)}
     return str(value).lower() if isinstance(value, bool) and bool not in allowed and allowed & {int, float} else value
 

@@ -24,6 +24,8 @@ from vlprompt.prompting.text import TextContext, check_known, encode_classes, en
 
 TEXTS_OF_IMAGES = 2000
 """Class texts encoded together where each image has its own (CoCoOp)."""
+IMAGE_WEIGHT = "image_weight"
+"""In a batch's ``extra``: how much each image's cross-entropy counts, [B]; 1 on average over all images."""
 KEPT = 4
 """Lists of class names whose features a tuned model remembers."""
 
@@ -309,6 +311,8 @@ class Method(nn.Module):
         """What the labels say, or a teacher in their place: cross-entropy, or KDPL's two divergences."""
         if batch.teacher_probabilities is not None:
             return symmetric_kl(out.logits, batch.taught)
+        if (weight := batch.extra.get(IMAGE_WEIGHT)) is not None:
+            return {"ce": (weight * cross_entropy(out.logits, batch.labels, reduction="none")).mean()}
         return {"ce": cross_entropy(out.logits, batch.labels)}
 
     def regularisers(self, out: Output, batch: Batch) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -125,11 +126,23 @@ def prepare(
     return Training(method, views, config.optim, config.train, processes, sources.teacher, k, validate)
 
 
-def fit_features(method: Method, training: Training | None, images: EvaluationImages) -> None:
+def check_weighs(method: Method, taught: bool) -> None:
+    """Raise ConfigError for a method whose loss, or fit on frozen features, knows no weights of images."""
+    own = type(method)
+    supervises = method.trains and (taught or own.supervision is not Method.supervision)
+    fits = own.fit_features is not Method.fit_features and "weights" not in signature(own.fit_features).parameters
+    if supervises or fits:
+        raise ConfigError(f"method '{method.name}' cannot weigh images (sample_weight, class_weight)")
+
+
+def fit_features(
+    method: Method, training: Training | None, images: EvaluationImages, weights: Tensor | None = None
+) -> None:
     """Let a method that fits on frozen features do so, before any steps; these begin with what it fitted."""
     if type(method).fit_features is Method.fit_features:
         return
-    method.fit_features(images.frozen(method), images.labels)
+    given = {} if weights is None else {"weights": weights}
+    method.fit_features(images.frozen(method), images.labels, **given)
     if training:
         training.optimizer = build_optimizer(method, training.optim)
     elif method.trains:
