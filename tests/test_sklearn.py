@@ -307,8 +307,8 @@ def as_pictures(rows):
 DO_NOT_APPLY = {
     "check_methods_subset_invariance": "fp32 features of an image differ in the last bits with the size of its batch; "
     "the check allows 1e-7 on probabilities",
-    "check_sample_weight_equivalence_on_dense_data": "only ratios of weights count, for methods that take steps have no "
-    "sum of losses: an image given twice makes a classifier less regularised, a weight of two does not",
+    "check_sample_weight_equivalence_on_dense_data": "only ratios of weights count, as steps have no sum of losses: an "
+    "image given twice makes a classifier less regularised, a weight of two does not",
 }
 """Checks that fail, and why."""
 

@@ -63,21 +63,21 @@ def build_method(
     backbone: Backbone,
     class_names: Sequence[str],
     *,
-    template: str = DEFAULT_TEMPLATE,
+    template: str | None = None,
     seed: int = 1,
     **options: Any,
 ) -> Method:
     """A method of ``vlprompt list methods``, or of a file (``./my_method.py``), ready to be fitted.
 
-    ``template`` is the data set's text with {} for the class name; ``options`` are the method's own (``n_ctx=4``;
-    where a name is taken, ``**{"method.template": …}``). ``seed`` decides the initial prompts; the global random
+    ``template`` is the data set's text with {} for the class name, "a photo of a {}." if not given; ``options`` are the
+    method's own (``n_ctx=4``). ``seed`` decides the initial prompts; the global random
     state stays as it is. Raises ConfigError for what the method does not know and a template without {}, DataError for
     class names without a name or with another's.
     """
     if not isinstance(name, str):
         raise ConfigError(f"method {name!r} (allowed: a name, or a file as text)")
-    keys = full_keys(options, method_keys(name), f"setting of {name}") | {"seed": seed}
-    return build_configured(build_config(name, overrides=keys), backbone, class_names, template)
+    keys = full_keys(options, method_keys(name), f"setting of {name}") | {"seed": seed, "data.template": template}
+    return build_configured(build_config(name, overrides=keys), backbone, class_names)
 
 
 def method_keys(name: str) -> dict[str, str]:
@@ -93,14 +93,13 @@ def full_keys(settings: Mapping[str, Any], known: Mapping[str, str], what: str) 
     return {known.get(key, key): value for key, value in settings.items()}
 
 
-def build_configured(config: RunConfig, backbone: Backbone, class_names: Sequence[str], template: str) -> Method:
+def build_configured(config: RunConfig, backbone: Backbone, class_names: Sequence[str]) -> Method:
     """The method of a checked configuration, initialised as ``vlprompt train`` does it."""
     if not isinstance(backbone, Backbone):
         hint = f": load it first, load_backbone({backbone!r})" if isinstance(backbone, (str, os.PathLike)) else ""
         raise ConfigError(f"backbone = {one_line(repr(backbone), 60)} is no loaded backbone{hint}")
     names = _several(_checked_names(class_names))
-    if "{}" not in template:
-        raise ConfigError(f"template = {template} (allowed: text with {{}} for the class name)")
+    template = config.data.template or DEFAULT_TEMPLATE
     with _random_state_kept():
         torch.manual_seed(config.seed)
         method = find_method(config.method)(backbone, names, config.options, template)

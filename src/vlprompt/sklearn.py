@@ -16,7 +16,6 @@ from vlprompt.api import TRAINING, Images, PromptedModel, build_configured, fit_
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.config.schema import build_config
-from vlprompt.data.known.table import DEFAULT_TEMPLATE
 from vlprompt.errors import ConfigError, one_line
 
 
@@ -34,7 +33,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         method: str = "coop",
         backbone: str | Backbone = "mini",
         class_names: Mapping[Any, str] | None = None,
-        template: str = DEFAULT_TEMPLATE,
+        template: str | None = None,
         preset: str | None = None,
         epochs: int | None = None,
         lr: float | None = None,
@@ -49,9 +48,9 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
 
         ``backbone``: a name that ``load_backbone`` takes, or a loaded backbone (its own device and precision then
         count; copies of the classifier share it). ``class_names``: words for labels; str(label) for those left out.
-        ``template``: text with {} for the class name. ``epochs``, ``lr``, ``batch_size``: the method's official ones
-        if not given. ``settings``: the method's options, and what else training takes, ``{"n_ctx": 4, "momentum": 0}``;
-        ``bank`` among them is the folder of a region bank. ``class_weight``: weights of labels, 1 if left out, or
+        ``template``: text with {} for the class name, "a photo of a {}." if not given. ``epochs``, ``lr``,
+        ``batch_size``: the method's official ones if not given. ``settings``: the method's options, and what else
+        training takes, ``{"n_ctx": 4, "momentum": 0}``; ``bank`` among them is the folder of a region bank. ``class_weight``: weights of labels, 1 if left out, or
         "balanced": n / (C · images of the class).
         """
         self.method = method
@@ -87,13 +86,14 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         known = {**TRAINING, **method_keys(self.method)}
         settings = full_keys(self.settings or {}, known, f"setting of {self.method}")
         given = {"train.epochs": self.epochs, "optim.lr": self.lr, "data.batch_size": self.batch_size}
-        overrides = {**settings, **{k: v for k, v in given.items() if v is not None}, "seed": self.seed}
+        overrides = {**settings, **{k: v for k, v in given.items() if v is not None}}
+        overrides |= {"seed": self.seed, "data.template": self.template}
         config = build_config(self.method, self.preset, overrides=overrides)
         backbone = self.backbone
         if not isinstance(backbone, Backbone):
             backbone = load_backbone(backbone, self.device, self.precision)
         names = [self._name(label) for label in self.classes_.tolist()]
-        method = build_configured(config, backbone, names, self.template)
+        method = build_configured(config, backbone, names)
         fit_configured(method, X, indices, config, weights=self._weights(labels, sample_weight))
         self.model_ = PromptedModel(method.requires_grad_(False))
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
@@ -104,9 +105,11 @@ def told(run: Run, figures: Mapping[str, Any]) -> str:
 
 
 def measured_dataset(config: RunConfig, measurement: Measurement, load: Load = load_dataset) -> LoadedDataset:
-    """The data set that a run is measured on; a split file is of the one that it is trained on."""
-    own = measurement.data == config.data.name
-    return load(measurement.data, config.data.root, config.data.split_file if own else None)
+    """The data set that a run is measured on; split file and template are of the one that it is trained on."""
+    if measurement.data != config.data.name:
+        return load(measurement.data, config.data.root, None)
+    dataset = load(measurement.data, config.data.root, config.data.split_file)
+    return replace(dataset, template=config.data.template or dataset.template)
 
 
 def measured_split(config: RunConfig, measurement: Measurement, load: Load = load_dataset) -> Split:

@@ -78,7 +78,8 @@ def measure(method: Method, run: Path, asked: Asked, dataset: LoadedDataset, rea
     told = split != "all" and (among == "folder" or len(chosen.class_names) > 1)
     if told and (note := dataset.gap(split, asked.classes)):
         say(note)
-    method.take_template(dataset.template)
+    if not dataset.own:
+        method.take_template(dataset.template)
     paths = [chosen.root / item.path for item in items]
     kept = readable(paths, reader, asked.skip_bad, say)
     images = EvaluationImages([paths[i] for i in kept], [position[items[i].label] for i in kept], reader)

@@ -74,6 +74,8 @@ class DataConfig:
     """Share of each class's training images that becomes val before shots are drawn, where there is no val split."""
     classes: Classes = "all"
     """First half of the classes, second half, or all."""
+    template: Template | None = None
+    """Text of the classes with {} for the name; the known data set's if not given, or else "a photo of a {}."."""
     batch_size: Annotated[int, Ge(1)] = 32
     """Images in a training step."""
     min_scale: Fraction = 0.08
@@ -284,6 +286,7 @@ def build_config(
     for key, value in merged.items():
         section, _, name = key.rpartition(".")
         (nested[section] if section else top)[name] = value
+    problems += _template_for_all(nested, cls.Config)
     sections = {s: checked(c, nested[s], f"{s}.", problems) for s, c in SECTIONS.items()}
     options = checked(cls.Config, nested["method"], "method.", problems)
     top = _checked_top(top, problems)
@@ -298,6 +301,15 @@ def build_config(
     config = RunConfig(method=method, options=options, **top, **sections)
     check_capabilities(cls.name, config.options.can, config.train, config.teacher.classes_per_batch)
     return config
+
+
+def _template_for_all(nested: dict[str, dict[str, Any]], options: type) -> list[str]:
+    """Give the data set's template to a method that has an option for its own; what contradicts, if they differ."""
+    given, own = nested["data"].get("template"), nested["method"].get("template")
+    if not isinstance(given, str) or "{}" not in given or "template" not in {f.name for f in fields(options)}:
+        return []
+    nested["method"]["template"] = own or given
+    return [f"data.template = {given} and method.template = {own} contradict each other"] * (own not in (None, given))
 
 
 def check_capabilities(

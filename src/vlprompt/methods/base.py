@@ -154,6 +154,8 @@ class Method(nn.Module):
 
     white: float | None = None
     """Value that is white in the deep greys of the images that it was tuned on; the largest of 16 bits if not given."""
+    reads_template: ClassVar[bool] = True
+    """Whether it reads class names in the data set's template; learned text contexts stand in its place."""
     text_chunk: int | None = None
     """Classes whose texts are encoded at once, to need less memory; all if not given."""
 

@@ -31,7 +31,7 @@ from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split, read_split, write_split
 from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError
 from vlprompt.files import held, write_atomically, write_error
-from vlprompt.methods import Method, MethodConfig
+from vlprompt.methods import Method, find_method
 from vlprompt.methods.registry import file_fingerprint
 from vlprompt.prompting.text import partly_known
 from vlprompt.training.checkpoints import History, Keeper, checkpoint_file, remove_unfinished
@@ -95,9 +95,10 @@ def train(
             if not resume:
                 check_outside(out, dataset)
             split, skipped = choose_images(config, dataset, reader, say)
+            template = config.data.template or dataset.template
             backbone = load_backbone(config.backbone, processes.device, config.train.precision)
-            sources = find_sources(config, split.class_names, dataset.template, backbone)
-        method = build(config, sources, backbone, dataset.template, split.class_names)
+            sources = find_sources(config, split.class_names, template, backbone)
+        method = build(config, sources, backbone, template, split.class_names)
         method.white = reader.white
         images, val = (images_of(split.paths(part), split.labels(part), reader=reader) for part in ("train", "val"))
 
@@ -120,7 +121,7 @@ def train(
             for note in [
                 *(image_notes(config, dataset, split, reader) if processes.first else []),
                 *([unread] if unread else []),
-                *_unused(config.options),
+                *_unused(config),
                 *(_only_warm_up(config) if training else []),
             ]:
                 say(note)
@@ -202,9 +203,13 @@ def _opening(
     return "\n".join(lines)
 
 
-def _unused(options: MethodConfig) -> list[str]:
+def _unused(config: RunConfig) -> list[str]:
     """A line for each setting that was changed and has no effect beside the others."""
-    return [
+    options, name, template = config.options, config.method, config.data.template
+    unread = template and not config.taught and not find_method(name).reads_template
+    return [f"data.template = {template} has no effect: {name} learns the words around the class name"] * bool(
+        unread
+    ) + [
         f"method.{key} = {getattr(options, key)} has no effect: method.{other} = {getattr(options, other)}"
         for key, other in options.unused().items()
         if getattr(options, key) != getattr(type(options), key)
