@@ -50,8 +50,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         count; copies of the classifier share it). ``class_names``: words for labels; str(label) for those left out.
         ``template``: text with {} for the class name, "a photo of a {}." if not given. ``epochs``, ``lr``,
         ``batch_size``: the method's official ones if not given. ``settings``: the method's options, and what else
-        training takes, ``{"n_ctx": 4, "momentum": 0}``; ``bank`` among them is the folder of a region bank. ``class_weight``: weights of labels, 1 if left out, or
-        "balanced": n / (C · images of the class).
+        training takes, ``{"n_ctx": 4, "momentum": 0}``; ``bank`` among them is the folder of a region bank.
+        ``class_weight``: weights of labels, 1 if left out, or "balanced": n / (C · images of the class).
         """
         self.method = method
         self.backbone = backbone

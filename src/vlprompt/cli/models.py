@@ -10,6 +10,7 @@ import typer
 
 from vlprompt.cli.options import (
     DATA,
+    MODEL,
     OUTPUT,
     ClassNames,
     ClassNamesFile,
@@ -175,13 +176,39 @@ def explain(
 
 @models_app.command(epilog="Example: vlprompt convert pytorch_model.bin clip/model.safetensors")
 def convert(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .bin or .pt state dict.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file to write.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .bin or .pt state dict, or CoOp's model.pth.tar-N.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The .safetensors file to write; of CoOp's prompts, a new folder.")
+    ],
+    backbone: Annotated[
+        str | None, typer.Option(help="Of CoOp's prompts: the backbone they were tuned on.", rich_help_panel=MODEL)
+    ] = None,
+    class_names: Annotated[
+        str | None, typer.Option(help="Of CoOp's prompts: their classes, separated by commas.", rich_help_panel=DATA)
+    ] = None,
+    class_names_file: Annotated[
+        Path | None, typer.Option(help="File of these classes, one per line.", rich_help_panel=DATA)
+    ] = None,
+    position: Annotated[
+        Literal["end", "middle", "front"],
+        typer.Option(help="Of CoOp's prompts: where the class name stands.", rich_help_panel=MODEL),
+    ] = "end",
 ) -> None:
-    """Convert an older checkpoint to safetensors, without running code that it may hold.
+    """Convert an older checkpoint to safetensors, or CoOp's and CoCoOp's prompts to a tuned model.
 
-    OpenAI's loads as it is; weights of open_clip need their open_clip_config.json beside them.
+    No code that the file may hold is run. OpenAI's loads as it is; weights of open_clip need their
+    open_clip_config.json beside them.
     """
+    from vlprompt.artefact.coop import NAME, import_prompts
     from vlprompt.backbones.convert import convert as convert_file
+    from vlprompt.backbones.load import load_backbone
+    from vlprompt.cli.predict import read_class_names
 
-    say(f"{convert_file(file, out)} tensors written to {out}")
+    names = read_class_names(class_names, class_names_file)
+    if backbone is None and names is None and not NAME.fullmatch(file.name):
+        say(f"{convert_file(file, out)} tensors written to {out}")
+        return
+    if backbone is None or names is None:
+        raise ConfigError(f"{file}: CoOp's prompts name no backbone and no classes: --backbone, --class-names-file")
+    method = import_prompts(file, out, load_backbone(backbone), names, position)
+    say(f"{method.name} with {len(names)} classes on {backbone} written to {out}")

@@ -74,6 +74,7 @@ Epochs = Annotated[int | None, configured("train.epochs", TRAINING, default="the
 Preset = Annotated[
     str | None, typer.Option(help="Other settings of the method by name, e.g. few-shot.", rich_help_panel=TRAINING)
 ]
+WarmStart = Annotated[str | None, configured("train.warm_start", TRAINING, "--from", metavar="RUN")]
 Select = Annotated[Literal["last", "val"] | None, configured("train.select", TRAINING)]
 ConfigFile = Annotated[Path | None, typer.Option(help="YAML file with any settings.", rich_help_panel=TRAINING)]
 Resume = Annotated[

@@ -36,6 +36,7 @@ from vlprompt.cli.options import (
     TrainPrecision,
     TrainViews,
     ValFraction,
+    WarmStart,
     first_process,
     say,
 )
@@ -71,6 +72,7 @@ def train(
     epochs: Epochs = None,
     preset: Preset = None,
     select: Select = None,
+    warm_start: WarmStart = None,
     config: ConfigFile = None,
     resume: Resume = None,
     report_to: ReportTo = None,
@@ -106,6 +108,7 @@ def train(
         "seed": seed,
         "train.epochs": epochs,
         "train.select": select,
+        "train.warm_start": warm_start,
         "train.report_to": report_to,
     }
     if resume is not None:

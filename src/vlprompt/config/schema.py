@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -159,6 +160,8 @@ class TrainConfig:
     """Whether steps are recorded as CUDA graphs and replayed: the same results, faster where a model is small."""
     select: Literal["last", "val"] = "last"
     """Keep the prompts of the last epoch, or those of the first epoch with the best val accuracy."""
+    warm_start: Folder | None = None
+    """Tuned model (a run, an artefact or a hub id) whose prompts training begins with."""
     report_to: Literal["tensorboard", "wandb"] | None = None
     """Where each epoch's figures go besides log.jsonl."""
 
@@ -290,6 +293,11 @@ def build_config(
     sections = {s: checked(c, nested[s], f"{s}.", problems) for s, c in SECTIONS.items()}
     options = checked(cls.Config, nested["method"], "method.", problems)
     top = _checked_top(top, problems)
+    problems += [
+        f"method.{key} = {value}: words are meant here, and this is a place; --from starts from a tuned model"
+        for key, value in (vars(options).items() if options else ())
+        if key.startswith("init") and isinstance(value, str) and _is_place(value)
+    ]
     if "teacher_probabilities" not in cls.needs and nested["teacher"].get("backbone") is None:
         given = [f"teacher.{key} = {value}" for key, value in nested["teacher"].items() if value is not None]
         problems += [
@@ -301,6 +309,14 @@ def build_config(
     config = RunConfig(method=method, options=options, **top, **sections)
     check_capabilities(cls.name, config.options.can, config.train, config.teacher.classes_per_batch)
     return config
+
+
+def _is_place(text: str) -> bool:
+    """Whether text that should be words is a path: that of a file or tuned model, or one that is not there."""
+    path = Path(text).expanduser()
+    if "/" in text or os.sep in text:
+        return " " not in text or path.exists()
+    return (path / "config.json").exists() or (path.suffix != "" and path.is_file())
 
 
 def _template_for_all(nested: dict[str, dict[str, Any]], options: type) -> list[str]:

@@ -23,6 +23,7 @@ from vlprompt.training.distributed import Processes
 from vlprompt.training.evaluate import EvaluationImages
 from vlprompt.training.loop import Training
 from vlprompt.training.schedule import build_optimizer
+from vlprompt.training.warm_start import start_from
 
 PROVIDED = frozenset({"frozen_image_features", "second_view", "teacher_probabilities"})
 """What a batch can bring without the user's help."""
@@ -98,7 +99,13 @@ def prepare(
             raise ConfigError(f"method '{name}' takes no training steps: it reads no region bank (data.bank)")
         if config.taught:
             raise ConfigError(f"method '{name}' takes no training steps: it learns from no teacher (teacher.backbone)")
+        if config.train.warm_start is not None:
+            raise ConfigError(
+                f"method '{name}' takes no training steps: it begins from no tuned model (train.warm_start)"
+            )
         return None
+    if config.train.warm_start is not None:
+        start_from(method, config.train.warm_start)
     if config.teacher.classes_per_batch is not None and not method.takes_new_classes:
         raise ConfigError(
             f"teacher.classes_per_batch = {config.teacher.classes_per_batch} (allowed where each class has prompts of "

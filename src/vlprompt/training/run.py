@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +106,10 @@ def train(
             return evaluate(method, val, split.class_names).accuracy if split.val else None
 
         paths, labels = split.paths("train"), split.labels("train")
+        begun = resume and checkpoint_file(out).exists()  # where it began from may be gone since
+        ready = replace(config, train=replace(config.train, warm_start=None)) if begun else config
         training = prepare(
-            config, sources, method, paths, labels, config.seed, reader, processes=processes, validate=val_accuracy
+            ready, sources, method, paths, labels, config.seed, reader, processes=processes, validate=val_accuracy
         )
         if config.train.select == "val" and not split.val:
             raise ConfigError("train.select = val: there are no val images to select on")
