@@ -395,6 +395,23 @@ BAD: dict[str, tuple[Callable[[Places], list[object]], str]] = {
     "option of another type": (train_("--seed", "one"), "Invalid value for '--seed'"),
     "option out of range": (train_("--seed", -1), "seed = -1 (allowed: greater than or equal to 0)"),
     "seed too large": (train_("--seed", 2**70), "seed = 1180591620717411303424 (allowed: less than"),
+    "a setting against an option": (train_("seed=2", "--seed", 3), "seed = 2 and seed = 3 are both given: they contra"),
+    "a short key against an option": (train_("epochs=2", "--epochs", 3), "epochs = 2 and train.epochs = 3 are both"),
+    "a setting against the data": (train_("data.name=other"), "data.name = other and data.name = "),
+    "bench: a setting against an option": (
+        lambda p: ["bench", "few-shot", "--methods", "coop", "--data", p.photos, "--out", "o", "--backbone", TINY,
+                   "backbone=mini"], "backbone = mini and backbone = "),
+    "bench: a seed against its seeds": (
+        lambda p: ["bench", "few-shot", "--methods", "coop", "--data", p.photos, "--out", "o", "--seeds", "3",
+                   "seed=2"], "seed = 2: the protocol and what is asked of bench decide it (3)"),
+    "bench: other data": (
+        lambda p: ["bench", "few-shot", "--methods", "coop", "--data", p.photos, "--out", "o", "data.name=other"],
+        "data.name = other: the protocol and what is asked of bench decide it"),
+    "bench: a teacher against another": (
+        lambda p: ["bench", "few-shot", "--methods", "kdpl_coop", "--data", p.photos, "--out", "o", "--teacher", "mini",
+                   "teacher.backbone=other"], "teacher.backbone = other and teacher.backbone = mini are both given"),
+    "bank: a setting": (
+        lambda p: ["bank", "build", p.photos, "seed=2", "--seed", 3, "--backbone", TINY, "--out", "b"], "seed=2"),
     "no shots": (train_("--shots", 0), "data.shots = 0 (allowed: greater than or equal to 1)"),
     "too many shots": (train_("--shots", 99), "class 'blue' has 4 training images, too few for 99 shots"),
     "unknown half": (train_("--classes", "old"), "'old' is not one of 'base', 'novel', 'all'"),

@@ -88,7 +88,7 @@ def train(
     Every epoch is saved: `vlprompt train --resume RUN` resumes a stopped run. Started by `torchrun --nproc-per-node N
     -m vlprompt train …` or `accelerate launch`, N processes share each batch.
     """
-    from vlprompt.config.schema import build_config, parse_override, read_config
+    from vlprompt.config.schema import agreed, build_config, parse_override, read_config
 
     given = {
         "data.name": data,
@@ -132,8 +132,9 @@ def train(
         return
     if method is None or data is None:
         raise ConfigError("missing METHOD and DATA (or --resume RUN)")
-    overrides = dict(parse_override(s) for s in settings or [])
-    overrides |= {k: v for k, v in given.items() if v is not None}
+    overrides = agreed(
+        method, dict(parse_override(s) for s in settings or []), {k: v for k, v in given.items() if v is not None}
+    )
     merged = build_config(method, preset, read_config(config) if config else None, overrides)
     if dry_run:
         print(json.dumps(merged.to_dict()) if json_output else merged.to_yaml(), end="\n" if json_output else "")

@@ -255,6 +255,18 @@ def parse_override(text: str) -> tuple[str, Any]:
     return key.strip(), parsed if parsed is None or isinstance(parsed, (str, int, float)) else value
 
 
+def agreed(method: str, settings: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings (KEY=VALUE) and options (by full key) together; raises ConfigError where they contradict each other."""
+    known, unclear = _known_keys(find_method(method).Config), list[str]()
+    for key, value in settings.items():
+        full = _resolve(key, known, unclear)
+        if full is not None and options.get(full, value) != value:
+            raise ConfigError(
+                f"{key} = {value} and {full} = {options[full]} are both given: they contradict each other"
+            )
+    return {**settings, **options}
+
+
 def build_config(
     method: str,
     preset: str | None = None,
