@@ -260,7 +260,7 @@ def agreed(method: str, settings: Mapping[str, Any], options: Mapping[str, Any])
     known, unclear = _known_keys(find_method(method).Config), list[str]()
     for key, value in settings.items():
         full = _resolve(key, known, unclear)
-        if full is not None and options.get(full, value) != value:
+        if full is not None and full in options and options[full] != value:
             raise ConfigError(
                 f"{key} = {value} and {full} = {options[full]} are both given: they contradict each other"
             )
