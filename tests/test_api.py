@@ -20,10 +20,10 @@ from tests.kit import TINY
 from tests.kit.command import vlprompt as command_line
 from tests.kit.hub import Hub
 from tests.kit.pictures import pictures, write_pictures
-from vlprompt import PromptedModel, build_method, evaluate, fit, load_backbone, load_dataset
+from vlprompt import PromptClassifier, PromptedModel, build_method, evaluate, fit, load_backbone, load_dataset
 from vlprompt.artefact.artefact import FORMAT_VERSION
 from vlprompt.config.schema import build_config
-from vlprompt.errors import ArtefactError, ConfigError, DataError, VlpromptError
+from vlprompt.errors import ArtefactError, BackboneError, ConfigError, DataError, VlpromptError
 from vlprompt.methods import METHODS, Can
 from vlprompt.training.run import train
 
@@ -251,6 +251,60 @@ def test_bad_input(tiny, tuned, tmp_path):
         model.predict(pixels, class_names=["otter", ""])
 
 
+@pytest.mark.parametrize("seed", [-1, 1.5, None, "one", True, 2**63])
+def test_bad_seeds(tiny, seed):
+    pixels, names = pictures(1)
+    with fails(ConfigError, rf"^seed = {str(seed).lower() if seed is True else seed} \(allowed: "):
+        build_method("coop", tiny, NAMES, seed=seed)
+    with fails(ConfigError, "^seed = "):
+        fit(build_method("coop", tiny, NAMES, n_ctx=1), pixels, names, epochs=1, seed=seed)
+    with fails(ConfigError, "^seed = "):
+        PromptClassifier(backbone=tiny, epochs=1, seed=seed).fit(pixels, names)
+
+
+def test_numpys_numbers_are_numbers(tiny):
+    one = build_method("coop", tiny, NAMES, n_ctx=np.int64(2), seed=np.uint8(3))
+    other = build_method("coop", tiny, NAMES, n_ctx=2, seed=3)
+    assert torch.equal(one.context.vectors, other.context.vectors)
+
+
+def test_one_thing_where_another_is_meant(tiny, tuned, saved):
+    pixels, names = pictures(1)
+    model = PromptedModel(tuned)
+    with fails(ConfigError, r"^backbone = 'mini' is no loaded backbone: load it first, load_backbone\('mini'\)$"):
+        build_method("coop", "mini", NAMES)
+    with fails(ConfigError, r"^backbone = PromptedModel\(coop on .* is no loaded backbone$"):
+        build_method("coop", model, NAMES)
+    with fails(ConfigError, r"^method <class .*> \(allowed: a name, or a file as text\)$"):
+        build_method(type(tuned), tiny, NAMES)
+    with fails(
+        ConfigError, "^fit takes what build_method gives, not a PromptedModel: a tuned model is not fitted again$"
+    ):
+        fit(model, pixels, names)
+    with fails(ConfigError, "^fit takes what build_method gives, not 'coop'$"):
+        fit("coop", pixels, names)
+    with fails(ConfigError, "^evaluate takes a method or a PromptedModel, not 'runs/x'$"):
+        evaluate("runs/x", pixels, names)
+    with fails(ConfigError, "^PromptedModel takes a method, not a PromptedModel$"):
+        PromptedModel(model)
+    with fails(ConfigError, "^from_pretrained takes a folder or a hub id, not a CoOp$"):
+        PromptedModel.from_pretrained(tuned)
+    for backbone in (model, 5):
+        with fails(BackboneError, "a backbone is loaded by its name or path: .* is neither"):
+            PromptedModel.from_pretrained(saved, backbone=backbone)
+    for teacher in (model, tiny, tuned, 3):
+        with fails(ConfigError, r"^teacher: a \w+ \(allowed: a name"):
+            fit(build_method("coop", tiny, NAMES, n_ctx=1), pixels, names, teacher=teacher)
+    for class_names in (set(NAMES), dict.fromkeys(NAMES), 3):
+        with fails(DataError, "^class names are a list of texts, in an order, not a "):
+            build_method("coop", tiny, class_names)
+    for labels in ("otter", 3, None):
+        with fails(DataError, "^labels are a list with one for each image, not "):
+            fit(tuned, pixels, labels)
+    with fails(DataError, "^images are a list, not a NoneType$"):
+        model.predict(None)
+
+
 def _png(pixels) -> bytes:
     from io import BytesIO
 
@@ -280,7 +334,7 @@ def test_a_reloaded_model_is_the_same_under_its_own_and_other_class_names(name, 
 
 def test_no_new_classes_for_class_specific_contexts(tiny):
     model = PromptedModel(build_method("coop", tiny, NAMES, n_ctx=2, class_specific=True))
-    with fails(DataError, "it has none for other classes"):
+    with fails(DataError, "coop knows its own 3 classes alone, not"):
         model.predict(pictures(1)[0], class_names=OTHERS)
 
 

@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.base import clone, is_classifier
 from sklearn.exceptions import NotFittedError
@@ -20,8 +21,9 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from tests.kit import TINY
 from tests.kit.marks import slow
 from tests.kit.pictures import COLOURS, pictures, write_pictures
-from vlprompt import PromptClassifier, PromptedModel
+from vlprompt import PromptClassifier, PromptedModel, build_method
 from vlprompt.errors import BackboneError, ConfigError, DataError
+from vlprompt.methods import Batch
 
 
 def coop(backbone, **parameters) -> PromptClassifier:
@@ -58,7 +60,7 @@ def test_the_constructor_only_stores():
     parameters = {
         "method": "no such method", "backbone": "/nowhere", "class_names": {1: "otter"}, "template": "{}",
         "preset": "p", "epochs": -1, "lr": "fast", "batch_size": 0, "settings": {"x": 1}, "seed": 5, "device": "d",
-        "precision": "p",
+        "precision": "p", "class_weight": "x",
     }  # fmt: skip
     classifier = PromptClassifier(**parameters)
     assert vars(classifier) == parameters
@@ -166,6 +168,82 @@ def test_pipeline(tiny, data):
     assert len(cross_val_score(pipeline.set_params(classify__epochs=1), whole, y, cv=2)) == 2
 
 
+def loss_of(fitted, X, y) -> np.ndarray:
+    """Cross-entropy of each image."""
+    return -np.log(fitted.predict_proba(X)[np.arange(len(y)), np.searchsorted(fitted.classes_, y)])
+
+
+def test_weights_say_whose_loss_counts(tiny, data):
+    X, y = data
+    plain = coop(tiny).fit(X, y)
+    same = coop(tiny).fit(X, y, sample_weight=np.full(len(y), 3.0))
+    np.testing.assert_allclose(same.predict_proba(X), plain.predict_proba(X), atol=1e-5)
+    first = np.asarray(y) == plain.classes_[0]
+    heavy = coop(tiny).fit(X, y, sample_weight=np.where(first, 20.0, 1.0))
+    assert loss_of(heavy, X, y)[first].mean() < loss_of(plain, X, y)[first].mean()
+    by_class = coop(tiny).set_params(class_weight={plain.classes_[0]: 20.0}).fit(X, y)
+    np.testing.assert_array_equal(by_class.predict_proba(X), heavy.predict_proba(X))
+    clone(by_class)
+
+
+def test_the_weighted_loss_is_the_weighted_mean(tiny):
+    method = build_method("coop", tiny, ["cat", "dog"], n_ctx=1)
+    images = torch.randn(3, 3, tiny.image_size, tiny.image_size, generator=torch.Generator().manual_seed(0))
+    labels, weight = torch.tensor([0, 1, 1]), torch.tensor([2.0, 0.0, 1.0])
+    plain, weighted = (
+        method.losses(Batch(images, labels, extra=extra))["ce"] for extra in ({}, {"image_weight": weight})
+    )
+    each = torch.stack([method.losses(Batch(images[i : i + 1], labels[i : i + 1]))["ce"] for i in range(3)])
+    torch.testing.assert_close(plain, each.mean())
+    torch.testing.assert_close(weighted, (2 * each[0] + each[2]) / 3)
+
+
+def test_weights_of_a_linear_probe_are_scikit_learns(tiny, data):
+    X, y = data
+    some = np.arange(len(y)) % 3 > 0
+    probe = PromptClassifier("linear_probe", tiny, settings={"C": 1.0})
+    # What has no weight is not there: 12 of 18 images, 1.5 times as heavy each.
+    weighted = clone(probe).fit(X, y, sample_weight=some.astype(float)).model_.method
+    few = PromptClassifier("linear_probe", tiny, settings={"C": 1.5})
+    few.fit([x for x, s in zip(X, some, strict=True) if s], np.asarray(y)[some])
+    torch.testing.assert_close(weighted.weight, few.model_.method.weight, atol=1e-3, rtol=1e-3)
+
+
+def test_weights_that_cannot_be_used(tiny, data):
+    X, y = data
+    for given, message in [
+        (np.ones(5), r"sample_weight has shape \[5\], and y \[18\]"),
+        (np.ones((18, 2)), "sample_weight has shape"),
+        (np.full(18, np.nan), "finite numbers from 0 on"),
+        (-np.ones(18), "finite numbers from 0 on"),
+        (np.zeros(18), "every image's weight is zero"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            coop(tiny).fit(X, y, sample_weight=given)
+    with pytest.raises(ConfigError, match="method 'drople' cannot weigh images"):
+        PromptClassifier("drople", tiny, epochs=1, class_weight="balanced").fit(X, y)
+    with pytest.raises(ConfigError, match="method 'coop' cannot weigh images"):
+        coop(tiny).set_params(settings={"teacher": "mini"}).fit(X, y, sample_weight=np.ones(18))
+    PromptClassifier("zero_shot", tiny, class_weight="balanced").fit(X, y)  # learns nothing of any image
+
+
+@pytest.mark.parametrize("kind", ["texts", "floats", "objects", "none"])
+def test_labels_that_are_missing(tiny, data, kind):
+    X, y = data
+    labels = {
+        "texts": [*y[:-1], float("nan")], "floats": np.array([0.0, 1.0] * 8 + [0.0, np.nan]),
+        "objects": np.array([*y[:-1], np.nan], dtype=object), "none": [*y[:-1], None],
+    }[kind]  # fmt: skip
+    with pytest.raises(ValueError, match=r"^y contains NaN: 1 of 18 images have no label \(the first: 17\)$"):
+        coop(tiny).fit(X, labels)
+
+
+def test_class_names_are_a_mapping(tiny, data):
+    X, y = data
+    with pytest.raises(ConfigError, match=r"class_names = \['a', 'b', 'c'\] \(allowed: a mapping of labels to words"):
+        coop(tiny).set_params(class_names=["a", "b", "c"]).fit(X, y)
+
+
 def test_bad_parameters_and_data_are_refused_by_fit(tiny, data):
     X, y = data
     for parameters, error, message in [
@@ -199,14 +277,16 @@ class OnRows(PromptClassifier):
     def __init__(
         self, method="linear_probe", backbone=str(TINY), class_names=None, template="a photo of a {}.", preset=None,
         epochs=1, lr=None, batch_size=None, settings=None, seed=1, device="cpu", precision="fp32",
+        class_weight=None,
     ):  # fmt: skip
         super().__init__(
-            method, backbone, class_names, template, preset, epochs, lr, batch_size, settings, seed, device, precision
-        )
+            method, backbone, class_names, template, preset, epochs, lr, batch_size, settings, seed, device, precision,
+            class_weight,
+        )  # fmt: skip
 
-    def fit(self, X, y):
+    def fit(self, X, y, sample_weight=None):
         X, y = validate_data(self, X, y)
-        return super().fit(as_pictures(X), y)
+        return super().fit(as_pictures(X), y, sample_weight)
 
     def predict_proba(self, X):
         check_is_fitted(self)
@@ -226,7 +306,9 @@ def as_pictures(rows):
 
 DO_NOT_APPLY = {
     "check_methods_subset_invariance": "fp32 features of an image differ in the last bits with the size of its batch; "
-    "the check allows 1e-7 on probabilities"
+    "the check allows 1e-7 on probabilities",
+    "check_sample_weight_equivalence_on_dense_data": "only ratios of weights count, as steps have no sum of losses: an "
+    "image given twice makes a classifier less regularised, a weight of two does not",
 }
 """Checks that fail, and why."""
 

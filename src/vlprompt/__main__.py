@@ -1,5 +1,41 @@
-"""``python -m vlprompt``."""
+"""``vlprompt``, also as ``python -m vlprompt``: Ctrl-C ends it in one line with exit code 130, whatever Python is at.
 
-from vlprompt.cli import main
+Little is imported before that is so.
+"""
 
-main()
+import os
+import signal
+import sys
+
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run the command line."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have it ignored
+        signal.signal(signal.SIGINT, interrupt)
+    from vlprompt.cli import main as run
+
+    try:
+        run()
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
+        # Python would end otherwise (by the signal, or in a traceback of a second Ctrl-C while it waits for threads).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
+
+
+def interrupt(number: int, frame) -> None:  # type: ignore[no-untyped-def]
+    """Leave at once while modules are imported: they turn KeyboardInterrupt into errors of their own; else raise it."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"interrupted\n")
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vlprompt.artefact.artefact import load_artefact, read_artefact_config, save_artefact
+from vlprompt.artefact.artefact import read_artefact_config, save_artefact
 from vlprompt.artefact.export import export_classes
-from vlprompt.artefact.hub import download, upload
+from vlprompt.artefact.hub import load_model, upload
 from vlprompt.backbones.backbone import Backbone
-from vlprompt.backbones.names import may_be_hub_id
 from vlprompt.config.images import set_white
 from vlprompt.config.schema import OptimConfig, RunConfig, build_config
 from vlprompt.config.teacher import Classifier
@@ -32,12 +31,13 @@ from vlprompt.data.images import ImageSource
 from vlprompt.data.known.table import DEFAULT_TEMPLATE
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import check_class_names
-from vlprompt.errors import ConfigError, DataError, unknown
+from vlprompt.errors import ConfigError, DataError, one_line, unknown
 from vlprompt.methods import Method, find_method
+from vlprompt.methods.base import IMAGE_WEIGHT
 from vlprompt.methods.registry import source_of
 from vlprompt.training import evaluate as evaluation
 from vlprompt.training.evaluate import Evaluation, EvaluationImages
-from vlprompt.training.prepare import find_sources, fit_features, prepare
+from vlprompt.training.prepare import check_weighs, find_sources, fit_features, prepare
 from vlprompt.training.watchers import EachEpoch, EpochLog
 
 Images = Sequence[ImageSource] | NDArray[np.uint8]
@@ -51,7 +51,7 @@ _OF_DATA = (
 )  # fmt: skip
 TRAINING = {
     **{f.name: f"optim.{f.name}" for f in fields(OptimConfig)},
-    **{name: f"train.{name}" for name in ("epochs", "accumulate", "text_chunk", "graphs")},
+    **{name: f"train.{name}" for name in ("epochs", "accumulate", "text_chunk", "graphs", "warm_start")},
     "teacher": "teacher.backbone",
     "classes_per_batch": "teacher.classes_per_batch",
     **{name: f"data.{name}" for name in _OF_DATA},
@@ -64,19 +64,21 @@ def build_method(
     backbone: Backbone,
     class_names: Sequence[str],
     *,
-    template: str = DEFAULT_TEMPLATE,
+    template: str | None = None,
     seed: int = 1,
     **options: Any,
 ) -> Method:
     """A method of ``vlprompt list methods``, or of a file (``./my_method.py``), ready to be fitted.
 
-    ``template`` is the data set's text with {} for the class name; ``options`` are the method's own (``n_ctx=4``;
-    where a name is taken, ``**{"method.template": …}``). ``seed`` decides the initial prompts; the global random
+    ``template`` is the data set's text with {} for the class name, "a photo of a {}." if not given; ``options`` are the
+    method's own (``n_ctx=4``). ``seed`` decides the initial prompts; the global random
     state stays as it is. Raises ConfigError for what the method does not know and a template without {}, DataError for
     class names without a name or with another's.
     """
-    keys = full_keys(options, method_keys(name), f"setting of {name}")
-    return build_configured(build_config(name, overrides=keys), backbone, class_names, template, seed)
+    if not isinstance(name, str):
+        raise ConfigError(f"method {name!r} (allowed: a name, or a file as text)")
+    keys = full_keys(options, method_keys(name), f"setting of {name}") | {"seed": seed, "data.template": template}
+    return build_configured(build_config(name, overrides=keys), backbone, class_names)
 
 
 def method_keys(name: str) -> dict[str, str]:
@@ -92,15 +94,15 @@ def full_keys(settings: Mapping[str, Any], known: Mapping[str, str], what: str) 
     return {known.get(key, key): value for key, value in settings.items()}
 
 
-def build_configured(
-    config: RunConfig, backbone: Backbone, class_names: Sequence[str], template: str, seed: int
-) -> Method:
+def build_configured(config: RunConfig, backbone: Backbone, class_names: Sequence[str]) -> Method:
     """The method of a checked configuration, initialised as ``vlprompt train`` does it."""
+    if not isinstance(backbone, Backbone):
+        hint = f": load it first, load_backbone({backbone!r})" if isinstance(backbone, (str, os.PathLike)) else ""
+        raise ConfigError(f"backbone = {one_line(repr(backbone), 60)} is no loaded backbone{hint}")
     names = _several(_checked_names(class_names))
-    if "{}" not in template:
-        raise ConfigError(f"template = {template} (allowed: text with {{}} for the class name)")
+    template = config.data.template or DEFAULT_TEMPLATE
     with _random_state_kept():
-        torch.manual_seed(seed)
+        torch.manual_seed(config.seed)
         method = find_method(config.method)(backbone, names, config.options, template)
     return method.to(backbone.device)
 
@@ -129,12 +131,15 @@ def fit(
     for images and labels that do not fit together and images that the bank lacks, VlpromptError if a loss is not
     finite.
     """
-    classifier = teacher if teacher is not None and not isinstance(teacher, str) else None
+    if not isinstance(method, Method):
+        hint = ": a tuned model is not fitted again" if isinstance(method, PromptedModel) else ""
+        raise ConfigError(f"fit takes what build_method gives, not {_kind(method)}{hint}")
+    classifier = _classifier(teacher)
     if teacher is not None:
         settings["teacher"] = classifier.name if classifier else teacher
-    keys = full_keys(settings, TRAINING, "training setting")
+    keys = full_keys(settings, TRAINING, "training setting") | {"seed": seed}
     config = build_config(source_of(method), preset, overrides=keys)
-    return fit_configured(method, images, labels, config, seed, after_epoch, extra, classifier)
+    return fit_configured(method, images, labels, config, after_epoch, extra, classifier)
 
 
 def fit_configured(
@@ -142,22 +147,26 @@ def fit_configured(
     images: Images,
     labels: Labels,
     config: RunConfig,
-    seed: int,
     after_epoch: Callable[[EpochLog], None] = lambda log: None,
     extra: Mapping[str, Tensor] | None = None,
     classifier: Classifier | None = None,
+    weights: NDArray[np.float64] | None = None,
 ) -> Method:
-    """Fit under a checked configuration; see :func:`fit`."""
+    """Fit under a checked configuration, with ``weights`` [n] of the images, 1 on average; see :func:`fit`."""
     images, indices = _labelled(images, labels, method.class_names)
     if not method.trains and any(True for _ in method.parameters()):
         raise ConfigError(f"{method.name} is frozen, as loaded models are: build a new one to fit it")
     with ImageReader(config.data.workers, max_pixels=config.data.max_pixels) as reader, _random_state_kept():
         set_white(reader, config.data, images)
         sources = find_sources(config, method.class_names, method.template, method.backbone, classifier)
+        weight = None if weights is None else torch.from_numpy(weights)
+        if weight is not None:
+            check_weighs(method, config.taught)
+            extra = {**(extra or {}), IMAGE_WEIGHT: weight.float()}
         method.white = reader.white
         whole = EvaluationImages(images, indices, reader)
-        training = prepare(config, sources, method, images, indices, seed, reader, extra=extra, whole=whole)
-        fit_features(method, training, whole)
+        training = prepare(config, sources, method, images, indices, config.seed, reader, extra=extra, whole=whole)
+        fit_features(method, training, whole, weight)
         if training:
             training.run([EachEpoch(after_epoch)])
         _warn(reader)
@@ -172,6 +181,8 @@ def evaluate(
     Labels are class names or indices of them. Raises DataError for images and labels that do not fit together.
     """
     method = model.method if isinstance(model, PromptedModel) else model
+    if not isinstance(method, Method):
+        raise ConfigError(f"evaluate takes a method or a PromptedModel, not {_kind(method)}")
     names = _several(_names(method, class_names))
     images, indices = _labelled(images, labels, names)
     with ImageReader(WORKERS, room=0, white=method.white) as reader:
@@ -198,6 +209,8 @@ class PromptedModel:
 
     def __init__(self, method: Method, about: Mapping[str, Any] | None = None) -> None:
         """Wrap a fitted method; ``about`` (data, options, metrics) goes into the model card."""
+        if not isinstance(method, Method):
+            raise ConfigError(f"PromptedModel takes a method, not {_kind(method)}")
         self.method, self.about = method.eval(), dict(about or {})
 
     @property
@@ -259,12 +272,9 @@ class PromptedModel:
         share (``device`` and ``precision`` are then its own). Raises ArtefactError if there is no such model, its files
         are not those that were saved, or the backbone is another one.
         """
-        folder = Path(name).expanduser()
-        local = folder.is_dir() or not may_be_hub_id(str(name))
-        if not local:
-            folder = download(str(name), revision)
-        # Code comes from this machine alone: what is downloaded names no file of methods.
-        method = load_artefact(folder, backbone, device, precision, files=local)
+        if not isinstance(name, (str, os.PathLike)):
+            raise ConfigError(f"from_pretrained takes a folder or a hub id, not {_kind(name)}")
+        method, folder = load_model(name, backbone, device, precision, revision)
         return cls(method, read_artefact_config(folder).get("about"))
 
     def push_to_hub(
@@ -283,6 +293,21 @@ class PromptedModel:
         with TemporaryDirectory() as folder:
             save_artefact(self.method, Path(folder), self.about, public=True)
             return upload(Path(folder), repo, private=private, token=token, message=message)
+
+
+def _kind(value: object) -> str:
+    """What was given where something else was meant, in a few words."""
+    return f"'{one_line(value, 60)}'" if isinstance(value, (str, os.PathLike)) else f"a {type(value).__name__}"
+
+
+def _classifier(teacher: object) -> Classifier | None:
+    """The teacher, if it is a loaded one; raises ConfigError for what is neither that nor a name."""
+    if teacher is None or isinstance(teacher, str):
+        return None
+    if isinstance(teacher, (PromptedModel, Backbone, Method)) or not hasattr(teacher, "probabilities"):
+        hint = ", the folder of a tuned model" if isinstance(teacher, (PromptedModel, Method)) else ""
+        raise ConfigError(f"teacher: {_kind(teacher)} (allowed: a name{hint}, or a Classifier with probabilities)")
+    return cast(Classifier, teacher)
 
 
 @contextmanager
@@ -320,6 +345,8 @@ def _several(names: tuple[str, ...]) -> tuple[str, ...]:
 def _checked_names(class_names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(class_names, str):
         raise DataError(f"class names are a list of texts, not one text: '{class_names[:60]}'")
+    if isinstance(class_names, (Set, Mapping)) or not isinstance(class_names, Iterable):
+        raise DataError(f"class names are a list of texts, in an order, not {_kind(class_names)}")
     names = tuple(class_names)
     if not names:
         raise DataError("class names are a list of one or more texts")
@@ -332,6 +359,8 @@ def _checked_names(class_names: Sequence[str]) -> tuple[str, ...]:
 def _images(images: Images) -> list[ImageSource]:
     if isinstance(images, (str, os.PathLike, Image.Image)):
         raise DataError("images are a list: put the one image into brackets, [image]")
+    if not isinstance(images, Iterable):
+        raise DataError(f"images are a list, not {_kind(images)}")
     if isinstance(images, np.ndarray) and images.ndim != 1 and (images.ndim != 4 or images.shape[-1] != 3):
         raise DataError(f"images as one array are uint8 [n, H, W, 3]; found {images.dtype} {list(images.shape)}")
     return list(images)
@@ -339,6 +368,8 @@ def _images(images: Images) -> list[ImageSource]:
 
 def _labelled(images: Images, labels: Labels, class_names: Sequence[str]) -> tuple[list[ImageSource], list[int]]:
     """Images and the indices of their classes."""
+    if isinstance(labels, str) or not isinstance(labels, Iterable):
+        raise DataError(f"labels are a list with one for each image, not {_kind(labels)}")
     images, labels = _images(images), labels.tolist() if isinstance(labels, Tensor) else list(labels)
     if len(images) != len(labels) or not images:
         raise DataError(f"every image needs a label: there are {len(images)} images and {len(labels)} labels")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
@@ -15,7 +16,7 @@ from vlprompt.api import TRAINING, Images, PromptedModel, build_configured, fit_
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.config.schema import build_config
-from vlprompt.data.known.table import DEFAULT_TEMPLATE
+from vlprompt.errors import ConfigError, one_line
 
 
 class PromptClassifier(ClassifierMixin, BaseEstimator):
@@ -32,7 +33,7 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         method: str = "coop",
         backbone: str | Backbone = "mini",
         class_names: Mapping[Any, str] | None = None,
-        template: str = DEFAULT_TEMPLATE,
+        template: str | None = None,
         preset: str | None = None,
         epochs: int | None = None,
         lr: float | None = None,
@@ -41,14 +42,16 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         seed: int = 1,
         device: str = "cpu",
         precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        class_weight: Mapping[Any, float] | Literal["balanced"] | None = None,
     ) -> None:
         """Keep the parameters; nothing is checked or loaded before ``fit``.
 
         ``backbone``: a name that ``load_backbone`` takes, or a loaded backbone (its own device and precision then
         count; copies of the classifier share it). ``class_names``: words for labels; str(label) for those left out.
-        ``template``: text with {} for the class name. ``epochs``, ``lr``, ``batch_size``: the method's official ones
-        if not given. ``settings``: the method's options, and what else training takes, ``{"n_ctx": 4, "momentum": 0}``;
-        ``bank`` among them is the folder of a region bank.
+        ``template``: text with {} for the class name, "a photo of a {}." if not given. ``epochs``, ``lr``,
+        ``batch_size``: the method's official ones if not given. ``settings``: the method's options, and what else
+        training takes, ``{"n_ctx": 4, "momentum": 0}``; ``bank`` among them is the folder of a region bank.
+        ``class_weight``: weights of labels, 1 if left out, or "balanced": n / (C · images of the class).
         """
         self.method = method
         self.backbone = backbone
@@ -62,13 +65,21 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         self.seed = seed
         self.device = device
         self.precision = precision
+        self.class_weight = class_weight
 
-    def fit(self, X: Images, y: ArrayLike) -> PromptClassifier:
-        """Tune prompts on images X with labels y [n].
+    def fit(self, X: Images, y: ArrayLike, sample_weight: ArrayLike | None = None) -> PromptClassifier:
+        """Tune prompts on images X with labels y [n]; ``sample_weight`` [n] says how much each image's loss counts.
 
-        Raises ConfigError for bad parameters, DataError for what is no image or two labels with one name, ValueError
-        for labels that are no classes.
+        It is multiplied with ``class_weight``, and only ratios count. Raises ConfigError for bad parameters and for a
+        method whose loss knows no weights, DataError for what is no image or two labels with one name, ValueError for
+        labels that are no classes and weights that are none.
         """
+        if self.class_names is not None and not isinstance(self.class_names, Mapping):
+            raise ConfigError(
+                f"class_names = {one_line(self.class_names, 60)} (allowed: a mapping of labels to words, such as "
+                "dict(enumerate(names)))"
+            )
+        _check_present(y)
         check_classification_targets(y)
         labels = column_or_1d(y, warn=True)
         self.classes_, indices = np.unique(labels, return_inverse=True)
@@ -76,13 +87,14 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         settings = full_keys(self.settings or {}, known, f"setting of {self.method}")
         given = {"train.epochs": self.epochs, "optim.lr": self.lr, "data.batch_size": self.batch_size}
         overrides = {**settings, **{k: v for k, v in given.items() if v is not None}}
+        overrides |= {"seed": self.seed, "data.template": self.template}
         config = build_config(self.method, self.preset, overrides=overrides)
         backbone = self.backbone
         if not isinstance(backbone, Backbone):
             backbone = load_backbone(backbone, self.device, self.precision)
         names = [self._name(label) for label in self.classes_.tolist()]
-        method = build_configured(config, backbone, names, self.template, self.seed)
-        fit_configured(method, X, indices, config, self.seed)
+        method = build_configured(config, backbone, names)
+        fit_configured(method, X, indices, config, weights=self._weights(labels, sample_weight))
         self.model_ = PromptedModel(method.requires_grad_(False))
         return self
 
@@ -96,6 +108,20 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         best = self.predict_proba(X).argmax(1)
         return self.classes_[best]
 
+    def _weights(self, labels: NDArray[Any], sample_weight: ArrayLike | None) -> NDArray[np.float64] | None:
+        """What each image's loss counts, [n], 1 on average; None if all count the same."""
+        if sample_weight is None and self.class_weight is None:
+            return None
+        weights = np.ones(len(labels)) if sample_weight is None else np.array(sample_weight, dtype=np.float64)
+        if weights.shape != labels.shape:
+            raise ValueError(f"sample_weight has shape {list(weights.shape)}, and y {list(labels.shape)}")
+        if not np.isfinite(weights).all() or weights.min() < 0:
+            raise ValueError("sample_weight must be finite numbers from 0 on")
+        weights = weights * compute_sample_weight(self.class_weight, labels)
+        if not weights.sum() > 0:
+            raise ValueError("sample_weight and class_weight: every image's weight is zero")
+        return weights / weights.mean()
+
     def _name(self, label: Hashable) -> str:
         return (self.class_names or {}).get(label, str(label))
 
@@ -103,3 +129,17 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.input_tags.two_d_array = False
         return tags
+
+
+def _check_present(y: ArrayLike) -> None:
+    """Raise ValueError for missing labels; NumPy would make a class "nan" of them beside texts."""
+    values = y if isinstance(y, (list, tuple)) else np.asarray(y, dtype=object).ravel()
+    missing = [i for i, v in enumerate(values) if v is None or type(v).__name__ in ("NAType", "NaTType") or _is_nan(v)]
+    if missing:
+        raise ValueError(
+            f"y contains NaN: {len(missing)} of {len(values)} images have no label (the first: {missing[0]})"
+        )
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, (float, np.floating)) and bool(np.isnan(value))

@@ -38,8 +38,7 @@ from vlprompt.data.splits import long_tail
 from vlprompt.errors import ConfigError, DataError, OutputError
 from vlprompt.files import held
 from vlprompt.methods import METHODS, Method
-from vlprompt.training import evaluate as evaluate_module
-from vlprompt.training.evaluate import Evaluation, EvaluationImages, evaluate
+from vlprompt.training.evaluate import Evaluation, EvaluationImages, evaluate, predict_logits
 from vlprompt.training.run import saved_config
 
 QUICK = ("--backbone", str(TINY), "epochs=1", "warmup_epochs=0", "data.workers=0", "data.batch_size=2")
@@ -334,8 +333,7 @@ def test_zero_shot_reads_the_template_of_what_is_measured(bench, vlprompt, tmp_p
         return score
 
     read: list[tuple[str, str]] = []
-    for module in (runs_module, evaluate_module):
-        monkeypatch.setattr(module, "evaluate", classify)
+    monkeypatch.setattr(runs_module, "evaluate", classify)
     for name in ("caltech101", "dtd", "eurosat"):
         build(tmp_path, name)
     given = ("--root", tmp_path, "--seeds", "1", "--shots", "2")
@@ -345,6 +343,12 @@ def test_zero_shot_reads_the_template_of_what_is_measured(bench, vlprompt, tmp_p
     assert read == [("zero_shot", template) for template in own] + [("coop", own[0])] * 3
     read.clear()
     run = tmp_path / "out/cross-dataset/caltech101/zero_shot/backbone/shots_2/seed_1"
+
+    def logits(method: Method, *given):
+        read.append((method.name, method.template))
+        return predict_logits(method, *given)
+
+    monkeypatch.setattr("vlprompt.cli.evaluate.predict_logits", logits)
     assert vlprompt("evaluate", run, "dtd", "--root", tmp_path)[0] == 0
     assert read == [("zero_shot", own[1])]
 

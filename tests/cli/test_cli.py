@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import yaml
 
 from tests.kit import TINY
 from tests.kit.checks import tree
-from tests.kit.command import Done, python, vlprompt
+from tests.kit.command import Done, environment, python, vlprompt
 from tests.kit.pictures import SHADES
 from tests.kit.runs import RUN_FILES
 from vlprompt import __version__
@@ -232,7 +233,10 @@ def test_every_setting_of_a_run_can_be_given(empty: Path) -> None:
 @pytest.mark.parametrize(("part", "n"), [("test", 9), ("val", 6)])
 def test_evaluate(photos: Path, run: Path, part: str, n: int) -> None:
     result = vlprompt("evaluate", run, photos, "--split", part, "--json").json
-    assert set(result) == {"accuracy", "n", "classes", "per_class", "calibration_error", "skipped"}
+    assert set(result) == {
+        "accuracy", "n", "classes", "per_class", "calibration_error", "skipped", "split", "among", "macro_accuracy",
+        "precision", "recall", "f1", "by_class", "confusion",
+    }  # fmt: skip
     assert result["n"] == n
     assert result["classes"] == ["blue", "green", "red"]
     assert set(result["per_class"]) == set(SHADES)
@@ -391,6 +395,23 @@ BAD: dict[str, tuple[Callable[[Places], list[object]], str]] = {
     "option of another type": (train_("--seed", "one"), "Invalid value for '--seed'"),
     "option out of range": (train_("--seed", -1), "seed = -1 (allowed: greater than or equal to 0)"),
     "seed too large": (train_("--seed", 2**70), "seed = 1180591620717411303424 (allowed: less than"),
+    "a setting against an option": (train_("seed=2", "--seed", 3), "seed = 2 and seed = 3 are both given: they contra"),
+    "a short key against an option": (train_("epochs=2", "--epochs", 3), "epochs = 2 and train.epochs = 3 are both"),
+    "a setting against the data": (train_("data.name=other"), "data.name = other and data.name = "),
+    "bench: a setting against an option": (
+        lambda p: ["bench", "few-shot", "--methods", "coop", "--data", p.photos, "--out", "o", "--backbone", TINY,
+                   "backbone=mini"], "backbone = mini and backbone = "),
+    "bench: a seed against its seeds": (
+        lambda p: ["bench", "few-shot", "--methods", "coop", "--data", p.photos, "--out", "o", "--seeds", "3",
+                   "seed=2"], "seed = 2: the protocol and what is asked of bench decide it (3)"),
+    "bench: other data": (
+        lambda p: ["bench", "few-shot", "--methods", "coop", "--data", p.photos, "--out", "o", "data.name=other"],
+        "data.name = other: the protocol and what is asked of bench decide it"),
+    "bench: a teacher against another": (
+        lambda p: ["bench", "few-shot", "--methods", "kdpl_coop", "--data", p.photos, "--out", "o", "--teacher", "mini",
+                   "teacher.backbone=other"], "teacher.backbone = other and teacher.backbone = mini are both given"),
+    "bank: a setting": (
+        lambda p: ["bank", "build", p.photos, "seed=2", "--seed", 3, "--backbone", TINY, "--out", "b"], "seed=2"),
     "no shots": (train_("--shots", 0), "data.shots = 0 (allowed: greater than or equal to 1)"),
     "too many shots": (train_("--shots", 99), "class 'blue' has 4 training images, too few for 99 shots"),
     "unknown half": (train_("--classes", "old"), "'old' is not one of 'base', 'novel', 'all'"),
@@ -414,9 +435,8 @@ BAD: dict[str, tuple[Callable[[Places], list[object]], str]] = {
                             "cannot make output folder"),
     "run missing to evaluate": (lambda p: ["evaluate", "norun", p.photos], "no tuned model in norun"),
     "data missing to evaluate": (lambda p: ["evaluate", p.run, "./no"], "does not exist"),
-    "unknown part": (lambda p: ["evaluate", p.run, p.photos, "--split", "train"], "'train' is not one of 'test', 'va"),
-    "probe on other classes": (lambda p: ["evaluate", p.probe, p.photos, "--classes", "base"],
-                               "linear_probe was fitted on its own classes"),
+    "unknown part": (lambda p: ["evaluate", p.run, p.photos, "--split", "tests"], "'tests' is not one of 'all', 'trai"),
+    "unknown classes": (lambda p: ["evaluate", p.run, p.photos, "--among", "run"], "'run' is not one of 'model', 'fol"),
     "run missing to predict": (lambda p: ["predict", "norun", p.image], "no tuned model in norun"),
     "run is a file": (lambda p: ["predict", p.run / "config.json", p.image], "no tuned model in"),
     "image missing": (predict_("no.png"), "image no.png does not exist"),
@@ -435,7 +455,7 @@ BAD: dict[str, tuple[Callable[[Places], list[object]], str]] = {
     "class names file is an image": (lambda p: ["predict", p.run, p.image, "--class-names-file", p.image],
                                      "cannot read class names from"),
     "probe under other names": (lambda p: ["predict", p.probe, p.image, "--class-names", "a,b"],
-                                "linear_probe was fitted on its own classes"),
+                                "linear_probe knows its own 3 classes alone, not 'a'"),
 }  # fmt: skip
 
 
@@ -494,6 +514,32 @@ def test_interrupted_and_broken(
     assert done.err.splitlines()[-1] == f"interrupted{hint}"
     assert "Traceback" not in done.err
     assert not (empty / "out" / "prompts.safetensors").exists()
+
+
+INTERRUPTS = """
+import signal
+try:
+    exec("signal.raise_signal(signal.SIGINT)")  # Python would end by the signal, as an interrupt in exec was seen
+except KeyboardInterrupt:
+    raise ImportError("initialization failed")  # as some modules do
+"""
+
+
+@pytest.mark.parametrize(("module", "start"), [
+    ("typer", "main"), ("torch", "main"), ("PIL", "main"), ("torch", "script"), ("typer", "script")
+])  # fmt: skip
+def test_an_interrupt_while_modules_are_imported(photos: Path, tmp_path: Path, module: str, start: str) -> None:
+    (tmp_path / module).mkdir()
+    (tmp_path / module / "__init__.py").write_text(INTERRUPTS)
+    way = ["-m", "vlprompt"] if start == "main" else ["-c", "from vlprompt.__main__ import main; main()"]
+    given = environment()
+    given["PYTHONPATH"] = os.pathsep.join([str(tmp_path), given["PYTHONPATH"]])
+    for command in (["train", "coop", photos], ["predict", "run", photos], ["evaluate", "run", photos]):
+        done = subprocess.run(
+            [sys.executable, *way, *map(str, command)], env=given, cwd=tmp_path, capture_output=True, encoding="utf-8"
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+    assert {path.name for path in tmp_path.iterdir()} == {module}
 
 
 def test_an_error_in_a_process_of_its_own(tmp_path: Path) -> None:

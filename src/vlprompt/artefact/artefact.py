@@ -93,7 +93,7 @@ def load_artefact(
         if extra := set(config["settings"]) - set(asdict(options)):  # pydantic passes them over
             raise ConfigError(unknown(f"setting of {cls.name}", min(extra), asdict(options)))
         class_names = TypeAdapter(tuple[str, ...]).validate_python(config["class_names"])
-        state = _read_prompts(folder / PROMPTS, config)
+        state = read_prompts(folder / PROMPTS, config)
         loaded = _load_backbone(backbone, config["backbone"], folder, device, precision)
         method = cls(loaded, class_names, options, TypeAdapter(str).validate_python(config["template"]))
         method.white = TypeAdapter(_White).validate_python(config.get("white"))
@@ -157,7 +157,7 @@ def _unreadable_error(folder: Path, error: Exception) -> ArtefactError:
     return ArtefactError(f"cannot read the tuned model in {folder}: {reason}")
 
 
-def _read_prompts(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_prompts(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors, if they are the ones that were saved."""
     content = file.read_bytes()
     expected = config["prompts"]

@@ -45,7 +45,7 @@ they are published, under their own licence, and checked against the fingerprint
 |---|---|
 {table}
 
-`FOLDER` is this folder, or the name of its repository on the hub in Python. {other}
+`FOLDER` is this folder, or the name of its repository on the hub. {other}
 
 ```
 vlprompt predict FOLDER image.jpg

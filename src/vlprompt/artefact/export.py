@@ -41,9 +41,12 @@ def export_classes(method: Method, class_names: Sequence[str], out: Path) -> Non
             "ship the run folder and use vlprompt predict"
         )
     check_class_names(class_names, "class names")
+    own = None if method.takes_new_classes else method.own_classes(class_names)
     with torch.no_grad():
-        features = method.class_features(tuple(class_names))
+        features = method.class_features(tuple(class_names) if own is None else method.class_names)
     scale, bias = method.scale_and_bias()
+    if own is not None:
+        features, bias = features[own], bias[own] if bias.ndim else bias
     backbone = method.backbone
     metadata = {
         "export_version": str(EXPORT_VERSION),

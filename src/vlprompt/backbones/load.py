@@ -51,6 +51,8 @@ def load_backbone(
     Raises BackboneError if nothing is found there, if the architecture is not supported, or if tensors are
     missing, left over or of another shape.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise BackboneError(f"a backbone is loaded by its name or path: {repr(name)[:60]} is neither")
     if precision not in DTYPES:
         raise BackboneError(f"unknown precision '{precision}' (allowed: {', '.join(DTYPES)})")
     name = os.fspath(name)

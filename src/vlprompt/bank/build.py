@@ -60,7 +60,7 @@ def build_bank(
         dataset = load_dataset(config.data.name, config.data.root, config.data.split_file)
         check_outside(out, dataset)
         split, skipped = choose_images(config, dataset, reader, say)
-        towers = load_towers(config, split, dataset.template)
+        towers = load_towers(config, split, config.data.template or dataset.template)
         for note in image_notes(config, dataset, split, reader):
             say(note)
         built = fill(out, towers, split, reader, config.part, say, progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
@@ -26,7 +27,7 @@ from vlprompt.config.images import run_split
 from vlprompt.config.schema import RunConfig
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.reading import ImageReader, readable
-from vlprompt.data.splits import Split, in_order, read_split
+from vlprompt.data.splits import Split, find_classes, in_order, read_split
 from vlprompt.errors import ConfigError, DataError, one_line
 from vlprompt.files import write_atomically
 from vlprompt.methods import Method, find_method
@@ -104,9 +105,11 @@ def told(run: Run, figures: Mapping[str, Any]) -> str:
 
 
 def measured_dataset(config: RunConfig, measurement: Measurement, load: Load = load_dataset) -> LoadedDataset:
-    """The data set that a run is measured on; a split file is of the one that it is trained on."""
-    own = measurement.data == config.data.name
-    return load(measurement.data, config.data.root, config.data.split_file if own else None)
+    """The data set that a run is measured on; split file and template are of the one that it is trained on."""
+    if measurement.data != config.data.name:
+        return load(measurement.data, config.data.root, None)
+    dataset = load(measurement.data, config.data.root, config.data.split_file)
+    return replace(dataset, template=config.data.template or dataset.template)
 
 
 def measured_split(config: RunConfig, measurement: Measurement, load: Load = load_dataset) -> Split:
@@ -128,7 +131,7 @@ def images_fingerprint(split: Split, part: str) -> str:
 
 def measure(method: Method, config: RunConfig, split: Split, part: str, shared_folder: Path) -> Evaluation | None:
     """Score a tuned model; None where it cannot be asked about other classes than its own (a linear probe)."""
-    if split.class_names != method.class_names and not method.takes_new_classes:
+    if not method.takes_new_classes and None in find_classes(split.class_names, method.class_names):
         return None
     items, paths = split.items(part), split.paths(part)
     how = config.data.workers, method.white, config.data.max_pixels

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from vlprompt.__main__ import INTERRUPTED
 from vlprompt.cli.bank import bank_app
 from vlprompt.cli.bench import bench_app
 from vlprompt.cli.data import data_app
@@ -28,8 +29,6 @@ app = typer.Typer(
     help="Adapt a frozen vision-language model (CLIP and relatives) to your classes by learning a few prompt tokens.",
     epilog="Example: vlprompt train promptsrc ./photos --shots 16 --out runs/photos",
 )
-
-INTERRUPTED = 130
 
 
 def main() -> None:

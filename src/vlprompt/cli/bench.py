@@ -125,7 +125,7 @@ def bench(
     from vlprompt.bench.bench import bench as run_bench
     from vlprompt.bench.protocols import Asked, plan, read_rows, rows_of_methods, take_shard
     from vlprompt.cli.progress import CountBar
-    from vlprompt.config.schema import parse_override
+    from vlprompt.config.schema import agreed, parse_override
 
     if (methods is None) == (rows is None):
         raise ConfigError("give either --methods or --rows")
@@ -141,7 +141,10 @@ def bench(
         "train.precision": precision,
     }
     every = dict(parse_override(text) for text in settings or [])
-    every |= {key: value for key, value in given.items() if value is not None}
+    given = {key: value for key, value in given.items() if value is not None}
+    for method, _ in chosen.values():
+        agreed(method, every, given | ({"teacher.backbone": teacher} if teacher else {}))
+    every |= given
     asked = Asked(
         protocol, chosen, split_values("--data", data), split_numbers("--seeds", seeds or ["1,2,3"]),
         split_numbers("--shots", shots or []), every, teacher, split,

@@ -10,6 +10,7 @@ import typer
 
 from vlprompt.cli.options import (
     DATA,
+    MODEL,
     OUTPUT,
     ClassNames,
     ClassNamesFile,
@@ -26,7 +27,7 @@ from vlprompt.cli.options import (
     WhichClasses,
     say,
 )
-from vlprompt.errors import ConfigError, DataError
+from vlprompt.errors import ConfigError
 
 models_app = typer.Typer()
 
@@ -37,7 +38,20 @@ def evaluate(
     data: Data,
     root: Root = None,
     classes: WhichClasses = "all",
-    split: Annotated[Literal["test", "val"], typer.Option(help="Images to measure on.", rich_help_panel=DATA)] = "test",
+    split: Annotated[
+        Literal["all", "train", "val", "test"] | None,
+        typer.Option(
+            help="Images to measure on; default: test, or all of a folder that is only evaluated.", rich_help_panel=DATA
+        ),
+    ] = None,
+    among: Annotated[
+        Literal["model", "folder"] | None,
+        typer.Option(
+            help="Whose classes each image is scored among, the model's or those of DATA; default: the model's, where "
+            "DATA is a folder or CSV file with no other classes.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     split_file: SplitFile = None,
     skip_bad: SkipBad = False,
     max_pixels: MaxPixels = None,
@@ -45,39 +59,33 @@ def evaluate(
     device: Device = "cpu",
     precision: Precision = "fp32",
     json_output: Json = False,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="Print image,truth,prediction,probability rows.", rich_help_panel=OUTPUT)
+    ] = False,
 ) -> None:
-    """Measure a tuned model's accuracy and calibration on a data set's images and class names."""
-    from vlprompt.artefact.artefact import load_artefact
-    from vlprompt.data.datasets import load_dataset
-    from vlprompt.data.reading import CACHE_BYTES, ImageReader, readable
-    from vlprompt.training.evaluate import EvaluationImages
-    from vlprompt.training.evaluate import evaluate as evaluate_method
+    """Measure a tuned model's accuracy and calibration on a data set's images and class names.
 
-    dataset = load_dataset(data, root, split_file)
-    chosen = dataset.split.subset(classes)
-    items, paths = chosen.items(split), chosen.paths(split)
-    if not items:
-        raise DataError(f"data set '{dataset.name}' has no {split} images")
-    for note in filter(None, [*dataset.notes, dataset.gap(split, classes)]):
-        say(note)
-    method = load_artefact(run, backbone, device, precision)
-    method.take_template(dataset.template)
+    A folder or CSV file that names no train, val and test images is measured whole, unless RUN was trained on it.
+    """
+    from vlprompt.artefact.hub import load_model
+    from vlprompt.cli.evaluate import Asked, measure, per_image, summary
+    from vlprompt.data.reading import CACHE_BYTES, ImageReader
+
+    if json_output and csv:
+        raise ConfigError("--json and --csv exclude each other")
+    asked = Asked(data, root, split_file, classes, split, among, skip_bad)
+    images = asked.dataset()  # before the model is loaded, which takes longer
+    method, folder = load_model(run, backbone, device, precision)
     room = CACHE_BYTES if skip_bad else 0
     with ImageReader(room=room, white=method.white, max_pixels=max_pixels) as reader:
-        kept = readable(paths, reader, skip_bad, say)
-        images = EvaluationImages([paths[i] for i in kept], [items[i].label for i in kept], reader)
-        result = evaluate_method(method, images, chosen.class_names)
-        for note in reader.range_notes():
-            say(note)
+        measured = measure(method, folder, asked, images, reader, say)
     if json_output:
-        print(json.dumps({**result.to_dict(), "skipped": len(paths) - len(kept)}))
-        return
-    for name, accuracy in sorted(result.per_class.items(), key=lambda x: x[1]):
-        print(f"{accuracy:6.1f} %  {name}")
-    print(
-        f"accuracy {result.accuracy:.2f} % on {result.n} {split} images of {len(result.classes)} classes "
-        f"({classes}); calibration error {result.calibration_error:.3f}"
-    )
+        print(json.dumps(measured.to_dict()))
+    elif csv:
+        print(per_image(measured))
+        say(summary(measured).splitlines()[-1])
+    else:
+        print(summary(measured))
 
 
 @models_app.command(epilog='Example: vlprompt predict runs/x photo.jpg more/ --class-names "cat,dog,horse" --top 3')
@@ -98,7 +106,7 @@ def predict(
     ] = False,
 ) -> None:
     """Classify images with a tuned model, under its own class names or any others."""
-    from vlprompt.artefact.artefact import load_artefact
+    from vlprompt.artefact.hub import load_model
     from vlprompt.cli.predict import find_images, predict_images, read_class_names, show
     from vlprompt.data.reading import CACHE_BYTES, ImageReader, readable
     from vlprompt.prompting.text import partly_known
@@ -106,7 +114,7 @@ def predict(
     if json_output and csv:
         raise ConfigError("--json and --csv exclude each other")
     paths = find_images(images, say)
-    method = load_artefact(run, backbone, device, precision)
+    method, _ = load_model(run, backbone, device, precision)
     names = read_class_names(class_names, class_names_file) or method.class_names
     if names != method.class_names and (note := partly_known(method.backbone, names)):
         say(note)
@@ -130,11 +138,11 @@ def export(
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.", rich_help_panel=OUTPUT)],
 ) -> None:
     """Write class features and scale for use without vlprompt; for methods that leave the image tower alone."""
-    from vlprompt.artefact.artefact import load_artefact
     from vlprompt.artefact.export import export_classes
+    from vlprompt.artefact.hub import load_model
     from vlprompt.cli.predict import read_class_names
 
-    method = load_artefact(run, backbone)
+    method, _ = load_model(run, backbone)
     names = read_class_names(class_names, class_names_file) or method.class_names
     export_classes(method, names, out)
     say(f"{len(names)} classes of {method.name} on {method.backbone.name} written to {out}")
@@ -155,11 +163,11 @@ def explain(
     json_output: Json = False,
 ) -> None:
     """Draw which patches of an image speak for its class; of drople, also which tokens its dropout would hit."""
-    from vlprompt.artefact.artefact import load_artefact
+    from vlprompt.artefact.hub import load_model
     from vlprompt.cli.explain import explain as explain_image
     from vlprompt.cli.explain import write_explanation
 
-    explanation = explain_image(load_artefact(run, backbone, device, precision), image, seed)
+    explanation = explain_image(load_model(run, backbone, device, precision)[0], image, seed)
     write_explanation(explanation, out, image.name)
     if json_output:
         print(json.dumps(explanation.to_dict()))
@@ -168,13 +176,39 @@ def explain(
 
 @models_app.command(epilog="Example: vlprompt convert pytorch_model.bin clip/model.safetensors")
 def convert(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .bin or .pt state dict.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file to write.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .bin or .pt state dict, or CoOp's model.pth.tar-N.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The .safetensors file to write; of CoOp's prompts, a new folder.")
+    ],
+    backbone: Annotated[
+        str | None, typer.Option(help="Of CoOp's prompts: the backbone they were tuned on.", rich_help_panel=MODEL)
+    ] = None,
+    class_names: Annotated[
+        str | None, typer.Option(help="Of CoOp's prompts: their classes, separated by commas.", rich_help_panel=DATA)
+    ] = None,
+    class_names_file: Annotated[
+        Path | None, typer.Option(help="File of these classes, one per line.", rich_help_panel=DATA)
+    ] = None,
+    position: Annotated[
+        Literal["end", "middle", "front"],
+        typer.Option(help="Of CoOp's prompts: where the class name stands.", rich_help_panel=MODEL),
+    ] = "end",
 ) -> None:
-    """Convert an older checkpoint to safetensors, without running code that it may hold.
+    """Convert an older checkpoint to safetensors, or CoOp's and CoCoOp's prompts to a tuned model.
 
-    OpenAI's loads as it is; weights of open_clip need their open_clip_config.json beside them.
+    No code that the file may hold is run. OpenAI's loads as it is; weights of open_clip need their
+    open_clip_config.json beside them.
     """
+    from vlprompt.artefact.coop import NAME, import_prompts
     from vlprompt.backbones.convert import convert as convert_file
+    from vlprompt.backbones.load import load_backbone
+    from vlprompt.cli.predict import read_class_names
 
-    say(f"{convert_file(file, out)} tensors written to {out}")
+    names = read_class_names(class_names, class_names_file)
+    if backbone is None and names is None and not NAME.fullmatch(file.name):
+        say(f"{convert_file(file, out)} tensors written to {out}")
+        return
+    if backbone is None or names is None:
+        raise ConfigError(f"{file}: CoOp's prompts name no backbone and no classes: --backbone, --class-names-file")
+    method = import_prompts(file, out, load_backbone(backbone), names, position)
+    say(f"{method.name} with {len(names)} classes on {backbone} written to {out}")

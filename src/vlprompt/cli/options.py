@@ -38,7 +38,9 @@ SkipBad = Annotated[bool, configured("data.skip_bad", DATA, "--skip-bad")]
 MaxPixels = Annotated[int | None, configured("data.max_pixels", DATA, min=1)]
 Device = Annotated[str, configured("train.device", MODEL)]
 Precision = Annotated[str, configured("train.precision", MODEL)]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or any folder that holds a tuned model.")]
+RunFolder = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run folder, any folder that holds a tuned model, or a hub id.")
+]
 OtherBackbone = Annotated[
     str | None, typer.Option(help="Where the backbone is now, if it has moved.", rich_help_panel=MODEL)
 ]
@@ -73,6 +75,7 @@ Epochs = Annotated[int | None, configured("train.epochs", TRAINING, default="the
 Preset = Annotated[
     str | None, typer.Option(help="Other settings of the method by name, e.g. few-shot.", rich_help_panel=TRAINING)
 ]
+WarmStart = Annotated[str | None, configured("train.warm_start", TRAINING, "--from", metavar="RUN")]
 Select = Annotated[Literal["last", "val"] | None, configured("train.select", TRAINING)]
 ConfigFile = Annotated[Path | None, typer.Option(help="YAML file with any settings.", rich_help_panel=TRAINING)]
 Resume = Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +86,16 @@ def show(predictions: Sequence[dict[str, Any]], as_csv: bool) -> str:
         tops = ([f"  {_percent(t)} %  {t['class']}" for t in p["top"]] for p in predictions)
         lines = ([p["image"], *top] for p, top in zip(predictions, tops, strict=True))
         return "\n".join(line for group in lines for line in group)
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
     spread = ["spread"] * any("spread" in t for p in predictions for t in p["top"])
     numbers = ["probability", *spread]
-    rows.writerow(["image", "class", *numbers])
-    rows.writerows([p["image"], t["class"], *(f"{t[n]:.6f}" for n in numbers)] for p in predictions for t in p["top"])
+    rows = [(p["image"], t["class"], *(f"{t[n]:.6f}" for n in numbers)) for p in predictions for t in p["top"]]
+    return csv_text(("image", "class", *numbers), rows)
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as CSV, without a line end after its last row."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
     return text.getvalue().rstrip("\n")
 
 

@@ -36,6 +36,7 @@ from vlprompt.cli.options import (
     TrainPrecision,
     TrainViews,
     ValFraction,
+    WarmStart,
     first_process,
     say,
 )
@@ -71,6 +72,7 @@ def train(
     epochs: Epochs = None,
     preset: Preset = None,
     select: Select = None,
+    warm_start: WarmStart = None,
     config: ConfigFile = None,
     resume: Resume = None,
     report_to: ReportTo = None,
@@ -86,7 +88,7 @@ def train(
     Every epoch is saved: `vlprompt train --resume RUN` resumes a stopped run. Started by `torchrun --nproc-per-node N
     -m vlprompt train …` or `accelerate launch`, N processes share each batch.
     """
-    from vlprompt.config.schema import build_config, parse_override, read_config
+    from vlprompt.config.schema import agreed, build_config, parse_override, read_config
 
     given = {
         "data.name": data,
@@ -106,6 +108,7 @@ def train(
         "seed": seed,
         "train.epochs": epochs,
         "train.select": select,
+        "train.warm_start": warm_start,
         "train.report_to": report_to,
     }
     if resume is not None:
@@ -129,8 +132,9 @@ def train(
         return
     if method is None or data is None:
         raise ConfigError("missing METHOD and DATA (or --resume RUN)")
-    overrides = dict(parse_override(s) for s in settings or [])
-    overrides |= {k: v for k, v in given.items() if v is not None}
+    overrides = agreed(
+        method, dict(parse_override(s) for s in settings or []), {k: v for k, v in given.items() if v is not None}
+    )
     merged = build_config(method, preset, read_config(config) if config else None, overrides)
     if dry_run:
         print(json.dumps(merged.to_dict()) if json_output else merged.to_yaml(), end="\n" if json_output else "")

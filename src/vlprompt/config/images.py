@@ -74,6 +74,8 @@ def choose_images(
         bad |= found
     if config.data.val_fraction and dataset.split.val:
         say(f"data set '{dataset.name}' has val images: data.val_fraction is not used")
+    if dataset.division:
+        say(dataset.division)
     for note in dict.fromkeys(dataset.gap(part, config.data.classes) for part in PARTS):
         if note:
             say(note)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -11,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
+import numpy as np
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
@@ -75,6 +77,8 @@ class DataConfig:
     """Share of each class's training images that becomes val before shots are drawn, where there is no val split."""
     classes: Classes = "all"
     """First half of the classes, second half, or all."""
+    template: Template | None = None
+    """Text of the classes with {} for the name; the known data set's if not given, or else "a photo of a {}."."""
     batch_size: Annotated[int, Ge(1)] = 32
     """Images in a training step."""
     drop_last: bool = True
@@ -160,6 +164,8 @@ class TrainConfig:
     """Whether steps are recorded as CUDA graphs and replayed: the same results, faster where a model is small."""
     select: Literal["last", "val"] = "last"
     """Keep the prompts of the last epoch, or those of the first epoch with the best val accuracy."""
+    warm_start: Folder | None = None
+    """Tuned model (a run, an artefact or a hub id) whose prompts training begins with."""
     report_to: Literal["tensorboard", "wandb"] | None = None
     """Where each epoch's figures go besides log.jsonl."""
 
@@ -253,6 +259,18 @@ def parse_override(text: str) -> tuple[str, Any]:
     return key.strip(), parsed if parsed is None or isinstance(parsed, (str, int, float)) else value
 
 
+def agreed(method: str, settings: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings (KEY=VALUE) and options (by full key) together; raises ConfigError where they contradict each other."""
+    known, unclear = _known_keys(find_method(method).Config), list[str]()
+    for key, value in settings.items():
+        full = _resolve(key, known, unclear)
+        if full is not None and full in options and options[full] != value:
+            raise ConfigError(
+                f"{key} = {value} and {full} = {options[full]} are both given: they contradict each other"
+            )
+    return {**settings, **options}
+
+
 def build_config(
     method: str,
     preset: str | None = None,
@@ -288,9 +306,15 @@ def build_config(
     for key, value in merged.items():
         section, _, name = key.rpartition(".")
         (nested[section] if section else top)[name] = value
+    problems += _template_for_all(nested, cls.Config)
     sections = {s: checked(c, nested[s], f"{s}.", problems) for s, c in SECTIONS.items()}
     options = checked(cls.Config, nested["method"], "method.", problems)
     top = _checked_top(top, problems)
+    problems += [
+        f"method.{key} = {value}: words are meant here, and this is a place; --from starts from a tuned model"
+        for key, value in (vars(options).items() if options else ())
+        if key.startswith("init") and isinstance(value, str) and _is_place(value)
+    ]
     if "teacher_probabilities" not in cls.needs and nested["teacher"].get("backbone") is None:
         given = [f"teacher.{key} = {value}" for key, value in nested["teacher"].items() if value is not None]
         problems += [
@@ -313,6 +337,23 @@ def _with_views(layer: Mapping[str, Any]) -> dict[str, Any]:
         )
         for key, value in layer.items()
     }
+
+
+def _is_place(text: str) -> bool:
+    """Whether text that should be words is a path: that of a file or tuned model, or one that is not there."""
+    path = Path(text).expanduser()
+    if "/" in text or os.sep in text:
+        return " " not in text or path.exists()
+    return (path / "config.json").exists() or (path.suffix != "" and path.is_file())
+
+
+def _template_for_all(nested: dict[str, dict[str, Any]], options: type) -> list[str]:
+    """Give the data set's template to a method that has an option for its own; what contradicts, if they differ."""
+    given, own = nested["data"].get("template"), nested["method"].get("template")
+    if not isinstance(given, str) or "{}" not in given or "template" not in {f.name for f in fields(options)}:
+        return []
+    nested["method"]["template"] = own or given
+    return [f"data.template = {given} and method.template = {own} contradict each other"] * (own not in (None, given))
 
 
 def check_capabilities(
@@ -394,7 +435,8 @@ def _checked_top(values: Mapping[str, Any], problems: list[str]) -> dict[str, An
 
 
 def _no_truth(value: Any, hint: Any) -> Any:
-    """``true`` as text where a number is asked for: pydantic would read it as 1."""
+    """``true`` as text where a number is asked for: pydantic would read it as 1. NumPy's numbers are numbers."""
+    value = value.item() if isinstance(value, np.generic) else value
     allowed = {hint, *get_args(hint)}
     return str(value).lower() if isinstance(value, bool) and bool not in allowed and allowed & {int, float} else value
 

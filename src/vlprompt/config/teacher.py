@@ -18,7 +18,7 @@ from vlprompt.backbones.load import DTYPES, load_backbone
 from vlprompt.config.schema import RunConfig, TeacherConfig
 from vlprompt.data.images import Preprocess
 from vlprompt.data.known.table import DEFAULT_TEMPLATE
-from vlprompt.data.splits import names_in_file
+from vlprompt.data.splits import find_classes, names_in_file
 from vlprompt.errors import ConfigError
 from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.prompting.text import fill
@@ -124,7 +124,7 @@ def configured_teacher(
         for key in ("template", "logit_scale"):
             if (value := getattr(given, key)) is not None:
                 raise ConfigError(f"teacher.{key} = {value}: {model.name} is a tuned model, which has its own")
-        if not model.method.takes_new_classes and tuple(class_names) != model.method.class_names:
+        if not model.method.takes_new_classes and None in find_classes(class_names, model.method.class_names):
             raise ConfigError(
                 f"teacher.backbone = {model.name}: {model.method.name} knows the classes alone that it was tuned on"
             )

@@ -25,6 +25,19 @@ class LoadedDataset:
     """What its reader should know: files and folders left out, another folder of its name."""
     is_folder: bool = True
     """Whether the folder that it lies in is its own, as that of a CSV file is not."""
+    own: bool = False
+    """Whether it is the user's folder or CSV file, not a known data set."""
+
+    @property
+    def division(self) -> str:
+        """How the images of a folder or CSV file that names no parts became train, val and test; empty otherwise."""
+        if not (self.own and self.split.divided):
+            return ""
+        train, val, test = (len(self.split.items(part)) for part in PARTS)
+        return (
+            f"data set '{self.name}' names no train, val and test images: half of each class's are train, a fifth val, "
+            f"the rest test, drawn by their names ({train}, {val} and {test})"
+        )
 
     def gap(self, part: str, classes: Classes = "all") -> str:
         """A line about the classes without images in a part, where others have some, or about there being one class.
@@ -46,6 +59,8 @@ def load_dataset(
     data: str | os.PathLike[str],
     root: str | os.PathLike[str] | None = None,
     split_file: str | os.PathLike[str] | None = None,
+    *,
+    least: int = 2,
 ) -> LoadedDataset:
     """Load a data set of ``DATASETS`` (by name or title; case, "-" and "_" do not matter), a folder, or a CSV file.
 
@@ -54,7 +69,8 @@ def load_dataset(
 
     With ``split_file``, ``data`` says where the images lie (for a CSV, beside it) and the file says which of them are
     what: the ``split.json`` of a run, a split file in CoOp's format or a published few-shot list. It replaces the data
-    set's own classes and parts. A run's file holds the classes of that run only.
+    set's own classes and parts. A run's file holds the classes of that run only. One's own images are of at least
+    ``least`` classes: of one alone only where a model knows others.
 
     Raises DataError for what does not exist, naming the path looked for or the nearest name: all images of a split must
     be there. A known data set's training and test images must be of the same classes, those of ``split_file`` too.
@@ -82,11 +98,11 @@ def load_dataset(
     if path.suffix.lower() == ".csv" and not os.path.isdir(path):
         if file and not os.path.isfile(path):
             raise missing_error("CSV file", path)
-        split = _listed(file, path.parent) if file else from_csv(path)
-        return LoadedDataset(path.stem, split, DEFAULT_TEMPLATE, is_folder=False)
+        split = _listed(file, path.parent) if file else from_csv(path, least)
+        return LoadedDataset(path.stem, split, DEFAULT_TEMPLATE, is_folder=False, own=True)
     if os.path.isdir(path):
-        split = _listed(file, path) if file else from_folder(path, left_out)
-        return LoadedDataset(path.resolve().name, split, DEFAULT_TEMPLATE, left_out.notes(path))
+        split = _listed(file, path) if file else from_folder(path, left_out, least)
+        return LoadedDataset(path.resolve().name, split, DEFAULT_TEMPLATE, left_out.notes(path), own=True)
     if os.path.isfile(path) and path.suffix.lower() == ".json":
         raise DataError(f"{path} is no data set: give the images as DATA, and this file with --split-file")
     if os.path.exists(path):

@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from vlprompt.data.files import (
@@ -39,15 +40,15 @@ _BESIDE = {"set", "data", "dataset", "image", "images", "img", "imgs", "photos",
 """Words that stand beside these in folders' names."""
 
 
-def from_folder(root: str | os.PathLike[str], left_out: LeftOut | None = None) -> Split:
+def from_folder(root: str | os.PathLike[str], left_out: LeftOut | None = None, least: int = 2) -> Split:
     """Make a split of class folders, in alphabetical order; images may lie deeper inside them.
 
     Either folders of parts (``train``, ``val`` and ``test``, or the like: ``Training``, ``test_set``) stand above the
     class folders, and then train, if it is there, says which classes exist. Or the class folders stand alone: then the
     images of each class are ranked by a hash of their relative paths, and half of them (rounded up) are train, a fifth
     (rounded down) val, the rest test. Hidden files are skipped; ``left_out`` is told of others that are not read.
-    Raises DataError for a missing folder, fewer than two classes, a class folder without images, and folders that seem
-    to be no classes: some hold folders only, or folders of the same names.
+    Raises DataError for a missing folder, fewer than ``least`` classes, a class folder without images, and folders that
+    seem to be no classes: some hold folders only, or folders of the same names.
     """
     root, left_out = Path(root), LeftOut() if left_out is None else left_out
     if not os.path.isdir(root):
@@ -55,7 +56,7 @@ def from_folder(root: str | os.PathLike[str], left_out: LeftOut | None = None) -
     folders = subfolders(root)
     parts = _parts(root, folders, left_out)
     every = [folder for classes in parts.values() for folder in classes] if parts else folders
-    labels = _labels((folder.name for folder in parts.get("train", every)), f"folder {root}")
+    labels = _labels((folder.name for folder in parts.get("train", every)), f"folder {root}", least)
     if not parts:
         _check_classes(root, folders)
     for folder in every:
@@ -72,10 +73,10 @@ def from_folder(root: str | os.PathLike[str], left_out: LeftOut | None = None) -
         return [Item(image.relative_to(root).as_posix(), label) for image, label in found]
 
     named = {part: items(classes) for part, classes in parts.items()} or _divided(items(folders))
-    return _split(root, labels, named)
+    return replace(_split(root, labels, named), divided=not parts)
 
 
-def from_csv(file: str | os.PathLike[str]) -> Split:
+def from_csv(file: str | os.PathLike[str], least: int = 2) -> Split:
     """Make a split of a CSV file with a header: ``path,label`` or ``path,label,split``.
 
     Paths are relative to the CSV's folder, labels are class names (taken in alphabetical order), split is
@@ -104,10 +105,10 @@ def from_csv(file: str | os.PathLike[str]) -> Split:
                 part_of[path] = _part(row["split"], where)
     except csv.Error as error:
         raise DataError(f"cannot read CSV file {file}: {error}") from error
-    labels = _labels(label_of.values(), f"CSV file {file}")
+    labels = _labels(label_of.values(), f"CSV file {file}", least)
     items = [Item(path, labels[label]) for path, label in label_of.items()]
     if not part_of:
-        return _split(file.parent, labels, _divided(items))
+        return replace(_split(file.parent, labels, _divided(items)), divided=True)
     named = {part: [item for item in items if part_of[item.path] == part] for part in PARTS}
     return _split(file.parent, labels, named)
 
@@ -138,7 +139,7 @@ def _filled(row: dict, where: str) -> bool:
 
 def _split(root: Path, labels: Iterable[str], items: dict[str, list[Item]]) -> Split:
     names = tuple(class_name(name) for name in labels)
-    return Split(root, names, **{part: in_order(items.get(part, ())) for part in PARTS})
+    return Split(root, names, *(in_order(items.get(part, ())) for part in PARTS))
 
 
 def _divided(items: Iterable[Item]) -> dict[str, list[Item]]:
@@ -152,11 +153,13 @@ def _divided(items: Iterable[Item]) -> dict[str, list[Item]]:
     return parts
 
 
-def _labels(names: Iterable[str], source: str) -> dict[str, int]:
+def _labels(names: Iterable[str], source: str, least: int) -> dict[str, int]:
     labels = {name: label for label, name in enumerate(sorted(set(names)))}
-    if len(labels) < 2:
+    if len(labels) < least:
         found = ", ".join(labels) or "none"
-        raise DataError(f"{source}: at least two classes are needed (found: {found})")
+        raise DataError(
+            f"{source}: at least {'two classes are' if least > 1 else 'one class is'} needed (found: {found})"
+        )
     check_class_names(labels, source)
     return labels
 

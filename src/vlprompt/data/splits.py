@@ -9,7 +9,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -44,9 +44,13 @@ class Split:
     train: tuple[Item, ...]
     val: tuple[Item, ...] = ()
     test: tuple[Item, ...] = ()
+    divided: bool = field(default=False, compare=False, kw_only=True)
+    """Whether its parts were drawn here, from images that lay together."""
 
     def items(self, part: str) -> tuple[Item, ...]:
-        """The images of "train", "val" or "test"."""
+        """The images of "train", "val" or "test", or of "all" three."""
+        if part == "all":
+            return in_order(self.train + self.val + self.test)
         if part not in PARTS:
             raise DataError(unknown("part", part, PARTS))
         return getattr(self, part)
@@ -209,7 +213,7 @@ def read_split(file: str | os.PathLike[str], root: str | os.PathLike[str]) -> Sp
         raise DataError(f"split file {file}: labels must be 0, 1, 2, … without gaps, but {found}")
     if any(isinstance(part, dict) for part in parts.values()):
         items = _without_prefix(items, file, root)
-    return Split(root, tuple(names[label] for label in range(len(names))), **items)
+    return Split(root, tuple(names[label] for label in range(len(names))), *(items[part] for part in PARTS))
 
 
 def _rows(part: Any) -> Any:
@@ -272,12 +276,29 @@ def check_class_names(class_names: Iterable[str], source: str) -> None:
             raise DataError(f"{source}: {wrong}")
         if n > 1 and name:
             raise DataError(f"{source}: {n} classes are named '{name}'")
-        folded = " ".join(unicodedata.normalize("NFC", class_name(name)).casefold().split())
-        if not folded:
+        key = folded(name)
+        if not key:
             raise DataError(f"{source}: a class has no name" + (f" but '{name}'" if name else ""))
-        if folded in seen:
-            raise DataError(f"{source}: classes '{seen[folded]}' and '{name}' have the same name for a text tower")
-        seen[folded] = name
+        if key in seen:
+            raise DataError(f"{source}: classes '{seen[key]}' and '{name}' have the same name for a text tower")
+        seen[key] = name
+
+
+def folded(name: str) -> str:
+    """A class name without what two spellings of it may differ in: case, underscores, white space, stored accents."""
+    return " ".join(unicodedata.normalize("NFC", class_name(name)).casefold().split())
+
+
+def find_classes(names: Sequence[str], known: Sequence[str]) -> list[int | None]:
+    """Which of the ``known`` classes each name is, up to what :func:`folded` leaves out; None for those that are none.
+
+    Names that several classes share, which only split files allow, are found where both lists are the same.
+    """
+    if tuple(names) == tuple(known):
+        return list(range(len(known)))
+    here, there = Counter(map(folded, names)), Counter(map(folded, known))
+    position = {key: c for c, key in enumerate(map(folded, known)) if there[key] == 1}
+    return [position.get(key) if here[key] == 1 else None for key in map(folded, names)]
 
 
 def _unwritable(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from enum import Flag, auto
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -17,11 +18,14 @@ from torch.nn.functional import cross_entropy
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.backbones.towers import Prompts
 from vlprompt.data.batches import Batch
+from vlprompt.data.splits import find_classes
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.prompting.text import TextContext, check_known, encode_classes, encode_in_parts
 
 TEXTS_OF_IMAGES = 2000
 """Class texts encoded together where each image has its own (CoCoOp)."""
+IMAGE_WEIGHT = "image_weight"
+"""In a batch's ``extra``: how much each image's cross-entropy counts, [B]; 1 on average over all images."""
 KEPT = 4
 """Lists of class names whose features a tuned model remembers."""
 
@@ -152,6 +156,8 @@ class Method(nn.Module):
 
     white: float | None = None
     """Value that is white in the deep greys of the images that it was tuned on; the largest of 16 bits if not given."""
+    reads_template: ClassVar[bool] = True
+    """Whether it reads class names in the data set's template; learned text contexts stand in its place."""
     text_chunk: int | None = None
     """Classes whose texts are encoded at once, to need less memory; all if not given."""
 
@@ -210,6 +216,9 @@ class Method(nn.Module):
         prediction and export ask here and nowhere else: what a method does to images or logits, it always does.
         """
         names = tuple(class_names)
+        if not self.takes_new_classes and names != self.class_names:
+            own = self.own_classes(names)
+            return self.predict(x, self.class_names)[:, own]
         if x.ndim == 2 and Can.USE_FROZEN_FEATURES not in self.config.can:
             raise ConfigError(f"method '{self.name}' reads images, and was given their frozen features")
         v = self.adapt(self.encode_images(x) if x.ndim == 4 else x)
@@ -225,6 +234,16 @@ class Method(nn.Module):
     def spread(self, x: Tensor, class_names: Sequence[str]) -> Tensor:
         """Standard deviation of each class's probability over what the model leaves open; as ``predict``: [B, C]."""
         raise NotImplementedError
+
+    def own_classes(self, class_names: Sequence[str]) -> list[int]:
+        """Which of its own classes these are; raises DataError for a name that is none of them."""
+        found = find_classes(class_names, self.class_names)
+        if None in found:
+            name = class_names[found.index(None)]
+            near = get_close_matches(name, self.class_names, 1, 0.5)
+            hint = f": did you mean '{near[0]}'?" if near else ""
+            raise DataError(f"{self.name} knows its own {len(self.class_names)} classes alone, not '{name}'{hint}")
+        return [c for c in found if c is not None]
 
     def kept_class_features(self, class_names: Sequence[str]) -> Tensor:
         """Class features of a tuned model; the last few lists' are remembered while nothing of the model changes."""
@@ -296,6 +315,8 @@ class Method(nn.Module):
         """What the labels say, or a teacher in their place: cross-entropy, or KDPL's two divergences."""
         if batch.teacher_probabilities is not None:
             return symmetric_kl(out.logits, batch.taught)
+        if (weight := batch.extra.get(IMAGE_WEIGHT)) is not None:
+            return {"ce": (weight * cross_entropy(out.logits, batch.labels, reduction="none")).mean()}
         return {"ce": cross_entropy(out.logits, batch.labels)}
 
     def regularisers(self, out: Output, batch: Batch) -> dict[str, Tensor]:

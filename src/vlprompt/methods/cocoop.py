@@ -26,6 +26,7 @@ class CoCoOp(Method):
     paper, year, learns = "Zhou et al., CVPR", 2022, "text context moved by the image"
     official = {**SGD, "data.batch_size": 1, "train.epochs": 10}
     image_dependent = True
+    reads_template = False
 
     @dataclass(frozen=True)
     class Config(MethodConfig):

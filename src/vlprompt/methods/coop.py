@@ -27,6 +27,7 @@ class CoOp(Method):
     """
 
     paper, year, learns = "Zhou et al., IJCV", 2022, "text context"
+    reads_template = False
     official = {**SGD, "data.batch_size": 32, "train.epochs": 50}
     presets = {
         "few-shot": {"train.epochs": 200},

@@ -59,6 +59,7 @@ class IVLP(Method):
     """
 
     paper, year, learns = "Rasheed et al., CVPR", 2023, "deep text and visual prompts"
+    reads_template = False
     official = {
         "optim.name": "sgd",
         "optim.lr": 0.0025,

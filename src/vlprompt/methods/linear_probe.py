@@ -57,8 +57,11 @@ class LinearProbe(Method):
         """A classifier of the classes it was fitted on."""
         return False
 
-    def fit_features(self, features: Tensor, labels: Tensor) -> None:
-        """Fit on normalised features [n, E]; with a fold's worth of images per class, C is cross-validated."""
+    def fit_features(self, features: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
+        """Fit on normalised features [n, E]; with a fold's worth of images per class, C is cross-validated.
+
+        ``weights`` [n] say how much each image counts.
+        """
         from sklearn.linear_model import LogisticRegression
         from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
@@ -69,6 +72,7 @@ class LinearProbe(Method):
         if len(count) == 1:
             return  # one class: nothing to tell apart, and scikit-learn refuses it
         x, y = features.double().cpu().numpy(), labels.cpu().numpy()
+        counts = None if weights is None else weights.numpy()
         c = self.config.C
         if c is None and count.min() < FOLDS:
             c = GRID[len(GRID) // 2]
@@ -77,9 +81,9 @@ class LinearProbe(Method):
             model = LogisticRegression(C=c or 1.0, max_iter=self.config.max_iter)
             if c is None:
                 folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
-                model = GridSearchCV(model, {"C": GRID}, cv=folds).fit(x, y).best_estimator_
+                model = GridSearchCV(model, {"C": GRID}, cv=folds).fit(x, y, sample_weight=counts).best_estimator_
             else:
-                model.fit(x, y)
+                model.fit(x, y, sample_weight=counts)
         weight, bias = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
         if len(weight) == 1:  # two classes: scikit-learn keeps one row, the logit of the second
             weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2

@@ -25,6 +25,7 @@ class MaPLe(Method):
     """
 
     paper, year, learns = "Khattak et al., CVPR", 2023, "deep text prompts coupled to visual prompts"
+    reads_template = False
     official = {
         "optim.name": "sgd",
         "optim.lr": 0.0035,

@@ -154,6 +154,23 @@ def load_checkpoint(run: Path, training: Training) -> History:
         raise ArtefactError(f"cannot read checkpoint {file}: {one_line(error)}") from None
 
 
+def read_method_state(run: Path) -> dict[str, Tensor]:
+    """The method's state in a run's checkpoint: that of the best epoch where it is selected, or else the last.
+
+    Raises ArtefactError if it cannot be read.
+    """
+    file = checkpoint_file(run)
+    try:
+        with safe_open(file, "pt") as f:
+            metadata = f.metadata() or {}
+            tensors = {k: f.get_tensor(k).clone() for k in f.keys()}  # noqa: SIM118
+        if metadata["sha256"] != _checksum(tensors, metadata["checkpoint"]):
+            raise ArtefactError(f"checkpoint {file} is damaged: its content is not what was saved")
+    except (KeyError, SafetensorError, OSError) as error:
+        raise ArtefactError(f"cannot read checkpoint {file}: {one_line(error)}") from None
+    return _group(tensors, "best") or _group(tensors, "method")
+
+
 def remove_unfinished(run: Path) -> None:
     """Take away files that a killed process was writing."""
     for folder in (run, run / "checkpoints"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -89,8 +91,31 @@ class Evaluation:
         """Percent: the mean of the classes' accuracies."""
         return sum(self.per_class.values()) / len(self.per_class)
 
+    def metrics(self) -> dict[str, Any]:
+        """``macro_accuracy``, ``precision``, ``recall`` and ``f1``: means over the classes with images, in percent.
+
+        ``by_class`` has the same of each of these, and its ``n`` images. A class that no image is taken for has
+        precision 0. A class's recall is its accuracy, so the mean recall is the macro accuracy.
+        """
+        hits, truth, predicted = Counter[int](), Counter[int](), Counter[int]()
+        for c, p, n in self.confusion:
+            hits[c] += n * (c == p)
+            truth[c] += n
+            predicted[p] += n
+        by_class = {
+            name: {
+                "n": truth[c],
+                "precision": 100 * hits[c] / max(predicted[c], 1),
+                "recall": self.per_class[name],
+                "f1": 200 * hits[c] / (truth[c] + predicted[c]),
+            }
+            for c, name in zip(sorted(truth), self.per_class, strict=True)
+        }
+        means = {k: fmean(row[k] for row in by_class.values()) for k in ("precision", "recall", "f1")}
+        return {"macro_accuracy": self.macro_accuracy, **means, "by_class": by_class}
+
     def to_dict(self) -> dict[str, Any]:
-        """What the command line prints, as JSON values."""
+        """Its fields as JSON values, but the confusion matrix."""
         return {k: v for k, v in vars(self).items() if k != "confusion"} | {"classes": list(self.classes)}
 
 

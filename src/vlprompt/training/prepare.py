@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from vlprompt.training.distributed import Processes
 from vlprompt.training.evaluate import EvaluationImages
 from vlprompt.training.loop import Training
 from vlprompt.training.schedule import build_optimizer
+from vlprompt.training.warm_start import start_from
 
 PROVIDED = frozenset({"frozen_image_features", "second_view", "teacher_probabilities"})
 """What a batch can bring without the user's help."""
@@ -100,7 +102,13 @@ def prepare(
             raise ConfigError(f"method '{name}' takes no training steps: it reads no region bank (data.bank)")
         if config.taught:
             raise ConfigError(f"method '{name}' takes no training steps: it learns from no teacher (teacher.backbone)")
+        if config.train.warm_start is not None:
+            raise ConfigError(
+                f"method '{name}' takes no training steps: it begins from no tuned model (train.warm_start)"
+            )
         return None
+    if config.train.warm_start is not None:
+        start_from(method, config.train.warm_start)
     if config.teacher.classes_per_batch is not None and not method.takes_new_classes:
         raise ConfigError(
             f"teacher.classes_per_batch = {config.teacher.classes_per_batch} (allowed where each class has prompts of "
@@ -147,11 +155,23 @@ def _center(config: RunConfig, teacher: Teacher | None, method: Method, whole: E
     return {"center": True, "constant": constant, "pixels": config.reads_pixels}
 
 
-def fit_features(method: Method, training: Training | None, images: EvaluationImages) -> None:
+def check_weighs(method: Method, taught: bool) -> None:
+    """Raise ConfigError for a method whose loss, or fit on frozen features, knows no weights of images."""
+    own = type(method)
+    supervises = method.trains and (taught or own.supervision is not Method.supervision)
+    fits = own.fit_features is not Method.fit_features and "weights" not in signature(own.fit_features).parameters
+    if supervises or fits:
+        raise ConfigError(f"method '{method.name}' cannot weigh images (sample_weight, class_weight)")
+
+
+def fit_features(
+    method: Method, training: Training | None, images: EvaluationImages, weights: Tensor | None = None
+) -> None:
     """Let a method that fits on frozen features do so, before any steps; these begin with what it fitted."""
     if type(method).fit_features is Method.fit_features:
         return
-    method.fit_features(images.frozen(method), images.labels)
+    given = {} if weights is None else {"weights": weights}
+    method.fit_features(images.frozen(method), images.labels, **given)
     if training:
         training.optimizer = build_optimizer(method, training.optim)
     elif method.trains:

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split, read_split, write_split
 from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError
 from vlprompt.files import held, write_atomically, write_error
-from vlprompt.methods import Method, MethodConfig
+from vlprompt.methods import Method, find_method
 from vlprompt.methods.registry import file_fingerprint
 from vlprompt.prompting.text import partly_known
 from vlprompt.training.checkpoints import History, Keeper, checkpoint_file, remove_unfinished
@@ -95,9 +95,10 @@ def train(
             if not resume:
                 check_outside(out, dataset)
             split, skipped = choose_images(config, dataset, reader, say)
+            template = config.data.template or dataset.template
             backbone = load_backbone(config.backbone, processes.device, config.train.precision)
-            sources = find_sources(config, split.class_names, dataset.template, backbone)
-        method = build(config, sources, backbone, dataset.template, split.class_names)
+            sources = find_sources(config, split.class_names, template, backbone)
+        method = build(config, sources, backbone, template, split.class_names)
         method.white = reader.white
         images, val = (images_of(split.paths(part), split.labels(part), reader=reader) for part in ("train", "val"))
 
@@ -105,8 +106,10 @@ def train(
             return evaluate(method, val, split.class_names).accuracy if split.val else None
 
         paths, labels = split.paths("train"), split.labels("train")
+        begun = resume and checkpoint_file(out).exists()  # where it began from may be gone since
+        ready = replace(config, train=replace(config.train, warm_start=None)) if begun else config
         training = prepare(
-            config,
+            ready,
             sources,
             method,
             paths,
@@ -129,7 +132,7 @@ def train(
             for note in [
                 *(image_notes(config, dataset, split, reader) if processes.first else []),
                 *([unread] if unread else []),
-                *_unused(config.options),
+                *_unused(config),
                 *([*_only_warm_up(config), *_no_crops(config)] if training else []),
             ]:
                 say(note)
@@ -211,9 +214,13 @@ def _opening(
     return "\n".join(lines)
 
 
-def _unused(options: MethodConfig) -> list[str]:
+def _unused(config: RunConfig) -> list[str]:
     """A line for each setting that was changed and has no effect beside the others."""
-    return [
+    options, name, template = config.options, config.method, config.data.template
+    unread = template and not config.taught and not find_method(name).reads_template
+    return [f"data.template = {template} has no effect: {name} learns the words around the class name"] * bool(
+        unread
+    ) + [
         f"method.{key} = {getattr(options, key)} has no effect: method.{other} = {getattr(options, other)}"
         for key, other in options.unused().items()
         if getattr(options, key) != getattr(type(options), key)

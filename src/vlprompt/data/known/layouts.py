@@ -40,7 +40,7 @@ def read_aircraft(folder: Path, images: Path) -> Split:
                 raise DataError(f"{file}, line {number}: variant '{name}' is not in variants.txt")
             items.append(Item(f"{image}.jpg", labels[name]))
         parts[part] = tuple(items)
-    return Split(images, tuple(map(class_name, names)), **parts)
+    return Split(images, tuple(map(class_name, names)), *(parts[part] for part in PARTS))
 
 
 def class_folders(folder: Path, images: Path, train: str | None = None, test: str = "") -> Split:
@@ -70,7 +70,7 @@ def class_folders(folder: Path, images: Path, train: str | None = None, test: st
         part: tuple(Item(path, label) for label, key in enumerate(present) for path in classes.get(key, ()))
         for part, classes in found.items()
     }
-    return Split(images, tuple(class_name(names[key]) for key in present), **parts)
+    return Split(images, tuple(class_name(names[key]) for key in present), *(parts.get(part, ()) for part in PARTS))
 
 
 def read_imagenette(folder: Path, images: Path) -> Split:
@@ -124,7 +124,7 @@ def _without_val(images: Path, names: tuple[str, ...], train: list[Item], test: 
     for ranked in ranked_by_class(train, "val").values():
         parts["val"] += ranked[: len(ranked) // 10]
         parts["train"] += ranked[len(ranked) // 10 :]
-    return Split(images, names, **{part: in_order(items) for part, items in parts.items()})
+    return Split(images, names, *(in_order(parts[part]) for part in PARTS))
 
 
 def _names_of_ids(folder: Path) -> dict[str, str]:

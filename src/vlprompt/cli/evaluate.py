@@ -1,0 +1,184 @@
+"""Which images ``vlprompt evaluate`` measures, among which classes, and what it prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from filecmp import cmp
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from vlprompt.cli.predict import csv_text
+from vlprompt.config.schema import read_config
+from vlprompt.data.datasets import LoadedDataset, load_dataset
+from vlprompt.data.reading import ImageReader, readable
+from vlprompt.data.splits import Classes, Split, find_classes, read_split
+from vlprompt.errors import DataError, first_few
+from vlprompt.methods import Method
+from vlprompt.training.evaluate import Evaluation, EvaluationImages, predict_logits, score
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What ``vlprompt evaluate`` is asked to measure on."""
+
+    data: str
+    root: Path | None
+    split_file: Path | None
+    classes: Classes
+    split: str | None
+    among: Literal["model", "folder"] | None
+    skip_bad: bool
+
+    def dataset(self) -> LoadedDataset:
+        """Its data set; raises DataError if there are no such images."""
+        dataset = load_dataset(self.data, self.root, self.split_file, least=1)
+        chosen = dataset.split.subset(self.classes)
+        if self.split and not chosen.items(self.split):
+            raise DataError(f"data set '{dataset.name}' has no {self.split} images")
+        return dataset
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An evaluation, and what it was made of."""
+
+    result: Evaluation
+    paths: Sequence[Path]
+    labels: Sequence[int]
+    logits: Tensor
+    """[n, C]"""
+    asked: Asked
+    split: str
+    among: Literal["model", "folder"]
+    class_names: tuple[str, ...]
+    """Those of the images; they may be scored among more."""
+    skipped: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``--json`` prints: the evaluation with its metrics, and what it was made on."""
+        figures = {**self.result.to_dict(), **self.result.metrics(), "confusion": self.result.confusion}
+        return {**figures, "split": self.split, "among": self.among, "skipped": self.skipped}
+
+
+def measure(method: Method, run: Path, asked: Asked, dataset: LoadedDataset, reader: ImageReader, say: Say) -> Measured:
+    """Score a tuned model, of the folder ``run``; raises DataError where it cannot be asked about these classes."""
+    for note in dataset.notes:
+        say(note)
+    chosen = dataset.split.subset(asked.classes)
+    among, names, position = _compared(method, asked, dataset, chosen.class_names, say)
+    split = _part(run, asked, dataset, say)
+    items = chosen.items(split)
+    if not items:
+        raise DataError(f"data set '{dataset.name}' has no {split} images")
+    told = split != "all" and (among == "folder" or len(chosen.class_names) > 1)
+    if told and (note := dataset.gap(split, asked.classes)):
+        say(note)
+    if not dataset.own:
+        method.take_template(dataset.template)
+    paths = [chosen.root / item.path for item in items]
+    kept = readable(paths, reader, asked.skip_bad, say)
+    images = EvaluationImages([paths[i] for i in kept], [position[items[i].label] for i in kept], reader)
+    logits = predict_logits(method, images, names)
+    for note in reader.range_notes():
+        say(note)
+    return Measured(
+        score(logits, images.labels, names), [paths[i] for i in kept], images.labels.tolist(), logits, asked, split,
+        among, chosen.class_names, len(paths) - len(kept),
+    )  # fmt: skip
+
+
+def _part(run: Path, asked: Asked, dataset: LoadedDataset, say: Say) -> str:
+    """The part to measure on; says so where the data set does not name its parts itself."""
+    if not dataset.division:
+        return asked.split or "test"
+    trained = _images_trained_on(run, dataset.split)
+    part = asked.split or ("test" if trained else "all")
+    if trained and not asked.split:
+        say(f"{run} was trained on images of '{dataset.name}': its test part is measured (--split all measures all)")
+    elif part == "all":
+        say(f"data set '{dataset.name}' names no train, val and test images: all are measured")
+    if part != "all":
+        say(dataset.division)
+    if n := sum(item.path in trained for item in dataset.split.items(part)):
+        say(f"note: {run} was trained on {n} of these {len(dataset.split.items(part))} images")
+    return part
+
+
+def _images_trained_on(run: Path, split: Split) -> set[str]:
+    """The images that a run was trained on, if they are a split's: by name and, where they still lie there, content.
+
+    Other folders may well have images of the same names.
+    """
+    if not (run / "split.json").is_file() or not (run / "config.yaml").is_file():
+        return set()
+    trained = {item.path for item in read_split(run / "split.json", split.root).train}
+    if not trained <= {item.path for item in split.items("all")}:
+        return set()
+    data = Path(str(read_config(run / "config.yaml").get("data.name"))).expanduser()
+    root = data if data.is_dir() else data.parent
+    moved = not all((root / path).is_file() for path in trained)
+    return trained if moved or all(cmp(root / path, split.root / path, shallow=False) for path in trained) else set()
+
+
+def _compared(
+    method: Method, asked: Asked, dataset: LoadedDataset, names: tuple[str, ...], say: Say
+) -> tuple[Literal["model", "folder"], tuple[str, ...], list[int]]:
+    """Whose classes the images are scored among, the classes, and the place of each of ``names`` in them.
+
+    The model's own, unless they lack some, or the data set or --classes says which classes are to be told apart, as in
+    published protocols.
+    """
+    found = find_classes(names, method.class_names)
+    strange = [name for name, c in zip(names, found, strict=True) if c is None]
+    if not method.takes_new_classes:
+        method.own_classes(names)  # they all are, or it says which is not
+    if asked.among == "model" and strange:
+        raise DataError(
+            f"--among model: {len(strange)} of {len(names)} classes are none of the model's: {_few(strange)}"
+        )
+    if asked.among is None and strange and len(strange) < len(names):
+        say(
+            f"{len(strange)} of {len(names)} classes are none of the model's ({_few(strange)}): scored among those of "
+            f"'{dataset.name}'"
+        )
+    protocol = not dataset.own or asked.classes != "all"
+    if strange or asked.among == "folder" or (asked.among is None and protocol):
+        if len(names) < 2 and asked.classes == "all":
+            raise DataError(f"data set '{dataset.name}' has the class '{names[0]}' alone: nothing to tell it from")
+        return "folder", names, list(range(len(names)))
+    if len(names) < len(method.class_names):
+        say(
+            f"'{dataset.name}' has {len(names)} of the model's {len(method.class_names)} classes: scored among all of "
+            "the model's (--among folder: among those alone)"
+        )
+    return "model", method.class_names, [c for c in found if c is not None]
+
+
+def _few(names: Sequence[str]) -> str:
+    return first_few([f"'{name}'" for name in names])
+
+
+def summary(measured: Measured) -> str:
+    """The classes, worst first, and a line about all."""
+    result, n, model = measured.result, len(measured.class_names), len(measured.result.classes)
+    lines = [f"{accuracy:6.1f} %  {name}" for name, accuracy in sorted(result.per_class.items(), key=lambda x: x[1])]
+    images = "images" if measured.split == "all" else f"{measured.split} images"
+    among = f", among {model} of the model" if model > n else ""
+    last = f"accuracy {result.accuracy:.2f} % on {result.n} {images} of {n} classes ({measured.asked.classes}){among}"
+    return "\n".join([*lines, f"{last}; calibration error {result.calibration_error:.3f}"])
+
+
+def per_image(measured: Measured) -> str:
+    """The image, truth, prediction and its probability of each image, as CSV."""
+    names = measured.result.classes
+    probability, best = measured.logits.double().softmax(-1).max(-1)
+    rows = zip(measured.paths, measured.labels, best.tolist(), probability.tolist(), strict=True)
+    return csv_text(
+        ("image", "truth", "prediction", "probability"),
+        [(str(path), names[c], names[b], f"{p:.6f}") for path, c, b, p in rows],
+    )
