@@ -10,7 +10,7 @@ import vlprompt
 
 SOURCE = Path(vlprompt.__file__).parent
 ENGINE = [
-    "version", "errors", "files", "data", "backbones", "prompting", "methods", "artefact", "config", "bank", "training",
+    "version", "errors", "files", "documents", "data", "backbones", "prompting", "methods", "artefact", "config", "bank", "training",
     "api", "sklearn", "__init__",
 ]  # fmt: skip
 """From the ground up."""

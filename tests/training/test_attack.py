@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save
 
 from tests.kit.runs import StopsAfter, configured
 from vlprompt.api import PromptedModel
-from vlprompt.errors import ArtefactError, Interrupted, VlpromptError
+from vlprompt.config.schema import build_config, parse_override, read_config
+from vlprompt.documents import MOST_NODES, parse_json, parse_yaml
+from vlprompt.errors import ArtefactError, ConfigError, Interrupted, VlpromptError
 from vlprompt.files import write_atomically
 from vlprompt.training.checkpoints import checkpoint_file
 from vlprompt.training.run import train
@@ -75,3 +78,117 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "replace", lambda a, b: done.append("name") or replace(a, b))
     write_atomically(tmp_path / "a" / "file", "text")
     assert done == ["content", "name", "folder"]
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+DIGITS = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("weight_decay=1e300", "optim.weight_decay = 1e300 (allowed: less than or equal to 1000)"),
+        ("n_ctx=1000000000000", "method.n_ctx = 1000000000000 (allowed: less than or equal to 10000)"),
+        ("lr=2026-13-45", "optim.lr = '2026-13-45' (allowed: number"),
+        ("epochs=2026-01-01", "train.epochs = '2026-01-01' (allowed: integer"),
+        ("batch_size=1_000", "data.batch_size = '1_000' (allowed: integer"),
+        ("n_ctx=0x10", "method.n_ctx = '0x10' (allowed: integer"),
+        ("n_ctx=010", "method.n_ctx = '010' (allowed: integer"),
+        ("epochs=1:30", "train.epochs = '1:30' (allowed: integer"),
+        ("momentum=5", "optim.momentum = 5 (allowed: less than 1)"),
+        ("batch_size=1e23", "data.batch_size = 1e23 (allowed: integer"),
+        ("min_lr=1", "optim.min_lr = 1 (allowed: at most optim.lr = 0.002)"),
+        ("lr=.inf", "optim.lr = inf (allowed: less than or equal to 10000)"),
+        (f"seed={DIGITS}", "seed = 99999"),
+        (f"lr={DIGITS}", "optim.lr = 99999"),
+        (f"n_ctx={DIGITS[:4000]}", "method.n_ctx = 99999"),
+        ("init=a\0b", r"method.init: 'a\x00b' has a zero byte in it"),
+        ("init=\ud800", r"method.init: '\ud800' has half a character in it"),
+        ("template=\udc80 {}", r"teacher.template: '\udc80 {}' has half a character in it"),
+    ],
+)
+def test_values_that_no_setting_has_are_refused(given: str, says: str) -> None:
+    key, value = parse_override(given)
+    with pytest.raises(ConfigError) as refused:
+        build_config("coop", overrides={key: value})
+    assert str(refused.value).startswith(says)
+    assert len(str(refused.value)) < 300
+
+
+def test_every_number_has_a_largest_value() -> None:
+    for key, value in build_config("drople").flat().items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            with pytest.raises(ConfigError, match=rf"^{key} = 1e\+?19|^{key} = 10000000000000000000 "):
+                build_config("drople", overrides={key: 10**19})
+
+
+def test_plain_words_of_yaml_are_texts() -> None:
+    text = "a: 0o7\nb: 1:30\nc: 010\nd: 2020-01-01\ne: off\nf: 1_0\ng: 0x1f"
+    assert parse_yaml(text) == dict(
+        zip("abcdefg", ["0o7", "1:30", "010", "2020-01-01", "off", "1_0", "0x1f"], strict=True)
+    )
+    values = {"a": 1, "b": -2.5, "c": 1e-7, "d": None, "e": True, "f": 1e30}
+    assert parse_yaml(yaml.safe_dump(values)) == values
+    words = [
+        "yes",
+        "010",
+        "1_000",
+        "2020-01-01",
+        "1e3",
+        "1:30",
+        "null",
+        "~",
+        "true",
+        "0x1f",
+        "1.5",
+        "12",
+        "=",
+        "<<",
+        "",
+    ]
+    assert parse_yaml(yaml.safe_dump(words)) == words
+
+
+DOUBLING = "a0: &a0 [1, 1]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(40))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (DOUBLING, "holds more than 20,000 values"),
+        ("a: &a {x: 1}\n" + "b: {<<: [" + "*a," * MOST_NODES + "]}", "holds more than 20,000 values"),
+        ("[" * 3000, "nested too deeply"),
+        ("[" * 60 + "]" * 60, "nested more than 50 deep"),
+        ("a: &a [*a]", "an alias stands for what it is in"),
+        ("optim: {lr: 1}\nseed: 2\noptim: {momentum: 0}", r"'optim' is in it twice \(line 3\)"),
+        ("optim:\n  lr: 1\n  lr: 2", r"'lr' is in it twice \(line 3\)"),
+        ("x" * 300_000, "longer than 262,144"),
+        (r'init: "\ud800"', "half a character"),
+        (f"seed: {DIGITS}", "digits"),
+    ],
+)
+def test_yaml_that_is_made_to_harm_is_refused(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"^cannot read configuration .*run.yaml: .*{says}") as refused:
+        read_config(tmp_path / "run.yaml")
+    assert len(str(refused.value)) < 500
+    assert "\n" not in str(refused.value)
+
+
+def test_thousands_of_unknown_keys_are_told_briefly() -> None:
+    with pytest.raises(ConfigError, match=r"^unknown key 'k0'.*; and 8980 more \(allowed keys: ") as refused:
+        build_config("coop", file={f"k{i}": "x" * 10_000 for i in range(9000)})
+    assert len(str(refused.value)) < 4000
+
+
+def test_a_device_that_never_ends_is_no_configuration() -> None:
+    with pytest.raises(ConfigError, match=r"^cannot read configuration /dev/zero: it is longer than 262,144 bytes$"):
+        read_config(Path("/dev/zero"))
+
+
+def test_json_repeats_no_key_and_has_a_bottom() -> None:
+    with pytest.raises(ValueError, match=r"^'a' is in it twice$"):
+        parse_json('{"b": {"a": 1, "a": 2}}')
+    with pytest.raises(ValueError, match=r"^it is nested too deeply$"):
+        parse_json("[" * 100_000 + "]" * 100_000)

@@ -327,7 +327,7 @@ def test_unknown_methods_and_presets() -> None:
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_saved_configuration_builds_the_same_run(method: str, tmp_path: Path) -> None:
     changes = {
-        "data.name": "./photos: of 日本", "data.root": "~/data", "data.shots": 16, "optim.lr": 3e-7, "seed": 2**40,
+        "data.name": "./photos: of 日本", "data.root": "~/data", "data.shots": 16, "optim.lr": 3e-5, "seed": 2**40,
         "data.classes": "base", "optim.weight_decay": 0, "backbone": "openai/clip-vit-base-patch16",
     }  # fmt: skip
     for preset in (None, *presets_of(METHODS[method])):

@@ -11,13 +11,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from vlprompt.backbones.names import hub_id
-from vlprompt.config.schema import RunConfig, build_config, config_of, parse_yaml
+from vlprompt.config.schema import RunConfig, build_config, config_of
 from vlprompt.config.teacher import teacher_name
 from vlprompt.data.known.table import DATASETS, find_dataset
 from vlprompt.data.splits import Classes
+from vlprompt.documents import read_yaml
 from vlprompt.errors import ConfigError, one_line, unknown
 from vlprompt.methods import find_method
 from vlprompt.methods.registry import file_fingerprint
@@ -233,9 +232,9 @@ def read_rows(file: Path) -> Rows:
     Raises ConfigError for a file that cannot be read or has another form.
     """
     try:
-        content = parse_yaml(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read rows from {file}: {one_line(error, most=None)}") from None
+        content = read_yaml(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read rows from {file}: {one_line(error)}") from None
     if not isinstance(content, dict) or not isinstance(content.get("rows"), dict) or not content["rows"]:
         raise ConfigError(f"{file} must hold rows: names with settings")
     if strange := set(content) - {"method", "set", "rows"}:

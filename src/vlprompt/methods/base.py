@@ -8,8 +8,7 @@ from enum import Flag, auto
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
-import yaml
-from annotated_types import Ge, MinLen
+from annotated_types import Ge, Le, MinLen
 from pydantic import AfterValidator, BeforeValidator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -17,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.backbones.towers import Prompts
 from vlprompt.data.batches import Batch
+from vlprompt.documents import parse_yaml
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.prompting.text import TextContext, check_known, encode_classes, encode_in_parts
 
@@ -25,8 +25,8 @@ TEXTS_OF_IMAGES = 2000
 KEPT = 4
 """Lists of class names whose features a tuned model remembers."""
 
-Count = Annotated[int, Ge(1)]
-Weight = Annotated[float, Ge(0)]
+Count = Annotated[int, Ge(1), Le(10_000)]
+Weight = Annotated[float, Ge(0), Le(1e6)]
 
 
 def _check_template(given: str | tuple[str, ...]) -> str | tuple[str, ...]:
@@ -38,8 +38,8 @@ def _check_template(given: str | tuple[str, ...]) -> str | tuple[str, ...]:
 def _listed(given: Any) -> Any:
     """A list that was written on the command line."""
     try:
-        return yaml.safe_load(given) if isinstance(given, str) and given.startswith("[") else given
-    except yaml.YAMLError:
+        return parse_yaml(given) if isinstance(given, str) and given.startswith("[") else given
+    except ValueError:
         return given
 
 
