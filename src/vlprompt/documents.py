@@ -59,7 +59,11 @@ def read_sealed(file: Path, kind: type[T]) -> T:
 
 def write_sealed(file: Path, content: Mapping[str, Any], indent: int | None = None) -> None:
     """Write a JSON file with its checksum; raises OutputError as :func:`write_atomically` does."""
-    write_atomically(file, json.dumps(sealed(content), indent=indent))
+    whole = sealed(content)
+    try:
+        write_atomically(file, json.dumps(whole, indent=indent, ensure_ascii=False))
+    except UnicodeEncodeError:  # the name of a file that is no UTF-8
+        write_atomically(file, json.dumps(whole, indent=indent))
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:

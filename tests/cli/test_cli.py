@@ -16,7 +16,7 @@ import pytest
 import typer.main
 import yaml
 
-from tests.kit import TINY
+from tests.kit import TINY, sealed
 from tests.kit.checks import tree
 from tests.kit.command import Done, python, vlprompt
 from tests.kit.pictures import SHADES
@@ -342,8 +342,8 @@ def test_a_model_moves_with_its_backbone_named_anew(photos: Path, run: Path, tmp
     expected = vlprompt("predict", run, image, "--json").json
     for name in ("config.json", "prompts.safetensors"):  # nothing else is needed
         (tmp_path / name).write_bytes((run / name).read_bytes())
-    config = (tmp_path / "config.json").read_text("utf-8")
-    (tmp_path / "config.json").write_text(config.replace(str(TINY), "/elsewhere/clip"), encoding="utf-8")
+    backbone = sealed.read(tmp_path / "config.json")["backbone"]
+    sealed.change(tmp_path / "config.json", backbone=backbone | {"name": "/elsewhere/clip"})
     lost = vlprompt("predict", tmp_path, image)
     assert lost.code == 2
     assert "no backbone '/elsewhere/clip'" in lost.err

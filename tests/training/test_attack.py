@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -12,8 +14,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save
 
+from tests.kit import TINY, sealed
 from tests.kit.runs import StopsAfter, configured
-from vlprompt.api import PromptedModel
+from vlprompt.api import PromptedModel, build_method
+from vlprompt.artefact.artefact import read_artefact_config
+from vlprompt.backbones.load import load_backbone
 from vlprompt.config.schema import build_config, parse_override, read_config
 from vlprompt.documents import MOST_NODES, parse_json, parse_yaml
 from vlprompt.errors import ArtefactError, ConfigError, Interrupted, VlpromptError
@@ -49,9 +54,8 @@ def test_prompts_that_are_not_finite_are_refused(pictures: Path, tmp_path: Path)
     state["context.vectors"][0, 0] = float("nan")
     content = save(state)
     (run / "prompts.safetensors").write_bytes(content)
-    config = json.loads((run / "config.json").read_text("utf-8"))
-    config["prompts"]["sha256"] = sha256(content).hexdigest()
-    (run / "config.json").write_text(json.dumps(config), "utf-8")
+    prompts = sealed.read(run / "config.json")["prompts"]
+    sealed.change(run / "config.json", prompts=prompts | {"sha256": sha256(content).hexdigest()})
     with pytest.raises(ArtefactError, match=r"tensor 'context.vectors' of prompts.safetensors is not finite$"):
         PromptedModel.from_pretrained(run)
 
@@ -80,6 +84,88 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
     assert done == ["content", "name", "folder"]
 
 
+# --- artefacts ------------------------------------------------------------------------------------
+
+
+class KilledError(BaseException):
+    """What stands for a kill: no handler of errors sees it."""
+
+
+def test_a_model_that_is_replaced_is_the_old_or_the_new_one_whenever_it_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = load_backbone(str(TINY))
+    for seed, name in enumerate(("old", "new")):
+        build = build_method("coop", tiny, ["blue", "green"], seed=seed, n_ctx=2)
+        PromptedModel(build).save_pretrained(tmp_path / name)
+    whole = {name: load_file(tmp_path / name / "prompts.safetensors")["context.vectors"] for name in ("old", "new")}
+    new = PromptedModel.from_pretrained(tmp_path / "new", backbone=tiny)
+    found, calls = [], 0
+    for n in range(1, 100):
+        folder, calls = tmp_path / f"killed-{n}", 0
+        shutil.copytree(tmp_path / "old", folder)
+
+        def killing(call, last=n):
+            def killed(*given, **more):
+                nonlocal calls
+                calls += 1
+                if calls >= last:
+                    raise KilledError
+                return call(*given, **more)
+
+            return killed
+
+        with monkeypatch.context() as patch:
+            for place, call in ((os, "replace"), (os, "fsync"), (Path, "unlink")):
+                patch.setattr(place, call, killing(getattr(place, call)))
+            try:
+                new.save_pretrained(folder)
+            except KilledError:
+                pass
+            else:
+                break
+        vectors = PromptedModel.from_pretrained(folder, backbone=tiny).method.context.vectors
+        found += [name for name, saved in whole.items() if vectors.equal(saved)]
+        new.save_pretrained(folder)  # what the killed one left is in nobody's way, and does not stay
+        assert sorted(f.name for f in folder.iterdir()) == ["README.md", "config.json", "prompts.safetensors"]
+    assert len(found) == n - 1 > 16
+    assert found == sorted(found, key=["old", "new"].index)
+
+
+def test_no_changed_bit_of_an_artefact_changes_what_it_is(tmp_path: Path) -> None:
+    """White space and the way that a number or text is written do not count."""
+    tiny = load_backbone(str(TINY))
+    PromptedModel(build_method("coop", tiny, ["blue", "green"], n_ctx=2)).save_pretrained(tmp_path)
+    whole = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    content = (tmp_path / "config.json").read_bytes()
+    same = 0
+    for seed in range(100):
+        (tmp_path / "config.json").write_bytes(flipped(content, seed))
+        with suppress(ArtefactError):
+            assert read_artefact_config(tmp_path) == {k: v for k, v in whole.items() if k != "sha256"}
+            same += 1
+    assert same < 20
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"format_version": ' + "[" * 5000 + "]" * 5000 + "}", '{"a": 1, "a": 2}']
+)
+def test_strange_json_is_no_artefact(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ArtefactError, match=r"in .*: (it is nested too deeply|'a' is in it twice)$"):
+        read_artefact_config(tmp_path)
+
+
+def test_a_model_card_is_no_web_page(tmp_path: Path) -> None:
+    name = "<img src=x onerror=alert(1)>"
+    method = build_method("coop", load_backbone(str(TINY)), [name, "[a](http://b)", "`c"], n_ctx=2)
+    PromptedModel(method, {"data set": "<b>&amp;", "options": "`init=<a>`</td>"}).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text("utf-8")
+    assert r"| classes | &lt;img src=x onerror=alert(1)&gt;, \[a\](http://b), \`c |" in card
+    assert "| data set | &lt;b&gt;&amp;amp; |" in card
+    assert "| options | `init=<a>`&lt;/td&gt; |" in card
+
+
 # --- settings -------------------------------------------------------------------------------------
 
 DIGITS = "9" * 5000
@@ -105,7 +191,7 @@ DIGITS = "9" * 5000
         (f"n_ctx={DIGITS[:4000]}", "method.n_ctx = 99999"),
         ("init=a\0b", r"method.init: 'a\x00b' has a zero byte in it"),
         ("init=\ud800", r"method.init: '\ud800' has half a character in it"),
-        ("template=\udc80 {}", r"teacher.template: '\udc80 {}' has half a character in it"),
+        ("template=\udc80 {}", r"teacher.template = \udc80 {} (allowed: '\udc80 {}' has half a character in it"),
     ],
 )
 def test_values_that_no_setting_has_are_refused(given: str, says: str) -> None:

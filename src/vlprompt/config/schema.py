@@ -19,7 +19,7 @@ from vlprompt.config.presets import presets_of
 from vlprompt.data.images import White
 from vlprompt.data.splits import Classes
 from vlprompt.documents import check_text, parse_yaml, read_yaml
-from vlprompt.errors import ConfigError, one_line, unknown
+from vlprompt.errors import ConfigError, one_line, printable, unknown
 from vlprompt.methods import Can, MethodConfig, find_method
 from vlprompt.methods.base import Template
 from vlprompt.methods.registry import is_file
@@ -285,7 +285,7 @@ def build_config(
     options = checked(cls.Config, nested["method"], "method.", problems)
     top = _checked_top(top, problems)
     if "teacher_probabilities" not in cls.needs and nested["teacher"].get("backbone") is None:
-        given = [f"teacher.{key} = {value}" for key, value in nested["teacher"].items() if value is not None]
+        given = [f"teacher.{key} = {_shown(value)}" for key, value in nested["teacher"].items() if value is not None]
         problems += [
             f"{key}: method '{cls.name}' learns from labels, unless teacher.backbone is given" for key in given
         ]
@@ -439,7 +439,7 @@ def _one_line_each(error: ValidationError, prefix: str) -> list[str]:
 
 def _shown(value: object) -> str:
     try:
-        text = one_line(value, None)
+        text = printable(one_line(value, None))
     except ValueError:
         text = "a number of thousands of digits"
     return text if len(text) <= 80 else text[:79] + "…"

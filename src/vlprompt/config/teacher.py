@@ -46,7 +46,7 @@ class Tuned:
         self.template, self.logit_scale = self.method.template, self.method.backbone.logit_scale
         self.preprocess = self.method.backbone.preprocess
         config = read_artefact_config(path)
-        decides = [config[key] for key in ("method", "settings", "template", "prompts")]
+        decides: list[object] = [config["method"], config["settings"], config["template"], config["prompts"]]
         decides += [self.method.backbone.fingerprint, config.get("method_file", {}).get("sha256")]
         self.fingerprint = sha256(json.dumps(decides).encode()).hexdigest()
 

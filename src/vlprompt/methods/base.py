@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.backbones.towers import Prompts
 from vlprompt.data.batches import Batch
-from vlprompt.documents import parse_yaml
+from vlprompt.documents import check_text, parse_yaml
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.prompting.text import TextContext, check_known, encode_classes, encode_in_parts
 
@@ -30,8 +30,10 @@ Weight = Annotated[float, Ge(0), Le(1e6)]
 
 
 def _check_template(given: str | tuple[str, ...]) -> str | tuple[str, ...]:
-    if not all("{}" in text for text in ([given] if isinstance(given, str) else given)):
-        raise ValueError("text with {} for the class name")
+    for text in [given] if isinstance(given, str) else given:
+        if "{}" not in text:
+            raise ValueError("text with {} for the class name")
+        check_text(text)
     return given
 
 
