@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit import REPOSITORY, TINY
+from tests.kit import REPOSITORY, TINY, sealed
 from tests.kit.command import environment
 from tests.kit.known import build
 from tests.kit.marks import slow, sweep
@@ -492,10 +492,10 @@ def test_the_report_tells_other_weights_and_images(bench, vlprompt, photos: Path
     assert bench("base-to-novel", *given)[0] == 0
     assert "differ between runs" not in vlprompt("report", tmp_path / "out")[1]
     file = next((tmp_path / "out").glob("*/*/*/*/*/seed_2/figures.json"))
-    content = json.loads(file.read_text())
+    content = sealed.read(file)
     content["weights"]["backbone"] = "0"
     content["measured"][0]["images_fingerprint"] = "0"
-    file.write_text(json.dumps(content))
+    sealed.write(file, content)
     text = vlprompt("report", tmp_path / "out")[1]
     assert "Weights of the backbone differ between runs." in text
     assert "Test images of photos, base classes, differ between runs." in text
@@ -555,10 +555,11 @@ def test_a_bench_that_is_interrupted_goes_on(bench, photos: Path, trained, monke
 @pytest.mark.parametrize("file", ["figures.json", "results.csv", "prompts.safetensors", "last.safetensors"])
 def test_a_full_disk_loses_nothing(bench, photos: Path, trained, monkeypatch, tmp_path: Path, file: str) -> None:
     """The disk fills up when the second run writes ``file``."""
+    from vlprompt import documents
     from vlprompt.artefact import artefact
     from vlprompt.training import checkpoints
 
-    written_by = {"figures.json": runs_module, "results.csv": results_module}
+    written_by = {"figures.json": documents, "results.csv": results_module}
     written_by |= {"prompts.safetensors": artefact, "last.safetensors": checkpoints}
     module = written_by[file]
     original, count = module.write_atomically, []
@@ -587,11 +588,13 @@ def test_a_full_disk_loses_nothing(bench, photos: Path, trained, monkeypatch, tm
     [
         (lambda text: text[:-9], "cannot read "),
         (
-            lambda text: text.replace('"format_version": 1', '"format_version": 2'),
-            "has format_version 2; this vlprompt",
+            lambda text: text.replace('"format_version": 2', '"format_version": 3'),
+            "has format_version 3; this vlprompt",
         ),
-        (lambda text: text.replace('"measured"', '"measures"'), "lacks figures: 'measured'"),
-        (lambda text: "[1]", "holds no figures"),
+        (lambda text: text.replace('"format_version": 2', '"format_version": 1'), "has format_version 1; remove it"),
+        (lambda text: text.replace('"measured"', '"measures"'), "its content is not what was saved"),
+        (lambda text: "[1]", "has format_version None; remove it"),
+        (lambda text: "[" * 100_000, "it is nested too deeply"),
     ],
 )
 def test_figures_that_are_corrupt(bench, photos: Path, trained, tmp_path: Path, change, message: str) -> None:

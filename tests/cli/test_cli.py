@@ -160,7 +160,7 @@ def test_train_prints_one_json_object(trained: tuple[Path, Done]) -> None:
     assert result["trainable_parameters"] == 4 * 128
     assert result["seconds"] > 0
     assert {p.name for p in out.iterdir()} == RUN_FILES | {"checkpoints"}
-    assert json.loads((out / "metrics.json").read_text("utf-8")) == result
+    assert sealed.read(out / "metrics.json") == result
     assert "epoch 1/1  lr 0.002  ce " in done.err
 
 

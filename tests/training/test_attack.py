@@ -6,15 +6,16 @@ import json
 import os
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file, save
 
 from tests.kit import TINY, sealed
+from tests.kit.checks import flipped
 from tests.kit.runs import StopsAfter, configured
 from vlprompt.api import PromptedModel, build_method
 from vlprompt.artefact.artefact import read_artefact_config
@@ -25,12 +26,6 @@ from vlprompt.errors import ArtefactError, ConfigError, Interrupted, VlpromptErr
 from vlprompt.files import write_atomically
 from vlprompt.training.checkpoints import checkpoint_file
 from vlprompt.training.run import train
-
-
-def flipped(content: bytes, seed: int) -> bytes:
-    """The content with one bit changed, at random."""
-    at = int(torch.randint(8 * len(content), (1,), generator=torch.Generator().manual_seed(seed)))
-    return content[: at // 8] + bytes([content[at // 8] ^ (1 << at % 8)]) + content[at // 8 + 1 :]
 
 
 def test_no_changed_bit_of_a_checkpoint_goes_unnoticed(pictures: Path, tmp_path: Path) -> None:
@@ -44,7 +39,9 @@ def test_no_changed_bit_of_a_checkpoint_goes_unnoticed(pictures: Path, tmp_path:
         with pytest.raises(ArtefactError, match=r"^(cannot read checkpoint|checkpoint) .*last.safetensors"):
             train(config, run, resume=True)
     file.write_bytes(whole)
-    train(config, run, resume=True)
+    with pytest.raises(ArtefactError, match=r"run was begun with other settings than its config.yaml has now$"):
+        train(configured(pictures, **{"optim.lr": 0.003}), run, resume=True)
+    train(replace(config, train=replace(config.train, report_to=None)), run, resume=True)
 
 
 def test_prompts_that_are_not_finite_are_refused(pictures: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -10,7 +9,9 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from typing_extensions import TypedDict
 
 from vlprompt.bank.use import find_bank
 from vlprompt.bench import launch, on_ray
@@ -21,11 +22,23 @@ from vlprompt.bench.runs import Load, check_same, finished, measured_dataset, me
 from vlprompt.bench.shared import SHARED
 from vlprompt.config.images import run_split
 from vlprompt.data.datasets import check_outside, load_dataset
+from vlprompt.documents import read_sealed, write_sealed
 from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError, first_few, one_line
-from vlprompt.files import held, write_atomically, write_error
+from vlprompt.files import held, write_error
 
 PLANNED, LOCK = "planned.json", ".lock"
 Say = Callable[[str], None]
+
+
+class Planned(TypedDict):
+    """A run that was asked for, and what was to be measured of it."""
+
+    data: str
+    name: str
+    backbone: str
+    shots: int | None
+    seed: int
+    measured: list[dict[str, str]]
 
 
 @dataclass
@@ -184,25 +197,25 @@ def note_planned(runs: Sequence[Run], out: Path) -> None:
     known = read_planned(file)
     for run in runs:
         place = run.folder.relative_to(run.protocol).as_posix()
-        before = known.get(place, {}).get("measured", [])
+        before = known[place]["measured"] if place in known else []
         asked = [m.to_dict() for m in run.measurements]
-        known[place] = {
-            "data": run.data,
-            "name": run.name,
-            "backbone": run.folder.parts[3],
-            "shots": run.config.data.shots,
-            "seed": run.config.seed,
-            "measured": before + [m for m in asked if m not in before],
-        }
-    write_atomically(file, json.dumps(known, indent=1))
+        known[place] = Planned(
+            data=run.data,
+            name=run.name,
+            backbone=run.folder.parts[3],
+            shots=run.config.data.shots,
+            seed=run.config.seed,
+            measured=before + [m for m in asked if m not in before],
+        )
+    write_sealed(file, {"runs": known}, indent=1)
 
 
-def read_planned(file: Path) -> dict[str, Any]:
-    """The planned runs by folder; none if there is no file. Raises DataError if it cannot be read."""
+def read_planned(file: Path) -> dict[str, Planned]:
+    """The planned runs by folder; none if there is no file. Raises DataError if they are not what was saved."""
     try:
-        return json.loads(file.read_text("utf-8"))
+        return read_sealed(file, dict[Literal["runs"], dict[str, Planned]])["runs"]
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (KeyError, OSError, ValueError) as error:
         advice = "remove it, and repeat the bench with skip_existing to have missing runs named"
         raise DataError(f"cannot read {file}: {one_line(error)}: {advice}") from None

@@ -105,7 +105,7 @@ def _rows_of_file(file: Path) -> list[Row]:
     figures = read_figures(file.parent)
     try:
         return rows_of(figures or {})
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise DataError(f"{file} lacks figures: {error}") from None
 
 

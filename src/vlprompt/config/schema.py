@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from vlprompt.config.presets import presets_of
 from vlprompt.data.images import White
 from vlprompt.data.splits import Classes
-from vlprompt.documents import check_text, parse_yaml, read_yaml
+from vlprompt.documents import check_text, checksum, parse_yaml, read_yaml
 from vlprompt.errors import ConfigError, one_line, printable, unknown
 from vlprompt.methods import Can, MethodConfig, find_method
 from vlprompt.methods.base import Template
@@ -204,11 +204,21 @@ class RunConfig:
         """The same by full key."""
         return dict(_flatten(self.to_dict()))
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the settings, but for those that say where something lies, or where the work is done."""
+        return checksum({key: value for key, value in self.flat().items() if key not in PLACES})
+
     def to_yaml(self) -> str:
         """The configuration as a file that ``--config`` reads."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
+PLACES = {
+    "method.name", "backbone", "teacher.backbone", "teacher.class_names_file", "data.name", "data.root",
+    "data.split_file", "data.bank", "data.workers", "train.device", "train.graphs", "train.report_to",
+}  # fmt: skip
+"""Settings that say where something lies, which has a fingerprint of its own, or where the work is done."""
 MOST = 1e9
 """No setting but a seed is larger; most have narrower ranges of their own."""
 TOLD = 20
