@@ -106,6 +106,26 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
+# --- CSV ------------------------------------------------------------------------------------------
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def csv_cell(text: str) -> str:
+    """Text that a spreadsheet would compute (``=1+1``) behind an apostrophe, which it takes as a sign for text."""
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def csv_text(cell: str) -> str:
+    """What :func:`csv_cell` was given."""
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULA) else cell
+
+
+def csv_path(path: str) -> str:
+    """A path that a spreadsheet would compute, written so that it does not, and is still found."""
+    return f"./{path}" if path.startswith(_FORMULA) else path
+
+
 # --- YAML -----------------------------------------------------------------------------------------
 
 

@@ -57,6 +57,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or category(c) == "Zs" or c in KEPT else ascii(c)[1:-1] for c in text)
 
 
+def memory_is_full(error: BaseException) -> bool:
+    """Whether an error says that memory, a GPU's too, does not do."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or "DefaultCPUAllocator" in str(error)  # for which PyTorch has no type
+
+
 def first_line(error: Exception) -> str:
     """The first line of what another library says at length; the kind of error if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
+import subprocess
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from safetensors.torch import load_file, save
 
 from tests.kit import TINY, sealed
 from tests.kit.checks import flipped
-from tests.kit.runs import StopsAfter, configured
+from tests.kit.results import PLAIN
+from tests.kit.runs import RUN_FILES, StopsAfter, configured, prompts
 from vlprompt.api import PromptedModel, build_method
 from vlprompt.artefact.artefact import read_artefact_config
+from vlprompt.backbones import backbone as backbone_module
 from vlprompt.backbones.load import load_backbone
+from vlprompt.bank.build import build_bank
+from vlprompt.bank.config import bank_config
+from vlprompt.bank.records import verify
+from vlprompt.bench.results import read_results, to_csv
+from vlprompt.bench.shared import computed_once
 from vlprompt.config.schema import build_config, parse_override, read_config
 from vlprompt.documents import MOST_NODES, parse_json, parse_yaml
 from vlprompt.errors import ArtefactError, ConfigError, Interrupted, VlpromptError
-from vlprompt.files import write_atomically
+from vlprompt.files import is_unfinished, write_atomically
+from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.training.checkpoints import checkpoint_file
-from vlprompt.training.run import train
+from vlprompt.training.run import saved_config, train
 
 
 def test_no_changed_bit_of_a_checkpoint_goes_unnoticed(pictures: Path, tmp_path: Path) -> None:
@@ -161,6 +172,286 @@ def test_a_model_card_is_no_web_page(tmp_path: Path) -> None:
     assert r"| classes | &lt;img src=x onerror=alert(1)&gt;, \[a\](http://b), \`c |" in card
     assert "| data set | &lt;b&gt;&amp;amp; |" in card
     assert "| options | `init=<a>`&lt;/td&gt; |" in card
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["coop", "zero_shot"])
+def test_a_run_that_was_killed_before_it_had_a_configuration_is_in_nobodys_way(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """At each of the first crash points: before, in and after the files that describe the run."""
+    replace_, config = os.replace, configured(pictures, method, **{"train.epochs": 1})
+    for last in range(1, 5):
+        run, calls = tmp_path / f"run-{last}", 0
+
+        def killed(source, target, last=last):
+            nonlocal calls
+            calls += 1
+            if calls == last:
+                raise KilledError
+            replace_(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killed)
+            patch.setattr(Path, "unlink", lambda *given, **more: None)
+            with pytest.raises(KilledError):
+                train(config, run)
+        assert any(map(is_unfinished, run.rglob(".*")))
+        begun = (run / "config.yaml").exists()
+        assert begun == (last > 1)
+        train(saved_config(run) if begun else config, run, resume=begun)
+        assert not any(map(is_unfinished, run.rglob(".*")))
+    assert prompts(tmp_path / "run-1").keys() == prompts(tmp_path / "run-4").keys()
+
+
+def test_a_run_is_resumed_from_any_folder(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vlprompt
+) -> None:
+    monkeypatch.chdir(pictures.parent)
+    (tmp_path / "clip").symlink_to(TINY)
+    given = {"backbone": os.path.relpath(tmp_path / "clip"), "data.name": pictures.name}
+    with pytest.raises(Interrupted):
+        train(configured(pictures, **given), tmp_path / "run", [StopsAfter(4)])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, _, err = vlprompt("train", "--resume", "../run")
+    assert code == 0, err
+    train(configured(pictures), tmp_path / "whole")
+    assert (tmp_path / "run" / "prompts.safetensors").read_bytes() == (
+        tmp_path / "whole" / "prompts.safetensors"
+    ).read_bytes()
+
+
+LONG = "x" * 300
+
+
+def test_paths_that_no_system_takes_are_one_line(pictures: Path, tmp_path: Path, vlprompt, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("circle").symlink_to("circle")
+    image = next(pictures.rglob("*.png"))
+    for command in (
+        ["train", "coop", pictures, "--out", LONG],
+        ["train", "coop", pictures, "--out", "circle"],
+        ["train", "coop", pictures, "--out", "circle/run"],
+        ["train", "coop", LONG],
+        ["train", "coop", "circle"],
+        ["train", "coop", pictures, "--config", LONG],
+        ["train", "coop", pictures, "--config", "/dev/zero"],
+        ["train", "coop", pictures, "--backbone", LONG],
+        ["train", "coop", pictures, "--bank", LONG],
+        ["train", "coop", pictures, "--bank", "circle"],
+        ["train", "coop", pictures, "--device", "meta"],
+        ["train", "--resume", LONG],
+        ["train", "--resume", "circle"],
+        ["evaluate", LONG, pictures],
+        ["predict", "circle", image],
+        ["predict", "/dev/zero", image],
+        ["predict", TINY, LONG],
+        ["predict", TINY, "circle"],
+        ["bank", "info", LONG],
+        ["bank", "verify", "circle"],
+        ["bank", "build", pictures, "--out", LONG, "--backbone", TINY],
+        ["bank", "build", pictures, "--out", "circle", "--backbone", TINY],
+        ["bank", "build", pictures, "--out", "bank", "--backbone", TINY, "--device", "meta"],
+        ["bench", "few-shot", "--methods", "coop", "--data", LONG, "--out", "bench"],
+        ["bench", "few-shot", "--methods", "coop", "--data", pictures, "--out", LONG],
+        ["bench", "few-shot", "--methods", "coop", "--data", pictures, "--out", "circle"],
+        ["bench", "few-shot", "--rows", "/dev/zero", "--data", pictures, "--out", "bench"],
+        ["bench", "few-shot", "--rows", LONG, "--data", pictures, "--out", "bench"],
+        ["report", LONG],
+        ["report", "circle"],
+        ["export", LONG, "--out", "x.safetensors"],
+        ["convert", LONG, "x.safetensors"],
+        ["demo", "--out", LONG],
+    ):
+        code, out, err = vlprompt(*command)
+        assert (code, out) == (2, ""), (command, err)
+        assert err.count("\n") == 1, err
+        assert err.startswith("error: "), err
+        assert len(err) < 1000, err
+
+
+def test_a_row_with_a_name_too_long_for_a_folder_is_refused(pictures: Path, tmp_path: Path, vlprompt) -> None:
+    rows = tmp_path / "rows.yaml"
+    rows.write_text(f"method: coop\nrows:\n  {LONG}: {{n_ctx: 2}}\n")
+    given = ["--data", pictures, "--split", "val", "--backbone", TINY, "--shots", 1, "--seeds", 1]
+    given += ["--out", tmp_path / "bench"]
+    code, _, err = vlprompt("bench", "few-shot", "--rows", rows, *given)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err == f"error: row '{LONG[:60]}' is no name of a folder\n"
+    rows.write_text("method: coop\nrows:\n  a: {n_ctx: 2}\n  b: {n_ctx: 3}\n  a: {n_ctx: 4}\n")
+    code, _, err = vlprompt("bench", "few-shot", "--rows", rows, *given)
+    assert (code, err) == (2, f"error: cannot read rows from {rows}: 'a' is in it twice (line 5)\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")],
+)
+def test_memory_that_does_not_do_is_one_line_and_no_bad_image(
+    pictures: Path, tmp_path: Path, vlprompt, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    from vlprompt.data import images
+    from vlprompt.training import loop
+
+    def full(*given, **more):
+        raise error
+
+    given = ["train", "coop", pictures, "--backbone", TINY, "--skip-bad", "--out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Training, "_run", full)
+        code, out, err = vlprompt(*given, tmp_path / "a")
+    assert (code, out) == (2, "")
+    last = err.splitlines()[-1]
+    assert last.startswith("error: out of memory: ")
+    assert all(key in last for key in ("data.batch_size", "train.accumulate", "train.text_chunk"))
+    if isinstance(error, MemoryError):
+        monkeypatch.setattr(images.Image.Image, "load", full)
+        code, out, err = vlprompt(*given, tmp_path / "b")
+        assert (code, out) == (2, "")
+        assert err.splitlines()[-1].startswith("error: out of memory: ")
+        assert "skipped" not in err
+
+
+def test_every_file_is_on_the_disk_before_it_has_its_name(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of runs, banks and benches: whatever is renamed was synced, and its folder after it."""
+    written: set[int] = set()
+    waiting: set[str] = set()
+    renamed: list[str] = []
+    fsync, replace_ = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        fsync(handle)
+        written.add(os.fstat(handle).st_ino)
+        waiting.discard(os.path.realpath(f"/proc/self/fd/{handle}"))
+
+    def moved(source, target) -> None:
+        assert os.stat(source).st_ino in written, target
+        assert not waiting
+        replace_(source, target)
+        renamed.append(Path(target).name)
+        waiting.add(os.path.realpath(Path(target).parent))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", moved)
+    train(configured(pictures, **{"train.epochs": 1}), tmp_path / "run")
+    assert not waiting
+    assert RUN_FILES | {"last.safetensors"} <= set(renamed)
+    settings = {"data.name": str(pictures), "data.workers": 0, "backbone": str(TINY), "regions": 2}
+    build_bank(bank_config(settings), tmp_path / "bank")
+    assert not waiting
+    assert {"manifest.json", "regions-00000.npy"} <= set(renamed)
+    held = computed_once(tmp_path / "shared" / "views.npy", (2, 3), np.float32, lambda: [np.ones((2, 3), np.float32)])
+    assert held is not None
+    assert not waiting
+    assert renamed[-1] == "views.npy"
+
+
+def can_mount() -> bool:
+    """Whether this process may mount an ext4 image."""
+    return (
+        os.name == "posix"
+        and os.geteuid() == 0
+        and shutil.which("mkfs.ext4") is not None
+        and Path("/dev/loop-control").exists()
+    )
+
+
+@pytest.mark.skipif(not can_mount(), reason="only who may mount can cut the power; the sync calls are counted above")
+def test_a_power_cut_leaves_whole_outputs(pictures: Path, tmp_path: Path) -> None:
+    """What a disk holds at the moment that a run, and a bank, are finished: a copy of it, taken while it is mounted."""
+    disk, copy, place = tmp_path / "disk.img", tmp_path / "copy.img", tmp_path / "mounted"
+    with disk.open("wb") as stream:
+        stream.truncate(64 << 20)
+    place.mkdir()
+    subprocess.run(["mkfs.ext4", "-q", disk], check=True)
+    subprocess.run(["mount", "-o", "loop", disk, place], check=True)
+    try:
+        train(configured(pictures, **{"train.epochs": 1}), place / "run")
+        settings = {"data.name": str(pictures), "data.workers": 0, "backbone": str(TINY), "regions": 2}
+        build_bank(bank_config(settings), place / "bank")
+        shutil.copy(disk, copy)
+        expected = {path.relative_to(place): path.read_bytes() for path in place.rglob("*.*") if path.is_file()}
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+    subprocess.run(["mount", "-o", "loop", copy, place], check=True)
+    try:
+        (place / "bank" / ".lock").unlink(missing_ok=True)  # that it was removed need not be on the disk
+        found = {path.relative_to(place): path.read_bytes() for path in place.rglob("*.*") if path.is_file()}
+        assert found == expected
+        PromptedModel.from_pretrained(place / "run")
+        verify(place / "bank")
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+# --- what others read -----------------------------------------------------------------------------
+
+
+def test_what_a_spreadsheet_would_compute_is_text(tmp_path: Path, pictures: Path, vlprompt, monkeypatch) -> None:
+    names = ("=1+1", "@SUM(A1)", "-cat", "plain")
+    method = build_method("coop", load_backbone(str(TINY)), names, n_ctx=2)
+    PromptedModel(method).save_pretrained(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(next(pictures.rglob("*.png")), "=cmd.png")
+    code, out, err = vlprompt("predict", "run", "=cmd.png", "--csv")
+    assert code == 0, err
+    rows = list(csv.reader(out.splitlines()))[1:]
+    assert {row[0] for row in rows} == {"./=cmd.png"}
+    assert {row[1] for row in rows} == {"'=1+1", "'@SUM(A1)", "'-cat", "plain"}
+    row = replace(PLAIN, data="=1+1", name="@x", measured_on="'plain")
+    (tmp_path / "results.csv").write_text(to_csv([row]))
+    assert "'=1+1,'@x," in (tmp_path / "results.csv").read_text()
+    assert read_results(tmp_path / "results.csv") == [row]
+
+
+def test_no_escape_sequence_reaches_the_terminal(tmp_path: Path, pictures: Path, vlprompt) -> None:
+    names = ("red\x1b]0;owned\x07", "b\u202elue")
+    method = build_method("coop", load_backbone(str(TINY)), names, n_ctx=2)
+    PromptedModel(method).save_pretrained(tmp_path / "run")
+    code, out, _ = vlprompt("predict", tmp_path / "run", next(pictures.rglob("*.png")))
+    assert code == 0
+    assert r"red\x1b]0;owned\x07" in out
+    assert r"b\u202elue" in out
+    code, _, err = vlprompt("predict", tmp_path / "run", "\x1b[2J.png")
+    assert (code, err) == (2, "error: image \\x1b[2J.png does not exist\n")
+    code, _, err = vlprompt("train", "coop", pictures, "lr=\x1b[2J")
+    assert code == 2
+    assert "\x1b" not in err
+
+
+def test_a_special_token_in_a_name_is_its_letters() -> None:
+    for name in ("mini", str(TINY)):
+        backbone = load_backbone(name)
+        start, end = backbone.tokenizer.start, backbone.tokenizer.end
+        for special in ("<|endoftext|>", "<|startoftext|>"):
+            (ids,) = backbone.tokenize([f"a photo of a cat {special} dog."])
+            assert set(ids[1:-1]).isdisjoint({*start, *end})
+            assert ids != backbone.tokenize(["a photo of a cat  dog."])[0]
+            spelled = backbone.tokenize(
+                [f"a photo of a cat {' '.join([special[:2], special[2:-2], special[-2:]])} dog."]
+            )
+            assert ids == spelled[0]
+
+
+def test_what_a_backbone_remembers_of_texts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = load_backbone(str(TINY))
+    monkeypatch.setattr(backbone_module, "TEXTS_KEPT", 100 * 4 * tiny.embed_dim)
+    first = tiny.encode_texts(["a", "b"])
+    for i in range(2000):
+        frozen_class_features(tiny, [f"name {i}", f"other {i}", "always"], ["a {}."])
+        assert len(tiny._texts) <= 100
+        assert len(tiny._known) <= backbone_module.LISTS_KEPT
+    assert "a always." in tiny._texts
+    assert "a" not in tiny._texts
+    assert tiny.encode_texts(["a", "b"]).equal(first)
+    assert len(tiny.encode_texts([f"{i}" for i in range(300)])) == 300
+    assert len(tiny._texts) == 100
+    assert all(row.untyped_storage().nbytes() == 4 * tiny.embed_dim for row in tiny._texts.values())
 
 
 # --- settings -------------------------------------------------------------------------------------

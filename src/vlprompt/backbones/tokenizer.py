@@ -8,6 +8,7 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -23,7 +24,10 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """Token ids of texts without padding; ``start`` and ``end`` are the special tokens around them."""
+    """Token ids of texts without padding; ``start`` and ``end`` are the special tokens around them.
+
+    A text in which a special token is written (``<|endoftext|>``) holds its letters, not the token.
+    """
 
     tokenizer: Tokenizer
     context_length: int
@@ -33,6 +37,9 @@ class TextTokenizer:
     """Set where the tower was trained on padded texts and reads the padding (SigLIP)."""
     unknown: int | None = None
     """What stands for letters that the vocabulary does not have, where that is a token of its own (SigLIP)."""
+
+    def __post_init__(self) -> None:
+        self.tokenizer.encode_special_tokens = True
 
     def words(self, text: str) -> list[int]:
         """Token ids of a text without special tokens.
@@ -129,15 +136,16 @@ def load_siglip_tokenizer(folder: Path, context_length: int, *, canonical: bool 
     return TextTokenizer(tokenizer, context_length, (), ends, pad, unknown)
 
 
-def _token_id(tokenizer: Tokenizer, token: str | dict[str, str]) -> int | None:
-    return tokenizer.token_to_id(token if isinstance(token, str) else token["content"])
+def _token_id(tokenizer: Tokenizer, token: Any) -> int | None:
+    text = token.get("content") if isinstance(token, dict) else token
+    return tokenizer.token_to_id(text) if isinstance(text, str) else None
 
 
 def _read_tokenizer_json(file: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
-        raise BackboneError(f"cannot read {file}: {error}") from None
+        raise BackboneError(f"cannot read {file}: {one_line(error)}") from None
 
 
 def bpe_from_merges(merges: list[str]) -> Tokenizer:

@@ -24,7 +24,7 @@ from vlprompt.config.images import run_split
 from vlprompt.data.datasets import check_outside, load_dataset
 from vlprompt.documents import read_sealed, write_sealed
 from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError, first_few, one_line
-from vlprompt.files import held, write_error
+from vlprompt.files import held, in_use, write_error
 
 PLANNED, LOCK = "planned.json", ".lock"
 Say = Callable[[str], None]
@@ -76,7 +76,7 @@ def bench(
     checkpoint.
     """
     mine = take_shard(runs, shard)
-    there = [str(run.folder) for run in mine if (out / run.folder).exists() and any((out / run.folder).iterdir())]
+    there = [str(run.folder) for run in mine if in_use(out / run.folder)]
     if there and not skip_existing:
         raise ConfigError(f"{out} holds {first_few(there)}: skip_existing keeps what is finished and continues")
     load = cache(load_dataset)  # each data set once

@@ -44,6 +44,9 @@ class Protocol:
     """Whether the classes are also measured in three groups, of many, medium and few training images."""
 
 
+LONGEST = 200
+"""Bytes of a row's name, which names a folder: systems allow 255."""
+
 PROTOCOLS: dict[str, Protocol] = {
     "base-to-novel": Protocol(
         "Do prompts tuned on half of the classes serve the other half?", train="base", measured=("base", "novel"),
@@ -156,8 +159,8 @@ def plan(asked: Asked) -> list[Run]:
         if not values:
             raise ConfigError(f"{what}: there must be at least one")
     for name in asked.rows:
-        if not name or Path(name).name != name or name.startswith("."):
-            raise ConfigError(f"row '{name}' is no name of a folder")
+        if not name or Path(name).name != name or name.startswith(".") or len(name.encode()) > LONGEST:
+            raise ConfigError(f"row '{name[:60]}' is no name of a folder")
     sources, targets = _sources(asked.protocol, protocol, asked.data)
     runs: dict[Path, Run] = {}
     for data in sources:

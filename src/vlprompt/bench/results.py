@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlprompt.bench.runs import FIGURES, read_figures
+from vlprompt.documents import csv_cell, csv_text
 from vlprompt.errors import DataError, one_line
 from vlprompt.files import write_atomically
 
@@ -120,7 +121,8 @@ def to_csv(rows: Iterable[Row]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
     for row in rows:
-        writer.writerow("" if value is None else value for value in vars(row).values())
+        values = ("" if value is None else value for value in vars(row).values())
+        writer.writerow(csv_cell(value) if isinstance(value, str) else value for value in values)
     return text.getvalue()
 
 
@@ -161,7 +163,7 @@ def _value(key: str, text: str, where: str) -> Any:
     if not text:
         raise DataError(f"{where}: {key} is empty")
     if kind == "str":
-        return text
+        return csv_text(text)
     with suppress(ValueError):
         value = int(text) if kind == "int" else float(text)
         if 0 <= value <= (100 + 1e-9 if percent else sys.float_info.max):

@@ -34,7 +34,6 @@ from vlprompt.data.splits import Split, in_order, read_split
 from vlprompt.documents import MOST_JSON, fitted, parse_json, read_sealed, read_text, unsealed, write_sealed
 from vlprompt.errors import ConfigError, DataError, one_line
 from vlprompt.methods import Method, find_method
-from vlprompt.training.checkpoints import remove_unfinished
 from vlprompt.training.evaluate import Evaluation, evaluate
 from vlprompt.training.run import Environment, Result, saved_config, train
 
@@ -127,8 +126,6 @@ def do_run(run: Run, out: Path) -> dict[str, Any]:
     method: Method | None = None
     if not _trained(folder):
         begun = (folder / "config.yaml").exists()
-        if folder.is_dir() and not begun:
-            remove_unfinished(folder)  # killed before it wrote anything
         images_of = partial(SharedImages, folder=out / SHARED)
         method, _ = train(config, folder, resume=begun, decode=decoded_once(out / SHARED), images_of=images_of)
     figures |= {key: getattr(_read(folder / "metrics.json", Result), key) for key in _OF_TRAINING}
@@ -261,7 +258,7 @@ def check_same(run: Run, out: Path, load: Load = load_dataset) -> None:
     advice = "choose another folder, or remove it"
     environment = _read(folder / "environment.json", Environment) if (folder / "environment.json").is_file() else {}
     saved = saved_config(folder)
-    before, now = result_settings(saved), result_settings(run.config)
+    before, now = result_settings(saved), result_settings(run.config.placed())
     if "method file" in before and "method_fingerprint" in environment:
         before["method file"] = environment["method_fingerprint"]
     before["seed"], now["seed"] = saved.seed, run.config.seed

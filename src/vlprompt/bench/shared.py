@@ -22,7 +22,7 @@ from torch import Tensor
 from vlprompt.data.batches import evaluation_batches
 from vlprompt.data.images import load_image
 from vlprompt.data.reading import ImageReader
-from vlprompt.files import alone, unfinished_name
+from vlprompt.files import alone, sync, unfinished_name
 from vlprompt.methods import Method
 from vlprompt.training.evaluate import EvaluationImages
 
@@ -143,7 +143,10 @@ def _write(file: Path, shape: tuple[int, ...], dtype: np.dtype, parts: Iterable[
             np.lib.format.write_array_header_1_0(stream, header)
             for part in parts:
                 stream.write(np.ascontiguousarray(part, dtype).data)
+            stream.flush()
+            os.fsync(stream.fileno())  # after a power cut a file may have its size, and zeros in it
         os.replace(unfinished, file)
+        sync(file.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 

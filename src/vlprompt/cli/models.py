@@ -26,7 +26,7 @@ from vlprompt.cli.options import (
     WhichClasses,
     say,
 )
-from vlprompt.errors import ConfigError, DataError
+from vlprompt.errors import ConfigError, DataError, printable
 
 models_app = typer.Typer()
 
@@ -73,7 +73,7 @@ def evaluate(
         print(json.dumps({**result.to_dict(), "skipped": len(paths) - len(kept)}))
         return
     for name, accuracy in sorted(result.per_class.items(), key=lambda x: x[1]):
-        print(f"{accuracy:6.1f} %  {name}")
+        print(printable(f"{accuracy:6.1f} %  {name}"))
     print(
         f"accuracy {result.accuracy:.2f} % on {result.n} {split} images of {len(result.classes)} classes "
         f"({classes}); calibration error {result.calibration_error:.3f}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
@@ -15,8 +15,11 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
+from vlprompt.backbones.lite0 import NAME as LITE0
+from vlprompt.backbones.load import EMBEDDED
 from vlprompt.config.presets import presets_of
 from vlprompt.data.images import White
+from vlprompt.data.known.table import find_dataset
 from vlprompt.data.splits import Classes
 from vlprompt.documents import check_text, checksum, parse_yaml, read_yaml
 from vlprompt.errors import ConfigError, one_line, printable, unknown
@@ -204,6 +207,19 @@ class RunConfig:
         """The same by full key."""
         return dict(_flatten(self.to_dict()))
 
+    def placed(self) -> RunConfig:
+        """The same with whole paths, which are found from any folder."""
+        data, teacher = self.data, self.teacher
+        name = data.name if find_dataset(data.name) else _whole_path(data.name, data.name)
+        folders = {key: _whole_path(getattr(data, key)) for key in ("root", "split_file", "bank")}
+        names = _whole_path(teacher.class_names_file)
+        return replace(
+            self,
+            backbone=_place(self.backbone),
+            data=replace(data, name=name, **folders),
+            teacher=replace(teacher, backbone=_place(teacher.backbone), class_names_file=names),
+        )
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the settings, but for those that say where something lies, or where the work is done."""
@@ -338,6 +354,17 @@ def how_split(train: TrainConfig, processes: int) -> str:
     """Among what the images of a batch are divided, in words; empty if they are not."""
     how = [f"{processes} processes"] * (processes > 1)
     return " and ".join(how + [f"train.accumulate = {train.accumulate}"] * (train.accumulate > 1))
+
+
+def _whole_path(path: Any, unless: Any = None) -> Any:
+    """A path from the root on; of what is none, ``unless``."""
+    whole = path and Path(path).expanduser().absolute()
+    return str(whole) if whole and (unless is None or whole.exists()) else unless
+
+
+def _place(backbone: Any) -> Any:
+    """A backbone's name, with its whole path where it is one."""
+    return backbone if backbone in EMBEDDED or backbone == LITE0 else _whole_path(backbone, backbone)
 
 
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -30,7 +30,7 @@ from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split, read_split, write_split
 from vlprompt.documents import write_sealed
 from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError
-from vlprompt.files import held, write_atomically, write_error
+from vlprompt.files import held, in_use, write_atomically, write_error
 from vlprompt.methods import Method, MethodConfig
 from vlprompt.methods.registry import file_fingerprint
 from vlprompt.prompting.text import partly_known
@@ -83,7 +83,7 @@ def train(
     those that accuracy is measured on, in place of :class:`EvaluationImages`. Raises ConfigError if the folder is in
     use, or its run cannot be resumed with this data.
     """
-    if not resume and os.path.exists(out) and (not out.is_dir() or any(out.iterdir())):
+    if not resume and in_use(out):
         raise ConfigError(f"output folder {out} is already in use: choose another with --out, or see --resume")
     began = time.monotonic()
     data = config.data
@@ -257,10 +257,8 @@ def _check_images(out: Path, split: Split) -> None:
 
 
 def _describe(out: Path, config: RunConfig, split: Split, environment: Environment, resume: bool) -> None:
-    if resume:
-        remove_unfinished(out)
-    else:
-        write_atomically(out / "config.yaml", config.to_yaml())
+    if not resume:
+        write_atomically(out / "config.yaml", config.placed().to_yaml())
     if own := file_fingerprint(config.method):
         environment["method_fingerprint"] = own
     write_sealed(out / "environment.json", environment, indent=2)
@@ -283,8 +281,10 @@ def _run_folder(out: Path, resume: bool, processes: Processes) -> Iterator[None]
                 out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot make output folder {out}: {error.strerror}") from None
-        if processes.first and (not lock.enter_context(held(out)) or (not resume and any(out.iterdir()))):
+        if processes.first and (not lock.enter_context(held(out)) or (not resume and in_use(out))):
             raise ConfigError(f"output folder {out} is already in use: another process has begun a run there")
+        if processes.first:
+            remove_unfinished(out)
         yield
     except (DataError, OutputError, OSError) as error:
         if processes.first and not resume and not checkpoint_file(out).exists():
