@@ -17,7 +17,10 @@ PLAIN = Row(
 def figures(place: Path, name: str, seed: int, accuracy: dict[str, float], backbone: str = "mini") -> None:
     run = place / "base-to-novel" / "dtd" / name / backbone / "shots_16" / f"seed_{seed}"
     run.mkdir(parents=True)
-    measured = [{"data": "dtd", "classes": "base", "split": "test", "n": 10, "per_class": accuracy}]
+    code = "0.1.0+abc"
+    measured = [{"data": "dtd", "classes": "all", "split": "test", "n": 10, "per_class": accuracy, "code": code}]
+    measured[0]["seconds"] = 0.1
     content = {"format_version": FORMAT_VERSION, "protocol": "base-to-novel", "data": "dtd", "name": name}
-    content |= {"method": name, "backbone": backbone, "shots": 16, "seed": seed, "settings": "f", "code": "0.1.0+abc"}
+    content |= {"method": name, "backbone": backbone, "shots": 16, "seed": seed, "settings": "f", "code": code}
+    content |= {"epochs": 5, "trainable_parameters": 8, "seconds": 1.5}
     sealed.write(run / "figures.json", {**content, "measured": measured})

@@ -126,7 +126,7 @@ def open_shard(folder: Path, manifest: Manifest, i: int) -> NDArray[np.void]:
         records = np.load(file, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise missing_error("file of the region bank", file) from None
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy reads the head of a file as Python's parser does: almost anything is raised
         raise DataError(f"cannot read {file}: {one_line(error)}") from None
     if records.dtype != manifest.settings.record or records.shape != shape:
         raise DataError(f"{file} does not hold what {MANIFEST} says: found {list(records.shape)} {records.dtype}")

@@ -30,6 +30,14 @@ PLANNED, LOCK = "planned.json", ".lock"
 Say = Callable[[str], None]
 
 
+class Wanted(TypedDict):
+    """What is to be measured, as :meth:`Measurement.to_dict` writes it."""
+
+    data: str
+    classes: str
+    split: str
+
+
 class Planned(TypedDict):
     """A run that was asked for, and what was to be measured of it."""
 
@@ -38,7 +46,7 @@ class Planned(TypedDict):
     backbone: str
     shots: int | None
     seed: int
-    measured: list[dict[str, str]]
+    measured: list[Wanted]
 
 
 @dataclass
@@ -198,7 +206,7 @@ def note_planned(runs: Sequence[Run], out: Path) -> None:
     for run in runs:
         place = run.folder.relative_to(run.protocol).as_posix()
         before = known[place]["measured"] if place in known else []
-        asked = [m.to_dict() for m in run.measurements]
+        asked = [Wanted(**m.to_dict()) for m in run.measurements]  # type: ignore[typeddict-item]
         known[place] = Planned(
             data=run.data,
             name=run.name,

@@ -86,15 +86,21 @@ class Results:
         Raises OutputError if it cannot be written; the folders still hold everything then.
         """
         while True:
-            files, rows = self._files(), list[Row]()
-            for file, changed in files.items():
-                if file not in self._known or self._known[file][0] != changed:
-                    self._known[file] = changed, _rows_of_file(file)
-                rows += self._known[file][1]
+            files = self._files()
+            rows = self.read(files)
             write_atomically(self.out / RESULTS, to_csv(rows))
             # Another shard may have written a newer file than this one meanwhile: whoever writes last looks once more.
             if self._files() == files:
                 return rows
+
+    def read(self, files: Mapping[Path, int] | None = None) -> list[Row]:
+        """The rows of all run folders, or of these figures."""
+        rows = list[Row]()
+        for file, changed in (self._files() if files is None else files).items():
+            if file not in self._known or self._known[file][0] != changed:
+                self._known[file] = changed, _rows_of_file(file)
+            rows += self._known[file][1]
+        return rows
 
     def _files(self) -> dict[Path, int]:
         """The figures of all runs, in the order of rows, each with the time of its last change."""

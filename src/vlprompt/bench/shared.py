@@ -130,7 +130,7 @@ def _read(file: Path, mapped: Literal["r"] | None = None) -> NDArray | None:
     """The array in a file; None if there is none, or not the whole of it, as a machine that went down may leave it."""
     try:
         return np.load(file, mmap_mode=mapped, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except Exception:  # NumPy reads the head of a file as Python's parser does
         return None
 
 
