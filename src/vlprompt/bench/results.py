@@ -9,11 +9,13 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from vlprompt.bench.runs import FIGURES, read_figures
+from vlprompt.bench.protocols import PROTOCOLS
+from vlprompt.bench.runs import FIGURES, GROUPS, read_figures
+from vlprompt.data.splits import Classes
 from vlprompt.documents import csv_cell, csv_text
-from vlprompt.errors import DataError, one_line
+from vlprompt.errors import DataError, one_line, unknown
 from vlprompt.files import write_atomically
 
 RESULTS = "results.csv"
@@ -55,6 +57,7 @@ class Row:
 _COLUMNS = [field.name for field in fields(Row)]
 _MEASURED = ("protocol", "data", "name", "backbone", "shots", "seed", "measured_on", "classes", "split")
 """What tells rows apart: there is one figure of each."""
+_ALLOWED = {"protocol": PROTOCOLS, "classes": (*get_args(Classes), *GROUPS), "split": ("test", "val")}
 _TYPES = {field.name: str(field.type) for field in fields(Row)}
 
 
@@ -168,6 +171,8 @@ def _value(key: str, text: str, where: str) -> Any:
         return None
     if not text:
         raise DataError(f"{where}: {key} is empty")
+    if text not in _ALLOWED.get(key, [text]):
+        raise DataError(f"{where}: {unknown(key, text[:60], _ALLOWED[key])}")
     if kind == "str":
         return csv_text(text)
     with suppress(ValueError):
