@@ -696,6 +696,34 @@ def test_shards_that_write_results_at_the_same_moment(bench, photos: Path, tmp_p
     assert file.read_text() == both
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--methods", "coop", "--backbone", "nowhere"), "no backbone 'nowhere'"),
+        (("--methods", "coop", "--device", "cuda:99"), "cannot use device 'cuda:99'"),
+        (("--methods", "coop", "--device", "meta"), "cannot use device 'meta' (allowed: cpu, cuda or cuda:N)"),
+        (("--methods", "kdpl_coop", "--teacher", "nowhere"), "no backbone 'nowhere'"),
+        (("--methods", "maple", "depth=99"), "depth"),
+        (("--methods", "zero_shot", "data.bank=nowhere"), "region bank nowhere does not exist"),
+    ],
+)
+def test_models_that_do_not_do_are_found_before_the_first_run(
+    vlprompt, photos: Path, trained, tmp_path: Path, given: tuple[str, ...], says: str
+) -> None:
+    whole = [*QUICK, "--seeds", "1,2", "--shots", "1", "--data", photos, "--out", tmp_path / "out", *given]
+    code, out, err = vlprompt("bench", "base-to-novel", *whole)
+    assert (code, out, trained) == (2, "", [])
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_a_teacher_that_no_row_uses_is_told(bench, photos: Path) -> None:
+    given = ("--methods", "zero_shot", "--teacher", "mini", "--seeds", "1", "--shots", "1", "--data", photos)
+    code, _, err = bench("base-to-novel", *given)
+    assert code == 0
+    assert err.splitlines()[0] == "--teacher mini is not used: no row learns from one"
+
+
 def test_figures_of_another_shard_that_are_corrupt(bench, photos: Path, tmp_path: Path) -> None:
     """They hinder results.csv, as is told; what this shard did is done."""
     assert bench("base-to-novel", *GIVEN, "--data", photos, "--shard", "1/2")[0] == 0

@@ -11,8 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+import torch
 from typing_extensions import TypedDict
 
+from vlprompt.backbones.load import check_device, load_backbone
 from vlprompt.bank.use import find_bank
 from vlprompt.bench import launch, on_ray
 from vlprompt.bench.launch import Outcome, Process
@@ -21,10 +23,12 @@ from vlprompt.bench.results import RESULTS, Results
 from vlprompt.bench.runs import Load, check_same, finished, measured_dataset, measured_split
 from vlprompt.bench.shared import SHARED
 from vlprompt.config.images import run_split
+from vlprompt.config.teacher import load_teacher_model, teacher_name
 from vlprompt.data.datasets import check_outside, load_dataset
 from vlprompt.documents import read_sealed, write_sealed
 from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError, first_few, one_line
 from vlprompt.files import held, in_use, write_error
+from vlprompt.methods import find_method
 
 PLANNED, LOCK = "planned.json", ".lock"
 Say = Callable[[str], None]
@@ -79,9 +83,9 @@ def bench(
     ``workers`` are runs at once: one if not given, on ``ray`` as many as it has room for. With ``skip_existing``
     finished runs are kept and stopped ones resumed. Raises ConfigError before anything is done if a run's folder is
     there already (without it) or holds results from other settings or data, if another bench that is no shard is at
-    work in ``out``, if there is no Ray, or if a region bank does not fit; DataError for data sets and banks that are
-    not there, and data sets that are too small; Interrupted after Ctrl-C, when the runs at work have saved a
-    checkpoint.
+    work in ``out``, if there is no Ray, or if a bank does not fit; BackboneError for a backbone, teacher or device that
+    does not do; DataError for data sets and banks that are not there, and data sets that are too small; Interrupted
+    after Ctrl-C, when the runs at work have saved a checkpoint.
     """
     mine = take_shard(runs, shard)
     there = [str(run.folder) for run in mine if in_use(out / run.folder)]
@@ -95,6 +99,7 @@ def bench(
     for data in {run.config.data.name: run.config.data for run in runs}.values():
         check_outside(out, load(data.name, data.root, data.split_file))
     elsewhere = engine == "ray" and bool(todo)
+    check_models(todo, elsewhere)
     with on_ray.connected() if elsewhere else nullcontext():
         ended = _begin(todo, out, elsewhere, workers, say)
         try:
@@ -190,6 +195,30 @@ def check_data(runs: Sequence[Run], load: Load = load_dataset) -> None:
         if data.bank is not None and asked not in seen:
             find_bank(config, load(data.name, data.root, data.split_file).split.subset(data.classes).class_names)
         seen |= {images, asked}
+
+
+def check_models(runs: Sequence[Run], elsewhere: bool = False) -> None:
+    """Load each backbone and teacher, and build each row's method, once before the first run: an error is that of all.
+
+    Raises what these raise, and ConfigError for a bank or a teacher of a row that takes no training steps. Runs that
+    are done ``elsewhere`` may have devices that are not here.
+    """
+    seen = set[object]()
+    for run in runs:
+        config = run.config
+        device = "cpu" if elsewhere else config.train.device
+        check_device(config.train.device)
+        if (name := teacher_name(config)) and name not in seen:
+            load_teacher_model(name)
+            seen.add(name)
+        asked = (config.backbone, device, config.train.precision, config.method, config.options, config.data.bank)
+        if asked not in seen:
+            backbone = load_backbone(*asked[:3])
+            with torch.random.fork_rng(devices=[]):
+                method = find_method(config.method)(backbone, ("a", "b"), config.options)
+            if not method.trains and (given := config.data.bank or config.teacher.backbone):
+                raise ConfigError(f"row '{run.name}' takes no training steps: it does nothing with {given}")
+            seen.add(asked)
 
 
 def gaps(runs: Sequence[Run], load: Load = load_dataset) -> list[str]:

@@ -180,6 +180,12 @@ def plan(asked: Asked) -> list[Run]:
     return list(runs.values())
 
 
+def unused(asked: Asked) -> list[str]:
+    """A line for what is given and no row uses."""
+    learns = any("teacher_probabilities" in find_method(method).needs for method, _ in asked.rows.values())
+    return [f"teacher {asked.teacher} is not used: no row learns from one"] if asked.teacher and not learns else []
+
+
 def _sources(name: str, protocol: Protocol, data: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
     """The data sets that are trained on, and those that each run is measured on beside its own."""
     if protocol.targets == "none":
