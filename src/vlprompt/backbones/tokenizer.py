@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from vlprompt.backbones.convert import read_json
-from vlprompt.errors import BackboneError, DataError
+from vlprompt.errors import BackboneError, DataError, one_line
 
 SPACE = "▁"  # SentencePiece's
 SOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -83,8 +83,11 @@ def load_clip_tokenizer(folder: Path, context_length: int) -> TextTokenizer:
         tokenizer = _read_tokenizer_json(folder / "tokenizer.json")
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         vocab = read_json(folder / "vocab.json")
-        lines = (folder / "merges.txt").read_text("utf-8").splitlines()
-        tokenizer = _clip_bpe(vocab, [line for line in lines if line and not line.startswith("#version")])
+        try:
+            lines = (folder / "merges.txt").read_text("utf-8").splitlines()
+            tokenizer = _clip_bpe(vocab, [line for line in lines if line and not line.startswith("#version")])
+        except Exception as error:  # the library raises bare Exception
+            raise BackboneError(f"cannot read the tokenizer in {folder}: {one_line(error)}") from None
     elif (folder / "bpe_simple_vocab_16e6.txt.gz").is_file():
         with gzip.open(folder / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
             lines = file.read().splitlines()[1:]
