@@ -65,7 +65,7 @@ class Measured(TypedDict, total=False):
     per_class: dict[str, Percent]
     confusion: list[tuple[int, int, int]]
     class_names: list[str]
-    groups: dict[str, dict[str, Number]]
+    groups: dict[str, dict[str, Annotated[int | float, Ge(0)]]]
 
 
 class Figures(TypedDict, total=False):
