@@ -142,9 +142,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Put it into place as a whole."""
         whole = sealed({"format_version": FORMAT_VERSION, **asdict(self)})
-        images, shards = (
-            ",".join(f"\n  {_json(row)}" for row in whole[key]) for key in ("images", "shards")
-        )
+        images, shards = (",".join(f"\n  {_json(row)}" for row in whole[key]) for key in ("images", "shards"))
         settings = json.dumps(whole["settings"], indent=2, ensure_ascii=False)
         head = f'"format_version": {FORMAT_VERSION},\n"settings": {settings}'
         rows = f'"images": [{images}\n],\n"shards": [{shards}\n]'
