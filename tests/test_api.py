@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import vlprompt
-from tests.kit import TINY
+from tests.kit import TINY, sealed
 from tests.kit.command import vlprompt as command_line
 from tests.kit.hub import Hub
 from tests.kit.pictures import pictures, write_pictures
@@ -394,8 +394,7 @@ def rewrite(folder: Path, change, *, honest: bool = False) -> None:
 
 
 def edit(folder: Path, **values: object) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **values}))
+    sealed.change(folder / "config.json", **values)
 
 
 @pytest.mark.parametrize(
@@ -459,8 +458,8 @@ def test_truncated_and_missing_files(saved, tmp_path):
         ({"method": "cop"}, "unknown method 'cop': did you mean 'coop'"),
         ({"settings": {"n_ctx": 0}}, "n_ctx"),
         ({"settings": {"n_ctx": 2, "more": 1}}, "unknown setting of coop 'more'"),
-        ({"class_names": "otter"}, "tuple"),
-        ({"prompts": {}}, "no 'sha256' in config.json"),
+        ({"class_names": "otter"}, "class_names: input should be a valid list"),
+        ({"prompts": {}}, "prompts.sha256: field required"),
         ({"backbone": None}, "cannot read"),
         ({"backbone": {"name": str(TINY), "fingerprint": "0" * 64}}, "has other weights"),
     ],

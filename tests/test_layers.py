@@ -10,8 +10,8 @@ import vlprompt
 
 SOURCE = Path(vlprompt.__file__).parent
 ENGINE = [
-    "version", "errors", "files", "data", "backbones", "prompting", "methods", "artefact", "config", "bank", "training",
-    "api", "sklearn", "__init__",
+    "version", "errors", "files", "documents", "data", "backbones", "prompting", "methods", "artefact", "config",
+    "bank", "training", "api", "sklearn", "__init__",
 ]  # fmt: skip
 """From the ground up."""
 LAB = ["provision", "demo", "bench", "cli", "__main__"]

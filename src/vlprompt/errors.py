@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from unicodedata import category
 
 SHOWN = 5  # names that a message lists
+KEPT = "\n\t\u200c\u200d"
+"""Characters that do not print and mean no harm: joiners make letters and emoji."""
 
 
 class VlpromptError(Exception):
@@ -47,6 +50,17 @@ def unknown(what: str, value: str, allowed: Iterable[str]) -> str:
 def one_line(error: object, most: int | None = 200) -> str:
     """What another library says, in one line of at most so many characters."""
     return " ".join(str(error).split())[:most]
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal would obey, or could not show, as ``\\x1b``: escape sequences, half characters."""
+    return "".join(c if c.isprintable() or category(c) == "Zs" or c in KEPT else ascii(c)[1:-1] for c in text)
+
+
+def memory_is_full(error: BaseException) -> bool:
+    """Whether an error says that memory, a GPU's too, does not do."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or "DefaultCPUAllocator" in str(error)  # for which PyTorch has no type
 
 
 def first_line(error: Exception) -> str:

@@ -53,6 +53,12 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def sync_all() -> None:
+    """The same for everything that was written, of many files at once."""
+    if hasattr(os, "sync"):
+        os.sync()
+
+
 @contextmanager
 def alone(lock: Path) -> Iterator[None]:
     """Hold the lock file, which is made, against other processes; it is free again when the process ends.
@@ -104,6 +110,11 @@ def unfinished_name(file: Path) -> Path:
 def is_unfinished(file: Path) -> bool:
     """Whether it has such a name: a process is writing it, or was killed while it did."""
     return re.fullmatch(r"\..+\.\d+", file.name) is not None
+
+
+def in_use(folder: Path) -> bool:
+    """Whether something is there already: a file, or a folder that holds more than killed processes left unfinished."""
+    return os.path.exists(folder) and (not folder.is_dir() or not all(map(is_unfinished, folder.iterdir())))
 
 
 def write_error(place: Path, error: OSError) -> OutputError:

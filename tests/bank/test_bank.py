@@ -18,7 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.kit import REPOSITORY, TINY
+from tests.kit import REPOSITORY, TINY, sealed
+from tests.kit.checks import flipped
 from tests.kit.command import environment, processes
 from tests.kit.marks import slow, sweep
 from tests.kit.pictures import CLASSES, make_pictures
@@ -708,14 +709,64 @@ def test_a_damaged_file_is_found_before_training(change, says, pictures, bank, t
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_changed_bit_is_never_trained_on(seed, pictures, bank, tmp_path) -> None:
+    copy = damaged(bank, tmp_path / "bank")
+    file = copy / f"regions-0000{seed % 3}.npy"
+    file.write_bytes(flipped(file.read_bytes(), seed))
+    with pytest.raises(DataError, match=rf"{file.name}( is damaged: its sha256 is not| does not hold|: )"):
+        train(from_bank(pictures, copy), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "says"),
+    [
+        ("classes", 3, r"is damaged: class 3 of 3"),
+        ("probabilities", 0.75, r"is damaged: probabilities that do not sum to 1"),
+        ("probabilities", np.nan, r"is damaged: probabilities that do not sum to 1"),
+        ("rest", -0.5, r"is damaged: probabilities that do not sum to 1"),
+        ("features", np.inf, r"is damaged: features that are not finite"),
+    ],
+)
+def test_values_that_no_teacher_and_no_tower_gives_are_refused(part, value, says, pictures, bank, tmp_path) -> None:
+    """Though the checksums say that they were written so."""
+    copy = damaged(bank, tmp_path / "bank")
+    file = copy / "regions-00001.npy"
+    records = np.load(file)
+    records[part][2, 3] = value
+    np.save(file, records)
+    shards = sealed.read(copy / "manifest.json")["shards"]
+    shards[1]["sha256"] = content_hash(file)
+    sealed.change(copy / "manifest.json", shards=shards)
+    with pytest.raises(DataError, match=says):
+        train(from_bank(pictures, copy), tmp_path / "run")
+    with pytest.raises(DataError, match=says):
+        verify(copy)
+
+
+@pytest.mark.parametrize("size", [0, 64, -1])
+def test_a_file_that_a_power_cut_left_short_is_built_again(size, pictures, bank, tmp_path, vlprompt) -> None:
+    copy = damaged(bank, tmp_path / "bank")
+    file = copy / "regions-00002.npy"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:size])
+    with pytest.raises(DataError, match=r"regions-00002.npy"):
+        Bank(copy)
+    build(pictures, copy)
+    assert file.read_bytes() == whole
+    verify(copy)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ('"format_version": 1', '"format_version": 9', r"has format_version 9; this vlprompt reads up to 1: update it"),
-        ('"regions": 6', '"regions": "six"', r"cannot read .*manifest.json: settings.regions: "),
-        ('"regions": 6', '"region": 6', r"does not hold what manifest.json says"),
-        ('"images": 8', '"images": 9', r"cannot read .*manifest.json: 18 images, 19 in its files"),
+        ('"format_version": 2', '"format_version": 9', r"has format_version 9; this vlprompt reads up to 2: update it"),
+        ('"format_version": 2', '"format_version": 1', r"has format_version 1, of before 0.1: it has no checksum"),
+        ('"regions": 6', '"regions": "six"', r"cannot read .*manifest.json: it is damaged or was changed"),
         ("{", "[", r"cannot read .*manifest.json: "),
+        ("{", "[" * 100_000, r"cannot read .*manifest.json: it is nested too deeply"),
+        ('"seed"', '"flip"', r"cannot read .*manifest.json: 'flip' is in it twice"),
     ],
 )
 def test_a_damaged_manifest_is_one_line(old, new, says, bank, tmp_path) -> None:
@@ -723,6 +774,24 @@ def test_a_damaged_manifest_is_one_line(old, new, says, bank, tmp_path) -> None:
     text = (copy / "manifest.json").read_text()
     assert old in text
     (copy / "manifest.json").write_text(text.replace(old, new, 1))
+    with pytest.raises(DataError, match=says) as error:
+        Bank(copy)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "says"),
+    [
+        ("settings", {"regions": "six"}, r"cannot read .*manifest.json: settings.regions: "),
+        ("settings", {"regions": 7}, r"does not hold what manifest.json says"),
+        ("shards", [{"images": 9, "sha256": None}], r"cannot read .*manifest.json: 18 images, 9 in its files"),
+        ("images", "none", r"cannot read .*manifest.json: images: input should be a valid tuple"),
+    ],
+)
+def test_a_manifest_that_says_other_things_is_one_line(section, value, says, bank, tmp_path) -> None:
+    copy = damaged(bank, tmp_path / "bank")
+    before = sealed.read(copy / "manifest.json")[section]
+    sealed.change(copy / "manifest.json", **{section: before | value if isinstance(value, dict) else value})
     with pytest.raises(DataError, match=says) as error:
         Bank(copy)
     assert "\n" not in str(error.value)

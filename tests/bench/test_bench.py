@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit import REPOSITORY, TINY
+from tests.kit import REPOSITORY, TINY, sealed
 from tests.kit.command import environment
 from tests.kit.known import build
 from tests.kit.marks import slow, sweep
@@ -496,10 +496,10 @@ def test_the_report_tells_other_weights_and_images(bench, vlprompt, photos: Path
     assert bench("base-to-novel", *given)[0] == 0
     assert "differ between runs" not in vlprompt("report", tmp_path / "out")[1]
     file = next((tmp_path / "out").glob("*/*/*/*/*/seed_2/figures.json"))
-    content = json.loads(file.read_text())
+    content = sealed.read(file)
     content["weights"]["backbone"] = "0"
     content["measured"][0]["images_fingerprint"] = "0"
-    file.write_text(json.dumps(content))
+    sealed.write(file, content)
     text = vlprompt("report", tmp_path / "out")[1]
     assert "Weights of the backbone differ between runs." in text
     assert "Test images of photos, base classes, differ between runs." in text
@@ -559,10 +559,11 @@ def test_a_bench_that_is_interrupted_goes_on(bench, photos: Path, trained, monke
 @pytest.mark.parametrize("file", ["figures.json", "results.csv", "prompts.safetensors", "last.safetensors"])
 def test_a_full_disk_loses_nothing(bench, photos: Path, trained, monkeypatch, tmp_path: Path, file: str) -> None:
     """The disk fills up when the second run writes ``file``."""
+    from vlprompt import documents
     from vlprompt.artefact import artefact
     from vlprompt.training import checkpoints
 
-    written_by = {"figures.json": runs_module, "results.csv": results_module}
+    written_by = {"figures.json": documents, "results.csv": results_module}
     written_by |= {"prompts.safetensors": artefact, "last.safetensors": checkpoints}
     module = written_by[file]
     original, count = module.write_atomically, []
@@ -591,11 +592,13 @@ def test_a_full_disk_loses_nothing(bench, photos: Path, trained, monkeypatch, tm
     [
         (lambda text: text[:-9], "cannot read "),
         (
-            lambda text: text.replace('"format_version": 1', '"format_version": 2'),
-            "has format_version 2; this vlprompt",
+            lambda text: text.replace('"format_version": 2', '"format_version": 3'),
+            "has format_version 3; this vlprompt",
         ),
-        (lambda text: text.replace('"measured"', '"measures"'), "lacks figures: 'measured'"),
-        (lambda text: "[1]", "holds no figures"),
+        (lambda text: text.replace('"format_version": 2', '"format_version": 1'), "has format_version 1; remove it"),
+        (lambda text: text.replace('"measured"', '"measures"'), "its content is not what was saved"),
+        (lambda text: "[1]", "has format_version None; remove it"),
+        (lambda text: "[" * 100_000, "it is nested too deeply"),
     ],
 )
 def test_figures_that_are_corrupt(bench, photos: Path, trained, tmp_path: Path, change, message: str) -> None:
@@ -695,6 +698,34 @@ def test_shards_that_write_results_at_the_same_moment(bench, photos: Path, tmp_p
     monkeypatch.setattr(results_module, "write_atomically", write)
     assert len(results_module.Results(out).write()) == 2
     assert file.read_text() == both
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--methods", "coop", "--backbone", "nowhere"), "no backbone 'nowhere'"),
+        (("--methods", "coop", "--device", "cuda:99"), "cannot use device 'cuda:99'"),
+        (("--methods", "coop", "--device", "meta"), "cannot use device 'meta' (allowed: cpu, cuda or cuda:N)"),
+        (("--methods", "kdpl_coop", "--teacher", "nowhere"), "no backbone 'nowhere'"),
+        (("--methods", "maple", "depth=99"), "depth"),
+        (("--methods", "zero_shot", "data.bank=nowhere"), "region bank nowhere does not exist"),
+    ],
+)
+def test_models_that_do_not_do_are_found_before_the_first_run(
+    vlprompt, photos: Path, trained, tmp_path: Path, given: tuple[str, ...], says: str
+) -> None:
+    whole = [*QUICK, "--seeds", "1,2", "--shots", "1", "--data", photos, "--out", tmp_path / "out", *given]
+    code, out, err = vlprompt("bench", "base-to-novel", *whole)
+    assert (code, out, trained) == (2, "", [])
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_a_teacher_that_no_row_uses_is_told(bench, photos: Path) -> None:
+    given = ("--methods", "zero_shot", "--teacher", "mini", "--seeds", "1", "--shots", "1", "--data", photos)
+    code, _, err = bench("base-to-novel", *given)
+    assert code == 0
+    assert err.splitlines()[0] == "--teacher mini is not used: no row learns from one"
 
 
 def test_figures_of_another_shard_that_are_corrupt(bench, photos: Path, tmp_path: Path) -> None:

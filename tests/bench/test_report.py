@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 from scipy.stats import ttest_rel
 
-from tests.kit import REPOSITORY
+from tests.kit import REPOSITORY, sealed
 from tests.kit.results import PLAIN, figures
 from vlprompt.bench.bench import note_planned
 from vlprompt.bench.protocols import Asked, plan
@@ -128,10 +128,10 @@ def test_a_target_without_any_result_is_a_column_of_missing_values(tmp_path: Pat
     planned(tmp_path, "cross-dataset", ["imagenet", "sun397", "dtd", "eurosat"])
     for gone, average in ((set(), "missing"), ({"sun397"}, "46.00 ± 1.41")):
         file = tmp_path / "cross-dataset" / "planned.json"
-        runs = json.loads(file.read_text())
-        for run in runs.values():
+        content = sealed.read(file)
+        for run in content["runs"].values():
             run["measured"] = [m for m in run["measured"] if m["data"] not in gone]
-        file.write_text(json.dumps(runs))
+        sealed.write(file, content)
         ((table,),) = (s.tables for s in read_sections(folder(tmp_path, transfer())))
         targets = [t for t in ("sun397", "dtd", "eurosat") if t not in gone]
         assert table.head == ("imagenet (source)", *targets, "average of targets", "train, s")
@@ -271,10 +271,10 @@ def test_a_reference_that_one_study_lacks(tmp_path: Path) -> None:
 def test_figures_of_a_run_without_its_name(vlprompt, tmp_path: Path, key: str) -> None:
     figures(folder(tmp_path, base_to_novel()), "coop", 1, {"dotted": 50.0})
     file = next(tmp_path.rglob("figures.json"))
-    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != key}))
+    sealed.write(file, {k: v for k, v in sealed.read(file).items() if k != key})
     code, out, err = vlprompt("report", tmp_path)
     assert (code, out) == (2, "")
-    assert err.endswith(f"{file} lacks figures: '{key}'\n")
+    assert err.endswith(f"cannot read {file}: {key}: field required\n")
     assert err.count("\n") == 1
 
 

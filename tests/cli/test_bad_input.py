@@ -125,15 +125,8 @@ def test_text_longer_than_the_backbone_reads(refuses, here, method):
     refuses(("cat dog cat", "tokens; the backbone reads at most"), "train", method, "photos", "--epochs", 1)
 
 
-@pytest.mark.parametrize("method", ["zero_shot", "coop"])
-def test_class_name_outside_the_vocabulary(refuses, here, method):
-    draw_classes(here / "photos", "<|endoftext|>")  # the end of a text cannot stand within one
-    unknown = "class name '<|endoftext|>' has no token that the backbone knows"
-    refuses(unknown, "train", method, "photos", "--epochs", 1)
-
-
 def test_unusual_class_names_work(here):
-    names = ["sea_horse", "café au lait", "🦊", "🐙 🐙", "Boeing 737-200"]
+    names = ["sea_horse", "café au lait", "🦊", "🐙 🐙", "Boeing 737-200", "<|endoftext|>"]
     draw_classes(here / "unusual", *names)
     code, _, err = vlprompt("train", "coop", "unusual", "n_ctx=1", "--epochs", 1, "--out", "run")
     assert code == 0, err

@@ -17,7 +17,7 @@ import pytest
 import typer.main
 import yaml
 
-from tests.kit import TINY
+from tests.kit import TINY, sealed
 from tests.kit.checks import tree
 from tests.kit.command import Done, environment, python, vlprompt
 from tests.kit.pictures import SHADES
@@ -161,7 +161,7 @@ def test_train_prints_one_json_object(trained: tuple[Path, Done]) -> None:
     assert result["trainable_parameters"] == 4 * 128
     assert result["seconds"] > 0
     assert {p.name for p in out.iterdir()} == RUN_FILES | {"checkpoints"}
-    assert json.loads((out / "metrics.json").read_text("utf-8")) == result
+    assert sealed.read(out / "metrics.json") == result
     assert "epoch 1/1  lr 0.002  ce " in done.err
 
 
@@ -346,8 +346,8 @@ def test_a_model_moves_with_its_backbone_named_anew(photos: Path, run: Path, tmp
     expected = vlprompt("predict", run, image, "--json").json
     for name in ("config.json", "prompts.safetensors"):  # nothing else is needed
         (tmp_path / name).write_bytes((run / name).read_bytes())
-    config = (tmp_path / "config.json").read_text("utf-8")
-    (tmp_path / "config.json").write_text(config.replace(str(TINY), "/elsewhere/clip"), encoding="utf-8")
+    backbone = sealed.read(tmp_path / "config.json")["backbone"]
+    sealed.change(tmp_path / "config.json", backbone=backbone | {"name": "/elsewhere/clip"})
     lost = vlprompt("predict", tmp_path, image)
     assert lost.code == 2
     assert "no backbone '/elsewhere/clip'" in lost.err

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from tests.kit import sealed
 from vlprompt.bench.results import Row
+from vlprompt.bench.runs import FORMAT_VERSION
 
 PLAIN = Row(
     "base-to-novel", "dtd", "coop", "coop", "mini", 16, 1, "dtd", "base", "test",
@@ -16,6 +17,10 @@ PLAIN = Row(
 def figures(place: Path, name: str, seed: int, accuracy: dict[str, float], backbone: str = "mini") -> None:
     run = place / "base-to-novel" / "dtd" / name / backbone / "shots_16" / f"seed_{seed}"
     run.mkdir(parents=True)
-    measured = [{"data": "dtd", "classes": "base", "split": "test", "per_class": accuracy}]
-    content = {"format_version": 1, "data": "dtd", "name": name, "measured": measured}
-    (run / "figures.json").write_text(json.dumps(content))
+    code = "0.1.0+abc"
+    measured = [{"data": "dtd", "classes": "all", "split": "test", "n": 10, "per_class": accuracy, "code": code}]
+    measured[0]["seconds"] = 0.1
+    content = {"format_version": FORMAT_VERSION, "protocol": "base-to-novel", "data": "dtd", "name": name}
+    content |= {"method": name, "backbone": backbone, "shots": 16, "seed": seed, "settings": "f", "code": code}
+    content |= {"epochs": 5, "trainable_parameters": 8, "seconds": 1.5}
+    sealed.write(run / "figures.json", {**content, "measured": measured})

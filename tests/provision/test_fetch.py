@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import struct
 import tarfile
 import tracemalloc
@@ -222,6 +223,47 @@ def test_an_archive_put_there_by_hand_is_used(tmp_path: Path, dtd: bytes, server
     get(DATASETS["dtd"], tmp_path, print)
     assert [path for path, _ in server.asked] == ["/split"]
     assert len(load_dataset("dtd", tmp_path).split.train) == 9
+    assert (tmp_path / DOWNLOADS / "dtd.tar.gz").read_bytes() == dtd  # it is not ours to remove
+    assert tree(tmp_path / DOWNLOADS) == {"dtd.tar.gz"}
+
+
+def test_a_split_put_there_by_hand_is_copied(tmp_path: Path, dtd: bytes, server: Server) -> None:
+    name = "split_zhou_DescribableTextures.json"
+    (tmp_path / DOWNLOADS).mkdir()
+    (tmp_path / DOWNLOADS / name).write_bytes(server.files["/split"])
+    get(DATASETS["dtd"], tmp_path, print)
+    assert (tmp_path / DOWNLOADS / name).read_bytes() == (tmp_path / "dtd" / name).read_bytes()
+
+
+class KilledError(BaseException):
+    """What stands for a kill."""
+
+
+@pytest.mark.parametrize("last", range(1, 6))
+def test_what_a_killed_command_leaves_goes_with_the_next(
+    tmp_path: Path, dtd: bytes, server: Server, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    calls = 0
+    rmtree, replace_ = shutil.rmtree, os.replace
+
+    def killed(call):
+        def count(*given, **more):
+            nonlocal calls
+            calls += 1
+            if calls >= last:
+                raise KilledError
+            return call(*given, **more)
+
+        return count
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch.shutil, "rmtree", killed(rmtree))
+        patch.setattr(fetch.os, "replace", killed(replace_))
+        with pytest.raises(KilledError):
+            get(DATASETS["dtd"], tmp_path, print)
+    get(DATASETS["dtd"], tmp_path, print)
+    assert len(load_dataset("dtd", tmp_path).split.train) == 9
+    assert not (tmp_path / DOWNLOADS).exists()
 
 
 def test_what_has_to_be_got_by_hand(vlprompt, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +304,7 @@ def test_a_full_disk(
     assert err.splitlines()[-1].startswith("error: cannot write ")
     assert err.endswith(": No space left on device\n")
     assert not (tmp_path / "dtd").exists()
-    assert {Path(x).suffix for x in tree(tmp_path / DOWNLOADS)} <= {".gz", ".part", ".tag"}
+    assert {Path(x).suffix for x in tree(tmp_path / DOWNLOADS)} <= {".gz", ".part", ".tag", ".fetched"}
     monkeypatch.undo()
 
 

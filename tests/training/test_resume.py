@@ -175,8 +175,8 @@ def test_what_cannot_be_resumed(tiny, pictures, tmp_path, monkeypatch):
     file.write_bytes(whole[:200])
     with pytest.raises(ArtefactError, match=r"cannot read checkpoint .*last.safetensors"):
         train(config, run, resume=True)
-    file.write_bytes(whole.replace(b'format_version\\": 2', b'format_version\\": 9'))
-    with pytest.raises(ArtefactError, match="has format_version 9; this vlprompt reads up to 2"):
+    file.write_bytes(whole.replace(b'format_version\\": 3', b'format_version\\": 9'))
+    with pytest.raises(ArtefactError, match="has format_version 9; this vlprompt reads up to 3"):
         train(config, run, resume=True)
     fingerprint = tiny.fingerprint.encode()
     file.write_bytes(whole.replace(fingerprint, fingerprint[::-1]))

@@ -5,36 +5,77 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from annotated_types import Gt, Lt
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+from typing_extensions import TypedDict  # pydantic's, before Python 3.12
 
 from vlprompt.artefact.card import model_card
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import EMBEDDED, load_backbone
 from vlprompt.backbones.names import public_name
+from vlprompt.data.splits import MOST_CLASSES
+from vlprompt.documents import MOST_JSON, check_text, fitted, parse_json, read_text, unsealed, write_sealed
 from vlprompt.errors import ArtefactError, BackboneError, ConfigError, one_line, unknown
 from vlprompt.files import write_atomically
 from vlprompt.methods import Method, find_method, method_names
+from vlprompt.methods.base import Template
 from vlprompt.methods.registry import GROUP, checksum, file_of
 from vlprompt.version import __version__
 
-FORMAT_VERSION = 2
-"""2 added ``about`` and ``prompts`` (checksum and shapes); version 1, of before any release, is refused."""
+FORMAT_VERSION = 3
+"""2 added ``about`` and ``prompts`` (checksum and shapes), 3 a checksum over all of it; versions 1 and 2, of before any
+release, are refused."""
 
 PROMPTS, CONFIG, CARD = "prompts.safetensors", "config.json", "README.md"
 FILES = (CONFIG, PROMPTS, CARD)
-_White = Annotated[float, Gt(0), Lt(float("inf"))] | None
+
+
+class FileEntry(TypedDict):
+    """A method's file."""
+
+    path: str
+    sha256: str
+
+
+class PromptsEntry(TypedDict):
+    """``prompts.safetensors``."""
+
+    sha256: str
+    shapes: dict[str, list[int]]
+
+
+class BackboneEntry(TypedDict):
+    """The backbone, which is no part of the artefact."""
+
+    name: str
+    fingerprint: str
+    licence: NotRequired[str | None]
+
+
+class ArtefactConfig(TypedDict):
+    """What ``config.json`` holds, besides its checksum."""
+
+    format_version: int
+    vlprompt_version: str
+    method: str
+    method_file: NotRequired[FileEntry]
+    settings: dict[str, Any]
+    class_names: list[str]
+    template: str
+    white: NotRequired[Annotated[float, Gt(0), Lt(float("inf"))]]
+    backbone: BackboneEntry
+    prompts: PromptsEntry
+    about: dict[str, str]
 
 
 def save_artefact(
@@ -43,6 +84,7 @@ def save_artefact(
     """Write a tuned model into ``folder``; ``about`` (data, options, metrics) goes into its model card.
 
     A backbone in a folder is noted with its whole path, or where the model is for others (``public``) by name alone.
+    Whenever the process is killed, the folder holds the model before or the new one, whole.
     """
     backbone = method.backbone
     state = {k: v.detach().float().cpu().contiguous() for k, v in method.inference_state().items()}
@@ -65,9 +107,15 @@ def save_artefact(
         "prompts": {"sha256": sha256(prompts).hexdigest(), "shapes": {k: list(v.shape) for k, v in state.items()}},
         "about": about,
     }
+    # config.json speaks of the model before until it is replaced: that one's prompts stay beside the new till then.
+    if (folder / PROMPTS).is_file() and (folder / CONFIG).is_file():
+        before = (folder / PROMPTS).read_bytes()
+        write_atomically(_aside(folder, sha256(before).hexdigest()), before)
     write_atomically(folder / PROMPTS, prompts)
-    write_atomically(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False))
+    write_sealed(folder / CONFIG, config, indent=2)
     write_atomically(folder / CARD, model_card(method, about))
+    for left in (left for name in FILES for dots in (".", "..") for left in folder.glob(f"{dots}{name}.*")):
+        left.unlink(missing_ok=True)  # the prompts aside, and what killed processes were writing
 
 
 def load_artefact(
@@ -92,12 +140,12 @@ def load_artefact(
         options = TypeAdapter(cls.Config).validate_python(config["settings"])
         if extra := set(config["settings"]) - set(asdict(options)):  # pydantic passes them over
             raise ConfigError(unknown(f"setting of {cls.name}", min(extra), asdict(options)))
-        class_names = TypeAdapter(tuple[str, ...]).validate_python(config["class_names"])
-        state = read_prompts(folder / PROMPTS, config)
+        class_names, template = _class_names(config["class_names"]), fitted(Template, config["template"])
+        state = read_prompts(folder, config["prompts"])
         loaded = _load_backbone(backbone, config["backbone"], folder, device, precision)
-        method = cls(loaded, class_names, options, TypeAdapter(str).validate_python(config["template"]))
-        method.white = TypeAdapter(_White).validate_python(config.get("white"))
-    except (KeyError, TypeError, ValueError, ValidationError, SafetensorError, OSError, ConfigError) as error:
+        method = cls(loaded, class_names, options, template)
+        method.white = config.get("white")
+    except (KeyError, TypeError, ValueError, SafetensorError, OSError, ConfigError) as error:
         raise _unreadable_error(folder, error) from None
     try:
         method.load_inference_state(state)
@@ -107,24 +155,22 @@ def load_artefact(
     return method.to(loaded.device).eval().requires_grad_(False)
 
 
-def read_artefact_config(folder: Path) -> dict[str, Any]:
-    """What ``config.json`` says; raises ArtefactError if it is not there, not readable, or of a newer version."""
+def read_artefact_config(folder: Path) -> ArtefactConfig:
+    """What ``config.json`` says; raises ArtefactError if it is not there, not what was saved, or of another version."""
     file = folder / CONFIG
     if not file.is_file():
         raise ArtefactError(f"no tuned model in {folder}: it has no {CONFIG} (was the run finished?)")
     try:
-        config = json.loads(file.read_text("utf-8"))
-        version = config["format_version"]
+        content = parse_json(read_text(file, MOST_JSON))
+        version = content["format_version"]
         newer, older = version > FORMAT_VERSION, version < FORMAT_VERSION
+        if not newer and not older:
+            return fitted(ArtefactConfig, unsealed(content))
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise _unreadable_error(folder, error) from None
     if older:
         raise ArtefactError(f"{folder} has format_version {version}, of before 0.1: it has no checksums; tune it again")
-    if newer:
-        raise ArtefactError(
-            f"{folder} has format_version {version}; this vlprompt reads up to {FORMAT_VERSION}: update it"
-        )
-    return config
+    raise ArtefactError(f"{folder} has format_version {version}; this vlprompt reads up to {FORMAT_VERSION}: update it")
 
 
 def _method_file(method: Method) -> dict[str, Any]:
@@ -133,7 +179,15 @@ def _method_file(method: Method) -> dict[str, Any]:
     return {"method_file": {"path": str(file), "sha256": checksum(file)}} if file else {}
 
 
-def _find_method(config: Mapping[str, Any], folder: Path, files: bool) -> type[Method]:
+def _class_names(names: Sequence[str]) -> tuple[str, ...]:
+    if not 1 <= len(names) <= MOST_CLASSES:
+        raise ValueError(f"class_names: {len(names)} of them (allowed: 1 to {MOST_CLASSES:,})")
+    for name in names:
+        check_text(name)
+    return tuple(names)
+
+
+def _find_method(config: ArtefactConfig, folder: Path, files: bool) -> type[Method]:
     name, source = config["method"], config.get("method_file")
     if source is None:
         return find_method(name)
@@ -157,10 +211,16 @@ def _unreadable_error(folder: Path, error: Exception) -> ArtefactError:
     return ArtefactError(f"cannot read the tuned model in {folder}: {reason}")
 
 
-def read_prompts(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def _aside(folder: Path, digest: str) -> Path:
+    """Where the prompts with this checksum are while a model is replaced."""
+    return folder / f".{PROMPTS}.{digest}"
+
+
+def read_prompts(folder: Path, expected: PromptsEntry) -> dict[str, Tensor]:
     """The tensors, if they are the ones that were saved."""
-    content = file.read_bytes()
-    expected = config["prompts"]
+    content, aside = (folder / PROMPTS).read_bytes(), _aside(folder, expected["sha256"])
+    if sha256(content).hexdigest() != expected["sha256"] and aside.is_file():
+        content = aside.read_bytes()
     if sha256(content).hexdigest() == expected["sha256"]:
         state = load(content)
         if bad := sorted(k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()):
@@ -191,7 +251,7 @@ def _place(backbone: str) -> str:
 
 
 def _load_backbone(
-    given: str | Backbone | None, expected: Mapping[str, Any], folder: Path, device: str, precision: str
+    given: str | Backbone | None, expected: BackboneEntry, folder: Path, device: str, precision: str
 ) -> Backbone:
     try:
         if not isinstance(given, Backbone):

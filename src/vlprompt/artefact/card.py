@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from html import escape
 
 from vlprompt.backbones.names import is_hub_id, public_name
 from vlprompt.methods import Method
@@ -35,7 +37,7 @@ pipeline_tag: image-classification
 tags: [prompt-learning, {method.name}]{_base_model(backbone.name)}
 ---
 
-# {method.name} on {public_name(backbone.name)}
+# {_cell(f"{method.name} on {public_name(backbone.name)}")}
 
 {(method.__doc__ or method.name).strip().splitlines()[0]}
 Tuned with vlprompt {__version__}. The backbone's weights are not in this folder: they are loaded from where
@@ -60,7 +62,15 @@ PromptedModel.from_pretrained("FOLDER").predict(["image.jpg"]).names
 
 
 def _cell(value: str) -> str:
-    return " ".join(value.replace("|", "\\|").split())
+    return _plain(" ".join(value.split())).replace("|", "\\|")
+
+
+def _plain(text: str) -> str:
+    """Text that says what it says: no HTML, links or pictures of Markdown, but for what is between backticks."""
+    parts = re.split(r"(`[^`]*`)", text)
+    return "".join(
+        part if i % 2 else re.sub(r"([\\`*_\[\]])", r"\\\1", escape(part, quote=False)) for i, part in enumerate(parts)
+    )
 
 
 def _base_model(backbone: str) -> str:

@@ -19,6 +19,8 @@ from vlprompt.data.images import Preprocess
 from vlprompt.errors import DataError
 
 TEXTS_AT_ONCE = 512
+TEXTS_KEPT, LISTS_KEPT = 1 << 28, 64
+"""Bytes of texts' features, and lists of classes, that a backbone remembers, those used last."""
 
 
 def unit(features: Tensor) -> Tensor:
@@ -106,21 +108,27 @@ class Backbone:
             raise DataError(f"texts are a list: put the one text into brackets, ['{texts[:60]}']")
         if not len(texts):
             return torch.zeros(0, self.embed_dim, device=self.device)
-        new = [t for t in dict.fromkeys(texts) if t not in self._texts]
+        known = {t: self._texts.pop(t) for t in dict.fromkeys(texts) if t in self._texts}
+        new = [t for t in dict.fromkeys(texts) if t not in known]
         for start in range(0, len(new), TEXTS_AT_ONCE):
             part = new[start : start + TEXTS_AT_ONCE]
             packed = pack(self.tokenize(part), causal=self.text_tower.config.causal).to(self.device)
             features = self.text_tower(packed)[0]
             features = features.to(torch.promote_types(features.dtype, torch.float32))
-            self._texts.update(zip(part, features, strict=True))
+            known.update(zip(part, (row.clone() for row in features), strict=True))
+        self._texts |= known  # at the end, as those used last
         stacked = torch.stack([self._texts[t] for t in texts])
+        while len(self._texts) > TEXTS_KEPT // (4 * self.embed_dim):
+            del self._texts[next(iter(self._texts))]
         return unit(stacked) if normalise else stacked
 
     def remember(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-        """What ``compute`` gave for ``key`` the first time, until the towers move."""
-        if key not in self._known:
-            self._known[key] = compute()
-        return self._known[key]
+        """What ``compute`` gave for ``key`` the first time, until the towers move or many other keys were asked for."""
+        value = self._known.pop(key) if key in self._known else compute()
+        self._known[key] = value
+        if len(self._known) > LISTS_KEPT:
+            del self._known[next(iter(self._known))]
+        return value
 
     def logits(self, image_features: Tensor, class_features: Tensor) -> Tensor:
         """scale · v · tᵀ (+ bias) of normalised features [B, E] and [C, E] or [B, C, E]: [B, C]."""

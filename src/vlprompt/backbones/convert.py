@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from vlprompt.documents import MOST_JSON, parse_json, read_text
 from vlprompt.errors import BackboneError, OutputError, one_line
 from vlprompt.files import write_atomically
 
@@ -64,8 +64,8 @@ def parts(index: Path) -> list[str]:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; raises BackboneError naming the file."""
     try:
-        content = json.loads(file.read_text("utf-8-sig"))
-    except (ValueError, OSError, RecursionError) as error:
+        content = parse_json(read_text(file, MOST_JSON).removeprefix("\ufeff"))
+    except (ValueError, OSError) as error:
         raise BackboneError(f"cannot read {file}: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise BackboneError(f"cannot read {file}: it holds no JSON object")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlprompt.backbones.convert import State
 from vlprompt.backbones.towers import ACTIVATIONS, ImageConfig, TextConfig
-from vlprompt.errors import BackboneError
+from vlprompt.errors import BackboneError, one_line
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def hf_layout(config: Mapping[str, Any]) -> Layout:
     kind = config.get("model_type")
     if kind not in ("clip", "siglip"):
         found = kind or (config.get("architectures") or ["nothing"])[0]
-        raise BackboneError(f"unsupported architecture '{found}' (allowed: clip, siglip)")
+        raise BackboneError(f"unsupported architecture '{one_line(found, 60)}' (allowed: clip, siglip)")
     siglip = kind == "siglip"
     v, t = (_sub_config(config, key) for key in ("vision_config", "text_config"))
     if siglip and not v.get("vision_use_head", True):
@@ -167,5 +167,5 @@ def _hf_blocks(take: Taker, prefix: str, layers: int) -> State:
 
 def _activation(name: str) -> str:
     if name not in ACTIVATIONS:
-        raise BackboneError(f"unsupported activation '{name}' (allowed: {', '.join(ACTIVATIONS)})")
+        raise BackboneError(f"unsupported activation '{one_line(name, 60)}' (allowed: {', '.join(ACTIVATIONS)})")
     return name

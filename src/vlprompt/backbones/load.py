@@ -55,6 +55,7 @@ def load_backbone(
         raise BackboneError(f"a backbone is loaded by its name or path: {repr(name)[:60]} is neither")
     if precision not in DTYPES:
         raise BackboneError(f"unknown precision '{precision}' (allowed: {', '.join(DTYPES)})")
+    check_device(device)
     name = os.fspath(name)
     path = EMBEDDED.get(name, Path(name).expanduser())
     if name.startswith("open_clip:"):
@@ -78,6 +79,12 @@ def load_backbone(
         return backbone.to(device, DTYPES[precision])
     except (RuntimeError, AssertionError) as error:
         raise BackboneError(f"cannot use device '{device}': {first_line(error)}") from None
+
+
+def check_device(device: torch.device | str) -> None:
+    """Raise BackboneError for PyTorch's ``meta``, on which nothing is computed."""
+    if str(device).startswith("meta"):
+        raise BackboneError(f"cannot use device '{device}' (allowed: cpu, cuda or cuda:N)")
 
 
 def _from_hub(name: str) -> Backbone:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from vlprompt.backbones.convert import read_json
 from vlprompt.data.images import Preprocess
-from vlprompt.errors import BackboneError, DataError
+from vlprompt.errors import BackboneError, DataError, one_line
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PILLOW_FILTERS: dict[int, Literal["nearest", "lanczos", "bilinear", "bicubic"]] = {
@@ -30,11 +30,11 @@ def hf_preprocess(folder: Path, size: int, siglip: bool) -> Preprocess:
     settings = {key: value for key, value in settings.items() if value is not None}  # None is the default
     kind = str(settings.get("image_processor_type", settings.get("feature_extractor_type", "")))
     if kind and kind.removesuffix("Fast").removesuffix("Pil") not in PROCESSORS:
-        raise BackboneError(f"{file}: image_processor_type = {kind} (allowed: {', '.join(PROCESSORS)})")
+        raise BackboneError(f"{file}: image_processor_type = {one_line(kind, 60)} (allowed: {', '.join(PROCESSORS)})")
     siglip = kind.startswith("Siglip") if kind else siglip
 
     def refuse(key: str, allowed: str) -> BackboneError:
-        return BackboneError(f"{file}: {key} = {settings[key]} (allowed: {allowed})")
+        return BackboneError(f"{file}: {key} = {one_line(settings[key], 60)} (allowed: {allowed})")
 
     for key, allowed in (("do_resize", True), ("do_rescale", True), ("do_pad", False), ("use_square_size", False)):
         if settings.get(key, allowed) is not allowed:

@@ -8,11 +8,12 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from vlprompt.backbones.convert import read_json
-from vlprompt.errors import BackboneError, DataError
+from vlprompt.errors import BackboneError, DataError, one_line
 
 SPACE = "▁"  # SentencePiece's
 SOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -23,7 +24,10 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """Token ids of texts without padding; ``start`` and ``end`` are the special tokens around them."""
+    """Token ids of texts without padding; ``start`` and ``end`` are the special tokens around them.
+
+    A text in which a special token is written (``<|endoftext|>``) holds its letters, not the token.
+    """
 
     tokenizer: Tokenizer
     context_length: int
@@ -33,6 +37,9 @@ class TextTokenizer:
     """Set where the tower was trained on padded texts and reads the padding (SigLIP)."""
     unknown: int | None = None
     """What stands for letters that the vocabulary does not have, where that is a token of its own (SigLIP)."""
+
+    def __post_init__(self) -> None:
+        self.tokenizer.encode_special_tokens = True
 
     def words(self, text: str) -> list[int]:
         """Token ids of a text without special tokens.
@@ -76,8 +83,11 @@ def load_clip_tokenizer(folder: Path, context_length: int) -> TextTokenizer:
         tokenizer = _read_tokenizer_json(folder / "tokenizer.json")
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         vocab = read_json(folder / "vocab.json")
-        lines = (folder / "merges.txt").read_text("utf-8").splitlines()
-        tokenizer = _clip_bpe(vocab, [line for line in lines if line and not line.startswith("#version")])
+        try:
+            lines = (folder / "merges.txt").read_text("utf-8").splitlines()
+            tokenizer = _clip_bpe(vocab, [line for line in lines if line and not line.startswith("#version")])
+        except Exception as error:  # the library raises bare Exception
+            raise BackboneError(f"cannot read the tokenizer in {folder}: {one_line(error)}") from None
     elif (folder / "bpe_simple_vocab_16e6.txt.gz").is_file():
         with gzip.open(folder / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
             lines = file.read().splitlines()[1:]
@@ -129,15 +139,16 @@ def load_siglip_tokenizer(folder: Path, context_length: int, *, canonical: bool 
     return TextTokenizer(tokenizer, context_length, (), ends, pad, unknown)
 
 
-def _token_id(tokenizer: Tokenizer, token: str | dict[str, str]) -> int | None:
-    return tokenizer.token_to_id(token if isinstance(token, str) else token["content"])
+def _token_id(tokenizer: Tokenizer, token: Any) -> int | None:
+    text = token.get("content") if isinstance(token, dict) else token
+    return tokenizer.token_to_id(text) if isinstance(text, str) else None
 
 
 def _read_tokenizer_json(file: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
-        raise BackboneError(f"cannot read {file}: {error}") from None
+        raise BackboneError(f"cannot read {file}: {one_line(error)}") from None
 
 
 def bpe_from_merges(merges: list[str]) -> Tokenizer:

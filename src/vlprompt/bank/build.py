@@ -13,6 +13,7 @@ import numpy as np
 
 from vlprompt.bank.config import BankConfig
 from vlprompt.bank.manifest import MANIFEST, BankSettings, Manifest, differences, read_manifest, shard_file
+from vlprompt.bank.records import open_shard
 from vlprompt.bank.regions import content_hash
 from vlprompt.bank.towers import Towers, load_towers
 from vlprompt.config.images import choose_images, image_notes
@@ -88,7 +89,7 @@ def fill(
     if began and (gone := len(set(began.images) - set(manifest.images))):
         say(f"{gone} images that {out} was to hold are not among the data any more: they are left out")
     starts = manifest.starts()
-    todo = [s for s in range(i - 1, len(manifest.shards), n) if not shard_file(out, s).exists()]
+    todo = [s for s in range(i - 1, len(manifest.shards), n) if not _there(out, manifest, s)]
     images = [content for s in todo for content, _ in manifest.images[starts[s] : starts[s + 1]]]
     say(_opening(manifest, len(images), part))
     records = towers.records([(content, files[content]) for content in images], reader)
@@ -103,11 +104,20 @@ def fill(
         np.save(content, block, allow_pickle=False)
         with _alone_in(out):
             _unchanged(out, manifest)
-            if not shard_file(out, s).exists():
+            if not _there(out, manifest, s):
                 write_atomically(shard_file(out, s), content.getvalue())
                 new.append(s)
     finished = _finish(out, manifest, new)
     return Built(str(out), finished, len(manifest.images), done, manifest.settings.bytes_per_image)
+
+
+def _there(out: Path, manifest: Manifest, s: int) -> bool:
+    """Whether a file is there, and the whole of it: a power cut may leave an empty one."""
+    try:
+        open_shard(out, manifest, s)
+    except DataError:
+        return False
+    return True
 
 
 def _begun(out: Path) -> Manifest | None:
@@ -131,7 +141,7 @@ def _plan(out: Path, settings: BankSettings, paths: Mapping[str, str]) -> tuple[
     if not began:
         return None, Manifest(settings).with_images(paths, ())
     files = [shard_file(out, s) for s in range(len(began.shards))]
-    there = [file.exists() for file in files]
+    there = [_there(out, began, s) for s in range(len(files))]
     built = {s for s, shard in enumerate(began.shards) if there[s] or shard.sha256}
     different = differences(asdict(began.settings), asdict(settings))
     if not built:  # it is as good as not begun
@@ -195,7 +205,7 @@ def _finish(out: Path, manifest: Manifest, new: Collection[int]) -> bool:
     files = [shard_file(out, s) for s in range(len(manifest.shards))]
     with _alone_in(out):
         now = _unchanged(out, manifest)
-        if not all(file.exists() for file in files):
+        if not all(_there(out, now, s) for s in range(len(files))):
             return False
         shards = tuple(
             replace(shard, sha256=content_hash(file)) if s in new or not shard.sha256 else shard

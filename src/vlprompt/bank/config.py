@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Lt
 
 from vlprompt.bank.regions import Crops
-from vlprompt.config.schema import DataConfig, TeacherConfig, checked
+from vlprompt.config.schema import DataConfig, Many, TeacherConfig, checked
 from vlprompt.errors import ConfigError
 
 
@@ -23,15 +23,15 @@ class BankConfig:
     crops: Crops = field(default_factory=Crops)
     backbone: str | None = None
     """Student whose frozen features are kept, given as --backbone of train; none are kept if not given."""
-    seed: Annotated[int, Ge(0)] = 1
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 1
     """Which images, where there are few shots."""
-    regions: Annotated[int, Ge(1)] = 500
+    regions: Many = 500
     """R, regions of each image."""
-    top_k: Annotated[int, Ge(1)] = 10
+    top_k: Many = 10
     """Classes of each region whose probabilities are kept."""
     features: Literal["fp32", "fp16"] = "fp32"
     """fp32 or fp16, in which the student's features are kept."""
-    batch_size: Annotated[int, Ge(1)] = 50
+    batch_size: Many = 50
     """Regions that the towers read at once."""
     device: str = "cpu"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -18,14 +18,15 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from annotated_types import Ge
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 
 from vlprompt.bank.regions import Crops
 from vlprompt.data.files import missing_error
+from vlprompt.documents import CHECKSUM, MOST_JSON, fitted, parse_json, read_text, sealed, unsealed
 from vlprompt.errors import DataError, one_line
 from vlprompt.files import write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 added a checksum over the manifest; version 1, of before any release, is refused."""
 MANIFEST = "manifest.json"
 SHARD_IMAGES = 8  # images in a file: what a killed build loses at most
 MOST_CLASSES = 65536
@@ -140,12 +141,12 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Put it into place as a whole."""
-        images, shards = (
-            ",".join(f"\n  {_json(row)}" for row in rows) for rows in (self.images, map(asdict, self.shards))
-        )
-        settings = json.dumps(asdict(self.settings), indent=2, ensure_ascii=False)
+        whole = sealed({"format_version": FORMAT_VERSION, **asdict(self)})
+        images, shards = (",".join(f"\n  {_json(row)}" for row in whole[key]) for key in ("images", "shards"))
+        settings = json.dumps(whole["settings"], indent=2, ensure_ascii=False)
         head = f'"format_version": {FORMAT_VERSION},\n"settings": {settings}'
-        write_atomically(folder / MANIFEST, f'{{\n{head},\n"images": [{images}\n],\n"shards": [{shards}\n]\n}}\n')
+        rows = f'"images": [{images}\n],\n"shards": [{shards}\n]'
+        write_atomically(folder / MANIFEST, f'{{\n{head},\n{rows},\n"{CHECKSUM}": "{whole[CHECKSUM]}"\n}}\n')
 
 
 def _json(row: object) -> str:
@@ -167,21 +168,23 @@ def read_manifest(folder: Path) -> Manifest:
     if not file.is_file():
         raise DataError(f"{folder} is no region bank: it has no {MANIFEST}")
     try:
-        content = json.loads(file.read_text("utf-8"))
-        version = content.pop("format_version")
+        content = parse_json(read_text(file, MOST_JSON))
+        version = content["format_version"]
         if version > FORMAT_VERSION:
             raise DataError(
                 f"{folder} has format_version {version}; this vlprompt reads up to {FORMAT_VERSION}: update it"
             )
-        manifest = TypeAdapter(Manifest).validate_python(content)
+        if version < FORMAT_VERSION:
+            raise DataError(f"{folder} has format_version {version}, of before 0.1: it has no checksum; build it again")
+        content = unsealed(content)
+        del content["format_version"]
+        manifest = fitted(Manifest, content)
         if manifest.starts()[-1] != len(manifest.images):
             raise ValueError(f"{len(manifest.images)} images, {manifest.starts()[-1]} in its files")
         return manifest
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DataError(f"cannot read {file}: {where}: {first['msg'].lower()}") from None
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except KeyError as error:
+        raise DataError(f"cannot read {file}: it has no {error}") from None
+    except (TypeError, ValueError, OSError) as error:
         raise DataError(f"cannot read {file}: {one_line(error)}") from None
 
 

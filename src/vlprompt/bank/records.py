@@ -17,11 +17,17 @@ from vlprompt.data.files import missing_error
 from vlprompt.errors import DataError, one_line
 
 SHARDS_OPEN = 256  # files mapped at once, well below what systems allow
+SUM = 0.01
+"""How far stored probabilities may be from a sum of 1: each is rounded to 11 bits."""
 FLOOR = 2.0**-25  # what a stored probability of 0 is less than: half the smallest number of fp16
 
 
 class Bank:
-    """A finished region bank, opened for reading; raises DataError if it is not finished or files do not fit."""
+    """A finished region bank, opened for reading; raises DataError if it is not finished, or files do not fit.
+
+    Each file is compared with its checksum, and its values looked at, when something is first read of it: DataError
+    then names one that is damaged.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.manifest = folder, read_manifest(folder)
@@ -35,8 +41,9 @@ class Bank:
         self._starts = self.manifest.starts()
         self._row = {content: row for row, (content, _) in enumerate(self.manifest.images)}
         self._shard = lru_cache(SHARDS_OPEN)(self._open)
+        self._verified: set[int] = set()
         for i in range(len(self.manifest.shards)):
-            self._shard(i)
+            open_shard(folder, self.manifest, i)
 
     def __len__(self) -> int:
         """Images."""
@@ -82,17 +89,48 @@ class Bank:
         full = share[:, None].repeat(1, n_classes).scatter(1, classes, kept)
         return full / full.sum(-1, keepdim=True)
 
+    def verify(self) -> None:
+        """Compare all files with their checksums, and look at their values."""
+        for i in range(len(self.manifest.shards)):
+            self._shard(i)
+
     def _open(self, i: int) -> NDArray[np.void]:
-        file, shape = shard_file(self.folder, i), (self.manifest.shards[i].images, self.settings.regions)
-        try:
-            records = np.load(file, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError:
-            raise missing_error("file of the region bank", file) from None
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"cannot read {file}: {one_line(error)}") from None
-        if records.dtype != self.record or records.shape != shape:
-            raise DataError(f"{file} does not hold what {MANIFEST} says: found {list(records.shape)} {records.dtype}")
+        records = open_shard(self.folder, self.manifest, i)
+        if i not in self._verified:
+            file = shard_file(self.folder, i)
+            if content_hash(file) != self.manifest.shards[i].sha256:
+                raise DataError(f"{file} is damaged: its sha256 is not the one in {MANIFEST}")
+            if wrong := self._wrong(records):
+                raise DataError(f"{file} is damaged: {wrong}")
+            self._verified.add(i)
         return records
+
+    def _wrong(self, records: NDArray[np.void]) -> str:
+        """What no teacher and no tower gives."""
+        if (teacher := self.settings.teacher) is not None:
+            if (largest := records["classes"].max(initial=0)) >= len(teacher.class_names):
+                return f"class {largest} of {len(teacher.class_names)}"
+            kept, rest = (records[key].astype(np.float32) for key in ("probabilities", "rest"))
+            sums = kept.sum(-1) + rest
+            if not (np.minimum(kept.min(-1), rest) >= 0).all() or not (np.abs(sums - 1) <= SUM).all():
+                return "probabilities that do not sum to 1"
+        if self.settings.features is not None and not np.isfinite(records["features"]).all():
+            return "features that are not finite"
+        return ""
+
+
+def open_shard(folder: Path, manifest: Manifest, i: int) -> NDArray[np.void]:
+    """The i-th file of a bank, mapped: [images, regions]; raises DataError if it, or a part of it, is not there."""
+    file, shape = shard_file(folder, i), (manifest.shards[i].images, manifest.settings.regions)
+    try:
+        records = np.load(file, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise missing_error("file of the region bank", file) from None
+    except Exception as error:  # NumPy reads the head of a file as Python's parser does: almost anything is raised
+        raise DataError(f"cannot read {file}: {one_line(error)}") from None
+    if records.dtype != manifest.settings.record or records.shape != shape:
+        raise DataError(f"{file} does not hold what {MANIFEST} says: found {list(records.shape)} {records.dtype}")
+    return records
 
 
 def top_k(p: Tensor, k: int) -> tuple[NDArray[np.int64], NDArray[np.float16], NDArray[np.float16]]:
@@ -107,10 +145,9 @@ def verify(folder: Path, root: Path | None = None) -> Manifest:
 
     Raises DataError naming the first file that is missing or has changed.
     """
-    manifest = Bank(folder).manifest
-    for i, shard in enumerate(manifest.shards):
-        if content_hash(shard_file(folder, i)) != shard.sha256:
-            raise DataError(f"{shard_file(folder, i)} is damaged: its sha256 is not the one in {MANIFEST}")
+    bank = Bank(folder)
+    bank.verify()
+    manifest = bank.manifest
     for content, path in manifest.images if root else ():
         assert root is not None
         if content_hash(root / path) != content:

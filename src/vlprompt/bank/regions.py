@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 from numpy.typing import NDArray
 
 from vlprompt.data.files import missing_error
@@ -18,6 +18,7 @@ from vlprompt.errors import DataError
 _ONE = 65535  # stands for 1 in stored regions
 
 Share = Annotated[float, Gt(0), Le(1)]
+Ratio = Annotated[float, Gt(0), Le(1000)]
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,13 @@ class Crops:
     """Smallest share of the image's area."""
     max_scale: Share = 0.936
     """Largest share of the image's area."""
-    min_ratio: Annotated[float, Gt(0)] = 3 / 4
+    min_ratio: Ratio = 3 / 4
     """Smallest width / height."""
-    max_ratio: Annotated[float, Gt(0)] = 4 / 3
+    max_ratio: Ratio = 4 / 3
     """Largest width / height."""
     flip: Annotated[float, Ge(0), Le(1)] = 0.5
     """Probability of a horizontal flip."""
-    seed: Annotated[int, Ge(0)] = 1
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 1
     """Decides the regions, together with the image's content."""
 
     def draw(self, content: str, width: int, height: int, n: int) -> NDArray[np.uint16]:

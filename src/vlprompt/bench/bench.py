@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -10,8 +9,12 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import torch
+from typing_extensions import TypedDict
+
+from vlprompt.backbones.load import check_device, load_backbone
 from vlprompt.bank.use import find_bank
 from vlprompt.bench import launch, on_ray
 from vlprompt.bench.launch import Outcome, Process
@@ -20,12 +23,34 @@ from vlprompt.bench.results import RESULTS, Results
 from vlprompt.bench.runs import Load, check_same, finished, measured_dataset, measured_split
 from vlprompt.bench.shared import SHARED
 from vlprompt.config.images import run_split
+from vlprompt.config.teacher import load_teacher_model, teacher_name
 from vlprompt.data.datasets import check_outside, load_dataset
+from vlprompt.documents import read_sealed, write_sealed
 from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError, first_few, one_line
-from vlprompt.files import held, write_atomically, write_error
+from vlprompt.files import held, in_use, write_error
+from vlprompt.methods import find_method
 
 PLANNED, LOCK = "planned.json", ".lock"
 Say = Callable[[str], None]
+
+
+class Wanted(TypedDict):
+    """What is to be measured, as :meth:`Measurement.to_dict` writes it."""
+
+    data: str
+    classes: str
+    split: str
+
+
+class Planned(TypedDict):
+    """A run that was asked for, and what was to be measured of it."""
+
+    data: str
+    name: str
+    backbone: str
+    shots: int | None
+    seed: int
+    measured: list[Wanted]
 
 
 @dataclass
@@ -58,12 +83,12 @@ def bench(
     ``workers`` are runs at once: one if not given, on ``ray`` as many as it has room for. With ``skip_existing``
     finished runs are kept and stopped ones resumed. Raises ConfigError before anything is done if a run's folder is
     there already (without it) or holds results from other settings or data, if another bench that is no shard is at
-    work in ``out``, if there is no Ray, or if a region bank does not fit; DataError for data sets and banks that are
-    not there, and data sets that are too small; Interrupted after Ctrl-C, when the runs at work have saved a
-    checkpoint.
+    work in ``out``, if there is no Ray, or if a bank does not fit; BackboneError for a backbone, teacher or device that
+    does not do; DataError for data sets and banks that are not there, and data sets that are too small; Interrupted
+    after Ctrl-C, when the runs at work have saved a checkpoint.
     """
     mine = take_shard(runs, shard)
-    there = [str(run.folder) for run in mine if (out / run.folder).exists() and any((out / run.folder).iterdir())]
+    there = [str(run.folder) for run in mine if in_use(out / run.folder)]
     if there and not skip_existing:
         raise ConfigError(f"{out} holds {first_few(there)}: skip_existing keeps what is finished and continues")
     load = cache(load_dataset)  # each data set once
@@ -74,6 +99,7 @@ def bench(
     for data in {run.config.data.name: run.config.data for run in runs}.values():
         check_outside(out, load(data.name, data.root, data.split_file))
     elsewhere = engine == "ray" and bool(todo)
+    check_models(todo, elsewhere)
     with on_ray.connected() if elsewhere else nullcontext():
         ended = _begin(todo, out, elsewhere, workers, say)
         try:
@@ -171,6 +197,30 @@ def check_data(runs: Sequence[Run], load: Load = load_dataset) -> None:
         seen |= {images, asked}
 
 
+def check_models(runs: Sequence[Run], elsewhere: bool = False) -> None:
+    """Load each backbone and teacher, and build each row's method, once before the first run: an error is that of all.
+
+    Raises what these raise, and ConfigError for a bank or a teacher of a row that takes no training steps. Runs that
+    are done ``elsewhere`` may have devices that are not here.
+    """
+    seen = set[object]()
+    for run in runs:
+        config = run.config
+        device = "cpu" if elsewhere else config.train.device
+        check_device(config.train.device)
+        if (name := teacher_name(config)) and name not in seen:
+            load_teacher_model(name)
+            seen.add(name)
+        asked = (config.backbone, device, config.train.precision, config.method, config.options, config.data.bank)
+        if asked not in seen:
+            backbone = load_backbone(*asked[:3])
+            with torch.random.fork_rng(devices=[]):
+                method = find_method(config.method)(backbone, ("a", "b"), config.options)
+            if not method.trains and (given := config.data.bank or config.teacher.backbone):
+                raise ConfigError(f"row '{run.name}' takes no training steps: it does nothing with {given}")
+            seen.add(asked)
+
+
 def gaps(runs: Sequence[Run], load: Load = load_dataset) -> list[str]:
     """A line for each choice of images that the runs are measured on in which some of its classes have none."""
     asked = [(measured_dataset(run.config, m, load), m) for run in runs for m in run.measurements]
@@ -184,25 +234,25 @@ def note_planned(runs: Sequence[Run], out: Path) -> None:
     known = read_planned(file)
     for run in runs:
         place = run.folder.relative_to(run.protocol).as_posix()
-        before = known.get(place, {}).get("measured", [])
-        asked = [m.to_dict() for m in run.measurements]
-        known[place] = {
-            "data": run.data,
-            "name": run.name,
-            "backbone": run.folder.parts[3],
-            "shots": run.config.data.shots,
-            "seed": run.config.seed,
-            "measured": before + [m for m in asked if m not in before],
-        }
-    write_atomically(file, json.dumps(known, indent=1))
+        before = known[place]["measured"] if place in known else []
+        asked = [Wanted(**m.to_dict()) for m in run.measurements]  # type: ignore[typeddict-item]
+        known[place] = Planned(
+            data=run.data,
+            name=run.name,
+            backbone=run.folder.parts[3],
+            shots=run.config.data.shots,
+            seed=run.config.seed,
+            measured=before + [m for m in asked if m not in before],
+        )
+    write_sealed(file, {"runs": known}, indent=1)
 
 
-def read_planned(file: Path) -> dict[str, Any]:
-    """The planned runs by folder; none if there is no file. Raises DataError if it cannot be read."""
+def read_planned(file: Path) -> dict[str, Planned]:
+    """The planned runs by folder; none if there is no file. Raises DataError if they are not what was saved."""
     try:
-        return json.loads(file.read_text("utf-8"))
+        return read_sealed(file, dict[Literal["runs"], dict[str, Planned]])["runs"]
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (KeyError, OSError, ValueError) as error:
         advice = "remove it, and repeat the bench with skip_existing to have missing runs named"
         raise DataError(f"cannot read {file}: {one_line(error)}: {advice}") from None

@@ -19,7 +19,7 @@ from typing import Protocol
 from vlprompt.bench.protocols import Run
 from vlprompt.bench.runs import do_run, told
 from vlprompt.data.reading import share_memory
-from vlprompt.errors import Interrupted, VlpromptError, one_line
+from vlprompt.errors import Interrupted, VlpromptError, memory_is_full, one_line
 from vlprompt.training.interrupt import deferred_interrupt
 
 COMMAND = "bench-run"
@@ -125,16 +125,9 @@ def attempt(find: Callable[[], Run], out: Path) -> Outcome:
         return Outcome(failure=one_line(error, most=None))
     except Exception as error:  # the rest of the sweep goes on whatever happens in one run
         reason = one_line(f"{type(error).__name__}: {error}", most=None)
-        if _says_memory_is_full(error):
+        if memory_is_full(error):
             return Outcome(failure=reason, memory_full=True)
         return Outcome(failure=reason, trace=traceback.format_exc())
-
-
-def _says_memory_is_full(error: Exception) -> bool:
-    import torch
-
-    known = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
-    return known or "DefaultCPUAllocator" in str(error)  # for which PyTorch has no type
 
 
 # --- a process for each run -----------------------------------------------------------------------

@@ -11,13 +11,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from vlprompt.backbones.names import hub_id
-from vlprompt.config.schema import RunConfig, build_config, config_of, parse_yaml
+from vlprompt.config.schema import RunConfig, build_config, config_of
 from vlprompt.config.teacher import teacher_name
 from vlprompt.data.known.table import DATASETS, find_dataset
 from vlprompt.data.splits import Classes
+from vlprompt.documents import read_yaml
 from vlprompt.errors import ConfigError, one_line, unknown
 from vlprompt.methods import find_method
 from vlprompt.methods.registry import file_fingerprint
@@ -44,6 +43,9 @@ class Protocol:
     groups: bool = False
     """Whether the classes are also measured in three groups, of many, medium and few training images."""
 
+
+LONGEST = 200
+"""Bytes of a row's name, which names a folder: systems allow 255."""
 
 PROTOCOLS: dict[str, Protocol] = {
     "base-to-novel": Protocol(
@@ -157,8 +159,8 @@ def plan(asked: Asked) -> list[Run]:
         if not values:
             raise ConfigError(f"{what}: there must be at least one")
     for name in asked.rows:
-        if not name or Path(name).name != name or name.startswith("."):
-            raise ConfigError(f"row '{name}' is no name of a folder")
+        if not name or Path(name).name != name or name.startswith(".") or len(name.encode()) > LONGEST:
+            raise ConfigError(f"row '{name[:60]}' is no name of a folder")
     sources, targets = _sources(asked.protocol, protocol, asked.data)
     runs: dict[Path, Run] = {}
     for data in sources:
@@ -176,6 +178,12 @@ def plan(asked: Asked) -> list[Run]:
                         raise ConfigError(f"two runs would be {run.folder}: data sets, seeds and shots are given once")
                     runs[run.folder] = run
     return list(runs.values())
+
+
+def unused(asked: Asked) -> list[str]:
+    """A line for what is given and no row uses."""
+    learns = any("teacher_probabilities" in find_method(method).needs for method, _ in asked.rows.values())
+    return [f"teacher {asked.teacher} is not used: no row learns from one"] if asked.teacher and not learns else []
 
 
 def _sources(name: str, protocol: Protocol, data: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
@@ -233,9 +241,9 @@ def read_rows(file: Path) -> Rows:
     Raises ConfigError for a file that cannot be read or has another form.
     """
     try:
-        content = parse_yaml(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read rows from {file}: {one_line(error, most=None)}") from None
+        content = read_yaml(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read rows from {file}: {one_line(error)}") from None
     if not isinstance(content, dict) or not isinstance(content.get("rows"), dict) or not content["rows"]:
         raise ConfigError(f"{file} must hold rows: names with settings")
     if strange := set(content) - {"method", "set", "rows"}:

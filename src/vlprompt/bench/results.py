@@ -9,10 +9,13 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from vlprompt.bench.runs import FIGURES, read_figures
-from vlprompt.errors import DataError, one_line
+from vlprompt.bench.protocols import PROTOCOLS
+from vlprompt.bench.runs import FIGURES, GROUPS, read_figures
+from vlprompt.data.splits import Classes
+from vlprompt.documents import csv_cell, csv_text
+from vlprompt.errors import DataError, one_line, unknown
 from vlprompt.files import write_atomically
 
 RESULTS = "results.csv"
@@ -54,6 +57,7 @@ class Row:
 _COLUMNS = [field.name for field in fields(Row)]
 _MEASURED = ("protocol", "data", "name", "backbone", "shots", "seed", "measured_on", "classes", "split")
 """What tells rows apart: there is one figure of each."""
+_ALLOWED = {"protocol": PROTOCOLS, "classes": (*get_args(Classes), *GROUPS), "split": ("test", "val")}
 _TYPES = {field.name: str(field.type) for field in fields(Row)}
 
 
@@ -85,15 +89,21 @@ class Results:
         Raises OutputError if it cannot be written; the folders still hold everything then.
         """
         while True:
-            files, rows = self._files(), list[Row]()
-            for file, changed in files.items():
-                if file not in self._known or self._known[file][0] != changed:
-                    self._known[file] = changed, _rows_of_file(file)
-                rows += self._known[file][1]
+            files = self._files()
+            rows = self.read(files)
             write_atomically(self.out / RESULTS, to_csv(rows))
             # Another shard may have written a newer file than this one meanwhile: whoever writes last looks once more.
             if self._files() == files:
                 return rows
+
+    def read(self, files: Mapping[Path, int] | None = None) -> list[Row]:
+        """The rows of all run folders, or of these figures."""
+        rows = list[Row]()
+        for file, changed in (self._files() if files is None else files).items():
+            if file not in self._known or self._known[file][0] != changed:
+                self._known[file] = changed, _rows_of_file(file)
+            rows += self._known[file][1]
+        return rows
 
     def _files(self) -> dict[Path, int]:
         """The figures of all runs, in the order of rows, each with the time of its last change."""
@@ -105,7 +115,7 @@ def _rows_of_file(file: Path) -> list[Row]:
     figures = read_figures(file.parent)
     try:
         return rows_of(figures or {})
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise DataError(f"{file} lacks figures: {error}") from None
 
 
@@ -120,7 +130,8 @@ def to_csv(rows: Iterable[Row]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
     for row in rows:
-        writer.writerow("" if value is None else value for value in vars(row).values())
+        values = ("" if value is None else value for value in vars(row).values())
+        writer.writerow(csv_cell(value) if isinstance(value, str) else value for value in values)
     return text.getvalue()
 
 
@@ -160,8 +171,10 @@ def _value(key: str, text: str, where: str) -> Any:
         return None
     if not text:
         raise DataError(f"{where}: {key} is empty")
+    if text not in _ALLOWED.get(key, [text]):
+        raise DataError(f"{where}: {unknown(key, text[:60], _ALLOWED[key])}")
     if kind == "str":
-        return text
+        return csv_text(text)
     with suppress(ValueError):
         value = int(text) if kind == "int" else float(text)
         if 0 <= value <= (100 + 1e-9 if percent else sys.float_info.max):

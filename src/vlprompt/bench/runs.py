@@ -9,7 +9,11 @@ from dataclasses import replace
 from functools import cache, lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Required, TypeVar, cast
+
+from annotated_types import Ge, Le
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
 
 import vlprompt
 from vlprompt.artefact.artefact import FILES, load_artefact
@@ -28,17 +32,65 @@ from vlprompt.config.schema import RunConfig
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.reading import ImageReader, readable
 from vlprompt.data.splits import Split, find_classes, in_order, read_split
+from vlprompt.documents import MOST_JSON, fitted, parse_json, read_sealed, read_text, unsealed, write_sealed
 from vlprompt.errors import ConfigError, DataError, one_line
-from vlprompt.files import write_atomically
 from vlprompt.methods import Method, find_method
-from vlprompt.training.checkpoints import remove_unfinished
 from vlprompt.training.evaluate import Evaluation, evaluate
-from vlprompt.training.run import saved_config, train
+from vlprompt.training.run import Environment, Result, saved_config, train
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 added a checksum; version 1, of before any release, is refused."""
 FIGURES = "figures.json"
 GROUPS = ("many", "medium", "few")
 _OF_TRAINING = ("epochs", "train_accuracy", "val_accuracy", "trainable_parameters", "seconds")
+
+T = TypeVar("T")
+Percent = Annotated[float, Ge(0), Le(100 + 1e-9)]
+Number = Annotated[float, Ge(0)]
+
+
+class Measured(TypedDict, total=False):
+    """What was measured on some images; where the method cannot be asked, there are none and no figures."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    data: Required[str]
+    classes: Required[str]
+    split: Required[str]
+    n: Required[Annotated[int, Ge(0)]]
+    code: str
+    seconds: Number
+    images_fingerprint: str
+    accuracy: Percent
+    macro_accuracy: Percent
+    calibration_error: Number
+    per_class: dict[str, Percent]
+    confusion: list[tuple[int, int, int]]
+    class_names: list[str]
+    groups: dict[str, dict[str, Annotated[int | float, Ge(0)]]]
+
+
+class Figures(TypedDict, total=False):
+    """What ``figures.json`` holds, besides its checksum."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    format_version: Required[int]
+    protocol: Required[str]
+    data: Required[str]
+    name: Required[str]
+    method: Required[str]
+    backbone: Required[str]
+    shots: Required[int]
+    seed: Required[int]
+    settings: Required[str]
+    code: Required[str]
+    measured: Required[list[Measured]]
+    epochs: int
+    train_accuracy: Percent
+    val_accuracy: Percent | None
+    trainable_parameters: Annotated[int, Ge(0)]
+    seconds: Number
+    weights: dict[str, str]
+
 
 Load = Callable[[str, str | None, str | None], LoadedDataset]
 """``load_dataset``, or one that remembers."""
@@ -75,12 +127,10 @@ def do_run(run: Run, out: Path) -> dict[str, Any]:
     method: Method | None = None
     if not _trained(folder):
         begun = (folder / "config.yaml").exists()
-        if folder.is_dir() and not begun:
-            remove_unfinished(folder)  # killed before it wrote anything
         images_of = partial(SharedImages, folder=out / SHARED)
         method, _ = train(config, folder, resume=begun, decode=decoded_once(out / SHARED), images_of=images_of)
-    figures |= {k: v for k, v in _read_json(folder / "metrics.json").items() if k in _OF_TRAINING}
-    environment = _read_json(folder / "environment.json")
+    figures |= {key: getattr(_read(folder / "metrics.json", Result), key) for key in _OF_TRAINING}
+    environment = _read(folder / "environment.json", Environment)
     known = {model: environment.get(f"{model}_fingerprint") for model in ("backbone", "teacher")}
     figures["weights"] = {model: value for model, value in known.items() if value}
     done = set(map(_key, figures["measured"]))
@@ -94,7 +144,7 @@ def do_run(run: Run, out: Path) -> dict[str, Any]:
         measured["seconds"] = time.monotonic() - began
         measured["images_fingerprint"] = images_fingerprint(split, measurement.split)
         figures["measured"].append(measured | (described(score, PROTOCOLS[run.protocol].groups) if score else {"n": 0}))
-        write_atomically(folder / FIGURES, json.dumps(figures))
+        write_sealed(folder / FIGURES, figures)
     return figures
 
 
@@ -175,19 +225,20 @@ def group_figures(confusion: Sequence[Sequence[int]], n_classes: int) -> dict[st
 
 
 def read_figures(folder: Path) -> dict[str, Any] | None:
-    """A run's figures; None if there are none yet. Raises DataError if they cannot be read."""
+    """A run's figures; None if there are none yet. Raises DataError if they are not what was saved."""
     file = folder / FIGURES
     if not file.is_file():
         return None
-    figures = _read_json(file)
-    version = figures.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise DataError(f"{file} has format_version {version}; this vlprompt reads up to {FORMAT_VERSION}: update it")
     try:
-        _ = figures["data"], figures["name"], set(map(_key, figures["measured"]))
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{file} lacks figures: {error}") from None
-    return figures
+        content = parse_json(read_text(file, MOST_JSON))
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if version == FORMAT_VERSION:
+            return cast("dict[str, Any]", fitted(Figures, unsealed(content)))
+    except (KeyError, OSError, ValueError) as error:
+        raise _unreadable_error(file, error) from None
+    known = isinstance(version, int) and version > FORMAT_VERSION
+    advice = f"this vlprompt reads up to {FORMAT_VERSION}: update it" if known else "remove it, and repeat the bench"
+    raise DataError(f"{file} has format_version {str(version)[:40]}; {advice}")
 
 
 def finished(run: Run, out: Path) -> bool:
@@ -208,9 +259,9 @@ def check_same(run: Run, out: Path, load: Load = load_dataset) -> None:
     if not (folder / "config.yaml").is_file():
         return
     advice = "choose another folder, or remove it"
-    environment = _read_json(folder / "environment.json") if (folder / "environment.json").is_file() else {}
+    environment = _read(folder / "environment.json", Environment) if (folder / "environment.json").is_file() else {}
     saved = saved_config(folder)
-    before, now = result_settings(saved), result_settings(run.config)
+    before, now = result_settings(saved), result_settings(run.config.placed())
     if "method file" in before and "method_fingerprint" in environment:
         before["method file"] = environment["method_fingerprint"]
     before["seed"], now["seed"] = saved.seed, run.config.seed
@@ -219,7 +270,7 @@ def check_same(run: Run, out: Path, load: Load = load_dataset) -> None:
         raise ConfigError(f"{folder} holds results from other settings ({'; '.join(differ[:3])}{more}): {advice}")
     if not _trained(folder):
         return
-    if not _read_json(folder / "metrics.json").get("skipped") and (folder / "split.json").is_file():
+    if not _read(folder / "metrics.json", Result).skipped and (folder / "split.json").is_file():
         split = run_split(run.config, load(data.name, data.root, data.split_file))
         then = read_split(folder / "split.json", split.root)
         if (then.class_names, then.train, then.val) != (split.class_names, split.train, split.val):
@@ -241,11 +292,13 @@ def _key(measured: Mapping[str, Any]) -> tuple[str, str, str]:
     return measured["data"], measured["classes"], measured["split"]
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _unreadable_error(file: Path, error: Exception) -> DataError:
+    return DataError(f"cannot read {file}: {f'it has no {error}' if isinstance(error, KeyError) else one_line(error)}")
+
+
+def _read(file: Path, kind: type[T]) -> T:
+    """What a run has written beside its figures."""
     try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {file}: {one_line(error)}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{file} holds no figures")
-    return content
+        return read_sealed(file, kind)
+    except (KeyError, OSError, ValueError) as error:
+        raise _unreadable_error(file, error) from None

@@ -22,7 +22,7 @@ from torch import Tensor
 from vlprompt.data.batches import evaluation_batches
 from vlprompt.data.images import load_image
 from vlprompt.data.reading import ImageReader
-from vlprompt.files import alone, unfinished_name
+from vlprompt.files import alone, sync, unfinished_name
 from vlprompt.methods import Method
 from vlprompt.training.evaluate import EvaluationImages
 
@@ -130,7 +130,7 @@ def _read(file: Path, mapped: Literal["r"] | None = None) -> NDArray | None:
     """The array in a file; None if there is none, or not the whole of it, as a machine that went down may leave it."""
     try:
         return np.load(file, mmap_mode=mapped, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except Exception:  # NumPy reads the head of a file as Python's parser does
         return None
 
 
@@ -143,7 +143,10 @@ def _write(file: Path, shape: tuple[int, ...], dtype: np.dtype, parts: Iterable[
             np.lib.format.write_array_header_1_0(stream, header)
             for part in parts:
                 stream.write(np.ascontiguousarray(part, dtype).data)
+            stream.flush()
+            os.fsync(stream.fileno())  # after a power cut a file may have its size, and zeros in it
         os.replace(unfinished, file)
+        sync(file.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import warnings
-from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
+from errno import EACCES, EDQUOT, EISDIR, ELOOP, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,7 +20,7 @@ from vlprompt.cli.data import data_app
 from vlprompt.cli.models import models_app
 from vlprompt.cli.options import DATA, OUTPUT, Json, first_process, say
 from vlprompt.cli.train import train_app
-from vlprompt.errors import Interrupted, VlpromptError
+from vlprompt.errors import Interrupted, VlpromptError, memory_is_full, one_line
 
 app = typer.Typer(
     add_completion=False,
@@ -28,6 +28,13 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Adapt a frozen vision-language model (CLIP and relatives) to your classes by learning a few prompt tokens.",
     epilog="Example: vlprompt train promptsrc ./photos --shots 16 --out runs/photos",
+)
+
+OF_THE_SYSTEM = (EACCES, EDQUOT, EISDIR, ELOOP, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS)
+"""What a path or a disk may be refused for."""
+MEMORY = (
+    "out of memory: less is needed with a smaller data.batch_size, more parts of a batch (train.accumulate), and fewer "
+    "texts at once (train.text_chunk)"
 )
 
 
@@ -43,19 +50,27 @@ def main() -> None:
             raise KeyboardInterrupt
     except Interrupted as stop:
         if first_process():
-            print(f"interrupted; {stop}", file=sys.stderr)
+            say(f"interrupted; {stop}")
         code = INTERRUPTED
     except VlpromptError as error:
         process = "" if first_process() else f"process {os.environ['RANK']}: "
-        print(f"{process}error: {error}", file=sys.stderr)
+        say(f"{process}error: {error}")
         code = 2
     except typer.TyperException as error:  # unknown option, missing argument, …
-        print(f"error: {error.format_message().replace('Value error, ', '')}", file=sys.stderr)
+        say(f"error: {error.format_message().replace('Value error, ', '')}")
         code = error.exit_code
     except OSError as error:
-        if error.errno not in (EACCES, EDQUOT, ENOSPC, EPERM, EROFS):
+        if error.errno not in OF_THE_SYSTEM:
             raise
-        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror}", file=sys.stderr)
+        place = str(error.filename or "")
+        say(f"error: {f'{place[:100]}: ' if place else ''}{error.strerror}")
+        code = 2
+    except (MemoryError, RuntimeError) as error:
+        in_a_circle = str(error).startswith("Symlink loop")  # pathlib has no type for it
+        if not memory_is_full(error) and not in_a_circle:
+            raise
+        reason = one_line(error, 120) or "MemoryError"
+        say(f"error: {reason if in_a_circle else f'{MEMORY} ({reason})'}")
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)

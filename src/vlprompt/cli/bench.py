@@ -123,7 +123,7 @@ def bench(
     the others, and is reported at the end (exit code 1). `vlprompt report OUT` prints the tables.
     """
     from vlprompt.bench.bench import bench as run_bench
-    from vlprompt.bench.protocols import Asked, plan, read_rows, rows_of_methods, take_shard
+    from vlprompt.bench.protocols import Asked, plan, read_rows, rows_of_methods, take_shard, unused
     from vlprompt.cli.progress import CountBar
     from vlprompt.config.schema import agreed, parse_override
 
@@ -151,6 +151,8 @@ def bench(
     )  # fmt: skip
     with _in_options():
         runs = plan(asked)
+        for note in unused(asked):
+            _say(f"--{note}")
         if dry_run:
             folders = [run.folder.as_posix() for run in take_shard(runs, shard)]
             print(json.dumps({"runs": folders}) if json_output else "\n".join(folders))

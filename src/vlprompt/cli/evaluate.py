@@ -15,7 +15,8 @@ from vlprompt.config.schema import read_config
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.reading import ImageReader, readable
 from vlprompt.data.splits import Classes, Split, find_classes, read_split
-from vlprompt.errors import DataError, first_few
+from vlprompt.documents import csv_cell, csv_path
+from vlprompt.errors import DataError, first_few, printable
 from vlprompt.methods import Method
 from vlprompt.training.evaluate import Evaluation, EvaluationImages, predict_logits, score
 
@@ -166,7 +167,10 @@ def _few(names: Sequence[str]) -> str:
 def summary(measured: Measured) -> str:
     """The classes, worst first, and a line about all."""
     result, n, model = measured.result, len(measured.class_names), len(measured.result.classes)
-    lines = [f"{accuracy:6.1f} %  {name}" for name, accuracy in sorted(result.per_class.items(), key=lambda x: x[1])]
+    lines = [
+        printable(f"{accuracy:6.1f} %  {name}")
+        for name, accuracy in sorted(result.per_class.items(), key=lambda x: x[1])
+    ]
     images = "images" if measured.split == "all" else f"{measured.split} images"
     among = f", among {model} of the model" if model > n else ""
     last = f"accuracy {result.accuracy:.2f} % on {result.n} {images} of {n} classes ({measured.asked.classes}){among}"
@@ -180,5 +184,5 @@ def per_image(measured: Measured) -> str:
     rows = zip(measured.paths, measured.labels, best.tolist(), probability.tolist(), strict=True)
     return csv_text(
         ("image", "truth", "prediction", "probability"),
-        [(str(path), names[c], names[b], f"{p:.6f}") for path, c, b, p in rows],
+        [(csv_path(str(path)), csv_cell(names[c]), csv_cell(names[b]), f"{p:.6f}") for path, c, b, p in rows],
     )

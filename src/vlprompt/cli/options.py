@@ -9,6 +9,7 @@ import typer
 
 from vlprompt.cli.fields import Field, read_fields
 from vlprompt.data.splits import Classes
+from vlprompt.errors import printable
 
 DATA, MODEL, TRAINING, OUTPUT = "Data", "Model", "Training", "Output"
 """Panels of ``--help``, in the order in which commands show them."""
@@ -94,7 +95,7 @@ DryRun = Annotated[
 
 def say(text: str) -> None:
     """A message for people, on standard error."""
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
 
 
 def first_process() -> bool:

@@ -12,7 +12,8 @@ from typing import Any
 from vlprompt.data.files import IMAGE_EXTENSIONS, LeftOut, image_files, missing_error
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import check_class_names, names_in_file, refuse_json
-from vlprompt.errors import DataError
+from vlprompt.documents import csv_cell, csv_path
+from vlprompt.errors import DataError, printable
 from vlprompt.methods import Method
 from vlprompt.training.evaluate import EvaluationImages, predict_logits, predict_spread
 
@@ -85,10 +86,14 @@ def show(predictions: Sequence[dict[str, Any]], as_csv: bool) -> str:
     if not as_csv:
         tops = ([f"  {_percent(t)} %  {t['class']}" for t in p["top"]] for p in predictions)
         lines = ([p["image"], *top] for p, top in zip(predictions, tops, strict=True))
-        return "\n".join(line for group in lines for line in group)
+        return "\n".join(printable(line) for group in lines for line in group)
     spread = ["spread"] * any("spread" in t for p in predictions for t in p["top"])
     numbers = ["probability", *spread]
-    rows = [(p["image"], t["class"], *(f"{t[n]:.6f}" for n in numbers)) for p in predictions for t in p["top"]]
+    rows = [
+        (csv_path(p["image"]), csv_cell(t["class"]), *(f"{t[n]:.6f}" for n in numbers))
+        for p in predictions
+        for t in p["top"]
+    ]
     return csv_text(("image", "class", *numbers), rows)
 
 

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
@@ -17,14 +17,20 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
+from vlprompt.backbones.lite0 import NAME as LITE0
+from vlprompt.backbones.load import EMBEDDED
 from vlprompt.config.presets import presets_of
 from vlprompt.data.images import White
+from vlprompt.data.known.table import find_dataset
 from vlprompt.data.splits import Classes
-from vlprompt.errors import ConfigError, one_line, unknown
+from vlprompt.documents import check_text, checksum, parse_yaml, read_yaml
+from vlprompt.errors import ConfigError, one_line, printable, unknown
 from vlprompt.methods import Can, MethodConfig, find_method
 from vlprompt.methods.base import Template
 from vlprompt.methods.registry import is_file
 
+Many = Annotated[int, Ge(1), Le(1_000_000)]
+Rate = Annotated[float, Gt(0), Le(1e4)]
 Fraction = Annotated[float, Gt(0), Le(1)]
 Folder = Annotated[str, BeforeValidator(lambda path: str(path) if isinstance(path, PathLike) else path)]
 
@@ -65,11 +71,11 @@ class DataConfig:
     """Folder that holds the data sets."""
     split_file: str | None = None
     """File that says which images are train, val and test: a run's split.json, CoOp's file, a few-shot list."""
-    shots: Annotated[int, Ge(1)] | None = None
+    shots: Many | None = None
     """Training images per class; all if not given."""
     allow_fewer: bool = False
     """Let classes with fewer images than shots use all that they have."""
-    imbalance: Annotated[float, Ge(1)] = 1.0
+    imbalance: Annotated[float, Ge(1), Le(1e6)] = 1.0
     """A long tail: images of the most frequent class to those of the rarest, fewer and fewer in between.
 
     With shots the classes are in their own order; else all training images count, and classes are ranked by them."""
@@ -79,7 +85,7 @@ class DataConfig:
     """First half of the classes, second half, or all."""
     template: Template | None = None
     """Text of the classes with {} for the name; the known data set's if not given, or else "a photo of a {}."."""
-    batch_size: Annotated[int, Ge(1)] = 32
+    batch_size: Many = 32
     """Images in a training step."""
     drop_last: bool = True
     """Leave out the last batch of an epoch where it would be incomplete; with a bank all batches are whole."""
@@ -89,9 +95,9 @@ class DataConfig:
     """Probability that a random crop is mirrored; 0 where left and right are different classes."""
     white: WhiteValue = None
     """Value that is white in greys of more than 8 bits, or auto: by the training images; 65535 if not given."""
-    max_pixels: Annotated[int, Ge(1)] | None = None
+    max_pixels: Annotated[int, Ge(1), Le(10**9)] | None = None
     """Most pixels of an image, in place of Pillow's limit of about 179 million."""
-    workers: Annotated[int, Ge(0)] = 2
+    workers: Annotated[int, Ge(0), Le(1024)] = 2
     """Threads that decode and crop ahead of the training steps."""
     skip_bad: bool = False
     """Leave out images that cannot be read, and count them, instead of stopping."""
@@ -101,7 +107,7 @@ class DataConfig:
     """random: a new crop and flip of each image in every epoch; center: its evaluation crop, of which frozen features
     are computed once; R: the first regions of each image of a bank. All of a bank's if not given, or else random.
     data.augment=none says center, too."""
-    regions_per_image: Annotated[int, Ge(1)] | None = None
+    regions_per_image: Many | None = None
     """Regions that a batch holds of each of its images, of a bank; 4, or fewer where that leaves less than 8 images."""
 
 
@@ -114,11 +120,11 @@ class TeacherConfig:
     folder of a tuned model."""
     template: Template | None = None
     """Text of the teacher's classes; the data set's if not given, "a photo of a {}." for the classes of a file."""
-    logit_scale: Annotated[float, Gt(0)] | None = None
+    logit_scale: Annotated[float, Gt(0), Le(1e6)] | None = None
     """What the teacher's cosines are multiplied by; if not given, the student's scale, as in KDPL."""
     class_names_file: str | None = None
     """File of class names, one per line, that the teacher chooses among instead of the data set's."""
-    classes_per_batch: Annotated[int, Ge(2)] | None = None
+    classes_per_batch: Annotated[int, Ge(2), Le(1_000_000)] | None = None
     """Classes most probable to the teacher in a batch, which alone are compared; all if not given.
 
     Of one class teacher and student would be equally sure, and nothing learned."""
@@ -130,19 +136,19 @@ class OptimConfig:
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
     """Optimiser."""
-    lr: Annotated[float, Gt(0)] = 0.002
+    lr: Rate = 0.002
     """Learning rate after the warm-up."""
-    momentum: Annotated[float, Ge(0)] = 0.9
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
     """Momentum of SGD."""
-    weight_decay: Annotated[float, Ge(0)] = 5e-4
+    weight_decay: Annotated[float, Ge(0), Le(1000)] = 5e-4
     """Weight decay; acts on prompts too, as in the official code."""
-    warmup_epochs: Annotated[float, Ge(0)] = 1
+    warmup_epochs: Annotated[float, Ge(0), Le(1e6)] = 1
     """Epochs at the warm-up rate before the cosine starts; 0.1 is the first tenth of the first epoch's steps."""
-    warmup_lr: Annotated[float, Gt(0)] = 1e-5
+    warmup_lr: Rate = 1e-5
     """Learning rate of the warm-up."""
-    min_lr: Annotated[float, Ge(0)] = 0.0
+    min_lr: Annotated[float, Ge(0), Le(1e4)] = 0.0
     """Learning rate that the cosine falls to."""
-    cosine_epochs: Annotated[int, Ge(1)] = 1
+    cosine_epochs: Many = 1
     """Epochs that the cosine spans, if more than those trained."""
 
 
@@ -150,15 +156,15 @@ class OptimConfig:
 class TrainConfig:
     """Length and numerics of training."""
 
-    epochs: Annotated[int, Ge(1)] = 50
+    epochs: Many = 50
     """Passes over the training images."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """fp32, bf16 or fp16 for the frozen towers; prompts are fp32."""
-    accumulate: Annotated[int, Ge(1)] = 1
+    accumulate: Many = 1
     """Parts that each batch is computed in, one after the other, to need less memory; the step is the same."""
-    text_chunk: Annotated[int, Ge(1)] | None = None
+    text_chunk: Many | None = None
     """Classes whose texts are encoded at once, and again in the backward pass, to save memory; all if not given."""
     graphs: bool = False
     """Whether steps are recorded as CUDA graphs and replayed: the same results, faster where a model is small."""
@@ -207,36 +213,49 @@ class RunConfig:
         """The same by full key."""
         return dict(_flatten(self.to_dict()))
 
+    def placed(self) -> RunConfig:
+        """The same with whole paths, which are found from any folder."""
+        data, teacher = self.data, self.teacher
+        name = data.name if find_dataset(data.name) else _whole_path(data.name, data.name)
+        folders = {key: _whole_path(getattr(data, key)) for key in ("root", "split_file", "bank")}
+        names = _whole_path(teacher.class_names_file)
+        return replace(
+            self,
+            backbone=_place(self.backbone),
+            data=replace(data, name=name, **folders),
+            teacher=replace(teacher, backbone=_place(teacher.backbone), class_names_file=names),
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the settings, but for those that say where something lies, or where the work is done."""
+        return checksum({key: value for key, value in self.flat().items() if key not in PLACES})
+
     def to_yaml(self) -> str:
         """The configuration as a file that ``--config`` reads."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
+PLACES = {
+    "method.name", "backbone", "teacher.backbone", "teacher.class_names_file", "data.name", "data.root",
+    "data.split_file", "data.bank", "data.workers", "train.device", "train.graphs", "train.report_to",
+}  # fmt: skip
+"""Settings that say where something lies, which has a fingerprint of its own, or where the work is done."""
+MOST = 1e9
+"""No setting but a seed is larger; most have narrower ranges of their own."""
+TOLD = 20
+"""Problems that a message lists."""
+DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
 SECTIONS = {"data": DataConfig, "teacher": TeacherConfig, "optim": OptimConfig, "train": TrainConfig}
-
-
-class _SafeLoader(yaml.SafeLoader):
-    """Safe YAML in which true and false are the only truth values; ``off`` and ``no`` are words."""
-
-
-TRUTH = "tag:yaml.org,2002:bool"
-_SafeLoader.yaml_implicit_resolvers = {
-    first: [rule for rule in rules if rule[0] != TRUTH] for first, rules in _SafeLoader.yaml_implicit_resolvers.items()
-}
-_SafeLoader.add_implicit_resolver(TRUTH, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-
-
-def parse_yaml(text: str) -> Any:
-    """Plain values; like ``yaml.safe_load``, it builds no other objects."""
-    return yaml.load(text, _SafeLoader)
 
 
 def read_config(file: Path) -> dict[str, Any]:
     """A YAML file's keys, flattened: ``{"optim.lr": 0.01, …}``."""
     try:
-        content = parse_yaml(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read configuration {file}: {one_line(error, most=None)}") from None
+        content = read_yaml(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read configuration {file}: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"configuration {file} must hold keys and values")
     return dict(_flatten(content))
@@ -254,7 +273,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise ConfigError(f"'{text}' is not key=value")
     try:
         parsed = parse_yaml(value)
-    except yaml.YAMLError:
+    except ValueError:
         parsed = value
     return key.strip(), parsed if parsed is None or isinstance(parsed, (str, int, float)) else value
 
@@ -316,13 +335,15 @@ def build_config(
         if key.startswith("init") and isinstance(value, str) and _is_place(value)
     ]
     if "teacher_probabilities" not in cls.needs and nested["teacher"].get("backbone") is None:
-        given = [f"teacher.{key} = {value}" for key, value in nested["teacher"].items() if value is not None]
+        given = [f"teacher.{key} = {_shown(value)}" for key, value in nested["teacher"].items() if value is not None]
         problems += [
             f"{key}: method '{cls.name}' learns from labels, unless teacher.backbone is given" for key in given
         ]
+    problems += _contradictions(sections)
     if problems:
         keys = f" (allowed keys: {', '.join(known)})" if any("unknown key" in p for p in problems) else ""
-        raise ConfigError("; ".join(problems) + keys)
+        more = f"; and {len(problems) - TOLD} more" if len(problems) > TOLD else ""
+        raise ConfigError("; ".join(problems[:TOLD]) + more + keys)
     config = RunConfig(method=method, options=options, **top, **sections)
     check_capabilities(cls.name, config.options.can, config.train, config.teacher.classes_per_batch)
     return config
@@ -376,6 +397,17 @@ def how_split(train: TrainConfig, processes: int) -> str:
     return " and ".join(how + [f"train.accumulate = {train.accumulate}"] * (train.accumulate > 1))
 
 
+def _whole_path(path: Any, unless: Any = None) -> Any:
+    """A path from the root on; of what is none, ``unless``."""
+    whole = path and Path(path).expanduser().absolute()
+    return str(whole) if whole and (unless is None or whole.exists()) else unless
+
+
+def _place(backbone: Any) -> Any:
+    """A backbone's name, with its whole path where it is one."""
+    return backbone if backbone in EMBEDDED or backbone == LITE0 else _whole_path(backbone, backbone)
+
+
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
     for key, value in content.items():
         if isinstance(value, dict):
@@ -400,6 +432,10 @@ def _resolve(key: str, known: list[str], problems: list[str]) -> str | None:
     if ending:
         problems.append(f"key '{key}' is not clear (write one of {', '.join(ending)})")
         return None
+    if len(problems) >= TOLD:  # looking for what was meant takes a while
+        problems.append("unknown key")
+        return None
+    key = one_line(key, 60)
     name, short = key.rpartition(".")[2], {k.rpartition(".")[2]: k for k in reversed(known)}
     # A name that exists in another section is nearer than any other name in the section given.
     near = [name] if name in short else get_close_matches(key, known, 1, 0.6) or get_close_matches(name, short, 1, 0.6)
@@ -413,13 +449,12 @@ def checked(cls: type, values: Mapping[str, Any], prefix: str, problems: list[st
     assert is_dataclass(cls)
     hints = get_type_hints(cls)
     try:
-        checked = TypeAdapter(cls).validate_python({k: _no_truth(v, hints[k]) for k, v in values.items()})
+        checked = TypeAdapter(cls).validate_python({k: _as_written(v, hints[k]) for k, v in values.items()})
     except ValidationError as error:
         problems += _one_line_each(error, prefix)
         return None
     for name, value in vars(checked).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"{prefix}{name} = {value} (allowed: finite number)")
+        problems += _strange(f"{prefix}{name}", value)
     return checked
 
 
@@ -428,17 +463,46 @@ def _checked_top(values: Mapping[str, Any], problems: list[str]) -> dict[str, An
     checked = {}
     for key, value in values.items():
         try:
-            checked[key] = TypeAdapter(hints[key]).validate_python(_no_truth(value, plain[key]))
+            checked[key] = TypeAdapter(hints[key]).validate_python(_as_written(value, plain[key]))
+            problems += _strange(key, checked[key])
         except ValidationError as error:
             problems += _one_line_each(error, key)
     return checked
 
 
-def _no_truth(value: Any, hint: Any) -> Any:
-    """``true`` as text where a number is asked for: pydantic would read it as 1. NumPy's numbers are numbers."""
+def _as_written(value: Any, hint: Any) -> Any:
+    """In quotes what pydantic takes for a number and people may not: ``true`` (1), ``1_000``, ``010``.
+
+    NumPy's numbers are numbers.
+    """
     value = value.item() if isinstance(value, np.generic) else value
-    allowed = {hint, *get_args(hint)}
-    return str(value).lower() if isinstance(value, bool) and bool not in allowed and allowed & {int, float} else value
+    allowed = {*(get_args(hint) or [hint])} - {type(None)}
+    if isinstance(value, bool) and bool not in allowed and allowed & {int, float}:
+        return str(value).lower()
+    if isinstance(value, str) and allowed <= {int, float} and re.search("[0-9]", value):
+        return value if DECIMAL.fullmatch(value) else f"'{value}'"
+    return value
+
+
+def _strange(key: str, value: Any) -> list[str]:
+    """What no setting may be, whatever its own range."""
+    if isinstance(value, str):
+        try:
+            check_text(value)
+        except ValueError as error:
+            return [f"{key}: {error}"]
+    if isinstance(value, float) and not math.isfinite(value):
+        return [f"{key} = {value} (allowed: finite number)"]
+    if isinstance(value, int | float) and abs(value) > MOST and key.rpartition(".")[2] != "seed":
+        return [f"{key} = {value} (allowed: at most {MOST:g})"]
+    return []
+
+
+def _contradictions(sections: Mapping[str, Any]) -> list[str]:
+    optim = sections["optim"]
+    if optim and optim.min_lr > optim.lr:
+        return [f"optim.min_lr = {optim.min_lr:g} (allowed: at most optim.lr = {optim.lr:g})"]
+    return []
 
 
 def _one_line_each(error: ValidationError, prefix: str) -> list[str]:
@@ -451,5 +515,13 @@ def _one_line_each(error: ValidationError, prefix: str) -> list[str]:
             options = [o.strip("'") for o in e["ctx"]["expected"].replace(" or ", ", ").split(", ")]
             match = get_close_matches(str(e["input"]), options, 1, 0.5)
             near = f"; did you mean '{match[0]}'?" if match else ""
-        lines.setdefault(key, f"{key} = {e['input']} (allowed: {rule[0].lower()}{rule[1:]}{near})")
+        lines.setdefault(key, f"{key} = {_shown(e['input'])} (allowed: {rule[0].lower()}{rule[1:]}{near})")
     return list(lines.values())
+
+
+def _shown(value: object) -> str:
+    try:
+        text = printable(one_line(value, None))
+    except ValueError:
+        text = "a number of thousands of digits"
+    return text if len(text) <= 80 else text[:79] + "…"

@@ -14,7 +14,7 @@ from torch import Tensor
 from vlprompt.artefact.artefact import PROMPTS, load_artefact, read_artefact_config
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.lite0 import Lite0
-from vlprompt.backbones.load import DTYPES, load_backbone
+from vlprompt.backbones.load import DTYPES, check_device, load_backbone
 from vlprompt.config.schema import RunConfig, TeacherConfig
 from vlprompt.data.images import Preprocess
 from vlprompt.data.known.table import DEFAULT_TEMPLATE
@@ -46,7 +46,7 @@ class Tuned:
         self.template, self.logit_scale = self.method.template, self.method.backbone.logit_scale
         self.preprocess = self.method.backbone.preprocess
         config = read_artefact_config(path)
-        decides = [config[key] for key in ("method", "settings", "template", "prompts")]
+        decides: list[object] = [config["method"], config["settings"], config["template"], config["prompts"]]
         decides += [self.method.backbone.fingerprint, config.get("method_file", {}).get("sha256")]
         self.fingerprint = sha256(json.dumps(decides).encode()).hexdigest()
 
@@ -90,6 +90,7 @@ def load_teacher_model(name: str, device: torch.device | str = "cpu", precision:
     Raises BackboneError as :func:`load_backbone` does, or for a package that is not installed, and ArtefactError as
     :func:`load_artefact` does.
     """
+    check_device(device)
     if name == Lite0.name:
         return Lite0(device, DTYPES[precision])
     if (Path(name).expanduser() / PROMPTS).is_file():

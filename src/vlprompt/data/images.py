@@ -59,6 +59,8 @@ def load_image(source: ImageSource, white: float | None = None, max_pixels: int 
             own = _own_white(source)
             source.load()
             return to_rgb(_upright(source), own or white)
+        except MemoryError:
+            raise
         except Exception as error:  # a file that Pillow has opened may be damaged further on
             raise DataError(f"cannot read the image {source!r}: {error}") from error
     if not isinstance(source, (str, os.PathLike)):
@@ -75,6 +77,8 @@ def load_image(source: ImageSource, white: float | None = None, max_pixels: int 
             if sliced:
                 rgb.info["greatest"] = 257 * max(high for _, high in rgb.getextrema())  # type: ignore[misc]
             return rgb
+    except MemoryError:  # which says nothing about the image
+        raise
     except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes
         raise DataError(f"cannot read image {os.fspath(source)}: {_reason(error, Path(source))}") from error
 

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from vlprompt.data.files import read_text, with_slashes
+from vlprompt.documents import parse_json
 from vlprompt.errors import DataError, unknown
 from vlprompt.files import write_atomically
 
@@ -22,6 +23,8 @@ Classes = Literal["base", "novel", "all"]
 """The first half of the classes (rounded up), the second half, or all."""
 
 PARTS = ("train", "val", "test")
+MOST_CLASSES = 50_000
+"""Class names that a model is asked with; ImageNet-21k has 21,841."""
 _VAL_SHOTS = 4  # CoOp's cap
 
 
@@ -185,8 +188,8 @@ def read_split(file: str | os.PathLike[str], root: str | os.PathLike[str]) -> Sp
     file, root = Path(file), Path(root)
     text = read_text(file, "split file")
     try:
-        parts = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        parts = parse_json(text)
+    except ValueError as error:
         advice = "; paths are written with /" if "\\escape" in str(error) else ""
         raise DataError(f"cannot read split file {file}: {error}{advice}") from error
     rows = {part: _rows(parts.get(part, [])) for part in PARTS} if isinstance(parts, dict) else {}
@@ -265,13 +268,16 @@ def refuse_json(text: str, source: str, how: str) -> None:
 
 
 def check_class_names(class_names: Iterable[str], source: str) -> None:
-    """Raise DataError, naming the source, if a class has no name, or one that reads like another's.
+    """Raise DataError, naming the source, if a class has no name, or one that reads like another's; for too many names.
 
     Names that differ only in case, underscores, white space or the way that accents are stored are the same text for a
     text tower, which could never tell their classes apart.
     """
     seen: dict[str, str] = {}
-    for name, n in Counter(list(class_names)).items():
+    class_names = list(class_names)
+    if len(class_names) > MOST_CLASSES:
+        raise DataError(f"{source}: {len(class_names)} class names (allowed: up to {MOST_CLASSES:,})")
+    for name, n in Counter(class_names).items():
         if wrong := _unwritable(name):
             raise DataError(f"{source}: {wrong}")
         if n > 1 and name:

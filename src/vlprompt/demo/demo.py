@@ -17,8 +17,9 @@ from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split
 from vlprompt.demo.drawing import Curve, Shown, draw_curves, draw_predictions
+from vlprompt.documents import read_sealed
 from vlprompt.errors import ConfigError, unknown
-from vlprompt.files import write_atomically
+from vlprompt.files import in_use, write_atomically
 from vlprompt.methods import Method
 from vlprompt.cli.progress import Bar
 from vlprompt.artefact.artefact import FILES
@@ -99,7 +100,7 @@ def run_demo(out: Path, say: Callable[[str], None], data: str = "clothing-demo")
     """
     if data not in SHOWS:
         raise ConfigError(unknown("data set of the demo", data, SHOWS))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if in_use(out):
         if not (out / MARKER).is_file():
             raise ConfigError(f"output folder {out} is already in use: choose another with --out")
         shutil.rmtree(out)
@@ -194,7 +195,9 @@ def _curve(run: Path) -> Curve | None:
 
 
 def _val_accuracy(run: Path) -> float:
-    return json.loads((run / "metrics.json").read_text("utf-8"))["val_accuracy"]
+    accuracy = read_sealed(run / "metrics.json", Result).val_accuracy
+    assert accuracy is not None  # the demo's data sets have val images
+    return accuracy
 
 
 def _table(show: Show, rows: Mapping[str, Mapping[str, float]], parts: Mapping[str, Split]) -> str:

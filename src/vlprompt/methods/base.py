@@ -9,8 +9,7 @@ from enum import Flag, auto
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
-import yaml
-from annotated_types import Ge, MinLen
+from annotated_types import Ge, Le, MinLen
 from pydantic import AfterValidator, BeforeValidator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -19,6 +18,7 @@ from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.backbones.towers import Prompts
 from vlprompt.data.batches import Batch
 from vlprompt.data.splits import find_classes
+from vlprompt.documents import check_text, parse_yaml
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.prompting.text import TextContext, check_known, encode_classes, encode_in_parts
 
@@ -29,21 +29,23 @@ IMAGE_WEIGHT = "image_weight"
 KEPT = 4
 """Lists of class names whose features a tuned model remembers."""
 
-Count = Annotated[int, Ge(1)]
-Weight = Annotated[float, Ge(0)]
+Count = Annotated[int, Ge(1), Le(10_000)]
+Weight = Annotated[float, Ge(0), Le(1e6)]
 
 
 def _check_template(given: str | tuple[str, ...]) -> str | tuple[str, ...]:
-    if not all("{}" in text for text in ([given] if isinstance(given, str) else given)):
-        raise ValueError("text with {} for the class name")
+    for text in [given] if isinstance(given, str) else given:
+        if "{}" not in text:
+            raise ValueError("text with {} for the class name")
+        check_text(text)
     return given
 
 
 def _listed(given: Any) -> Any:
     """A list that was written on the command line."""
     try:
-        return yaml.safe_load(given) if isinstance(given, str) and given.startswith("[") else given
-    except yaml.YAMLError:
+        return parse_yaml(given) if isinstance(given, str) and given.startswith("[") else given
+    except ValueError:
         return given
 
 

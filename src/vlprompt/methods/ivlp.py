@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from vlprompt.backbones.backbone import Backbone
@@ -19,7 +19,7 @@ from vlprompt.prompting.text import TextContext, spaced
 from vlprompt.prompting.visual import VisualPrompts
 
 SIZES = ("depth_text", "n_ctx_text", "depth_vision", "n_ctx_vision")
-Size = Annotated[int, Ge(0)]
+Size = Annotated[int, Ge(0), Le(10_000)]
 
 
 def deep_context(backbone: Backbone, n_ctx: int, init: str | None, depth: int, **options: Any) -> TextContext:

@@ -15,7 +15,7 @@ from urllib.request import Request, urlopen
 
 from vlprompt.data.known.table import Dataset, Source
 from vlprompt.errors import DataError
-from vlprompt.files import write_error
+from vlprompt.files import sync_all, write_error
 from vlprompt.provision.unpack import unpack
 from vlprompt.version import __version__
 
@@ -34,9 +34,9 @@ def get(
     """Fetch a data set into its folder below ``root``; returns the names of the files fetched.
 
     What is in its place already is left alone. A download that breaks is continued by the next call. An archive is
-    unpacked aside and moved into place whole; one that is refused, or a file of another content than its checksum says,
-    is removed if it was fetched. Raises DataError for those, where there is no connection, and at the end for what has
-    to be got by hand; OutputError if the disk does not take it.
+    unpacked aside and moved into place whole; then it is removed if it was fetched, also one that is refused, or a file
+    of another content than its checksum says. What was put there by hand stays. Raises DataError for those, where there
+    is no connection, and at the end for what has to be got by hand; OutputError if the disk does not take it.
     """
     folder, downloads = root / dataset.folder, root / DOWNLOADS
     fetched: list[str] = []
@@ -47,10 +47,12 @@ def get(
         for source in dataset.sources:
             if all((folder / place).exists() for place in source.moves.values()):
                 say(f"{source.name}: {', '.join(source.moves.values())} is in {folder} already")
+                _clear(downloads / source.name)
                 continue
             downloads.mkdir(parents=True, exist_ok=True)
             file = downloads / source.name
-            if given := file.is_file():
+            given = file.is_file() and not _mark(file).exists()
+            if file.is_file():
                 say(f"{source.name}: found in {downloads}")
             else:
                 _download(source, file, progress)
@@ -58,13 +60,13 @@ def get(
                 _verify(file, source.checksum)
                 if not source.checksum:
                     say(f"{source.name}: no checksum is known, so its content is not verified")
-                _install(source, file, folder)
+                _install(source, file, folder, given)
             except DataError as error:
                 if given:
                     raise DataError(f"{error}; remove the file to have it fetched") from None
-                file.unlink()
+                _clear(file)
                 raise
-            file.unlink(missing_ok=True)
+            _clear(file)
             fetched.append(source.name)
     except OSError as error:
         raise write_error(Path(error.filename or folder), error) from error
@@ -137,6 +139,7 @@ def _fetch(url: str, file: Path, known: bool, progress: Progress) -> None:
             if came < total:
                 raise HTTPException(f"it broke off after {came} of {total} bytes")
     os.replace(part, file)
+    _mark(file).touch()
     tag.unlink(missing_ok=True)
 
 
@@ -151,6 +154,26 @@ def _part(file: Path) -> Path:
     return file.with_name(f"{file.name}.part")
 
 
+def _mark(file: Path) -> Path:
+    """Beside a file that was fetched, and not put there by hand."""
+    return file.with_name(f"{file.name}.fetched")
+
+
+def _clear(file: Path) -> None:
+    """Take away what was fetched or unpacked of a file, by killed processes too; what was put there by hand stays."""
+    shutil.rmtree(_aside(file), ignore_errors=True)
+    if (mark := _mark(file)).exists():
+        mark.unlink()  # first: a mark that stays would give away the next file that is put there by hand
+        file.unlink(missing_ok=True)
+    for left in (_part(file), _part(file).with_suffix(".tag")):
+        left.unlink(missing_ok=True)
+
+
+def _aside(file: Path) -> Path:
+    """Where it is unpacked."""
+    return file.with_name(f"{file.name}.unpacking")
+
+
 def _verify(file: Path, checksum: str) -> None:
     kind, _, expected = checksum.partition(":")
     if not expected:
@@ -161,14 +184,15 @@ def _verify(file: Path, checksum: str) -> None:
         raise DataError(f"{file} is damaged, or another file: its {kind} is {found}, not {expected}")
 
 
-def _install(source: Source, file: Path, folder: Path) -> None:
-    """Move what is wanted of the file into ``folder``, each part whole."""
+def _install(source: Source, file: Path, folder: Path, given: bool) -> None:
+    """Move what is wanted of the file into ``folder``, each part whole; what was ``given`` by hand is copied."""
+    aside = _aside(file)
     if "" in source.moves:
         place = folder / source.moves[""]
         place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(file, place)
+        sync_all()
+        os.replace(shutil.copy(file, aside) if given else file, place)
         return
-    aside = file.with_name(f"{file.name}.unpacking")
     shutil.rmtree(aside, ignore_errors=True)  # of one that was killed
     try:
         unpack(file, aside / "outer")
@@ -181,6 +205,7 @@ def _install(source: Source, file: Path, folder: Path) -> None:
         for name in source.moves:
             if not (found / name).exists():
                 raise DataError(f"archive {file} has no '{name}'")
+        sync_all()
         for name, target in source.moves.items():
             (folder / target).parent.mkdir(parents=True, exist_ok=True)
             if not (folder / target).exists():

@@ -17,13 +17,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from vlprompt.documents import parse_json
 from vlprompt.errors import ArtefactError, one_line
 from vlprompt.files import is_unfinished, write_atomically
 from vlprompt.training.loop import LossScale, Training
 from vlprompt.training.watchers import EpochLog, Watcher
 from vlprompt.version import __version__
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""3 added the settings' fingerprint; earlier ones, of before any release, are refused."""
 
 
 @dataclass
@@ -51,12 +53,13 @@ class History:
 class Keeper(Watcher):
     """Keeps a run's folder while it trains: log.jsonl, the checkpoint, and the best epoch's prompts if they count.
 
-    Begins where the run's last checkpoint is. ``writes`` is true in the first of several processes.
+    Begins where the run's last checkpoint is. ``settings`` is the configuration's fingerprint; ``writes`` is true in
+    the first of several processes.
     """
 
-    def __init__(self, run: Path, training: Training, selects: bool, writes: bool) -> None:
-        self.run, self.training, self.selects, self.writes = run, training, selects, writes
-        self.history = load_checkpoint(run, training)
+    def __init__(self, run: Path, training: Training, settings: str, selects: bool, writes: bool) -> None:
+        self.run, self.training, self.settings, self.selects, self.writes = run, training, settings, selects, writes
+        self.history = load_checkpoint(run, training, settings)
         self.history.earlier, self.began = self.history.seconds, time.monotonic()
 
     def start(self, training: Training) -> None:
@@ -77,7 +80,7 @@ class Keeper(Watcher):
         """Write a checkpoint."""
         self.history.seconds = self.history.earlier + time.monotonic() - self.began
         if self.writes:
-            save_checkpoint(self.run, self.training, self.history)
+            save_checkpoint(self.run, self.training, self.settings, self.history)
 
     def _write_log(self) -> None:
         if self.writes:
@@ -89,7 +92,7 @@ def checkpoint_file(run: Path) -> Path:
     return run / "checkpoints" / "last.safetensors"
 
 
-def save_checkpoint(run: Path, training: Training, history: History) -> None:
+def save_checkpoint(run: Path, training: Training, settings: str, history: History) -> None:
     """Write the state of training; the checkpoint before is there until this one is complete."""
     groups = {
         "method": training.method.state_dict(),
@@ -103,6 +106,7 @@ def save_checkpoint(run: Path, training: Training, history: History) -> None:
     numbers = {
         "format_version": FORMAT_VERSION,
         "vlprompt_version": __version__,
+        "settings_fingerprint": settings,
         "backbone_fingerprint": training.method.backbone.fingerprint,
         "teacher_fingerprint": training.teacher and training.teacher.fingerprint,
         "views_fingerprint": training.views.fingerprint,
@@ -116,10 +120,10 @@ def save_checkpoint(run: Path, training: Training, history: History) -> None:
     write_atomically(checkpoint_file(run), save(tensors, {"checkpoint": text, "sha256": _checksum(tensors, text)}))
 
 
-def load_checkpoint(run: Path, training: Training) -> History:
+def load_checkpoint(run: Path, training: Training, settings: str) -> History:
     """Put training where the run's checkpoint says, if there is one; returns the run's history.
 
-    Raises ArtefactError if the checkpoint cannot be read, comes from a newer version, or does not fit.
+    Raises ArtefactError if the checkpoint cannot be read, comes from another version, or does not fit.
     """
     file = checkpoint_file(run)
     if not file.is_file():
@@ -130,14 +134,20 @@ def load_checkpoint(run: Path, training: Training) -> History:
             metadata = f.metadata() or {}
             # copies: tensors of an open file would change, or fault, with it
             tensors = {k: f.get_tensor(k).clone() for k in f.keys()}  # noqa: SIM118
-        numbers = json.loads(metadata["checkpoint"])
+        numbers = parse_json(metadata["checkpoint"])
         if numbers["format_version"] > FORMAT_VERSION:
             raise ArtefactError(
                 f"{file} has format_version {numbers['format_version']}; "
                 f"this vlprompt reads up to {FORMAT_VERSION}: update it"
             )
+        if numbers["format_version"] < FORMAT_VERSION:
+            raise ArtefactError(
+                f"{file} has format_version {numbers['format_version']}, of before 0.1: begin the run anew"
+            )
         if metadata["sha256"] != _checksum(tensors, metadata["checkpoint"]):
             raise ArtefactError(f"checkpoint {file} is damaged: its content is not what was saved")
+        if numbers["settings_fingerprint"] != settings:
+            raise ArtefactError(f"{run} was begun with other settings than its config.yaml has now")
         if numbers["backbone_fingerprint"] != method.backbone.fingerprint:
             raise ArtefactError(f"{run} was begun on other weights than '{method.backbone.name}' has now")
         if (teacher := training.teacher) and numbers["teacher_fingerprint"] != teacher.fingerprint:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import re
 import shlex
@@ -29,8 +27,9 @@ from vlprompt.config.schema import DataConfig, RunConfig, build_config, read_con
 from vlprompt.data.datasets import LoadedDataset, check_outside, load_dataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split, read_split, write_split
+from vlprompt.documents import write_sealed
 from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError
-from vlprompt.files import held, write_atomically, write_error
+from vlprompt.files import held, in_use, write_atomically, write_error
 from vlprompt.methods import Method, find_method
 from vlprompt.methods.registry import file_fingerprint
 from vlprompt.prompting.text import partly_known
@@ -42,6 +41,9 @@ from vlprompt.training.loop import Training
 from vlprompt.training.prepare import Sources, build, find_sources, fit_features, prepare
 from vlprompt.training.watchers import Watcher, find_service
 from vlprompt.version import __version__
+
+Environment = dict[str, str | int | None]
+"""What ``environment.json`` holds, besides its checksum."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def train(
     those that accuracy is measured on, in place of :class:`EvaluationImages`. Raises ConfigError if the folder is in
     use, or its run cannot be resumed with this data.
     """
-    if not resume and os.path.exists(out) and (not out.is_dir() or any(out.iterdir())):
+    if not resume and in_use(out):
         raise ConfigError(f"output folder {out} is already in use: choose another with --out, or see --resume")
     began = time.monotonic()
     data = config.data
@@ -150,7 +152,7 @@ def train(
             taught_by = config.teacher.backbone or sources.taught_by if config.taught else None
             result = Result(str(out), len(history.rows), train_accuracy, kept, trainable, seconds, skipped, taught_by)
             if processes.first:
-                write_atomically(out / "metrics.json", json.dumps(vars(result), indent=2))
+                write_sealed(out / "metrics.json", vars(result), indent=2)
                 save_artefact(method, out, about(config, dataset, result, history))
     return method.requires_grad_(False), result
 
@@ -159,7 +161,7 @@ def _steps(
     config: RunConfig, out: Path, training: Training, watchers: Sequence[Watcher], say: Callable[[str], None]
 ) -> History:
     """Train from the run's last checkpoint, or from the start, to the end; Ctrl-C saves and is raised then."""
-    keeper = Keeper(out, training, config.train.select == "val", training.processes.first)
+    keeper = Keeper(out, training, config.fingerprint, config.train.select == "val", training.processes.first)
     if training.epoch or training.step:
         say(f"resumed after epoch {training.epoch}" + f" and {training.step} steps" * (training.step > 0))
     with deferred_interrupt(insist=training.processes.size == 1) as asked:
@@ -260,14 +262,12 @@ def _check_images(out: Path, split: Split) -> None:
         raise ConfigError(f"cannot resume {out}: its data set no longer gives the images of its split.json")
 
 
-def _describe(out: Path, config: RunConfig, split: Split, environment: dict[str, Any], resume: bool) -> None:
-    if resume:
-        remove_unfinished(out)
-    else:
-        write_atomically(out / "config.yaml", config.to_yaml())
+def _describe(out: Path, config: RunConfig, split: Split, environment: Environment, resume: bool) -> None:
+    if not resume:
+        write_atomically(out / "config.yaml", config.placed().to_yaml())
     if own := file_fingerprint(config.method):
         environment["method_fingerprint"] = own
-    write_atomically(out / "environment.json", json.dumps(environment, indent=2))
+    write_sealed(out / "environment.json", environment, indent=2)
     write_split(split, out / "split.json")
 
 
@@ -287,8 +287,10 @@ def _run_folder(out: Path, resume: bool, processes: Processes) -> Iterator[None]
                 out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot make output folder {out}: {error.strerror}") from None
-        if processes.first and (not lock.enter_context(held(out)) or (not resume and any(out.iterdir()))):
+        if processes.first and (not lock.enter_context(held(out)) or (not resume and in_use(out))):
             raise ConfigError(f"output folder {out} is already in use: another process has begun a run there")
+        if processes.first:
+            remove_unfinished(out)
         yield
     except (DataError, OutputError, OSError) as error:
         if processes.first and not resume and not checkpoint_file(out).exists():
@@ -306,7 +308,7 @@ def _run_folder(out: Path, resume: bool, processes: Processes) -> Iterator[None]
         lock.close()
 
 
-def environment(backbone: Backbone, sources: Sources | None = None) -> dict[str, Any]:
+def environment(backbone: Backbone, sources: Sources | None = None) -> Environment:
     """What a run's result may depend on besides its configuration."""
     teacher, bank = (sources.teacher, sources.bank) if sources else (None, None)
     gpu = backbone.device.type == "cuda"

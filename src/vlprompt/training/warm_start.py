@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from vlprompt.artefact.artefact import PROMPTS, read_artefact_config, read_prompts
+from vlprompt.artefact.artefact import read_artefact_config, read_prompts
 from vlprompt.artefact.hub import find_model
 from vlprompt.data.splits import find_classes
 from vlprompt.errors import ConfigError
@@ -29,7 +29,7 @@ def start_from(method: Method, name: str) -> None:
         raise ConfigError(
             f"{what}: it was tuned on '{saved['backbone']['name']}', and this is '{method.backbone.name}'"
         )
-    state, own = read_prompts(folder / PROMPTS, saved), method.state_dict()
+    state, own = read_prompts(folder, saved["prompts"]), method.state_dict()
     if set(state) != set(own) and checkpoint_file(folder).is_file():
         state = read_method_state(folder)
     if not method.takes_new_classes and find_classes(method.class_names, saved["class_names"]) != [

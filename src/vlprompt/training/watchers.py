@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlprompt.errors import ConfigError
-from vlprompt.files import write_atomically
+from vlprompt.documents import read_sealed, write_sealed
+from vlprompt.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     from vlprompt.training.loop import Training
@@ -90,12 +89,15 @@ class WandB(Watcher):
     def start(self, training: Training) -> None:
         """Begin the run there, or go on with it."""
         file = self.folder / "wandb.json"
-        known = json.loads(file.read_text("utf-8"))["id"] if file.is_file() else None
+        try:
+            known = read_sealed(file, dict[str, str])["id"] if file.is_file() else None
+        except (KeyError, ValueError, OSError) as error:
+            raise ConfigError(f"cannot read {file}: {one_line(error)}") from None
         name, config = self.folder.name, dict(self.config)
         self.run = self.module.init(
             project="vlprompt", name=name, dir=str(self.folder), config=config, id=known, resume="allow"
         )
-        write_atomically(file, json.dumps({"id": self.run.id}))
+        write_sealed(file, {"id": self.run.id})
 
     def epoch(self, log: EpochLog) -> None:
         """A point of each curve."""

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlprompt.config.schema import parse_yaml
+from vlprompt.documents import parse_yaml
 
 _KNOWN = parse_yaml(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 SETTING: str = _KNOWN["setting"]

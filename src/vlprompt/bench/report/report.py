@@ -15,7 +15,7 @@ from vlprompt.bench.protocols import PROTOCOLS
 from vlprompt.bench.report import plots
 from vlprompt.bench.report.published import SETTING, Published, published
 from vlprompt.bench.report.tables import Cell, Difference, Study, Table, find_reference, studies, tables
-from vlprompt.bench.results import RESULTS, read_results
+from vlprompt.bench.results import RESULTS, Results, Row, read_results
 from vlprompt.bench.runs import FIGURES, read_figures
 from vlprompt.errors import ConfigError, DataError, unknown
 from vlprompt.files import write_atomically
@@ -49,9 +49,7 @@ def read_sections(folder: Path, reference: str | None = None) -> list[Section]:
     Raises DataError for results that are not there, cannot be read or do not belong together, ConfigError for a
     reference that is no row of any study; where one study lacks it, a note says so.
     """
-    rows = read_results(folder / RESULTS)
-    if not rows:
-        raise DataError(f"there are no results in {folder / RESULTS} yet")
+    rows = checked_results(folder)
     planned = [{"protocol": p, **run} for p in PROTOCOLS for run in read_planned(folder / p / PLANNED).values()]
     sections, every = [], studies(rows, planned)
     names = dict.fromkeys(name for study in every for name in study.names)
@@ -72,6 +70,25 @@ def read_sections(folder: Path, reference: str | None = None) -> list[Section]:
         drawn = dict(_plots(study, made, compared)) | dict(_gains(study, compared, runs))
         sections.append(Section(study, compared, made, drawn, tuple(notes)))
     return sections
+
+
+def checked_results(folder: Path) -> list[Row]:
+    """The rows of a bench folder's results.csv; raises DataError for one that its run folders do not hold.
+
+    Of a protocol without plan or runs in the folder, results.csv is all that there is.
+    """
+    rows, runs = read_results(folder / RESULTS), Results(folder)
+    if not rows:
+        raise DataError(f"there are no results in {folder / RESULTS} yet")
+    measured = set(runs.read())
+    ran = {row.protocol for row in measured if (folder / row.protocol / PLANNED).is_file()}
+    if strange := [row for row in rows if row.protocol in ran and row not in measured]:
+        row = strange[0]
+        raise DataError(
+            f"{folder / RESULTS} says of {row.data} {row.name}, {row.shots} shots, seed {row.seed} what its run folder "
+            "does not: the bench repeated with skip_existing writes it again"
+        )
+    return rows
 
 
 def write_report(folder: Path, reference: str | None = None) -> str:

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections import defaultdict
 from functools import lru_cache
 from hashlib import sha256
@@ -25,7 +26,9 @@ from typing import NamedTuple
 from PIL import Image, ImageChops, ImageDraw, ImageFont, features
 
 from vlprompt.data.known.domains import DOMAINS
+from vlprompt.documents import parse_json
 from vlprompt.errors import DataError, unknown
+from vlprompt.files import sync_all
 
 SUBGROUPS: dict[str, tuple[str, ...]] = {
     "aircraft or boat": ("transport-air", "transport-water"),
@@ -91,6 +94,7 @@ Alphabetical, so that a listing of the made folder gives the same order.
 CLASSES = tuple(SUBGROUPS)
 SIZE = 96
 MANIFEST = "openmoji.json"
+LEFT_AFTER = 3600  # seconds: what has not been written to for longer is of a killed process
 FORMAT_VERSION = 2
 
 _PROBE = "\N{GRINNING FACE}"  # every picture of the font is as wide as this one, and nothing else is
@@ -180,10 +184,14 @@ def make_openmoji(folder: Path, domain: str | None = None) -> Path:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise DataError(f"{folder} is not the complete OpenMoji data set of this version: remove it")
         folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.glob(f".{folder.name}-*"):  # by killed processes; what is new, others are writing
+            if time.time() - left.stat().st_mtime > LEFT_AFTER:
+                shutil.rmtree(left, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             _write(temporary, manifest, domain)
             temporary.chmod(0o755)  # mkdtemp's is private
+            sync_all()
             try:
                 os.replace(temporary, folder)
             except OSError:
@@ -209,7 +217,7 @@ def _write(folder: Path, manifest: dict[str, object], domain: str | None) -> Non
 
 def _complete(folder: Path, manifest: dict[str, object]) -> bool:
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        found = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return found == manifest and all((folder / picture.path).is_file() for picture in pictures())
