@@ -113,6 +113,7 @@ def test_dark_greys_are_counted_and_auto_mends_them(tmp_path):
         config = build_config("zero_shot", overrides={f"data.{key}": v for key, v in given.items()})
         with ImageReader(0) as reader:
             split, _ = choose_images(config, data, reader, said.append)
+            said.remove(data.division)
             said += image_notes(config, data, split, reader)
             bright = max(np.asarray(reader.image(path)).max() for path in split.paths("train"))
         return said, reader.white, int(bright)
