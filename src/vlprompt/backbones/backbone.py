@@ -97,6 +97,18 @@ class Backbone:
         return unit(self.image_tower(images.to(self.device)))
 
     @torch.no_grad()
+    def pool_images(self, images: Tensor) -> Tensor:
+        """What the frozen image tower makes of images [B, 3, S, S] before its projection: [B, D], in fp32 at least."""
+        pooled = self.image_tower.pool(images.to(self.device))
+        return pooled.to(torch.promote_types(pooled.dtype, torch.float32))
+
+    @torch.no_grad()
+    def project(self, pooled: Tensor) -> Tensor:
+        """Image features, not normalised, of what :meth:`pool_images` gave: [..., E] of [..., D]."""
+        features = self.image_tower.projection(pooled.to(self.dtype))
+        return features.to(torch.promote_types(features.dtype, torch.float32))
+
+    @torch.no_grad()
     def encode_texts(self, texts: Sequence[str], normalise: bool = True) -> Tensor:
         """Frozen features of texts, remembered between calls: [len(texts), E], in fp32 at least.
 

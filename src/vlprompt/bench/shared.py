@@ -77,6 +77,16 @@ class SharedImages(EvaluationImages):
         kept = computed_once(self._file("features", made_by), shape, np.float32, features)
         return super().frozen(method) if kept is None else torch.from_numpy(np.array(kept)).to(backbone.device)
 
+    def _pooled_view(self, method: Method, seed: int, min_scale: float, k: int) -> Iterator[Tensor]:
+        backbone = method.backbone
+        shape = len(self.images), backbone.image_tower.config.width
+        made_by = [backbone.fingerprint, str(backbone.dtype), backbone.device.type, seed, min_scale, k]
+        computed = super()._pooled_view(method, seed, min_scale, k)
+        kept = computed_once(
+            self._file("random", made_by), shape, np.float32, lambda: (x.cpu().numpy() for x in computed)
+        )
+        yield from computed if kept is None else [torch.from_numpy(np.array(kept)).to(backbone.device)]
+
     def _file(self, what: str, made_by: object) -> Path:
         white = [] if self.reader.white is None else [self.reader.white]
         return self.folder / f"{what}-{_digest([made_by, self._identity, *white])}.npy"

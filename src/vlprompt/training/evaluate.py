@@ -8,17 +8,20 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vlprompt.data.batches import evaluation_batches
-from vlprompt.data.images import ImageSource
+from vlprompt.data.images import ImageSource, random_regions
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import repeated
 from vlprompt.errors import VlpromptError
 from vlprompt.methods import Can, Method
 
 BINS = 15
+AT_ONCE = 100
+"""Random views that the frozen tower sees together."""
 
 
 class EvaluationImages:
@@ -30,24 +33,62 @@ class EvaluationImages:
     def __init__(self, images: Sequence[ImageSource], labels: Sequence[int], reader: ImageReader) -> None:
         self.images, self.labels, self.reader = images, torch.tensor(labels), reader
         self._frozen: dict[str, Tensor] = {}
+        self._random: dict[tuple[str, int, float, int], Tensor] = {}
 
     def read_by(self, method: Method) -> Iterator[Tensor]:
-        """What the method's ``predict`` reads: views a batch at a time, or all frozen features at once."""
+        """What the method's ``predict`` reads: views a batch at a time, or at once all that the frozen tower says."""
         if Can.USE_FROZEN_FEATURES in method.config.can:
             yield self.frozen(method)
+        elif Can.USE_POOLED_FEATURES in method.config.can:
+            yield self.pooled(method)[:, None]
         else:
             yield from self.views(method)
 
     def frozen(self, method: Method) -> Tensor:
         """Normalised features from the frozen image tower, [n, E]."""
-        key = f"{method.backbone.fingerprint} {method.backbone.dtype}"
+        key = made_by(method)
         if key not in self._frozen:
             self._frozen[key] = torch.cat([method.backbone.encode_images(images) for images in self.views(method)])
         return self._frozen[key]
 
+    def pooled(self, method: Method) -> Tensor:
+        """What the frozen image tower makes of the images before its projection, [n, D]."""
+        key = f"pooled {made_by(method)}"
+        if key not in self._frozen:
+            self._frozen[key] = torch.cat([method.backbone.pool_images(images) for images in self.views(method)])
+        return self._frozen[key]
+
+    def random_view(self, method: Method, seed: int, min_scale: float, k: int) -> Tensor:
+        """The same of a random view of each image, [n, D]: the one of :class:`TrainingViews` in its epoch k.
+
+        It does not depend on the method: heads that fit on the same images share it.
+        """
+        key = made_by(method), seed, min_scale, k
+        if key not in self._random:
+            self._random[key] = torch.cat([*self._pooled_view(method, *key[1:])])
+        return self._random[key]
+
+    def _pooled_view(self, method: Method, seed: int, min_scale: float, k: int) -> Iterator[Tensor]:
+        backbone = method.backbone
+
+        def view(i: int) -> Tensor:
+            image, rng = self.reader.image(self.images[i]), np.random.default_rng([seed, k, i])
+            return backbone.preprocess.region(
+                image, random_regions(rng, image.width, image.height, scale=(min_scale, 1.0))[0]
+            )
+
+        numbers = range(len(self.images))
+        for _, images in self.reader.batches(view, [numbers[i : i + AT_ONCE] for i in numbers[::AT_ONCE]]):
+            yield backbone.pool_images(images)
+
     def views(self, method: Method) -> Iterator[Tensor]:
         """Evaluation views for the method's backbone, [B, 3, S, S] at a time."""
         return evaluation_batches(self.images, method.backbone.preprocess, self.reader)
+
+
+def made_by(method: Method) -> str:
+    """The frozen model that features come from, by weights and precision."""
+    return f"{method.backbone.fingerprint} {method.backbone.dtype}"
 
 
 def predict_logits(method: Method, images: EvaluationImages, class_names: Sequence[str]) -> Tensor:

@@ -19,6 +19,7 @@ from vlprompt.data.batches import Batch, TrainingViews
 from vlprompt.errors import ConfigError, VlpromptError
 from vlprompt.methods import Method
 from vlprompt.training.distributed import Processes
+from vlprompt.training.frozen import FrozenViews
 from vlprompt.training.recorded import Gradients, Recorded, Terms
 from vlprompt.training.schedule import build_optimizer, learning_rate
 from vlprompt.training.watchers import EpochLog, Watcher
@@ -54,7 +55,7 @@ class Training:
     def __init__(
         self,
         method: Method,
-        views: TrainingViews | BankViews,
+        views: TrainingViews | BankViews | FrozenViews,
         optim: OptimConfig,
         config: TrainConfig,
         processes: Processes | None = None,
