@@ -1,0 +1,5 @@
+"""Heads and light adapters: what is fitted in seconds once the frozen towers have seen the images (docs/heads.md)."""
+
+from vlprompt.methods.heads import (  # noqa: F401
+    clap,
+)
