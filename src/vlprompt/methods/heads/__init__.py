@@ -2,4 +2,5 @@
 
 from vlprompt.methods.heads import (  # noqa: F401
     clap,
+    gda,
 )
