@@ -3,4 +3,5 @@
 from vlprompt.methods.heads import (  # noqa: F401
     clap,
     gda,
+    tip_adapter,
 )
