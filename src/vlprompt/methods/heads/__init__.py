@@ -3,5 +3,6 @@
 from vlprompt.methods.heads import (  # noqa: F401
     clap,
     gda,
+    ss_text,
     tip_adapter,
 )
