@@ -4,5 +4,6 @@ from vlprompt.methods.heads import (  # noqa: F401
     clap,
     gda,
     ss_text,
+    task_res,
     tip_adapter,
 )
