@@ -2,6 +2,7 @@
 
 from vlprompt.methods.heads import (  # noqa: F401
     clap,
+    clip_adapter,
     gda,
     ss_text,
     task_res,
