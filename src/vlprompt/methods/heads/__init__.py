@@ -4,6 +4,7 @@ from vlprompt.methods.heads import (  # noqa: F401
     clap,
     clip_adapter,
     gda,
+    lp_plus_plus,
     prolip,
     ss_text,
     task_res,
