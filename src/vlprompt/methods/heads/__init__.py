@@ -3,6 +3,7 @@
 from vlprompt.methods.heads import (  # noqa: F401
     clap,
     clip_adapter,
+    clip_lora,
     gda,
     lp_plus_plus,
     prolip,
