@@ -133,7 +133,10 @@ class Training:
         if self.recorded:
             for part in of_parts:
                 self.recorded.prepare(part)
-        torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
+        # Not torch.manual_seed: where no GPU is used it formats a traceback, at every step, for one that may come.
+        torch.default_generator.manual_seed(drawn := int(seed.generate_state(1, np.uint64)[0]))
+        if device.type == "cuda":
+            torch.cuda.manual_seed_all(drawn)
         terms: Terms = {}
         gradients: Gradients = {}
         for part in of_parts:

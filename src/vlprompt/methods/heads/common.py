@@ -50,8 +50,12 @@ class Head(Method):
 
     def raw_text_features(self) -> Tensor:
         """Text features of the method's own classes as they come out of the tower, [C, E]."""
-        check_known(self.backbone, self.class_names)
-        return self.backbone.encode_texts(fill(self.template, self.class_names), normalise=False)
+
+        def compute() -> Tensor:
+            check_known(self.backbone, self.class_names)
+            return self.backbone.encode_texts(fill(self.template, self.class_names), normalise=False)
+
+        return self.backbone.remember((self.class_names, self.template, "raw text"), compute)
 
 
 def as_views(features: Tensor) -> Tensor:
