@@ -27,6 +27,7 @@ class SSText(Head):
     """
 
     paper, year, learns = "Silva-Rodríguez et al., IPMI", 2025, "class weights, in closed form"
+    fixes_views = False
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
