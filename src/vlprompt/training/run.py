@@ -36,7 +36,7 @@ from vlprompt.methods.registry import file_fingerprint
 from vlprompt.prompting.text import partly_known
 from vlprompt.training.checkpoints import History, Keeper, checkpoint_file, remove_unfinished
 from vlprompt.training.distributed import Processes, join_processes
-from vlprompt.training.evaluate import EvaluationImages, accuracy, evaluate
+from vlprompt.training.evaluate import EvaluationImages, evaluate
 from vlprompt.training.interrupt import deferred_interrupt
 from vlprompt.training.loop import Training
 from vlprompt.training.prepare import Sources, build, find_sources, finish, fit_features, prepare
@@ -103,7 +103,7 @@ def train(
         images, val = (images_of(split.paths(part), split.labels(part), reader=reader) for part in ("train", "val"))
 
         def val_accuracy() -> float | None:
-            return accuracy(method, val, split.class_names) if split.val else None
+            return evaluate(method, val, split.class_names).accuracy if split.val else None
 
         paths, labels = split.paths("train"), split.labels("train")
         begun = resume and checkpoint_file(out).exists()  # where it began from may be gone since
