@@ -31,7 +31,7 @@ class Given:
         self.names = tuple(f"class {c}" for c in range(len(texts)))
         self.new_names = tuple(f"class {c}" for c in range(len(texts), len(self.rows)))
         self.embed_dim, self.logit_scale = texts.shape[1], scale
-        self.image_tower = SimpleNamespace(projection=projection)
+        self.image_tower = SimpleNamespace(projection=projection, get_parameter=lambda name: projection.weight)
         self.tokenizer = SimpleNamespace(words=lambda text: [1])
 
     def encode_texts(self, texts: list[str], normalise: bool = True) -> Tensor:
