@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.kit import TINY
 from tests.kit.pictures import make_pictures
 from tests.kit.runs import StopsAfter, configured, log, prompts
+from tests.methods.test_heads_golden import Given
 from vlprompt.api import build_method, fit
 from vlprompt.artefact.artefact import load_artefact
 from vlprompt.backbones.backbone import Backbone, unit
@@ -335,10 +336,10 @@ def test_options_out_of_range(method: str, asked: dict, says: str) -> None:
         build_config(method, overrides=asked)
 
 
-def test_prolip_needs_a_projection(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiny.image_tower, "projection", torch.nn.Identity())
+def test_prolip_needs_a_projection() -> None:
+    given = Given(torch.eye(3), projection=torch.nn.Identity())
     with pytest.raises(BackboneError, match=r"has no projection behind its image tower"):
-        build_method("prolip", tiny, NAMES)
+        find_method("prolip")(given, given.names)
 
 
 def test_every_step_of_the_cosine() -> None:

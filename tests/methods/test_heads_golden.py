@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kit.cases import Case, close, find_cases
+from tests.kit.cases import Case, Hyper, close, find_cases
 from vlprompt.backbones.backbone import unit
 from vlprompt.config.schema import OptimConfig, build_config
 from vlprompt.methods import Batch, Method, find_method
@@ -32,7 +32,7 @@ class Given:
         self.new_names = tuple(f"class {c}" for c in range(len(texts), len(self.rows)))
         self.embed_dim, self.logit_scale = texts.shape[1], scale
         self.image_tower = SimpleNamespace(projection=projection, get_parameter=lambda name: projection.weight)
-        self.tokenizer = SimpleNamespace(words=lambda text: [1])
+        self.tokenizer = SimpleNamespace(words=lambda text: [int(text.split()[1])], reads=lambda text: (True, True))
 
     def encode_texts(self, texts: list[str], normalise: bool = True) -> Tensor:
         rows = self.rows[[int(text.split()[-1].rstrip(".")) for text in texts]]
@@ -49,9 +49,10 @@ class Official:
     """A case's numbers, and what was seen of them: what a case does not give is not asked for."""
 
     def __init__(self, case: Case) -> None:
-        self.info, self.gold, self.hyper = case.info, case.tensors, dict(case.info["hyper"])
+        self.info, self.gold, self.hyper = case.info, case.tensors, Hyper(case)
         self.noise = self.info.get("noise_sensitivity", {})
         self.asked: set[str] = set()
+        self.hyper.told("shots", "augment_epoch", "n_classes")  # what the tensors are anyway
 
     def __getitem__(self, key: str) -> Tensor:
         return self.gold[key]
@@ -68,7 +69,8 @@ class Official:
         of_move = (golden - move).abs().max().item() if move is not None else scale
         noise = self.noise.get(key, 0.0)
         noise = max(noise, scale * self.noise.get(f"{key} (rel. to max)", 0))
-        noise = max(noise, of_move * self.noise.get(f"{key} (rel. to max move)", 0))
+        of_moves = 0 if self.noise or move is None else 1e-4
+        noise = max(noise, of_move * self.noise.get(f"{key} (rel. to max move)", of_moves))
         close(key, ours, golden, noise)
         self.asked.add(key)
 
@@ -149,6 +151,7 @@ def longest(o: Official) -> int:
 def clap(o: Official) -> None:
     h, backbone = o.hyper, Given(o["base_text_features"], scale=o.hyper["logit_scale"])
     word = h["constraint"]
+    assert h["init"] == "ZS"
     settings: dict[str, Any] = {}
     if word != "none":
         parts = [w for w in ("corrected", "constant") if w in word]
@@ -188,9 +191,14 @@ def clip_adapter(o: Official) -> None:
 
 
 def prolip(o: Official) -> None:
-    h, w = o.hyper, o["init/W"]
-    projection = torch.nn.Linear(*w.shape, bias=False)
+    h = o.hyper
+    if resnet := h["backbone"].startswith("RN"):  # its weight is that of a linear layer, [E, D]
+        o.gold |= {k: v.T for k, v in o.gold.items() if k.endswith("/W")}
+    w = o["init/W"]
+    projection = torch.nn.Linear(*w.shape, bias=resnet)
     projection.weight.data = w.T.clone()
+    if resnet:
+        projection.bias.data = next(o[k] for k in ("bias", "init/bias", "init/b") if k in o.gold)
     method = made(
         o,
         Given(o["text_features"], projection=projection),
@@ -435,7 +443,7 @@ CHECKS: dict[str, Callable[..., None]] = {
 INPUTS = {
     "train", "train_views", "train_labels", "test", "test_labels", "val", "val_labels", "test_new", "test_new_labels",
     "text", "text_features", "text_features_new", "base_text_features", "order", "images", "labels",
-    "tokenized_prompts", "class_counts", "init/bias", "init/fc.0.weight", "init/fc.2.weight",
+    "tokenized_prompts", "class_counts", "bias", "init/bias", "init/fc.0.weight", "init/fc.2.weight",
     "counts_after", "cov_inv", "mu_new", "cov_inv_new",  # inside what W and b, and the prior, are compared for
     "final/alpha_grad_accumulated",  # inside what the last α is
 }  # fmt: skip
@@ -446,5 +454,6 @@ def test_official_numbers_of_heads(case: Case) -> None:
     o = Official(case)
     check = CHECKS[o.info["method"]]
     check(o, case) if check is clip_lora else check(o)
+    assert not o.hyper.unread, f"hyper-parameters that do not reach {o.info['method']}: {sorted(o.hyper.unread)}"
     left = {k for k in set(o.gold) - o.asked - INPUTS if not k.startswith("init/")}
     assert not left, f"official numbers that nothing was compared with: {sorted(left)}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from vlprompt.backbones.packing import pack
@@ -95,6 +95,12 @@ class Backbone:
     def encode_images(self, images: Tensor) -> Tensor:
         """Frozen features of preprocessed images [B, 3, S, S], normalised: [B, E]."""
         return unit(self.image_tower(images.to(self.device)))
+
+    @property
+    def pooled_dim(self) -> int:
+        """D, the width of what the image tower makes of an image before its projection."""
+        projection = self.image_tower.projection
+        return projection.in_features if isinstance(projection, nn.Linear) else self.embed_dim
 
     @torch.no_grad()
     def pool_images(self, images: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class SharedImages(EvaluationImages):
 
     def _pooled_view(self, method: Method, seed: int, min_scale: float, k: int) -> Iterator[Tensor]:
         backbone = method.backbone
-        shape = len(self.images), backbone.image_tower.config.width
+        shape = len(self.images), backbone.pooled_dim
         made_by = [backbone.fingerprint, str(backbone.dtype), backbone.device.type, seed, min_scale, k]
         computed = super()._pooled_view(method, seed, min_scale, k)
         kept = computed_once(

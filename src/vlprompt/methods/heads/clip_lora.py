@@ -18,6 +18,7 @@ from torch.nn.functional import dropout
 from vlprompt.backbones.backbone import unit
 from vlprompt.backbones.packing import PackedText, pack
 from vlprompt.backbones.towers import Tower
+from vlprompt.errors import BackboneError
 from vlprompt.methods.base import Can, Count, Method, MethodConfig
 from vlprompt.methods.registry import register
 from vlprompt.methods.zero_shot import frozen_class_features
@@ -128,8 +129,10 @@ class CLIPLoRA(Method):
             return Can.SPLIT_BATCHES
 
     def build(self) -> None:
-        """The adapters, which change nothing yet."""
+        """The adapters, which change nothing yet; raises BackboneError where there are no blocks to adapt."""
         b, encoder = self.backbone, self.config.encoder
+        if encoder != "text" and not hasattr(b.image_tower, "blocks"):
+            raise BackboneError(f"backbone '{b.name}' has no class token: it serves text-only methods for now")
         self.visual = LoRA(b.image_tower, self.config) if encoder != "text" else None
         self.textual = LoRA(b.text_tower, self.config) if encoder != "vision" else None
 

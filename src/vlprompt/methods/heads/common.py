@@ -30,6 +30,11 @@ class Head(Method):
         """What it learns belongs to its classes."""
         return False
 
+    @property
+    def reads_names(self) -> bool:
+        """It makes texts of its own classes' names."""
+        return True
+
     def load_inference_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over tensors whose size the training images decided."""
         for name in self.grown:

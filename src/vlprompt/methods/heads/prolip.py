@@ -76,8 +76,10 @@ class ProLIP(Method):
         return self.encode_pooled(self.backbone.pool_images(images))
 
     def encode_pooled(self, pooled: Tensor) -> Tensor:
-        """x W [B, E], normalised."""
-        return unit(pooled.to(self.w.dtype) @ self.w)
+        """x W [B, E], normalised; a ResNet's frozen bias is added before that."""
+        bias = getattr(self.backbone.image_tower.projection, "bias", None)
+        features = pooled.to(self.w.dtype) @ self.w
+        return unit(features if bias is None else features + bias.to(features.dtype))
 
     def logits(self, image_features: Tensor, class_features: Tensor) -> Tensor:
         """100 · v · tᵀ."""
