@@ -232,7 +232,10 @@ def test_nothing_learned_depends_on_the_class_list(tuned: Tuned) -> None:
 def test_the_seed_alone_decides_the_initial_parameters(tuned: Tuned) -> None:
     method = tuned.method
     again, other = (make(method.backbone, method.name, seed=s, **vars(method.config)) for s in (0, 1))
-    assert all(torch.equal(v, tuned.before[k]) for k, v in again.state_dict().items())
+    # Of frozen texts the last bit depends on which were encoded together.
+    off = 1e-6 if method.name in FROM_FROZEN else 0
+    for k, v in again.state_dict().items():
+        torch.testing.assert_close(v, tuned.before[k], rtol=0, atol=off)
     if (
         method.trains and not getattr(method.config, "init", None) and method.name not in FROM_FROZEN
     ):  # noise, not words
