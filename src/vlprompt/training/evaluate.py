@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,14 @@ AT_ONCE = 100
 """Random views that the frozen tower sees together."""
 
 
+class Crop(NamedTuple):
+    """How random views are drawn, as :class:`TrainingViews` draws them."""
+
+    seed: int
+    min_scale: float
+    flip: float
+
+
 class EvaluationImages:
     """Images to evaluate on; features of the frozen image tower are computed once and remembered.
 
@@ -33,7 +41,7 @@ class EvaluationImages:
     def __init__(self, images: Sequence[ImageSource], labels: Sequence[int], reader: ImageReader) -> None:
         self.images, self.labels, self.reader = images, torch.tensor(labels), reader
         self._frozen: dict[str, Tensor] = {}
-        self._random: dict[tuple[str, int, float, int], Tensor] = {}
+        self._random: dict[tuple[str, int, Crop], Tensor] = {}
 
     def read_by(self, method: Method) -> Iterator[Tensor]:
         """What the method's ``predict`` reads: views a batch at a time, or at once all that the frozen tower says."""
@@ -58,24 +66,24 @@ class EvaluationImages:
             self._frozen[key] = torch.cat([method.backbone.pool_images(images) for images in self.views(method)])
         return self._frozen[key]
 
-    def random_view(self, method: Method, seed: int, min_scale: float, k: int) -> Tensor:
+    def random_view(self, method: Method, k: int, crop: Crop) -> Tensor:
         """The same of a random view of each image, [n, D]: the one of :class:`TrainingViews` in its epoch k.
 
         It does not depend on the method: heads that fit on the same images share it.
         """
-        key = made_by(method), seed, min_scale, k
+        key = made_by(method), k, crop
         if key not in self._random:
-            self._random[key] = torch.cat([*self._pooled_view(method, *key[1:])])
+            self._random[key] = torch.cat([*self._pooled_view(method, k, crop)])
         return self._random[key]
 
-    def _pooled_view(self, method: Method, seed: int, min_scale: float, k: int) -> Iterator[Tensor]:
+    def _pooled_view(self, method: Method, k: int, crop: Crop) -> Iterator[Tensor]:
         backbone = method.backbone
 
         def view(i: int) -> Tensor:
-            image, rng = self.reader.image(self.images[i]), np.random.default_rng([seed, k, i])
-            return backbone.preprocess.region(
-                image, random_regions(rng, image.width, image.height, scale=(min_scale, 1.0))[0]
-            )
+            image, rng = self.reader.image(self.images[i]), np.random.default_rng([crop.seed, k, i])
+            scale = crop.min_scale, 1.0
+            region = random_regions(rng, image.width, image.height, scale=scale, flip=crop.flip)[0]
+            return backbone.preprocess.region(image, region)
 
         numbers = range(len(self.images))
         for _, images in self.reader.batches(view, [numbers[i : i + AT_ONCE] for i in numbers[::AT_ONCE]]):

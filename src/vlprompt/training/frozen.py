@@ -12,14 +12,15 @@ from vlprompt.backbones.backbone import unit
 from vlprompt.config.schema import DataConfig
 from vlprompt.data.batches import Batch, epoch_order
 from vlprompt.methods import Can, Method
-from vlprompt.training.evaluate import EvaluationImages
+from vlprompt.training.evaluate import Crop, EvaluationImages
 
 
 class FrozenViews:
     """Batches of frozen features of the first V random views of each image, those of :class:`TrainingViews`.
 
     An epoch takes each image once, in one view, the next in the next epoch; or, where the method ``mixes_views``, as
-    many samples drawn from the V·n of all views together. A view is made when it is first needed.
+    many samples drawn from the V·n of all views together. A view is made when it is first needed. Without
+    augmentation there is one, which evaluation sees too.
     """
 
     fingerprint: str | None = None
@@ -34,7 +35,9 @@ class FrozenViews:
     ) -> None:
         assert isinstance(data.views, int)
         self.images, self.method, self.seed, self.extra = images, method, seed, extra or {}
-        self.n_views, self.min_scale, self.balanced = data.views, data.min_scale, data.balanced
+        self.center, self.balanced = data.augment == "none", data.balanced
+        self.crop = Crop(seed, data.min_scale, data.flip)
+        self.n_views = 1 if self.center else data.views
         self.batch_size, self.mixed = data.batch_size, method.mixes_views
         self.labels = images.labels
         self.projected = Can.USE_FROZEN_FEATURES in method.config.can
@@ -51,7 +54,7 @@ class FrozenViews:
 
     def pooled(self, k: int) -> Tensor:
         """What the tower gives of view k before its projection, [n, D]."""
-        return self.images.random_view(self.method, self.seed, self.min_scale, k)
+        return self.images.pooled(self.method) if self.center else self.images.random_view(self.method, k, self.crop)
 
     def all(self, tell: Callable[[int, int], object]) -> Tensor:
         """Features of all views, not normalised, [V, n, E]; ``tell`` hears how many of how many are there."""
