@@ -19,8 +19,7 @@ class FrozenViews:
     """Batches of frozen features of the first V random views of each image, those of :class:`TrainingViews`.
 
     An epoch takes each image once, in one view, the next in the next epoch; or, where the method ``mixes_views``, as
-    many samples drawn from the V·n of all views together. A view is made when it is first needed. Without
-    augmentation there is one, which evaluation sees too.
+    many samples drawn from the V·n of all views together. A view is made when it is first needed.
     """
 
     fingerprint: str | None = None
@@ -35,9 +34,8 @@ class FrozenViews:
     ) -> None:
         assert isinstance(data.views, int)
         self.images, self.method, self.seed, self.extra = images, method, seed, extra or {}
-        self.center, self.balanced = data.augment == "none", data.balanced
+        self.n_views, self.balanced, self.drop_last = data.views, data.balanced, data.drop_last
         self.crop = Crop(seed, data.min_scale, data.flip)
-        self.n_views = 1 if self.center else data.views
         self.batch_size, self.mixed = data.batch_size, method.mixes_views
         self.labels = images.labels
         self.projected = Can.USE_FROZEN_FEATURES in method.config.can
@@ -45,7 +43,8 @@ class FrozenViews:
 
     def __len__(self) -> int:
         """Batches in an epoch, as in :class:`TrainingViews`."""
-        return max(len(self.labels) // self.batch_size, 1)
+        whole, rest = divmod(len(self.labels), self.batch_size)
+        return max(whole + (rest > 0 and not self.drop_last), 1)
 
     @property
     def images_per_batch(self) -> int:
@@ -54,7 +53,7 @@ class FrozenViews:
 
     def pooled(self, k: int) -> Tensor:
         """What the tower gives of view k before its projection, [n, D]."""
-        return self.images.pooled(self.method) if self.center else self.images.random_view(self.method, k, self.crop)
+        return self.images.random_view(self.method, k, self.crop)
 
     def all(self, tell: Callable[[int, int], object]) -> Tensor:
         """Features of all views, not normalised, [V, n, E]; ``tell`` hears how many of how many are there."""
@@ -70,13 +69,14 @@ class FrozenViews:
         labels = self.labels.repeat(len(features) // len(self.labels))
         order, (k, n) = epoch_order(labels, self.seed, epoch, self.balanced), share
         for i in range(start, len(self)):
-            rows = torch.from_numpy(np.array_split(order[i * self.batch_size : (i + 1) * self.batch_size], n)[k])
+            drawn = order[i * self.batch_size : (i + 1) * self.batch_size]
+            rows = torch.from_numpy(np.array_split(drawn, n)[k] if k < len(drawn) else drawn[:1])
             read, images = features[rows.to(features.device)], rows % len(self.labels)
             own = {name: values[images] for name, values in self.extra.items()}
             if self.projected:
-                yield Batch(None, labels[rows], read, extra=own)
+                yield Batch(None, labels[rows], read, extra=own, whole=len(drawn))
             else:
-                yield Batch(None, labels[rows], extra={**own, "pooled": read})
+                yield Batch(None, labels[rows], extra={**own, "pooled": read}, whole=len(drawn))
 
     def _features(self, epoch: int) -> Tensor:
         """What the method reads of an epoch's view, or of all: normalised features, or those before the projection."""

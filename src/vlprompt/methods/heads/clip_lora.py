@@ -91,6 +91,7 @@ class CLIPLoRA(Method):
 
     Official code: MaxZanella/CLIP-LoRA. It takes 500 steps of 32 images for each shot, whatever the number of classes:
     160 epochs are as many with 100 classes. The last step is kept; validation images are not used.
+    The cosine is cut off at the least rate, 1e-6, instead of scaled to end there.
     """
 
     paper, year, learns = "Zanella and Ben Ayed, CVPR workshops", 2024, "low-rank updates of both towers' attention"
