@@ -41,7 +41,7 @@ def write_tables(page: str) -> str:
 
 def methods() -> str:
     """All methods, for the first page that people read."""
-    rows = ((link("docs/methods/", name), learns(cls), f"{cls.paper} {cls.year}") for name, cls in in_order())
+    rows = ((link("docs/", name), learns(cls), f"{cls.paper} {cls.year}") for name, cls in in_order())
     return table(("method", "learns", "paper"), rows)
 
 
@@ -51,9 +51,10 @@ def official() -> str:
     def in_short(name: str, cls: type[Method]) -> str:
         c = build_config(name)
         optimizer = f"{OPTIMIZERS[c.optim.name]} {c.optim.lr:g}"
-        return f"{optimizer}, batch {c.data.batch_size}, {c.train.epochs} epochs" if cls.official else "no steps"
+        batch = "all images" if c.data.batch_size > 1e5 else f"batch {c.data.batch_size}"
+        return f"{optimizer}, {batch}, {c.train.epochs} epochs" if "train.epochs" in cls.official else "no steps"
 
-    rows = ((link("methods/", name), learns(cls), in_short(name, cls), cls.parity) for name, cls in in_order())
+    rows = ((link("", name), learns(cls), in_short(name, cls), cls.parity) for name, cls in in_order())
     return table(("method", "learns", "official settings", "checked"), rows)
 
 
@@ -105,8 +106,9 @@ def in_order() -> list[tuple[str, type[Method]]]:
 
 
 def page_of(method: str) -> str:
-    """The name of the page that a method is described on: methods of one file have one."""
-    return f"{METHODS[method].__module__.rpartition('.')[2]}.md"
+    """The page that a method is described on, below docs: methods of one file have one, heads another together."""
+    module = METHODS[method].__module__
+    return "heads.md" if ".heads." in module else f"methods/{module.rpartition('.')[2]}.md"
 
 
 def link(folder: str, method: str) -> str:

@@ -37,7 +37,7 @@ from vlprompt.methods.base import IMAGE_WEIGHT
 from vlprompt.methods.registry import source_of
 from vlprompt.training import evaluate as evaluation
 from vlprompt.training.evaluate import Evaluation, EvaluationImages
-from vlprompt.training.prepare import check_weighs, find_sources, fit_features, prepare
+from vlprompt.training.prepare import check_weighs, find_sources, finish, fit_features, prepare
 from vlprompt.training.watchers import EachEpoch, EpochLog
 
 Images = Sequence[ImageSource] | NDArray[np.uint8]
@@ -46,12 +46,13 @@ Labels = Sequence[str] | Sequence[int] | NDArray[Any] | Tensor
 WORKERS = 2
 """Threads that decode images ahead."""
 _OF_DATA = (
-    "batch_size", "drop_last", "min_scale", "flip", "white", "max_pixels", "workers",
+    "batch_size", "drop_last", "min_scale", "flip", "white", "max_pixels", "balanced", "workers",
     "bank", "views", "regions_per_image",
 )  # fmt: skip
 TRAINING = {
     **{f.name: f"optim.{f.name}" for f in fields(OptimConfig)},
     **{name: f"train.{name}" for name in ("epochs", "accumulate", "text_chunk", "graphs", "warm_start")},
+    "logit_adjustment": "train.logit_adjustment",
     "teacher": "teacher.backbone",
     "classes_per_batch": "teacher.classes_per_batch",
     **{name: f"data.{name}" for name in _OF_DATA},
@@ -166,9 +167,10 @@ def fit_configured(
         method.white = reader.white
         whole = EvaluationImages(images, indices, reader)
         training = prepare(config, sources, method, images, indices, config.seed, reader, extra=extra, whole=whole)
-        fit_features(method, training, whole, weight)
+        fit_features(config, method, training, whole, weights=weight)
         if training:
             training.run([EachEpoch(after_epoch)])
+        finish(config, method, whole)
         _warn(reader)
     return method.eval()
 

@@ -206,8 +206,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def method_page(method: str) -> Path:
-    """Methods of one file have one page."""
-    return REPOSITORY / "docs" / "methods" / f"{METHODS[method].__module__.rpartition('.')[2]}.md"
+    """Methods of one file have one page, heads another together."""
+    module, docs = METHODS[method].__module__, REPOSITORY / "docs"
+    return docs / "heads.md" if ".heads." in module else docs / "methods" / f"{module.rpartition('.')[2]}.md"
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

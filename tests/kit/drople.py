@@ -57,7 +57,10 @@ def check_importance(case: Case) -> None:
 
 def objective(v, t, v0, t0, scale, labels, seen, lam, config: DroPLe.Config) -> dict[str, torch.Tensor]:
     """All loss terms of DroPLe, of features given."""
-    out, method = Output(v, t, scale * v @ t.T, seen), SimpleNamespace(config=config)
+    out, method = (
+        Output(v, t, scale * v @ t.T, seen),
+        SimpleNamespace(config=config, adjusted=lambda logits, batch: logits),
+    )
     supervision = DroPLe.supervision(method, out, Batch(None, labels))  # type: ignore[arg-type]
     return supervision | regularisers(out, v0, t0, scale, lam, config)
 

@@ -51,8 +51,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in 
     "mmrl, three blocks": ("mmrl", {"layers": (1, 3, 4), "n_tokens": 2, "scale": None}),
     "comma, learned": ("comma", {"generators": "learned", "depth": 3, "last_blocks": 2}),
     "tcp, in part": ("tcp", {"weight": 0.5, "layer": 2, "init": "a photo of a"}),
+    "clap, corrected": ("clap", {"weights": "corrected-constant", "adaptive": True}),
+    "clap, cosine": ("clap", {"distance": "cosine"}),
+    "clip_lora, vision": ("clip_lora", {"encoder": "vision", "matrices": "qo", "position": "half-up"}),
+    "clip_lora, text": ("clip_lora", {"encoder": "text", "dropout": 0.0, "r": 1}),
+    "gda, mean": ("gda", {"covariance": "mean"}),
+    "gda, no new classes": ("gda", {"k": 0}),
+    "prolip, number": ("prolip", {"lam": 0.1}),
     "fdbpl_coop, hinge": ("fdbpl_coop", {"pcd": "hinge"}),
 }
+FROM_FROZEN = {"clap", "zs_lp", "task_res", "prolip", "tip_adapter_f"}  # begin at frozen features, or zero
 STEPS, IMAGES = 3, 28
 
 
@@ -106,8 +114,8 @@ def tuned(request: pytest.FixtureRequest, tiny: Backbone) -> Tuned:
     images, labels = images_and_labels(tiny, len(NAMES))
     before = {k: v.clone() for k, v in method.state_dict().items()}
     seen = Tuned(method, before, [], [], images, labels)
+    method.fit_features(tiny.encode_images(images), labels)
     if not method.trains:
-        method.fit_features(tiny.encode_images(images), labels)
         return seen
     optimizer = torch.optim.SGD(method.parameters(), 0.01)
     for step in range(STEPS):
@@ -131,11 +139,12 @@ def test_only_its_own_parameters_receive_gradients(tuned: Tuned) -> None:
     assert all(p.grad is None and not p.requires_grad for p in frozen)
     own = {id(p) for p in tuned.method.parameters()}
     assert own.isdisjoint(map(id, frozen))
-    for gradients in tuned.gradients:
+    for step, gradients in enumerate(tuned.gradients):
         for name, gradient in gradients.items():
             assert gradient is not None, f"{name} receives no gradient"
             assert gradient.isfinite().all(), name
-            assert gradient.any(), f"the gradient of {name} is zero"
+            behind_zero = step == 0 and (tuned.method.name, name[-2:]) == ("clip_lora", ".a")  # its B begins at zero
+            assert gradient.any() != behind_zero, f"the gradient of {name} is zero"
 
 
 def test_training_moves_every_parameter(tuned: Tuned) -> None:
@@ -168,8 +177,9 @@ def test_class_features_are_normalised(tuned: Tuned) -> None:
     assert v.shape == (3, *branches, method.backbone.embed_dim)
     each = (3,) if method.image_dependent else ()
     samples = (method.config.samples,) if method.name == "bayesian" else ()
-    assert t.shape == (*each, *samples, len(NAMES), method.backbone.embed_dim)
-    for features in (v, t) if method.name != "linear_probe" else (v,):
+    wide = method.backbone.embed_dim + (method.name == "gda")  # with a bias behind
+    assert t.shape == (*each, *samples, len(NAMES), wide)
+    for features in (v, t) if method.name not in ("linear_probe", "lp_plus_plus", "gda") else (v,):
         torch.testing.assert_close(features.norm(dim=-1), torch.ones(features.shape[:-1]))
 
 
@@ -203,8 +213,9 @@ def test_other_class_names_without_retraining(tuned: Tuned) -> None:
     assert logits.isfinite().all()
     if method.name == "bayesian":  # it averages probabilities, and these depend on all classes
         return
-    # A class's logit does not depend on the classes beside it.
-    torch.testing.assert_close(logits_of(method, images, OTHER_NAMES[1:3]), logits[:, 1:3], atol=1e-4, rtol=0)
+    # A class's logit does not depend on the classes beside it, but for GDA's new ones, which share a covariance.
+    if method.name != "gda":
+        torch.testing.assert_close(logits_of(method, images, OTHER_NAMES[1:3]), logits[:, 1:3], atol=1e-4, rtol=0)
     torch.testing.assert_close(
         logits_of(method, images, ("house",)), logits_of(method, images)[:, 5:6], atol=1e-4, rtol=0
     )
@@ -215,14 +226,19 @@ def test_nothing_learned_depends_on_the_class_list(tuned: Tuned) -> None:
     fewer = make(method.backbone, method.name, NAMES[:2], **vars(method.config))
     shapes = {k: v.shape for k, v in method.inference_state().items()}
     same = shapes == {k: v.shape for k, v in fewer.inference_state().items()}
-    assert same == method.takes_new_classes
+    assert same == (method.takes_new_classes and method.name != "gda")  # which has a rule for new ones
 
 
 def test_the_seed_alone_decides_the_initial_parameters(tuned: Tuned) -> None:
     method = tuned.method
     again, other = (make(method.backbone, method.name, seed=s, **vars(method.config)) for s in (0, 1))
-    assert all(torch.equal(v, tuned.before[k]) for k, v in again.state_dict().items())
-    if method.trains and not getattr(method.config, "init", None):  # noise, not words
+    # Of frozen texts the last bit depends on which were encoded together.
+    off = 1e-6 if method.name in FROM_FROZEN else 0
+    for k, v in again.state_dict().items():
+        torch.testing.assert_close(v, tuned.before[k], rtol=0, atol=off)
+    if (
+        method.trains and not getattr(method.config, "init", None) and method.name not in FROM_FROZEN
+    ):  # noise, not words
         assert any(not torch.equal(v, tuned.before[k]) for k, v in other.state_dict().items())
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from vlprompt.backbones.packing import pack
@@ -97,6 +97,24 @@ class Backbone:
     def encode_images(self, images: Tensor) -> Tensor:
         """Frozen features of preprocessed images [B, 3, S, S], normalised: [B, E]."""
         return unit(self.image_tower(images.to(self.device)))
+
+    @property
+    def pooled_dim(self) -> int:
+        """D, the width of what the image tower makes of an image before its projection."""
+        projection = self.image_tower.projection
+        return projection.in_features if isinstance(projection, nn.Linear) else self.embed_dim
+
+    @torch.no_grad()
+    def pool_images(self, images: Tensor) -> Tensor:
+        """What the frozen image tower makes of images [B, 3, S, S] before its projection: [B, D], in fp32 at least."""
+        pooled = self.image_tower.pool(images.to(self.device))
+        return pooled.to(torch.promote_types(pooled.dtype, torch.float32))
+
+    @torch.no_grad()
+    def project(self, pooled: Tensor) -> Tensor:
+        """Image features, not normalised, of what :meth:`pool_images` gave: [..., E] of [..., D]."""
+        features = self.image_tower.projection(pooled.to(self.dtype))
+        return features.to(torch.promote_types(features.dtype, torch.float32))
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str], normalise: bool = True) -> Tensor:

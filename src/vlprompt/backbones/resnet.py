@@ -77,9 +77,13 @@ class MeanAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, D, H, W] → [B, E]"""
+        return self.c_proj(self.pool(x))
+
+    def pool(self, x: Tensor) -> Tensor:
+        """[B, D, H, W] → [B, D]"""
         x = x.flatten(2).transpose(1, 2)
         x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding
-        return self.c_proj(self.attention(self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x))[:, 0])
+        return self.attention(self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x))[:, 0]
 
 
 class ResNetTower(ImageTower):
@@ -116,10 +120,19 @@ class ResNetTower(ImageTower):
         """Features of images [B, 3, S, S], not normalised: [B, E]."""
         if prompts is not None or attention is not None or before_block is not None:
             self.embed(images)
+        return self.projection(self.pool(images))
+
+    @property
+    def projection(self) -> nn.Linear:  # type: ignore[override]
+        """What makes features of pooled places; it has a bias, a transformer's has none."""
+        return self.attnpool.c_proj
+
+    def pool(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] → [B, D], before the projection."""
         x = images.to(self.conv1.weight.dtype)
         for n in (1, 2, 3):
             x = getattr(self, f"bn{n}")(getattr(self, f"conv{n}")(x)).relu()
         x = F.avg_pool2d(x, 2)
         for n in range(len(self.config.stages)):
             x = getattr(self, f"layer{n + 1}")(x)
-        return self.attnpool(x)
+        return self.attnpool.pool(x)

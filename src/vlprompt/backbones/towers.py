@@ -251,6 +251,13 @@ class ImageTower(Tower):
         x = self.ln_post(x)
         return self.projection(x) if self.config.pool == "cls" else self.head(x)[:, None]
 
+    def pool(self, images: Tensor) -> Tensor:
+        """What the tower makes of images [B, 3, S, S] before its projection, if it has one: [B, D]."""
+        x = self.embed(images)
+        if self.class_token is None:
+            return self.read(self.run(x))[:, 0]
+        return self.ln_post(self.run(x, rows=torch.zeros(1, dtype=torch.long, device=x.device)))[:, 0]
+
     def forward(
         self,
         images: Tensor,

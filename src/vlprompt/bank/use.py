@@ -34,7 +34,7 @@ def find_bank(config: RunConfig, class_names: Sequence[str]) -> Bank | None:
     data, cls = config.data, find_method(config.method)
     if data.bank is None:
         for key, value in (("views", data.views), ("regions_per_image", data.regions_per_image)):
-            if value not in (None, "random", "center"):
+            if value not in (None, "random", "center") and not (key == "views" and cls.fixes_views):
                 raise ConfigError(f"data.{key} = {value}: there is no region bank (--bank)")
         return None
     bank = Bank(Path(data.bank).expanduser())

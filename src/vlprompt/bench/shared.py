@@ -24,7 +24,7 @@ from vlprompt.data.images import load_image
 from vlprompt.data.reading import ImageReader
 from vlprompt.files import alone, sync, unfinished_name
 from vlprompt.methods import Method
-from vlprompt.training.evaluate import EvaluationImages
+from vlprompt.training.evaluate import Crop, EvaluationImages
 
 SHARED = ".shared"
 _FREE = 2  # files are written only where the disk has this many times their size left
@@ -76,6 +76,16 @@ class SharedImages(EvaluationImages):
         made_by = [backbone.fingerprint, str(backbone.dtype), backbone.device.type]
         kept = computed_once(self._file("features", made_by), shape, np.float32, features)
         return super().frozen(method) if kept is None else torch.from_numpy(np.array(kept)).to(backbone.device)
+
+    def _pooled_view(self, method: Method, k: int, crop: Crop) -> Iterator[Tensor]:
+        backbone = method.backbone
+        shape = len(self.images), backbone.pooled_dim
+        made_by = [backbone.fingerprint, str(backbone.dtype), backbone.device.type, k, *crop]
+        computed = super()._pooled_view(method, k, crop)
+        kept = computed_once(
+            self._file("random", made_by), shape, np.float32, lambda: (x.cpu().numpy() for x in computed)
+        )
+        yield from computed if kept is None else [torch.from_numpy(np.array(kept)).to(backbone.device)]
 
     def _file(self, what: str, made_by: object) -> Path:
         white = [] if self.reader.white is None else [self.reader.white]

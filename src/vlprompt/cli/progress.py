@@ -20,6 +20,10 @@ class Bar(Watcher):
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True)
         self.epochs = 0
 
+    def view(self, done: int, of: int) -> None:
+        """The frozen tower has seen a random view of every image."""
+        self.console.print(f"frozen features of view {done}/{of}")
+
     def start(self, training: Training) -> None:
         """Training begins."""
         self.epochs, steps = training.config.epochs, len(training.views)

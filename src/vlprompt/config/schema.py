@@ -97,6 +97,8 @@ class DataConfig:
     """Value that is white in greys of more than 8 bits, or auto: by the training images; 65535 if not given."""
     max_pixels: Annotated[int, Ge(1), Le(10**9)] | None = None
     """Most pixels of an image, in place of Pillow's limit of about 179 million."""
+    balanced: bool = False
+    """Draw the classes of a training epoch equally often, however many images they have."""
     workers: Annotated[int, Ge(0), Le(1024)] = 2
     """Threads that decode and crop ahead of the training steps."""
     skip_bad: bool = False
@@ -106,7 +108,8 @@ class DataConfig:
     views: Views | None = None
     """random: a new crop and flip of each image in every epoch; center: its evaluation crop, of which frozen features
     are computed once; R: the first regions of each image of a bank. All of a bank's if not given, or else random.
-    data.augment=none says center, too."""
+    data.augment=none says center, too. For heads and adapters, without a bank: R random views of each image, made
+    once."""
     regions_per_image: Many | None = None
     """Regions that a batch holds of each of its images, of a bank; 4, or fewer where that leaves less than 8 images."""
 
@@ -135,7 +138,7 @@ class OptimConfig:
     """Optimiser and learning-rate schedule."""
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
-    """Optimiser."""
+    """Optimiser; adam adds the weight decay to the gradient, adamw takes it off the parameters."""
     lr: Rate = 0.002
     """Learning rate after the warm-up."""
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
@@ -150,6 +153,10 @@ class OptimConfig:
     """Learning rate that the cosine falls to."""
     cosine_epochs: Many = 1
     """Epochs that the cosine spans, if more than those trained."""
+    every_step: bool = False
+    """Let the cosine fall at every step, instead of after every epoch."""
+    eps: Annotated[float, Gt(0)] = 1e-8
+    """What Adam and AdamW add to the divisor."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +175,8 @@ class TrainConfig:
     """Classes whose texts are encoded at once, and again in the backward pass, to save memory; all if not given."""
     graphs: bool = False
     """Whether steps are recorded as CUDA graphs and replayed: the same results, faster where a model is small."""
+    logit_adjustment: Annotated[float, Ge(0)] = 0.0
+    """Weight of the logarithm of each class's images, added to the logits in training: for a long tail (1)."""
     select: Literal["last", "val"] = "last"
     """Keep the prompts of the last epoch, or those of the first epoch with the best val accuracy."""
     warm_start: Folder | None = None

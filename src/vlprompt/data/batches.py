@@ -92,6 +92,20 @@ class Batch:
         return self.labels if self.teacher_probabilities is None else self.taught.argmax(-1)
 
 
+def epoch_order(labels: Tensor, seed: int, epoch: int, balanced: bool) -> NDArray[np.int64]:
+    """The images of an epoch in the order they are drawn in, [n]: each once, or every class equally often.
+
+    Of a class that is drawn more often than it has images, none comes again before all have come.
+    """
+    rng, n = np.random.default_rng([seed, epoch]), len(labels)
+    if not balanced:
+        return rng.permutation(n)
+    of_class = [np.flatnonzero(labels.numpy() == c) for c in labels.unique().tolist()]
+    each = -(-n // len(of_class))
+    drawn = [np.concatenate([rng.permutation(r) for _ in range(-(-each // len(r)))])[:each] for r in of_class]
+    return rng.permutation(np.concatenate(drawn))[:n]
+
+
 class TrainingViews:
     """The images in a new order in every epoch: a new random resized crop and flip of each, or its ``center``.
 
@@ -117,12 +131,14 @@ class TrainingViews:
         teacher: Preprocess | None = None,
         patch_size: int | None = None,
         extra: Mapping[str, Tensor] | None = None,
+        balanced: bool = False,
         drop_last: bool = True,
         center: bool = False,
         constant: Mapping[str, Callable[[], Tensor]] | None = None,
         pixels: bool = True,
     ) -> None:
         self.images, self.labels, self.extra = images, torch.tensor(labels), extra or {}
+        self.balanced = balanced
         self.drop_last, self.center, self.pixels = drop_last, center, pixels or patch_size is not None
         self.constant = {name: cache(compute) for name, compute in (constant or {}).items()}
         # Where the teacher reads what the student does, it needs no view of its own.
@@ -149,7 +165,7 @@ class TrainingViews:
         ``share=(k, n)`` gives the k-th of n nearly equal pieces of every batch, one for each of n processes. Where the
         last batch has fewer images than there are processes, those that have none are given its first one.
         """
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
+        order = epoch_order(self.labels, self.seed, epoch, self.balanced)
         whole = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(start, len(self))]
         k, n = share
         constant = {name: compute() for name, compute in self.constant.items()}

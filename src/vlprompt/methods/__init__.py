@@ -9,6 +9,7 @@ from vlprompt.methods import (  # noqa: F401
     dpl,
     drople,
     fdbpl,
+    heads,
     ivlp,
     kdpl,
     kgcoop,

@@ -69,6 +69,8 @@ class Can(Flag):
 
     USE_FROZEN_FEATURES = auto()
     """It reads nothing of an image but its features from the frozen tower, which are computed once."""
+    USE_POOLED_FEATURES = auto()
+    """It reads nothing of an image but what the frozen tower makes of it before its projection: computed once, too."""
     SPLIT_BATCHES = auto()
     """Its loss is a mean over images: parts of a batch, and processes, give the same step."""
     SPLIT_TEXTS = auto()
@@ -113,6 +115,20 @@ class Output:
     """Whatever else the method's own loss terms read."""
 
 
+@dataclass(frozen=True)
+class Support:
+    """What a method may choose on when its steps are done: frozen features of its training and val images."""
+
+    views: Tensor
+    """Of the training images' fixed views, [V, n, E], not normalised; of the whole images alone if there are none."""
+    labels: Tensor
+    """[n]"""
+    whole: Tensor
+    """Normalised features of the whole training images, [n, E]."""
+    val: tuple[Tensor, Tensor] | None = None
+    """Normalised features [m, E] and labels [m] of the val images."""
+
+
 class TokenMaps(NamedTuple):
     """A row of what ``vlprompt explain`` draws: a map of an image's tokens after each of some blocks."""
 
@@ -155,6 +171,18 @@ class Method(nn.Module):
     """Whether what it learns belongs to the template that it was trained with."""
     has_spread: ClassVar[bool] = False
     """Whether it says how sure it is of its probabilities: :meth:`spread`."""
+    fixes_views: ClassVar[bool] = False
+    """Whether ``data.views`` may fix random views without a bank: the frozen tower then sees each of them once."""
+    first_view: ClassVar[int] = 0
+    """Which of them the first epoch takes."""
+    mixes_views: ClassVar[bool] = False
+    """Whether an epoch draws from all fixed views together, instead of taking each image once, in the epoch's view."""
+    keeps_best: ClassVar[bool] = False
+    """Whether the epoch with the best val accuracy is kept wherever there are val images, as with ``select=val``."""
+    images_per_class: float = 1.0
+    """Training images of a class, on average, once training is prepared."""
+    log_prior: Tensor | None = None
+    """What training adds to the logits, [C]: logit adjustment (Menon et al., ICLR 2021)."""
 
     white: float | None = None
     """Value that is white in the deep greys of the images that it was tuned on; the largest of 16 bits if not given."""
@@ -202,6 +230,10 @@ class Method(nn.Module):
             return self.backbone.encode_images(images)
         return unit(self.backbone.image_tower(images.to(self.backbone.device), prompts))
 
+    def encode_pooled(self, pooled: Tensor) -> Tensor:
+        """Normalised features [B, E] of what the frozen tower gives before its projection [B, D]."""
+        return unit(self.backbone.project(pooled))
+
     def adapt(self, image_features: Tensor) -> Tensor:
         """What ``logits`` reads of image features [B, E]."""
         return image_features
@@ -214,16 +246,19 @@ class Method(nn.Module):
     def predict(self, x: Tensor, class_names: Sequence[str]) -> Tensor:
         """Logits for any class names, [B, C], of preprocessed images [B, 3, S, S].
 
-        Or of their features from the frozen tower [B, E], if these are all that the method reads of images. Evaluation,
-        prediction and export ask here and nowhere else: what a method does to images or logits, it always does.
+        Or of their features from the frozen tower [B, E], or of what that gives before its projection, [B, 1, D], if
+        these are all that the method reads of images. Evaluation, prediction and export ask here and nowhere else: what
+        a method does to images or logits, it always does.
         """
         names = tuple(class_names)
         if not self.takes_new_classes and names != self.class_names:
             own = self.own_classes(names)
             return self.predict(x, self.class_names)[:, own]
+        if x.ndim == 3 and Can.USE_POOLED_FEATURES not in self.config.can:
+            raise ConfigError(f"method '{self.name}' reads images, and was given what the tower makes of them")
         if x.ndim == 2 and Can.USE_FROZEN_FEATURES not in self.config.can:
             raise ConfigError(f"method '{self.name}' reads images, and was given their frozen features")
-        v = self.adapt(self.encode_images(x) if x.ndim == 4 else x)
+        v = self.adapt(self.encode_images(x) if x.ndim == 4 else self.encode_pooled(x[:, 0]) if x.ndim == 3 else x)
         if not self.image_dependent:
             return self.logits(v, self.kept_class_features(names))
         parts = v.split(self.images_at_once(names))
@@ -283,12 +318,21 @@ class Method(nn.Module):
     # --- learning --------------------------------------------------------------------------------------
 
     def fit_features(self, features: Tensor, labels: Tensor) -> None:
-        """Fit on frozen features [n, E] and labels [n] of the whole training images, before any gradient steps."""
+        """Fit on frozen features [n, E] and labels [n] of the whole training images, before any gradient steps.
+
+        With fixed views (``data.views``) they are those of the views, not normalised: [V, n, E].
+        """
+
+    def finish(self, support: Support) -> str | None:
+        """Choose what steps do not learn, when they are done, on images held out; returns in words what was chosen."""
+        return None
 
     def image_features(self, batch: Batch) -> Tensor:
         """Normalised features of the batch's images with the method's visual prompts: [B, E]."""
         if Can.USE_FROZEN_FEATURES in self.config.can and batch.frozen_image_features is not None:
             return batch.frozen_image_features
+        if Can.USE_POOLED_FEATURES in self.config.can and "pooled" in batch.extra:
+            return self.encode_pooled(batch.extra["pooled"])
         assert batch.images is not None
         return self.encode_images(batch.images)
 
@@ -317,9 +361,14 @@ class Method(nn.Module):
         """What the labels say, or a teacher in their place: cross-entropy, or KDPL's two divergences."""
         if batch.teacher_probabilities is not None:
             return symmetric_kl(out.logits, batch.taught)
+        logits = self.adjusted(out.logits, batch)
         if (weight := batch.extra.get(IMAGE_WEIGHT)) is not None:
-            return {"ce": (weight * cross_entropy(out.logits, batch.labels, reduction="none")).mean()}
-        return {"ce": cross_entropy(out.logits, batch.labels)}
+            return {"ce": (weight * cross_entropy(logits, batch.labels, reduction="none")).mean()}
+        return {"ce": cross_entropy(logits, batch.labels)}
+
+    def adjusted(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Logits [B, K] as the loss sees them: with the logarithm of how frequent their classes are, if asked for."""
+        return logits if self.log_prior is None else logits + self.log_prior[batch.compared]
 
     def regularisers(self, out: Output, batch: Batch) -> dict[str, Tensor]:
         """The loss terms beside the supervision."""
@@ -383,6 +432,11 @@ class Method(nn.Module):
     def reads_names(self) -> bool:
         """Whether it makes texts of class names: for new classes, or with learned context for its own."""
         return self.takes_new_classes or any(isinstance(module, TextContext) for module in self.modules())
+
+    @property
+    def minimises_a_loss(self) -> bool:
+        """Whether it learns from labels by a loss, by the loop's steps or its own."""
+        return self.trains
 
     @property
     def takes_new_classes(self) -> bool:

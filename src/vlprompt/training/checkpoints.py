@@ -26,6 +26,8 @@ from vlprompt.version import __version__
 
 FORMAT_VERSION = 3
 """3 added the settings' fingerprint; earlier ones, of before any release, are refused."""
+MOST, SELDOM = 50, 10.0
+"""Of more epochs than these not each writes a checkpoint, unless seconds lie between: heads have hundreds of them."""
 
 
 @dataclass
@@ -61,23 +63,27 @@ class Keeper(Watcher):
         self.run, self.training, self.settings, self.selects, self.writes = run, training, settings, selects, writes
         self.history = load_checkpoint(run, training, settings)
         self.history.earlier, self.began = self.history.seconds, time.monotonic()
+        self.written = self.began
 
     def start(self, training: Training) -> None:
         """The log ends where the checkpoint does."""
         self._write_log()
 
     def epoch(self, log: EpochLog) -> None:
-        """A line in the log, and a checkpoint."""
+        """A line in the log, and a checkpoint where one is due."""
         history = self.history
         history.rows.append(log.row())
         if self.selects and log.val_accuracy is not None and log.val_accuracy > history.best_accuracy:
             history.best_epoch, history.best_accuracy = log.epoch + 1, log.val_accuracy
             history.best = {k: v.detach().clone() for k, v in self.training.method.state_dict().items()}
-        self._write_log()
-        self.save()
+        epochs, done = self.training.config.epochs, log.epoch + 1
+        if done % max(epochs // MOST, 1) == 0 or done == epochs or time.monotonic() - self.written > SELDOM:
+            self._write_log()
+            self.save()
 
     def save(self) -> None:
         """Write a checkpoint."""
+        self.written = time.monotonic()
         self.history.seconds = self.history.earlier + time.monotonic() - self.began
         if self.writes:
             save_checkpoint(self.run, self.training, self.settings, self.history)

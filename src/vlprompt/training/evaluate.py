@@ -6,19 +6,30 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vlprompt.data.batches import evaluation_batches
-from vlprompt.data.images import ImageSource
+from vlprompt.data.images import ImageSource, random_regions
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import repeated
 from vlprompt.errors import VlpromptError
 from vlprompt.methods import Can, Method
 
 BINS = 15
+AT_ONCE = 100
+"""Random views that the frozen tower sees together."""
+
+
+class Crop(NamedTuple):
+    """How random views are drawn, as :class:`TrainingViews` draws them."""
+
+    seed: int
+    min_scale: float
+    flip: float
 
 
 class EvaluationImages:
@@ -30,24 +41,62 @@ class EvaluationImages:
     def __init__(self, images: Sequence[ImageSource], labels: Sequence[int], reader: ImageReader) -> None:
         self.images, self.labels, self.reader = images, torch.tensor(labels), reader
         self._frozen: dict[str, Tensor] = {}
+        self._random: dict[tuple[str, int, Crop], Tensor] = {}
 
     def read_by(self, method: Method) -> Iterator[Tensor]:
-        """What the method's ``predict`` reads: views a batch at a time, or all frozen features at once."""
+        """What the method's ``predict`` reads: views a batch at a time, or at once all that the frozen tower says."""
         if Can.USE_FROZEN_FEATURES in method.config.can:
             yield self.frozen(method)
+        elif Can.USE_POOLED_FEATURES in method.config.can:
+            yield self.pooled(method)[:, None]
         else:
             yield from self.views(method)
 
     def frozen(self, method: Method) -> Tensor:
         """Normalised features from the frozen image tower, [n, E]."""
-        key = f"{method.backbone.fingerprint} {method.backbone.dtype}"
+        key = made_by(method)
         if key not in self._frozen:
             self._frozen[key] = torch.cat([method.backbone.encode_images(images) for images in self.views(method)])
         return self._frozen[key]
 
+    def pooled(self, method: Method) -> Tensor:
+        """What the frozen image tower makes of the images before its projection, [n, D]."""
+        key = f"pooled {made_by(method)}"
+        if key not in self._frozen:
+            self._frozen[key] = torch.cat([method.backbone.pool_images(images) for images in self.views(method)])
+        return self._frozen[key]
+
+    def random_view(self, method: Method, k: int, crop: Crop) -> Tensor:
+        """The same of a random view of each image, [n, D]: the one of :class:`TrainingViews` in its epoch k.
+
+        It does not depend on the method: heads that fit on the same images share it.
+        """
+        key = made_by(method), k, crop
+        if key not in self._random:
+            self._random[key] = torch.cat([*self._pooled_view(method, k, crop)])
+        return self._random[key]
+
+    def _pooled_view(self, method: Method, k: int, crop: Crop) -> Iterator[Tensor]:
+        backbone = method.backbone
+
+        def view(i: int) -> Tensor:
+            image, rng = self.reader.image(self.images[i]), np.random.default_rng([crop.seed, k, i])
+            scale = crop.min_scale, 1.0
+            region = random_regions(rng, image.width, image.height, scale=scale, flip=crop.flip)[0]
+            return backbone.preprocess.region(image, region)
+
+        numbers = range(len(self.images))
+        for _, images in self.reader.batches(view, [numbers[i : i + AT_ONCE] for i in numbers[::AT_ONCE]]):
+            yield backbone.pool_images(images)
+
     def views(self, method: Method) -> Iterator[Tensor]:
         """Evaluation views for the method's backbone, [B, 3, S, S] at a time."""
         return evaluation_batches(self.images, method.backbone.preprocess, self.reader)
+
+
+def made_by(method: Method) -> str:
+    """The frozen model that features come from, by weights and precision."""
+    return f"{method.backbone.fingerprint} {method.backbone.dtype}"
 
 
 def predict_logits(method: Method, images: EvaluationImages, class_names: Sequence[str]) -> Tensor:
@@ -134,14 +183,18 @@ def score(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Evaluat
     gap = torch.zeros(BINS, dtype=torch.double).index_add(0, bins, right - confidence)
     count = torch.bincount(labels, minlength=len(class_names))
     hits = torch.zeros(len(class_names), dtype=torch.double).index_add(0, labels, right)
-    pairs, times = torch.stack([labels, predicted], 1).unique(dim=0, return_counts=True)
+    width = logits.shape[1]  # one number a pair: unique rows take ten times as long
+    pairs, times = (labels * width + predicted).unique(return_counts=True)
     return Evaluation(
         accuracy=100 * right.mean().item(),
         n=len(labels),
         classes=tuple(class_names),
         per_class={name: 100 * (hits[c] / count[c]).item() for c, name in enumerate(distinct) if count[c]},
         calibration_error=(gap.abs().sum() / len(labels)).item(),
-        confusion=tuple((c, p, n) for (c, p), n in zip(pairs.tolist(), times.tolist(), strict=True)),
+        confusion=tuple(
+            (c, p, n)
+            for c, p, n in zip((pairs // width).tolist(), (pairs % width).tolist(), times.tolist(), strict=True)
+        ),
     )
 
 

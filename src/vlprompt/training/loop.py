@@ -19,6 +19,7 @@ from vlprompt.data.batches import Batch, TrainingViews
 from vlprompt.errors import ConfigError, VlpromptError
 from vlprompt.methods import Method
 from vlprompt.training.distributed import Processes
+from vlprompt.training.frozen import FrozenViews
 from vlprompt.training.recorded import Gradients, Recorded, Terms
 from vlprompt.training.schedule import build_optimizer, learning_rate
 from vlprompt.training.watchers import EpochLog, Watcher
@@ -54,7 +55,7 @@ class Training:
     def __init__(
         self,
         method: Method,
-        views: TrainingViews | BankViews,
+        views: TrainingViews | BankViews | FrozenViews,
         optim: OptimConfig,
         config: TrainConfig,
         processes: Processes | None = None,
@@ -132,7 +133,10 @@ class Training:
         if self.recorded:
             for part in of_parts:
                 self.recorded.prepare(part)
-        torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
+        # Not torch.manual_seed: where no GPU is used it formats a traceback, at every step, for one that may come.
+        torch.default_generator.manual_seed(drawn := int(seed.generate_state(1, np.uint64)[0]))
+        if device.type == "cuda":
+            torch.cuda.manual_seed_all(drawn)
         terms: Terms = {}
         gradients: Gradients = {}
         for part in of_parts:

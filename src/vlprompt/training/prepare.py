@@ -13,6 +13,7 @@ from torch import Tensor
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.bank.records import Bank
 from vlprompt.bank.use import bank_views, find_bank
+from vlprompt.bank.views import BankViews
 from vlprompt.config.schema import RunConfig
 from vlprompt.config.teacher import Classifier, Teacher, find_teacher
 from vlprompt.data.batches import TrainingViews, evaluation_batches
@@ -20,8 +21,10 @@ from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
 from vlprompt.errors import ConfigError
 from vlprompt.methods import Method, find_method
+from vlprompt.methods.base import Support
 from vlprompt.training.distributed import Processes
 from vlprompt.training.evaluate import EvaluationImages
+from vlprompt.training.frozen import FrozenViews
 from vlprompt.training.loop import Training
 from vlprompt.training.schedule import build_optimizer
 from vlprompt.training.warm_start import start_from
@@ -91,13 +94,17 @@ def prepare(
     """Gradient steps of a method, ready to run; None if it has nothing to learn by steps.
 
     ``extra`` holds what the method ``needs`` of each image beyond what is found here, [n, …] by name; ``whole`` are
-    the same images for evaluation, whose frozen features are shared with training on centre crops. Raises ConfigError
+    the same images for evaluation: what the frozen tower has seen of them it need not see again. Raises ConfigError
     before anything is computed if configuration, method, data and processes do not fit.
     """
     name, bank = method.name, sources.bank
     if lacking := sorted(method.needs - PROVIDED - set(extra or {})):
         raise ConfigError(f"method '{name}' needs '{lacking[0]}' of every image, which nothing here provides")
+    method.images_per_class = len(labels) / len(method.class_names)
+    _set_prior(config, method, torch.tensor(labels))
     if not method.trains:
+        if config.data.balanced:
+            raise ConfigError(f"method '{name}' takes no training steps: it draws no images (data.balanced)")
         if bank:
             raise ConfigError(f"method '{name}' takes no training steps: it reads no region bank (data.bank)")
         if config.taught:
@@ -114,10 +121,15 @@ def prepare(
             f"teacher.classes_per_batch = {config.teacher.classes_per_batch} (allowed where each class has prompts of "
             "its own: none, all are compared)"
         )
-    views = (
-        bank_views(bank, config, method, images, labels, seed, reader, extra)
-        if bank
-        else TrainingViews(
+    views: TrainingViews | BankViews | FrozenViews
+    if bank:
+        if config.data.balanced:
+            raise ConfigError("data.balanced: a region bank gives every image its turn (data.bank)")
+        views = bank_views(bank, config, method, images, labels, seed, reader, extra)
+    elif frozen := frozen_views(config, method, whole or EvaluationImages(images, labels, reader), seed, extra):
+        views = frozen
+    else:
+        views = TrainingViews(
             images,
             labels,
             method.backbone.preprocess,
@@ -129,10 +141,10 @@ def prepare(
             teacher=sources.teacher.preprocess if sources.teacher else None,
             patch_size=method.patch_size,
             extra=extra,
+            balanced=config.data.balanced,
             drop_last=config.data.drop_last,
             **_center(config, sources.teacher, method, whole or EvaluationImages(images, labels, reader)),
         )
-    )
     k = config.teacher.classes_per_batch
     return Training(method, views, config.optim, config.train, processes, sources.teacher, k, validate)
 
@@ -164,15 +176,69 @@ def check_weighs(method: Method, taught: bool) -> None:
         raise ConfigError(f"method '{method.name}' cannot weigh images (sample_weight, class_weight)")
 
 
+def frozen_views(
+    config: RunConfig,
+    method: Method,
+    images: EvaluationImages,
+    seed: int,
+    extra: Mapping[str, Tensor] | None = None,
+) -> FrozenViews | None:
+    """The fixed random views that the configuration asks for; a teacher, which reads pixels, sees new ones instead."""
+    data = config.data
+    if not method.fixes_views or data.bank or config.taught or not isinstance(data.views, int):
+        return None
+    return FrozenViews(images, method, data, seed, extra)
+
+
+def _set_prior(config: RunConfig, method: Method, labels: Tensor) -> None:
+    """Logit adjustment, where it is asked for."""
+    tau = config.train.logit_adjustment
+    if not tau:
+        return
+    if config.taught or not method.minimises_a_loss:
+        why = "learns from a teacher" if config.taught else "minimises no loss"
+        raise ConfigError(f"train.logit_adjustment = {tau:g}: method '{method.name}' {why}")
+    counts = torch.bincount(labels, minlength=len(method.class_names))
+    method.log_prior = tau * log_prior(counts, 0 if counts.all() else 1).to(method.backbone.device)
+
+
+def log_prior(counts: Tensor, more: int) -> Tensor:
+    """log((n_c + more) / Σ (n + more)) of the images n_c [C] of each class; one more where classes have none."""
+    return ((counts + more) / (counts + more).sum()).log()
+
+
 def fit_features(
-    method: Method, training: Training | None, images: EvaluationImages, weights: Tensor | None = None
+    config: RunConfig,
+    method: Method,
+    training: Training | None,
+    images: EvaluationImages,
+    tell: Callable[[int, int], object] = lambda done, of: None,
+    weights: Tensor | None = None,
 ) -> None:
-    """Let a method that fits on frozen features do so, before any steps; these begin with what it fitted."""
+    """Let a method that fits on frozen features do so, before any steps; these begin with what it fitted.
+
+    ``tell`` hears how many of how many random views the frozen tower has seen.
+    """
     if type(method).fit_features is Method.fit_features:
         return
+    fixed = frozen_views(config, method, images, config.seed)
     given = {} if weights is None else {"weights": weights}
-    method.fit_features(images.frozen(method), images.labels, **given)
+    features = fixed.all(tell) if fixed else images.frozen(method)
+    method.fit_features(features, images.labels.to(method.backbone.device), **given)
     if training:
         training.optimizer = build_optimizer(method, training.optim)
     elif method.trains:
         raise ConfigError(f"method '{method.name}' learns by steps what only fit_features creates: create it in build")
+
+
+def finish(
+    config: RunConfig, method: Method, images: EvaluationImages, val: EvaluationImages | None = None
+) -> str | None:
+    """Let a method choose, when its steps are done, on ``val`` images or by cross-validation; what it says it chose."""
+    if type(method).finish is Method.finish:
+        return None
+    fixed, device = frozen_views(config, method, images, config.seed), method.backbone.device
+    whole = images.frozen(method)
+    views = fixed.all(lambda done, of: None) if fixed else whole[None]
+    held_out = (val.frozen(method), val.labels.to(device)) if val and len(val.labels) else None
+    return method.finish(Support(views, images.labels.to(device), whole, held_out))

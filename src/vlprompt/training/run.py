@@ -38,7 +38,7 @@ from vlprompt.training.distributed import Processes, join_processes
 from vlprompt.training.evaluate import EvaluationImages, evaluate
 from vlprompt.training.interrupt import deferred_interrupt
 from vlprompt.training.loop import Training
-from vlprompt.training.prepare import Sources, build, find_sources, fit_features, prepare
+from vlprompt.training.prepare import Sources, build, find_sources, finish, fit_features, prepare
 from vlprompt.training.watchers import Watcher, find_service
 from vlprompt.version import __version__
 
@@ -140,12 +140,20 @@ def train(
                 say(note)
             if processes.first:
                 _describe(out, config, split, environment(backbone, sources), resume)
-            fit_features(method, training, images)
-            history = _steps(config, out, training, [*services, *watchers], say) if training else History()
+
+            def tell(done: int, of: int) -> None:
+                for watcher in watchers:
+                    watcher.view(done, of)
+
+            fit_features(config, method, training, images, tell)
+            selects = config.train.select == "val" or (method.keeps_best and bool(split.val))
+            history = _steps(config, out, training, [*services, *watchers], say, selects) if training else History()
+            if chosen := finish(config, method, images, val):
+                say(chosen)
             if not training and processes.first:
                 write_atomically(out / "log.jsonl", "")
             method.eval()
-            kept = history.kept["val_accuracy"] if history.kept else val_accuracy()
+            kept = history.kept["val_accuracy"] if history.kept and not chosen else val_accuracy()
             train_accuracy = evaluate(method, images, split.class_names).accuracy
             trainable = sum(p.numel() for p in method.learned())
             seconds = time.monotonic() - began + history.earlier
@@ -158,10 +166,15 @@ def train(
 
 
 def _steps(
-    config: RunConfig, out: Path, training: Training, watchers: Sequence[Watcher], say: Callable[[str], None]
+    config: RunConfig,
+    out: Path,
+    training: Training,
+    watchers: Sequence[Watcher],
+    say: Callable[[str], None],
+    selects: bool,
 ) -> History:
     """Train from the run's last checkpoint, or from the start, to the end; Ctrl-C saves and is raised then."""
-    keeper = Keeper(out, training, config.fingerprint, config.train.select == "val", training.processes.first)
+    keeper = Keeper(out, training, config.fingerprint, selects, training.processes.first)
     if training.epoch or training.step:
         say(f"resumed after epoch {training.epoch}" + f" and {training.step} steps" * (training.step > 0))
     with deferred_interrupt(insist=training.processes.size == 1) as asked:

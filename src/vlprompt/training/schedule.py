@@ -17,14 +17,16 @@ def learning_rate(epoch: float, epochs: int, config: OptimConfig, steps: int | N
 
     With w whole epochs of warm-up, ½·lr·(1 + cos(π·(⌊epoch⌋ − w)/epochs)), and never below min_lr. The cosine is that
     of the official code: it starts after the warm-up but spans all epochs, so the last rate is a little above 0. With
-    ``steps`` an epoch, a warm-up of a part of an epoch is rounded down to whole steps.
+    ``steps`` an epoch, a warm-up of a part of an epoch is rounded down to whole steps. With ``every_step``, the
+    cosine does not wait for the end of an epoch.
     """
     warming = epoch < config.warmup_epochs
     if steps is not None:  # 0.29 · 100 is 28.999999999999996
         warming = round(epoch * steps) < math.floor(config.warmup_epochs * steps + 1e-9)
     if warming:
         return config.warmup_lr
-    done = math.floor(epoch) - math.floor(config.warmup_epochs)
+    whole = (lambda x: x) if config.every_step else math.floor
+    done = whole(epoch) - whole(config.warmup_epochs)
     cosine = math.cos(math.pi * done / max(epochs, config.cosine_epochs))
     return max(config.min_lr, 0.5 * config.lr * (1 + cosine))
 
@@ -39,9 +41,9 @@ def build_optimizer(method: Method, config: OptimConfig) -> torch.optim.Optimize
         own = _by_name(method.rates, name, 1.0), _by_name(method.floors, name, 0.0)
         groups.setdefault(own, []).append(parameter)
     parameters = [{"params": group, "share": share, "floor": floor} for (share, floor), group in groups.items()]
-    if config.name in ("adam", "adamw"):
+    if config.name != "sgd":
         adam = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-        return adam(parameters, lr=config.lr, weight_decay=config.weight_decay)
+        return adam(parameters, lr=config.lr, eps=config.eps, weight_decay=config.weight_decay)
     return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
 

@@ -33,6 +33,9 @@ class EpochLog:
 class Watcher:
     """Told how training goes; those who need it save their state in ``epoch``, where training could resume."""
 
+    def view(self, done: int, of: int) -> None:
+        """The frozen tower has seen so many of so many random views of every image, before training begins."""
+
     def start(self, training: Training) -> None:
         """Training begins, or goes on: ``training.epoch`` epochs and ``training.step`` steps are done."""
 

@@ -135,7 +135,8 @@ class DroPLe(IVLP):
         """Cross-entropy with smoothed labels, or a teacher's in their place."""
         if batch.teacher_probabilities is not None:
             return super().supervision(out, batch)
-        return {"ce": cross_entropy(out.logits, batch.labels, label_smoothing=self.config.label_smoothing)}
+        logits, smoothing = self.adjusted(out.logits, batch), self.config.label_smoothing
+        return {"ce": cross_entropy(logits, batch.labels, label_smoothing=smoothing)}
 
     def regularisers(self, out: Output, batch: Batch) -> dict[str, Tensor]:
         """The terms of :func:`vlprompt.methods.drople.losses.regularisers`."""
