@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from vlprompt.artefact.calibration import Calibration
 from vlprompt.artefact.card import model_card
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import EMBEDDED, load_backbone
@@ -38,7 +40,12 @@ _White = Annotated[float, Gt(0), Lt(float("inf"))] | None
 
 
 def save_artefact(
-    method: Method, folder: Path, about: Mapping[str, Any] | None = None, *, public: bool = False
+    method: Method,
+    folder: Path,
+    about: Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
+    *,
+    public: bool = False,
 ) -> None:
     """Write a tuned model into ``folder``; ``about`` (data, options, metrics) goes into its model card.
 
@@ -64,9 +71,10 @@ def save_artefact(
         },
         "prompts": {"sha256": sha256(prompts).hexdigest(), "shapes": {k: list(v.shape) for k, v in state.items()}},
         "about": about,
+        **({"calibration": calibration.to_dict()} if calibration else {}),
     }
     write_atomically(folder / PROMPTS, prompts)
-    write_atomically(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False))
+    write_atomically(folder / CONFIG, _text(config))
     write_atomically(folder / CARD, model_card(method, about))
 
 
@@ -125,6 +133,26 @@ def read_artefact_config(folder: Path) -> dict[str, Any]:
             f"{folder} has format_version {version}; this vlprompt reads up to {FORMAT_VERSION}: update it"
         )
     return config
+
+
+def load_calibration(folder: Path) -> Calibration | None:
+    """What a tuned model's probabilities are calibrated by; None if they are not."""
+    values = read_artefact_config(folder).get("calibration")
+    try:
+        return None if values is None else Calibration.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise _unreadable_error(folder, error) from None
+
+
+def write_calibration(folder: Path, calibration: Calibration) -> None:
+    """Put a calibration into a tuned model's folder, over an earlier one."""
+    write_atomically(folder / CONFIG, _text({**read_artefact_config(folder), "calibration": calibration.to_dict()}))
+
+
+def _text(config: Mapping[str, Any]) -> str:
+    """JSON for people, lists of numbers on a line of their own."""
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    return re.sub(r"\[\n[\s\d.,e+-]+\]", lambda numbers: " ".join(numbers[0].split()), text)
 
 
 def _method_file(method: Method) -> dict[str, Any]:
