@@ -3,9 +3,9 @@
     python tools/calibration.py mini --root DATA --out calibration.json
 
 DATA holds ``caltech-101/`` (CoOp's layout), ``clothing/`` and ``imagenette/`` (class folders in train, val and test).
-Each method is trained on the base half of the classes (16 shots), calibrated on the whole val split of these, and measured
-on test images: of the base classes, and of the novel half as images of none of them. The novel half's own class names are
-measured on the same images.
+Each method is trained on the base half of the classes (16 shots) and calibrated on the whole val split of these. It is
+measured on test images of the base classes, and of the novel half as images of none of them; and on the latter under
+their own class names.
 """
 
 from __future__ import annotations

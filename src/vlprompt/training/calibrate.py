@@ -64,7 +64,7 @@ def calibrate(
     logits = predict_logits(method, images, names)
     other = predict_logits(method, novel, names) if novel and len(novel.images) else None
     calibration, areas = fit_calibration(logits, labels, kept, other)
-    calibrated, sets, by_class = _held_out(logits, labels, coverage)
+    calibrated, sets, by_class = cross_validated(logits, labels, coverage)
     rows = torch.arange(len(labels))
     worth = Worth(
         images=len(labels),
@@ -117,7 +117,7 @@ def report(calibration: Calibration, worth: Worth, part: str) -> str:
     return "\n".join(lines)
 
 
-def _held_out(logits: Tensor, labels: Tensor, coverage: float) -> tuple[Tensor, Tensor, Tensor]:
+def cross_validated(logits: Tensor, labels: Tensor, coverage: float) -> tuple[Tensor, Tensor, Tensor]:
     """Calibrated logits and both kinds of sets, [n, C] each, of every image from a calibration on the other folds."""
     # Of each class, the images take turns.
     fold = torch.empty_like(labels)
