@@ -150,21 +150,30 @@ def test_the_shortlist_begins_with_what_is_cheap() -> None:
     }
 
 
+def test_many_images_need_fewer_views() -> None:
+    clap, coop = candidates(["clap", "coop"], {"backbone": "mini"})[::-1]
+    assert clap.views == 20
+    assert [clap.with_views_for(n).views for n in (4, 16, 32, 300, 10000)] == [20, 20, 10, 2, 1]
+    assert coop.with_views_for(300) == coop
+
+
 def test_costs_are_those_of_measured_steps(small: Path, tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = load_dataset(small)
     held = held_out(replace(dataset.split, val=()))
-    coop, gda, probe = (
+    coop, gda, probe, vpt = (
         candidates([name], {"backbone": str(TINY), "data.name": str(small), "data.batch_size": 4})[0]
-        for name in ("coop", "gda", "linear_probe")
+        for name in ("coop", "gda", "linear_probe", "vpt")
     )
     costs = Costs(tiny, dataset.template, held)
     assert costs.per_image > 0
     costs.per_image = 2.0
     monkeypatch.setattr(plan.Costs, "_seconds_of_a_step", lambda self, c, fold: 0.5 if c is coop else 0.0)
-    # 18 images in 3 folds: 12 to train on, 6 to measure, each seen once; 3 batches of 4 in 200 epochs, 4 with all.
-    assert costs.of(probe) == Cost(compared=2.0 * 3 * 18, retrained=2.0 * 18)
-    assert costs.of(coop) == Cost(2.0 * 3 * 18 + 3 * 0.5 * 200 * 3, 2.0 * 18 + 0.5 * 200 * 4)
-    assert costs.of(gda).compared == 2.0 * (3 * 18 + 10 * 3 * 12)
+    # 18 images, each seen once, in 3 folds: 12 to train on, 3 batches of 4 in 200 epochs, 4 batches of all.
+    assert costs.of(probe) == Cost(compared=2.0 * 18, retrained=0.0)
+    assert costs.of(coop) == Cost(2.0 * 18 + 3 * 0.5 * 200 * 3, 0.5 * 200 * 4)
+    assert costs.of(gda) == Cost(2.0 * (18 + 10 * 3 * 12), 2.0 * 10 * 18)
+    # With a tower of its own, of all folds to measure it, and of all images again.
+    assert costs.of(vpt) == Cost(2.0 * 3 * 18, 2.0 * 18)
     costs.seen(gda)
     assert costs.of(gda).compared == costs.of(probe).compared == 0.0
     assert costs.of(coop).compared == 3 * 0.5 * 200 * 3

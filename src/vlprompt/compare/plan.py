@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ SHORTLIST = (
     "zero_shot", "linear_probe", "clap", "gda", "tip_adapter", "prolip", "coop", "promptsrc", "drople", "dpl",
 )  # fmt: skip
 FOLDS = 3
+SHOTS = 16
 PROBED = 4
 """Steps that are taken to measure one; the first is not counted."""
 IMAGES_PROBED = 32
@@ -51,6 +53,13 @@ class Candidate:
     def light(self) -> bool:
         """Whether it takes no steps, or steps on frozen features that are there: these come first."""
         return self.views > 0 or "train.epochs" not in find_method(self.config.method).official
+
+    def with_views_for(self, per_class: float) -> Candidate:
+        """The official number of views is for 16 images a class; of more images fewer views say as much."""
+        if not self.views or per_class <= SHOTS:
+            return self
+        views = math.ceil(self.views * SHOTS / per_class)
+        return replace(self, config=replace(self.config, data=replace(self.config.data, views=views)))
 
 
 def candidates(methods: Sequence[str], settings: dict[str, Any]) -> list[Candidate]:
@@ -135,14 +144,17 @@ class Costs:
 
     def __init__(self, backbone: Backbone, template: str, held: Held) -> None:
         self.backbone, self.template, self.held = backbone, template, held
-        self._seen: dict[float | None, int] = {}
-        """Views that the frozen tower has seen, by the scale of their crops; None for whole images."""
+        self._seen: dict[float, int] = {}
+        """Views that the frozen tower has seen, by the scale of their crops."""
+        self._whole = False
+        """Whether it has seen the whole images."""
         self._step: dict[str, float] = {}
         paths = held.folds[0].paths("train")[:IMAGES_PROBED]
-        began = time.monotonic()
-        with ImageReader() as reader:
-            for images in evaluation_batches(paths, backbone.preprocess, reader):
-                backbone.encode_images(images)
+        with ImageReader(room=0) as reader:
+            for _ in range(2):  # the first time takes longer
+                began = time.monotonic()
+                for images in evaluation_batches(paths, backbone.preprocess, reader):
+                    backbone.encode_images(images)
         self.per_image = (time.monotonic() - began) / len(paths)
         """Seconds for an image to be read and seen by the frozen tower."""
 
@@ -151,9 +163,12 @@ class Costs:
         if candidate.name not in self._step:
             self._step[candidate.name] = self._seconds_of_a_step(candidate, self.held.folds[0])
         config, folds, n = candidate.config, self.held.folds, len(self.held.whole.train)
-        used, trained = sum(len(f.train) + len(f.val) for f in folds), sum(len(f.train) for f in folds)
+        trained = sum(len(fold.train) for fold in folds)
         new = max(candidate.views - self._seen.get(config.data.min_scale, 0), 0)
-        passes = 0 if self._sees_frozen(candidate) and None in self._seen else 1
+        if candidate.views or not config.reads_pixels:
+            whole, again = (0 if self._whole else n), 0
+        else:  # through a tower of its own, to measure it
+            whole, again = sum(len(fold.train) + len(fold.val) for fold in folds), n
         step = self._step[candidate.name]
         epochs, size = config.train.epochs, config.data.batch_size
 
@@ -161,19 +176,15 @@ class Costs:
             return step * epochs * max(images // size, 1)
 
         return Cost(
-            (passes * used + new * trained) * self.per_image + sum(steps(len(fold.train)) for fold in folds),
-            (1 + candidate.views) * n * self.per_image + steps(n),
+            (whole + new * trained) * self.per_image + sum(steps(len(fold.train)) for fold in folds),
+            (again + candidate.views * n) * self.per_image + steps(n),
         )
 
     def seen(self, candidate: Candidate) -> None:
         """What the frozen tower had to see for it is there now."""
-        if self._sees_frozen(candidate):
-            self._seen[None] = 1
+        self._whole = self._whole or candidate.views > 0 or not candidate.config.reads_pixels
         scale = candidate.config.data.min_scale
         self._seen[scale] = max(self._seen.get(scale, 0), candidate.views)
-
-    def _sees_frozen(self, candidate: Candidate) -> bool:
-        return candidate.views > 0 or not candidate.config.reads_pixels
 
     def _seconds_of_a_step(self, candidate: Candidate, fold: Split) -> float:
         """Measured; 0 if the method takes none."""

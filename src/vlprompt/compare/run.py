@@ -22,8 +22,9 @@ from torch import Tensor
 from vlprompt.artefact.artefact import CONFIG, FILES, write_calibration
 from vlprompt.artefact.calibration import fit_calibration
 from vlprompt.backbones.load import load_backbone
-from vlprompt.bench.shared import SHARED, SharedImages
+from vlprompt.bench.shared import SHARED
 from vlprompt.compare.clock import Deadline
+from vlprompt.compare.images import SeenOnce
 from vlprompt.compare.page import page
 from vlprompt.compare.plan import SHORTLIST, Candidate, Costs, Held, candidates, digest, hold_out, split_values
 from vlprompt.compare.rows import LeftOut, Row, best_of, ranked, reason_for, row_of
@@ -119,6 +120,8 @@ def compare(
         costs = Costs(loaded, dataset.template, held)
         work = _Work(held, inside, began + 60 * minutes, costs, say)
         try:
+            per_class = len(held.whole.train) / len(held.whole.class_names)
+            tried = [candidate.with_views_for(per_class) for candidate in tried]
             for candidate in (c for c in tried if c.light):
                 work.compare(candidate)
             for candidate in sorted((c for c in tried if not c.light), key=work.seconds_for):
@@ -183,6 +186,9 @@ class _Work:
     candidates: dict[str, Candidate] = field(default_factory=dict)
     stop_at: float = 0.0
     """When the method at hand is stopped, so that there is time to train the best."""
+
+    def __post_init__(self) -> None:
+        self.images = partial(SeenOnce, seen={}, folder=self.place / SHARED)
 
     @property
     def labels(self) -> Tensor:
@@ -257,15 +263,13 @@ class _Work:
         split_file = self.place / f"fold-{k + 1}.json"
         # The images held out are measured, and no method chooses anything on them.
         write_split(replace(fold, val=()), split_file)
-        config, shared = _with_split(candidate.config, split_file), self.place / SHARED
+        config = _with_split(candidate.config, split_file)
         began = time.monotonic()
         watchers = [Deadline(self.stop_at)]
-        method, _ = train(
-            config, folder, watchers, resume=_begun(folder), images_of=partial(SharedImages, folder=shared)
-        )
+        method, _ = train(config, folder, watchers, resume=_begun(folder), images_of=self.images)
         seconds = time.monotonic() - began
         with ImageReader(room=0) as reader:
-            images = SharedImages(fold.paths("val"), fold.labels("val"), reader, folder=shared)
+            images = self.images(fold.paths("val"), fold.labels("val"), reader)
             logits = predict_logits(method, images, fold.class_names).float().contiguous()
         size = sum((folder / name).stat().st_size for name in FILES)
         about = {"seconds": seconds, "size": size, "new_names": method.takes_new_classes}
@@ -283,8 +287,7 @@ class _Work:
             return
         self.say(f"{best} is trained on all {len(whole.train)} images")
         write_split(whole, split_file)
-        images_of = partial(SharedImages, folder=self.place / SHARED)
-        train(_with_split(candidate.config, split_file), folder, resume=_begun(folder), images_of=images_of)
+        train(_with_split(candidate.config, split_file), folder, resume=_begun(folder), images_of=self.images)
         if int(torch.bincount(self.labels).max()) > 1:
             write_calibration(folder, fit_calibration(self.logits[best], self.labels)[0])
         metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
