@@ -50,6 +50,11 @@ class Candidate:
         return views if isinstance(views, int) and find_method(self.config.method).fixes_views else 0
 
     @property
+    def crop(self) -> tuple[float, float]:
+        """How these views are made: the smallest share of the image, and the share that is flipped."""
+        return self.config.data.min_scale, self.config.data.flip
+
+    @property
     def light(self) -> bool:
         """Whether it takes no steps, or steps on frozen features that are there: these come first."""
         return self.views > 0 or "train.epochs" not in find_method(self.config.method).official
@@ -144,8 +149,8 @@ class Costs:
 
     def __init__(self, backbone: Backbone, template: str, held: Held) -> None:
         self.backbone, self.template, self.held = backbone, template, held
-        self._seen: dict[float, int] = {}
-        """Views that the frozen tower has seen, by the scale of their crops."""
+        self._seen: dict[tuple[float, float], int] = {}
+        """Views that the frozen tower has seen, by how they are cropped."""
         self._whole = False
         """Whether it has seen the whole images."""
         self._step: dict[str, float] = {}
@@ -164,7 +169,7 @@ class Costs:
             self._step[candidate.name] = self._seconds_of_a_step(candidate, self.held.folds[0])
         config, folds, n = candidate.config, self.held.folds, len(self.held.whole.train)
         trained = sum(len(fold.train) for fold in folds)
-        new = max(candidate.views - self._seen.get(config.data.min_scale, 0), 0)
+        new = max(candidate.views - self._seen.get(candidate.crop, 0), 0)
         if candidate.views or not config.reads_pixels:
             whole, again = (0 if self._whole else n), 0
         else:  # through a tower of its own, to measure it
@@ -173,7 +178,7 @@ class Costs:
         epochs, size = config.train.epochs, config.data.batch_size
 
         def steps(images: int) -> float:
-            return step * epochs * max(images // size, 1)
+            return step * epochs * max(images // size if config.data.drop_last else math.ceil(images / size), 1)
 
         return Cost(
             (whole + new * trained) * self.per_image + sum(steps(len(fold.train)) for fold in folds),
@@ -183,8 +188,7 @@ class Costs:
     def seen(self, candidate: Candidate) -> None:
         """What the frozen tower had to see for it is there now."""
         self._whole = self._whole or candidate.views > 0 or not candidate.config.reads_pixels
-        scale = candidate.config.data.min_scale
-        self._seen[scale] = max(self._seen.get(scale, 0), candidate.views)
+        self._seen[candidate.crop] = max(self._seen.get(candidate.crop, 0), candidate.views)
 
     def _seconds_of_a_step(self, candidate: Candidate, fold: Split) -> float:
         """Measured; 0 if the method takes none."""

@@ -268,7 +268,7 @@ class _Work:
         watchers = [Deadline(self.stop_at)]
         method, _ = train(config, folder, watchers, resume=_begun(folder), images_of=self.images)
         seconds = time.monotonic() - began
-        with ImageReader(room=0) as reader:
+        with ImageReader(room=0, white=method.white) as reader:
             images = self.images(fold.paths("val"), fold.labels("val"), reader)
             logits = predict_logits(method, images, fold.class_names).float().contiguous()
         size = sum((folder / name).stat().st_size for name in FILES)
