@@ -356,3 +356,5 @@ def test_class_names_not_tuned_on_are_less_sure_the_further_they_moved(tiny: Any
     head.fit_features(torch.randn(6, tiny.embed_dim), torch.tensor([0, 0, 1, 1, 2, 2]))
     for method in (head, build_method("cocoop", tiny, names)):
         assert class_factors(method.eval(), others) is None
+    # Of a part of its own classes, which a probe may be asked for, it has no texts either.
+    assert class_factors(build_method("linear_probe", tiny, names), names[:2]) is None

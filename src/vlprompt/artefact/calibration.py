@@ -1,7 +1,7 @@
 """Probabilities that one can act on: a temperature, sets with a coverage, and a threshold for images of no class.
 
-All of it is fitted on logits of held-out images, and kept in the artefact. MAPIE and TorchCP compute the same sets, but
-predict with an object of theirs, which has no safe form to store: here it is one order statistic of stored scores.
+All of it is fitted on logits of held-out images, and kept in the artefact. MAPIE computes the same sets, but predicts
+with an object of its own, which has no safe form to store: here it is one order statistic of stored scores.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def dac(logits: Tensor, factors: Tensor) -> Tensor:
 def class_factors(method: Method, class_names: Sequence[str]) -> Tensor | None:
     """The factors of class names [K]; None for a model's own, and where its class features are no text features."""
     names = tuple(class_names)
-    if names == method.class_names or method.image_dependent:
+    if names == method.class_names or method.image_dependent or not method.takes_new_classes:
         return None
     tuned, base_tuned = method.kept_class_features(names), method.kept_class_features(method.class_names)
     frozen, base_frozen = (
