@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vlprompt.artefact.artefact import read_artefact_config, save_artefact
+from vlprompt.artefact.artefact import load_calibration, read_artefact_config, save_artefact
+from vlprompt.artefact.calibration import Calibration
 from vlprompt.artefact.export import export_classes
 from vlprompt.artefact.hub import load_model, upload
 from vlprompt.backbones.backbone import Backbone
@@ -36,6 +37,8 @@ from vlprompt.methods import Method, find_method
 from vlprompt.methods.base import IMAGE_WEIGHT
 from vlprompt.methods.registry import source_of
 from vlprompt.training import evaluate as evaluation
+from vlprompt.training.calibrate import KEPT, Worth
+from vlprompt.training.calibrate import calibrate as fit_calibration
 from vlprompt.training.evaluate import Evaluation, EvaluationImages
 from vlprompt.training.prepare import check_weighs, find_sources, finish, fit_features, prepare
 from vlprompt.training.watchers import EachEpoch, EpochLog
@@ -204,16 +207,22 @@ class Predictions(NamedTuple):
     """What the C columns stand for."""
     spread: NDArray[np.float64] | None = None
     """Standard deviation of each probability, [n, C], where a method is not sure of it (bayesian)."""
+    none_of_these: NDArray[np.bool_] | None = None
+    """Whether each image seems to be of none of them; None without calibration, and for other classes than its own."""
+    sets: list[list[str]] | None = None
+    """Of each image the classes that hold the right one for the share of images asked for."""
 
 
 class PromptedModel:
     """A tuned method ready for use: predicts, and lives in a folder or on the hub without its training data."""
 
-    def __init__(self, method: Method, about: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, method: Method, about: Mapping[str, Any] | None = None, calibration: Calibration | None = None
+    ) -> None:
         """Wrap a fitted method; ``about`` (data, options, metrics) goes into the model card."""
         if not isinstance(method, Method):
             raise ConfigError(f"PromptedModel takes a method, not {_kind(method)}")
-        self.method, self.about = method.eval(), dict(about or {})
+        self.method, self.about, self.calibration = method.eval(), dict(about or {}), calibration
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -239,16 +248,52 @@ class PromptedModel:
         with _evaluation_images(images, self.method) as unlabelled:
             return evaluation.predict_logits(self.method, unlabelled, names)
 
-    def predict(self, images: Images, class_names: Sequence[str] | None = None) -> Predictions:
-        """The most probable class of each image and all probabilities; errors as in ``logits``."""
+    def predict(
+        self,
+        images: Images,
+        class_names: Sequence[str] | None = None,
+        *,
+        sets: float | None = None,
+        by_class: bool = False,
+    ) -> Predictions:
+        """The most probable class of each image and all probabilities; errors as in ``logits``.
+
+        Of a calibrated model they are calibrated, and ``none_of_these`` is told. ``sets`` asks for sets of classes that
+        hold the right one for this share of images (``by_class``: of every class's). Raises ConfigError for sets of a
+        model that is not calibrated, and of other classes than its own.
+        """
         names, images = _several(_names(self.method, class_names)), _images(images)
+        own, none, listed = names == self.class_names, None, None
+        if sets is not None and not (self.calibration and own):
+            raise ConfigError(f"sets = {sets:g}: they need a calibrated model, and its own classes")
         with _evaluation_images(images, self.method) as unlabelled:
             logits = evaluation.predict_logits(self.method, unlabelled, names) if images else torch.zeros(0, len(names))
             spread = evaluation.predict_spread(self.method, unlabelled, names) if images else None
-        probabilities = logits.double().softmax(-1)
+        logits, sure = logits.double(), None if spread is None else spread.double().numpy()
+        if self.calibration:
+            logits = self.calibration.logits(self.method, logits, names)
+            none = self.calibration.none_of_these(logits) if own else None
+        probabilities = logits.softmax(-1)
+        if self.calibration and sets is not None:
+            inside = self.calibration.sets(probabilities, sets, by_class)
+            listed = [[names[c] for c in p.argsort(descending=True).tolist() if i[c]]
+                      for p, i in zip(probabilities, inside, strict=True)]  # fmt: skip
         best = probabilities.argmax(-1).tolist()
-        sure = None if spread is None else spread.double().numpy()
-        return Predictions([names[c] for c in best], probabilities.numpy(), names, sure)
+        outside = None if none is None else none.numpy()
+        return Predictions([names[c] for c in best], probabilities.numpy(), names, sure, outside, listed)
+
+    def calibrate(self, images: Images, labels: Labels, *, novel: Images | None = None, kept: float = KEPT) -> Worth:
+        """Fit temperature, sets and the threshold of "none of these" on held-out images of the model's own classes.
+
+        ``novel`` images are of no class of its. Returns what that is worth on images not fitted on. Raises DataError
+        for images and labels that do not fit together or are too few, ConfigError for a share outside 0–1.
+        """
+        images, indices = _labelled(images, labels, self.class_names)
+        others = [] if novel is None else _images(novel)
+        with ImageReader(WORKERS, room=0, white=self.method.white) as reader:
+            known, rest = EvaluationImages(images, indices, reader), EvaluationImages(others, [], reader)
+            self.calibration, worth = fit_calibration(self.method, known, rest, kept)
+        return worth
 
     def export(self, file: str | os.PathLike[str], class_names: Sequence[str] | None = None) -> None:
         """Class features for use without vlprompt; see :func:`vlprompt.artefact.export.export_classes`."""
@@ -256,7 +301,7 @@ class PromptedModel:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write prompts, configuration and model card into a folder, over those of an earlier model."""
-        save_artefact(self.method, Path(folder), self.about)
+        save_artefact(self.method, Path(folder), self.about, self.calibration)
 
     @classmethod
     def from_pretrained(
@@ -277,7 +322,7 @@ class PromptedModel:
         if not isinstance(name, (str, os.PathLike)):
             raise ConfigError(f"from_pretrained takes a folder or a hub id, not {_kind(name)}")
         method, folder = load_model(name, backbone, device, precision, revision)
-        return cls(method, read_artefact_config(folder).get("about"))
+        return cls(method, read_artefact_config(folder).get("about"), load_calibration(folder))
 
     def push_to_hub(
         self,
@@ -293,7 +338,7 @@ class PromptedModel:
         the hub's reason.
         """
         with TemporaryDirectory() as folder:
-            save_artefact(self.method, Path(folder), self.about, public=True)
+            save_artefact(self.method, Path(folder), self.about, self.calibration, public=True)
             return upload(Path(folder), repo, private=private, token=token, message=message)
 
 

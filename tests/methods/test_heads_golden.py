@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.kit.cases import Case, Hyper, close, find_cases
+from vlprompt.artefact import calibration
 from vlprompt.backbones.backbone import unit
 from vlprompt.config.schema import OptimConfig, build_config
 from vlprompt.methods import Batch, Method, find_method
@@ -425,6 +426,17 @@ def logit_adjustment(o: Official) -> None:
     o.check("grad/logits", logits.grad)
 
 
+def dac(o: Official) -> None:
+    texts = [o[f"{of}_text_{model}"] for model in ("zs", "tuned") for of in ("base", "current")]
+    o.asked |= {"logits", *(f"{of}_text_{model}" for model in ("zs", "tuned") for of in ("base", "current"))}  # given
+    factors = calibration.dac_factors(*texts, k=o.hyper.get("k", calibration.NEIGHBOURS))
+    o.check("class_confidence", factors)
+    logits = calibration.dac(o["logits"], factors)
+    o.check("calibrated_logits", logits)
+    o.check("calibrated_probs", logits.softmax(-1))
+    assert torch.equal(logits.argmax(-1), o["logits"].argmax(-1))
+
+
 CHECKS: dict[str, Callable[..., None]] = {
     "clap": clap,
     "zs_lp": clap,
@@ -439,6 +451,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "lp_plus_plus": lp_plus_plus,
     "clip_lora": clip_lora,
     "logit_adjustment": logit_adjustment,
+    "dac": dac,
 }
 INPUTS = {
     "train", "train_views", "train_labels", "test", "test_labels", "val", "val_labels", "test_new", "test_new_labels",

@@ -19,6 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from typing_extensions import TypedDict  # pydantic's, before Python 3.12
 
+from vlprompt.artefact.calibration import Calibration
 from vlprompt.artefact.card import model_card
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import EMBEDDED, load_backbone
@@ -76,10 +77,16 @@ class ArtefactConfig(TypedDict):
     backbone: BackboneEntry
     prompts: PromptsEntry
     about: dict[str, str]
+    calibration: NotRequired[dict[str, Any]]
 
 
 def save_artefact(
-    method: Method, folder: Path, about: Mapping[str, Any] | None = None, *, public: bool = False
+    method: Method,
+    folder: Path,
+    about: Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
+    *,
+    public: bool = False,
 ) -> None:
     """Write a tuned model into ``folder``; ``about`` (data, options, metrics) goes into its model card.
 
@@ -106,6 +113,7 @@ def save_artefact(
         },
         "prompts": {"sha256": sha256(prompts).hexdigest(), "shapes": {k: list(v.shape) for k, v in state.items()}},
         "about": about,
+        **({"calibration": calibration.to_dict()} if calibration else {}),
     }
     # config.json speaks of the model before until it is replaced: that one's prompts stay beside the new till then.
     if (folder / PROMPTS).is_file() and (folder / CONFIG).is_file():
@@ -171,6 +179,21 @@ def read_artefact_config(folder: Path) -> ArtefactConfig:
     if older:
         raise ArtefactError(f"{folder} has format_version {version}, of before 0.1: it has no checksums; tune it again")
     raise ArtefactError(f"{folder} has format_version {version}; this vlprompt reads up to {FORMAT_VERSION}: update it")
+
+
+def load_calibration(folder: Path) -> Calibration | None:
+    """What a tuned model's probabilities are calibrated by; None if they are not."""
+    values = read_artefact_config(folder).get("calibration")
+    try:
+        return None if values is None else Calibration.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise _unreadable_error(folder, error) from None
+
+
+def write_calibration(folder: Path, calibration: Calibration) -> None:
+    """Put a calibration into a tuned model's folder, over an earlier one."""
+    config = {**read_artefact_config(folder), "calibration": calibration.to_dict()}
+    write_sealed(folder / CONFIG, config, indent=2)
 
 
 def _method_file(method: Method) -> dict[str, Any]:

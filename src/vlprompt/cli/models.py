@@ -1,4 +1,4 @@
-"""``vlprompt evaluate``, ``predict``, ``export``, ``explain`` and ``convert``: commands only, no logic."""
+"""``vlprompt evaluate``, ``calibrate``, ``predict``, ``export``, ``explain``, ``convert``: commands only, no logic."""
 
 from __future__ import annotations
 
@@ -88,6 +88,67 @@ def evaluate(
         print(summary(measured))
 
 
+@models_app.command(epilog="Example: vlprompt calibrate runs/x photos --split test")
+def calibrate(
+    run: RunFolder,
+    data: Data,
+    root: Root = None,
+    split: Annotated[
+        Literal["val", "test"], typer.Option(help="Held-out images to calibrate on.", rich_help_panel=DATA)
+    ] = "val",
+    split_file: SplitFile = None,
+    skip_bad: SkipBad = False,
+    max_pixels: MaxPixels = None,
+    backbone: OtherBackbone = None,
+    device: Device = "cpu",
+    precision: Precision = "fp32",
+    kept: Annotated[
+        float,
+        typer.Option(help="Share of images of known classes above the threshold of none.", rich_help_panel=OUTPUT),
+    ] = 0.95,
+    coverage: Annotated[
+        float, typer.Option(help="Coverage that sets of classes are checked at.", rich_help_panel=OUTPUT)
+    ] = 0.9,
+    json_output: Json = False,
+) -> None:
+    """Fit probabilities, sets of classes and "none of these" on held-out images; the tuned model keeps them.
+
+    Images of classes that the model does not know, if DATA has any, say how well it tells them.
+    """
+    from vlprompt.artefact.artefact import load_artefact, write_calibration
+    from vlprompt.artefact.calibration import check_share
+    from vlprompt.data.datasets import load_dataset
+    from vlprompt.data.reading import CACHE_BYTES, ImageReader, readable
+    from vlprompt.training.calibrate import calibrate as fit
+    from vlprompt.training.calibrate import check_not_trained_on, held_out, report
+    from vlprompt.training.evaluate import EvaluationImages
+
+    check_share("--kept", kept)
+    check_share("--coverage", coverage)
+    dataset = load_dataset(data, root, split_file)
+    for note in dataset.notes:
+        say(note)
+    method = load_artefact(run, backbone, device, precision)
+    known, labels, novel = held_out(method, dataset, split)
+    if not check_not_trained_on(run, known):
+        say(f"note: {run} does not say where its training images are: none of these may be among them")
+    room = CACHE_BYTES if skip_bad else 0
+    with ImageReader(room=room, white=method.white, max_pixels=max_pixels) as reader:
+        kept_known, kept_novel = readable(known, reader, skip_bad, say), readable(novel, reader, skip_bad, say)
+        images = EvaluationImages([known[i] for i in kept_known], [labels[i] for i in kept_known], reader)
+        others = EvaluationImages([novel[i] for i in kept_novel], [], reader)
+        calibration, worth = fit(method, images, others, kept, coverage)
+        for note in reader.range_notes():
+            say(note)
+    write_calibration(run, calibration)
+    skipped = len(known) + len(novel) - len(kept_known) - len(kept_novel)
+    if json_output:
+        summary = {k: v for k, v in calibration.to_dict().items() if k != "misfit"}
+        print(json.dumps({"run": str(run), **summary, **vars(worth), "skipped": skipped}))
+    else:
+        print(report(calibration, worth, split))
+
+
 @models_app.command(epilog='Example: vlprompt predict runs/x photo.jpg more/ --class-names "cat,dog,horse" --top 3')
 def predict(
     run: RunFolder,
@@ -100,28 +161,45 @@ def predict(
     device: Device = "cpu",
     precision: Precision = "fp32",
     top: Annotated[int, typer.Option(help="Classes shown for each image.", min=1, rich_help_panel=OUTPUT)] = 5,
+    sets: Annotated[
+        float | None,
+        typer.Option(
+            help="Also a set of classes that holds the right one for this share of images, e.g. 0.9.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    by_class: Annotated[
+        bool, typer.Option("--by-class", help="Sets for this share of every class's images.", rich_help_panel=OUTPUT)
+    ] = False,
     json_output: Json = False,
     csv: Annotated[
         bool, typer.Option("--csv", help="Print image,class,probability rows.", rich_help_panel=OUTPUT)
     ] = False,
 ) -> None:
-    """Classify images with a tuned model, under its own class names or any others."""
+    """Classify images with a tuned model, under its own class names or any others.
+
+    Of a calibrated model (`vlprompt calibrate`) probabilities are calibrated, and "none of these" is said below its
+    threshold.
+    """
+    from vlprompt.artefact.artefact import load_calibration
     from vlprompt.artefact.hub import load_model
-    from vlprompt.cli.predict import find_images, predict_images, read_class_names, show
+    from vlprompt.cli.predict import check_sets, find_images, predict_images, read_class_names, show
     from vlprompt.data.reading import CACHE_BYTES, ImageReader, readable
     from vlprompt.prompting.text import partly_known
 
     if json_output and csv:
         raise ConfigError("--json and --csv exclude each other")
     paths = find_images(images, say)
-    method, _ = load_model(run, backbone, device, precision)
+    method, folder = load_model(run, backbone, device, precision)
+    calibration = load_calibration(folder)
     names = read_class_names(class_names, class_names_file) or method.class_names
+    check_sets(folder, calibration, names == method.class_names, sets, by_class)
     if names != method.class_names and (note := partly_known(method.backbone, names)):
         say(note)
     room = CACHE_BYTES if skip_bad else 0
     with ImageReader(room=room, white=method.white, max_pixels=max_pixels) as reader:
         kept = [paths[i] for i in readable(paths, reader, skip_bad, say)]
-        predictions = predict_images(method, kept, names, top, reader)
+        predictions = predict_images(method, kept, names, top, reader, calibration, sets, by_class)
         for note in reader.range_notes():
             say(note)
     result = {"predictions": predictions, "skipped": len(paths) - len(kept)}

@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from vlprompt.artefact.calibration import Calibration, check_share
 from vlprompt.data.files import IMAGE_EXTENSIONS, LeftOut, image_files, missing_error
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import check_class_names, names_in_file, refuse_json
 from vlprompt.documents import csv_cell, csv_path
-from vlprompt.errors import DataError, printable
+from vlprompt.errors import ConfigError, DataError, printable
 from vlprompt.methods import Method
 from vlprompt.training.evaluate import EvaluationImages, predict_logits, predict_spread
 
@@ -54,47 +57,92 @@ def read_class_names(text: str | None, file: Path | None) -> tuple[str, ...] | N
     return names
 
 
+def check_sets(run: Path, calibration: Calibration | None, own: bool, sets: float | None, by_class: bool) -> None:
+    """Raise ConfigError where a model cannot give the sets that are asked for."""
+    if sets is None:
+        if by_class:
+            raise ConfigError("--by-class is about --sets: give both")
+        return
+    check_share("--sets", sets)
+    if calibration is None:
+        raise ConfigError(f"--sets = {sets:g}: {run} is not calibrated; see `vlprompt calibrate {run} DATA`")
+    if not own:
+        raise ConfigError(f"--sets = {sets:g}: sets are of the model's own classes; leave out other class names")
+
+
 def predict_images(
-    method: Method, paths: Sequence[Path], class_names: Sequence[str], top: int, reader: ImageReader
+    method: Method,
+    paths: Sequence[Path],
+    class_names: Sequence[str],
+    top: int,
+    reader: ImageReader,
+    calibration: Calibration | None = None,
+    sets: float | None = None,
+    by_class: bool = False,
 ) -> list[dict[str, Any]]:
     """For each image its ``top`` most probable classes: ``{"image": …, "top": [{"class": …, "probability": …}]}``.
 
     With ``"spread"``, the standard deviation of the probability, where the method has one.
+    With a calibration, probabilities are calibrated, and of the model's own classes ``none_of_these`` says whether the
+    image seems to be of none; ``set`` lists the classes of its set as ``top`` does, where ``sets`` asks for it.
     """
     images = EvaluationImages(paths, [], reader)
     if len(class_names) == 1:
         predict_logits(method, EvaluationImages(paths[:1], [], reader), class_names)  # its name may be what is wrong
         raise DataError(f"there is only one class, '{class_names[0]}', so it is always right: commas separate names")
-    probabilities = predict_logits(method, images, class_names).double().softmax(-1)
-    best, labels = probabilities.topk(min(top, len(class_names)))
-    found: list[dict[str, Any]] = [
-        {
-            "image": str(path),
-            "top": [{"class": class_names[c], "probability": p} for p, c in zip(ps, cs, strict=True)],
-        }
-        for path, ps, cs in zip(paths, best.tolist(), labels.tolist(), strict=True)
-    ]
-    if (spread := predict_spread(method, images, class_names)) is not None:
-        for image, values in zip(found, spread.double().gather(1, labels).tolist(), strict=True):
-            for shown, value in zip(image["top"], values, strict=True):
-                shown["spread"] = value
-    return found
+    logits = predict_logits(method, images, class_names).double()
+    spread = predict_spread(method, images, class_names)
+    none = chosen = None
+    if calibration:
+        logits = calibration.logits(method, logits, class_names)
+        if tuple(class_names) == method.class_names:
+            none = calibration.none_of_these(logits)
+    probabilities = logits.softmax(-1)
+    if calibration and sets is not None:
+        chosen = calibration.sets(probabilities, sets, by_class)
+
+    def listed(i: int, classes: Tensor) -> list[dict[str, Any]]:
+        numbers = {"probability": probabilities[i], **({} if spread is None else {"spread": spread[i].double()})}
+        return [{"class": class_names[c]} | {n: of[c].item() for n, of in numbers.items()} for c in classes.tolist()]
+
+    best = probabilities.topk(min(top, len(class_names))).indices
+    predictions: list[dict[str, Any]] = []
+    for i, path in enumerate(paths):
+        row: dict[str, Any] = {"image": str(path), "top": listed(i, best[i])}
+        if none is not None:
+            row["none_of_these"] = bool(none[i])
+        if chosen is not None:
+            order = probabilities[i].argsort(descending=True, stable=True)
+            row["set"] = listed(i, order[chosen[i, order]])
+        predictions.append(row)
+    return predictions
 
 
 def show(predictions: Sequence[dict[str, Any]], as_csv: bool) -> str:
     """Predictions for people, or as image,class,probability rows."""
-    if not as_csv:
-        tops = ([f"  {_percent(t)} %  {t['class']}" for t in p["top"]] for p in predictions)
-        lines = ([p["image"], *top] for p, top in zip(predictions, tops, strict=True))
-        return "\n".join(printable(line) for group in lines for line in group)
+    if as_csv:
+        return _csv(predictions)
+    lines = []
+    for p in predictions:
+        lines += [p["image"], *["  none of these"] * p.get("none_of_these", False)]
+        lines += [f"  {_percent(t)} %  {t['class']}" for t in p["top"]]
+        if "set" in p:
+            lines.append(f"  set: {', '.join(t['class'] for t in p['set']) or 'empty, no class is probable enough'}")
+    return "\n".join(printable(line) for line in lines)
+
+
+def _csv(predictions: Sequence[dict[str, Any]]) -> str:
+    """Rows of the top classes and of those in the set, with a column for each of what the calibration says."""
     spread = ["spread"] * any("spread" in t for p in predictions for t in p["top"])
     numbers = ["probability", *spread]
-    rows = [
-        (csv_path(p["image"]), csv_cell(t["class"]), *(f"{t[n]:.6f}" for n in numbers))
-        for p in predictions
-        for t in p["top"]
-    ]
-    return csv_text(("image", "class", *numbers), rows)
+    more = [key for key in ("none_of_these", "set") if predictions and key in predictions[0]]
+    rows = []
+    for p in predictions:
+        inside = [t["class"] for t in p.get("set", ())]
+        for t in [*p["top"], *(t for t in p.get("set", ()) if t not in p["top"])]:
+            extra = [str(p[key] if key == "none_of_these" else t["class"] in inside).lower() for key in more]
+            rows.append([csv_path(p["image"]), csv_cell(t["class"]), *(f"{t[n]:.6f}" for n in numbers), *extra])
+    return csv_text(["image", "class", *numbers, *("in_set" if key == "set" else key for key in more)], rows)
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -33,6 +33,7 @@ from vlprompt.files import held, in_use, write_atomically, write_error
 from vlprompt.methods import Method, find_method
 from vlprompt.methods.registry import file_fingerprint
 from vlprompt.prompting.text import partly_known
+from vlprompt.training.calibrate import calibrate_trained
 from vlprompt.training.checkpoints import History, Keeper, checkpoint_file, remove_unfinished
 from vlprompt.training.distributed import Processes, join_processes
 from vlprompt.training.evaluate import EvaluationImages, evaluate
@@ -161,7 +162,8 @@ def train(
             result = Result(str(out), len(history.rows), train_accuracy, kept, trainable, seconds, skipped, taught_by)
             if processes.first:
                 write_sealed(out / "metrics.json", vars(result), indent=2)
-                save_artefact(method, out, about(config, dataset, result, history))
+                calibration = calibrate_trained(method, val, split.class_names, say)
+                save_artefact(method, out, about(config, dataset, result, history), calibration)
     return method.requires_grad_(False), result
 
 
