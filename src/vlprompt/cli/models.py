@@ -128,9 +128,10 @@ def calibrate(
     dataset = load_dataset(data, root, split_file)
     for note in dataset.notes:
         say(note)
-    method = load_artefact(run, backbone, device, precision)
+    folder = Path(run)  # what was calibrated must stay: none from the hub
+    method = load_artefact(folder, backbone, device, precision)
     known, labels, novel = held_out(method, dataset, split)
-    if not check_not_trained_on(run, known):
+    if not check_not_trained_on(folder, known):
         say(f"note: {run} does not say where its training images are: none of these may be among them")
     room = CACHE_BYTES if skip_bad else 0
     with ImageReader(room=room, white=method.white, max_pixels=max_pixels) as reader:
@@ -140,11 +141,11 @@ def calibrate(
         calibration, worth = fit(method, images, others, kept, coverage)
         for note in reader.range_notes():
             say(note)
-    write_calibration(run, calibration)
+    write_calibration(folder, calibration)
     skipped = len(known) + len(novel) - len(kept_known) - len(kept_novel)
     if json_output:
         summary = {k: v for k, v in calibration.to_dict().items() if k != "misfit"}
-        print(json.dumps({"run": str(run), **summary, **vars(worth), "skipped": skipped}))
+        print(json.dumps({"run": run, **summary, **vars(worth), "skipped": skipped}))
     else:
         print(report(calibration, worth, split))
 

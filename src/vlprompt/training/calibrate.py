@@ -14,7 +14,7 @@ from torch import Tensor
 from vlprompt.artefact.calibration import Calibration, check_share, fit_calibration
 from vlprompt.config.schema import read_config
 from vlprompt.data.datasets import LoadedDataset, load_dataset
-from vlprompt.data.splits import read_split
+from vlprompt.data.splits import find_classes, read_split
 from vlprompt.errors import DataError, VlpromptError, first_few
 from vlprompt.methods import Method
 from vlprompt.training.evaluate import EvaluationImages, predict_logits, score
@@ -140,16 +140,14 @@ def held_out(method: Method, dataset: LoadedDataset, part: str) -> tuple[list[Pa
     split = dataset.split
     if not split.items(part):
         raise DataError(f"data set '{dataset.name}' has no {part} images to calibrate on")
-    if split.class_names == method.class_names:  # names may be repeated
-        return split.paths(part), split.labels(part), []
-    place = {name: c for c, name in enumerate(method.class_names)}
+    place = find_classes(split.class_names, method.class_names)
     known, labels, novel = [], [], []
     for path, label in zip(split.paths(part), split.labels(part), strict=True):
-        if (name := split.class_names[label]) in place:
-            known.append(path)
-            labels.append(place[name])
-        else:
+        if (own := place[label]) is None:
             novel.append(path)
+        else:
+            known.append(path)
+            labels.append(own)
     if not known:
         raise DataError(
             f"data set '{dataset.name}' has no {part} images of the model's classes ({first_few(method.class_names)}): "
