@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tests.kit import TINY
+from tests.kit import TINY, sealed
 from tests.kit.checks import tree
 from tests.kit.command import vlprompt
 from tests.kit.pictures import make_photos, make_pictures
@@ -173,7 +172,7 @@ def changed(run: Path, **values: Any) -> Calibration:
     """Give the run another calibration, of which the numbers are known."""
     config = read_artefact_config(run)
     config["calibration"] |= values
-    (run / "config.json").write_text(json.dumps(config))
+    sealed.write(run / "config.json", dict(config))
     calibration = load_calibration(run)
     assert calibration is not None
     return calibration
@@ -307,7 +306,7 @@ def test_predict_refuses_a_coverage_outside_0_to_1(run: Path, noise: Path) -> No
 def test_a_damaged_calibration_is_told(run: Path, noise: Path) -> None:
     config = read_artefact_config(run)
     for values in ({"temperature": -1}, {"score": "entropy"}, {"threshold": "high"}):
-        (run / "config.json").write_text(json.dumps({**config, "calibration": {**config["calibration"], **values}}))
+        sealed.change(run / "config.json", calibration={**config["calibration"], **values})
         done = vlprompt("predict", run, noise / "val")
         assert (done.code, done.err.count("\n")) == (2, 1)
         assert f"cannot read the tuned model in {run}" in done.err
