@@ -12,6 +12,7 @@ import typer
 from vlprompt.cli.options import (
     AllowFewer,
     ConfigFile,
+    Descriptions,
     DryRun,
     Epochs,
     Json,
@@ -60,6 +61,7 @@ def train(
     allow_fewer: AllowFewer = False,
     classes: TrainClasses = None,
     split_file: SplitFile = None,
+    descriptions: Descriptions = None,
     val_fraction: ValFraction = None,
     skip_bad: SkipBad = False,
     bank: TrainBank = None,
@@ -94,6 +96,7 @@ def train(
         "data.name": data,
         "data.root": root and str(root),
         "data.split_file": split_file and str(split_file),
+        "data.descriptions": descriptions and str(descriptions),
         "data.val_fraction": val_fraction,
         "data.allow_fewer": allow_fewer or None,
         "data.skip_bad": skip_bad or None,

@@ -79,6 +79,8 @@ class DataConfig:
     """A long tail: images of the most frequent class to those of the rarest, fewer and fewer in between.
 
     With shots the classes are in their own order; else all training images count, and classes are ranked by them."""
+    descriptions: Folder | None = None
+    """JSON file of further texts of each class, name to list of texts, for methods that read them."""
     val_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Share of each class's training images that becomes val before shots are drawn, where there is no val split."""
     classes: Classes = "all"

@@ -155,11 +155,15 @@ class Method(nn.Module):
     """Whether what it learns belongs to the template that it was trained with."""
     has_spread: ClassVar[bool] = False
     """Whether it says how sure it is of its probabilities: :meth:`spread`."""
+    reads_descriptions: ClassVar[bool] = False
+    """Whether training reads further texts of each class: ``descriptions``."""
 
     white: float | None = None
     """Value that is white in the deep greys of the images that it was tuned on; the largest of 16 bits if not given."""
     reads_template: ClassVar[bool] = True
     """Whether it reads class names in the data set's template; learned text contexts stand in its place."""
+    descriptions: Mapping[str, Sequence[str]] | None = None
+    """Texts of each of its classes, if any were given; read in training alone."""
     text_chunk: int | None = None
     """Classes whose texts are encoded at once, to need less memory; all if not given."""
 

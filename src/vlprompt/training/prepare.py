@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from vlprompt.bank.use import bank_views, find_bank
 from vlprompt.config.schema import RunConfig
 from vlprompt.config.teacher import Classifier, Teacher, find_teacher
 from vlprompt.data.batches import TrainingViews, evaluation_batches
+from vlprompt.data.descriptions import read_descriptions
 from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
 from vlprompt.errors import ConfigError
@@ -72,6 +74,25 @@ def build(config: RunConfig, sources: Sources, backbone: Backbone, template: str
     if sources.class_names != tuple(own_names) and not method.takes_new_classes:
         raise ConfigError("teacher.class_names_file: with class_specific the classes are the data set's own")
     return method.to(backbone.device)
+
+
+def describe(method: Method, config: RunConfig, known: Sequence[str], say: Callable[[str], None]) -> None:
+    """Give a method that reads them the descriptions of its classes, all of which can be encoded.
+
+    ``known`` are the data set's classes, of which a run may have some. Raises ConfigError for a method that reads none.
+    """
+    file = config.data.descriptions
+    if not method.reads_descriptions:
+        if file:
+            raise ConfigError(f"data.descriptions = {file}: method '{method.name}' reads no descriptions")
+        return
+    if file is None:
+        say(
+            f"{method.name} has no class descriptions (data.descriptions), and reads '{method.template}' in their place"
+        )
+        return
+    method.descriptions = read_descriptions(Path(file), method.class_names, known, say)
+    method.backbone.encode_texts([text for texts in method.descriptions.values() for text in texts])
 
 
 def prepare(

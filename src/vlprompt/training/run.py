@@ -38,7 +38,7 @@ from vlprompt.training.distributed import Processes, join_processes
 from vlprompt.training.evaluate import EvaluationImages, evaluate
 from vlprompt.training.interrupt import deferred_interrupt
 from vlprompt.training.loop import Training
-from vlprompt.training.prepare import Sources, build, find_sources, fit_features, prepare
+from vlprompt.training.prepare import Sources, build, describe, find_sources, fit_features, prepare
 from vlprompt.training.watchers import Watcher, find_service
 from vlprompt.version import __version__
 
@@ -102,6 +102,7 @@ def train(
             sources = find_sources(config, split.class_names, template, backbone)
         method = build(config, sources, backbone, template, split.class_names)
         method.white = reader.white
+        describe(method, config, dataset.split.class_names, say)
         images, val = (images_of(split.paths(part), split.labels(part), reader=reader) for part in ("train", "val"))
 
         def val_accuracy() -> float | None:
