@@ -8,15 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
+from tests.kit.command import vlprompt
 from tests.kit.pictures import CLASSES
 from tests.kit.runs import StopsAfter, configured, log, prompts
 from vlprompt.artefact.artefact import load_artefact
+from vlprompt.backbones.attack import Pixels, pgd
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.data.descriptions import read_descriptions
-from vlprompt.errors import ConfigError, DataError, Interrupted
-from vlprompt.methods import Batch, Method, find_method
+from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError
+from vlprompt.methods import METHODS, Batch, Method, find_method
 from vlprompt.methods.promptot import transport_plan
+from vlprompt.training.attack import Attack, attacked, find_attack
 from vlprompt.training.run import train
 
 NAMES = ("violin", "steam train", "yellow kite", "lamp", "old boot")
@@ -63,7 +67,7 @@ def test_promptot_reads_one_template_or_all(tiny: Backbone) -> None:
 
 
 def test_promptot_is_not_computed_in_parts(pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'promptot' compares the images of a batch: it does not allow .*accumulate"):
+    with pytest.raises(ConfigError, match=r"'promptot' compares the images of a batch: it does not allow .*acc"):
         configured(pictures, "promptot", **{"train.accumulate": 2})
 
 
@@ -150,3 +154,106 @@ def test_descriptions_are_for_those_who_read_them(pictures: Path, tmp_path: Path
     with pytest.raises(ConfigError, match=r"^data.descriptions = .*: method 'coop' reads no descriptions$"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# --- FAP, and attacks on any method ---------------------------------------------------------------
+
+
+def test_pgd_stays_in_the_ball_and_raises_the_loss() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, w = torch.rand(2, 3, 4, 4, generator=generator), torch.randn(2, 3, 4, 4, generator=generator)
+    delta = pgd(x, lambda changed: (w * changed).sum(), torch.zeros_like(x), 0.1, 0.06, 2)
+    best = (x + 0.1 * w.sign()).clamp(0, 1) - x  # of a linear loss, two steps reach the best corner
+    torch.testing.assert_close(delta, best)
+    far = pgd(x, lambda changed: (w * changed).sum(), 5 * torch.ones_like(x), 0.1, 0.01, 1)
+    assert far.abs().max() <= 0.1 + 1e-6
+    assert (x + far).max() <= 1
+    with pytest.raises(VlpromptError, match="gradient by the image's pixels"):
+        pgd(x, lambda changed: changed.detach().sum(), torch.zeros_like(x), 0.1, 0.1, 1)
+
+
+def test_pixels_are_read_back(tiny: Backbone) -> None:
+    pixels, x = Pixels(tiny.preprocess), torch.rand(2, 3, 5, 5)
+    torch.testing.assert_close(pixels.of(pixels.read(x)), x)
+    black = pixels.read(torch.zeros(1, 3, 1, 1)).flatten().tolist()
+    expected = [-m / s for m, s in zip(tiny.preprocess.mean, tiny.preprocess.std, strict=True)]
+    assert black == pytest.approx(expected)
+
+
+def test_fap_starts_with_the_template_and_its_braces(tiny: Backbone) -> None:
+    method, other = make(tiny, "fap"), make(tiny, "fap", init="a photo of a")
+    assert method.context.words == "a photo of a {}."
+    assert torch.equal(method.context.vectors, other.context.vectors)  # "a photo"
+    assert not torch.allclose(method.class_features(NAMES), other.class_features(NAMES), atol=1e-3)
+    assert method.coupled.deep.shape == (8, 2, tiny.image_tower.config.width)
+
+
+def test_fap_attacks_what_it_learns_from(tiny: Backbone) -> None:
+    method, pixels = make(tiny, "fap"), Pixels(tiny.preprocess)
+    batch = Batch(pixels.read(torch.rand(4, 3, tiny.image_size, tiny.image_size)), torch.arange(4))
+    out = method(batch)
+    changed = method.attacked(batch.images, out)
+    assert (pixels.of(changed) - pixels.of(batch.images)).abs().max() <= 1 / 255 + 1e-6
+    v = method.encode_images(changed)
+    p, q = out.logits.softmax(-1), method.logits(v, out.t).softmax(-1)
+    kl = (p * (p / q).log()).sum(-1)
+    method.attacked = lambda images, out: changed
+    found = method.regularisers(out, batch)["adversarial"]
+    torch.testing.assert_close(found, 1.5 * (kl * (1 + (out.v * v).sum(-1))).mean(), rtol=1e-3, atol=1e-4)
+    method.config = method.Config(adversarial="none", w=2.0)
+    torch.testing.assert_close(method.regularisers(out, batch)["adversarial"], 2 * kl.mean(), rtol=1e-3, atol=1e-4)
+
+
+def test_fap_saves_both_towers_prompts_and_no_maps(tiny: Backbone, tmp_path: Path) -> None:
+    method = make(tiny, "fap", depth=3)
+    shapes = {k: tuple(v.shape) for k, v in method.inference_state().items()}
+    text, image = tiny.text_tower.config.width, tiny.image_tower.config.width
+    assert shapes == {"context.vectors": (2, text), "folded_text": (2, 2, text), "folded_image": (3, 2, image)}
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_can_be_attacked(name: str, tiny: Backbone) -> None:
+    method, pixels = make(tiny, name), Pixels(tiny.preprocess)
+    x = pixels.read(torch.rand(5, 3, tiny.image_size, tiny.image_size, generator=torch.Generator().manual_seed(5)))
+    method.fit_features(tiny.encode_images(x), torch.arange(5)) if name == "linear_probe" else None
+    method.eval()
+    logits = method.predict(x, NAMES)
+    labels = logits.argmax(-1)
+    labels[0] = (labels[0] + 1) % 5  # wrong already
+    changed = attacked(method, x, labels, NAMES, Attack(eps=8 / 255, steps=4))
+    assert torch.equal(changed[0], x[0])
+    moved = (pixels.of(changed[1:]) - pixels.of(x[1:])).abs()
+    assert 0 < moved.max() <= 8 / 255 + 1e-6
+    after = method.predict(changed, NAMES)
+    assert cross_entropy(after[1:], labels[1:]) > cross_entropy(logits[1:], labels[1:])
+    assert torch.equal(attacked(method, x, labels, NAMES, Attack(eps=8 / 255, steps=4)), changed)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("pgdd", None, None), "unknown attack 'pgdd'.*pgd"),
+        (("pgd", "2", None), r"^--eps 2 \(allowed: a number above 0, at most 1, as 0.01 or 1/255\)$"),
+        (("pgd", "0", None), "^--eps 0 "),
+        (("pgd", "1/0", None), "^--eps 1/0 "),
+        (("pgd", "small", None), "^--eps small "),
+        (("pgd", "-1/255", None), "^--eps -1/255 "),
+        (("pgd", None, 0), r"^--attack-steps 0 \(allowed: 1 or more\)$"),
+        ((None, "1/255", 5), r"^--eps and --attack-steps without --attack \(allowed with it: pgd\)$"),
+    ],
+)
+def test_attacks_that_are_none(asked: tuple, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        find_attack(*asked)
+
+
+def test_robust_accuracy_is_reported(pictures: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(configured(pictures, "coop", **{"train.epochs": 1}), run)
+    command = ["evaluate", run, pictures, "--split", "val", "--attack", "pgd", "--eps", "16/255", "--attack-steps", 5]
+    found = vlprompt(*command, "--json").json
+    assert found["attack"] == {"name": "pgd", "eps": 16 / 255, "steps": 5}
+    assert 0 <= found["robust_accuracy"] <= found["accuracy"]
+    assert f"accuracy {found['robust_accuracy']:.2f} % under pgd within 16/255, 5 steps" in vlprompt(*command).out
+    refused = vlprompt("evaluate", run, pictures, "--eps", "1/255")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)

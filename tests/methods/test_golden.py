@@ -176,6 +176,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "drople": drople.check,
     "promptot": family.check_promptot,
     "coprompt": family.check_coprompt,
+    "fap": family.check_fap,
 }
 
 

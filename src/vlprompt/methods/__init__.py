@@ -9,6 +9,7 @@ from vlprompt.methods import (  # noqa: F401
     coprompt,
     dpl,
     drople,
+    fap,
     fdbpl,
     ivlp,
     kdpl,

@@ -202,7 +202,7 @@ class Method(nn.Module):
     def encode_images(self, images: Tensor) -> Tensor:
         """Normalised features of images [B, 3, S, S] with the method's visual prompts: [B, E]."""
         prompts = self.visual_prompts()
-        if prompts is None:
+        if prompts is None and not images.requires_grad:  # as an attack on the image asks for
             return self.backbone.encode_images(images)
         return unit(self.backbone.image_tower(images.to(self.backbone.device), prompts))
 
