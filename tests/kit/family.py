@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
-from tests.kit.cases import Case, Gold, Hyper, close
-from tests.kit.official import check_training
+from tests.kit.cases import Case, Gold, Hyper, close, load_official, view
+from tests.kit.official import check_training, make, make_batch, sgd, step
 from vlprompt.backbones.attack import Pixels
-from vlprompt.methods import Method
+from vlprompt.config.teacher import Teacher, Tuned
+from vlprompt.methods import Method, find_method
+from vlprompt.methods.base import total
 from vlprompt.methods.promptot import transport_plan
 
 
@@ -131,3 +133,85 @@ def check_fap(case: Case) -> None:
         method.attacked = check
 
     check_training(case, fap, attack)
+
+
+def promptkd(h: Hyper) -> dict[str, Any]:
+    h.told("modal", "teacher_prompts", "n_ctx_text", "ctx_init", "prompt_depth_text")  # no part of the student
+    sizes = {"n_ctx": h["n_ctx_vision"], "depth": h["prompt_depth_vision"]}
+    return sizes | {"w": h["kd_weight"], "temperature": h["temperature"]}
+
+
+BEFORE_NORM = "VPT_image_trans.conv1.0.bias"
+"""In front of a batch normalisation: its gradient is rounding noise."""
+
+
+def check_promptkd(case: Case) -> None:
+    """A training run with the case's teacher: its logits, and its class features where the whole set has it."""
+    tensors = {k: v.flatten(1) if v.shape[2:] == (1, 1) else v for k, v in case.tensors.items()}  # 1 x 1 convolutions
+    info, gold, h = case.info, Gold(tensors), Hyper(case)
+    noise, names = info.get("noise_sensitivity", {}), info["classnames"]
+    method, teacher = make(case, promptkd, h), ivlp_teacher(case, gold)
+    if teacher is None:
+        frozen = gold["frozen/teacher_text_features_normalized"]
+        method.take_teacher(lambda asked: frozen if list(asked) == names else None)
+    else:
+        method.take_teacher(teacher.class_vectors)
+        gold.compare("frozen/teacher_text_features_normalized", method.vectors, 2e-7)
+        gold.compare("teacher_logits", teacher.model.method.predict(gold["images"], names), noise["logits"])
+        v = teacher.model.method.encode_images(gold["images"])
+        gold.compare("frozen/teacher_image_features_normalized", v, 2e-7)
+    official = load_official(method, gold, "init/")
+    batch = make_batch(method, gold["images"], gold["labels"], gold)
+
+    def predicted(asked: list[str]) -> torch.Tensor:
+        return method.eval().predict(gold["images"], asked)
+
+    gold.compare("eval_logits_init", predicted(names), noise["eval_logits_init"])
+    buffers = {k: v.clone() for k, v in method.named_buffers()}
+    out = method.train()(batch)
+    gold.compare("logits", out.logits, noise["logits"])
+    gold.compare("image_features_projected_normalized", out.v, 2e-7)
+    method.load_state_dict(buffers, strict=False)  # the steps begin with statistics of no batch
+    optimizer, per_step = sgd(method, info["optimizer"]), []
+    for i in range(info["optimizer"]["steps"]):
+        losses = step(method, batch, optimizer)
+        per_step.append(total(losses))
+        if i == 0:
+            gold.compare("loss/kd", losses["kd"], noise["loss"])
+            for name in official - {BEFORE_NORM}:
+                gold.compare(
+                    f"grad/{name}", view(method, name, gradient=True), 1e-5, gold[f"grad/{name}"].abs().max().item()
+                )
+            assert view(method, BEFORE_NORM, gradient=True).abs().max() < 1e-5
+    gold.compare("loss", per_step[0], noise["loss"])
+    gold.compare("loss_per_step", torch.stack(per_step), noise["eval_logits_after3"])
+    for name in official - {BEFORE_NORM}:
+        move = (gold[f"after3/{name}"] - gold[f"init/{name}"]).abs().max().item()
+        gold.compare(f"after3/{name}", view(method, name), 1e-4, move)
+    for key in ("running_mean", "running_var", "num_batches_tracked"):
+        ours = getattr(method.projection[1], key)
+        gold.compare(f"after3_buffers/VPT_image_trans.conv1.1.{key}", ours, 1e-5)
+    load_official(method, gold, "after3/")
+    gold.compare("eval_logits_after3", predicted(names), noise["eval_logits_after3"])
+    if teacher is not None:
+        gold.compare("novel_eval_logits", predicted(info["novel_classnames"]), noise["novel_eval_logits"])
+    assert gold.compared > 10
+
+
+def ivlp_teacher(case: Case, gold: Gold) -> Teacher | None:
+    """The case's teacher, tuned with the prompts that it gives; None where the set has none."""
+    if case.teacher is None:
+        return None
+    cls, given = (
+        find_method("ivlp"),
+        {k.removeprefix("teacher/"): v for k, v in gold.items() if k.startswith("teacher/")},
+    )
+    deep = sum("text_encoder" in key for key in given) + 1, sum("image_encoder" in key for key in given)
+    sizes = {"n_ctx_text": len(given["prompt_learner.ctx"]), "n_ctx_vision": len(given["image_encoder.VPT"])}
+    options = cls.Config(depth_text=deep[0], depth_vision=deep[1], **sizes)
+    method = cls(case.teacher, case.info["classnames"], options)
+    load_official(method, {f"teacher/{k}": v for k, v in given.items()}, "teacher/")
+    model = Tuned.__new__(Tuned)
+    model.name, model.fingerprint, model.method = "teacher", "", method.eval()
+    model.preprocess = case.teacher.preprocess
+    return Teacher(model, case.info["classnames"])

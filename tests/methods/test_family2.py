@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,13 @@ from tests.kit.command import vlprompt
 from tests.kit.pictures import CLASSES
 from tests.kit.runs import StopsAfter, configured, log, prompts
 from vlprompt.artefact.artefact import load_artefact
+from vlprompt.artefact.export import export_classes
 from vlprompt.backbones.attack import Pixels, pgd
 from vlprompt.backbones.backbone import Backbone
+from vlprompt.bench.protocols import Asked, plan
+from vlprompt.config.schema import build_config
 from vlprompt.data.descriptions import read_descriptions
-from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError
+from vlprompt.errors import ArtefactError, ConfigError, DataError, Interrupted, VlpromptError
 from vlprompt.methods import METHODS, Batch, Method, find_method
 from vlprompt.methods.promptot import transport_plan
 from vlprompt.training.attack import Attack, attacked, find_attack
@@ -257,3 +261,81 @@ def test_robust_accuracy_is_reported(pictures: Path, tmp_path: Path) -> None:
     assert f"accuracy {found['robust_accuracy']:.2f} % under pgd within 16/255, 5 steps" in vlprompt(*command).out
     refused = vlprompt("evaluate", run, pictures, "--eps", "1/255")
     assert (refused.code, refused.err.count("\n")) == (2, 1)
+
+
+# --- PromptKD -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def teacher_run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tuned teacher, of which all classes can be asked."""
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    train(configured(pictures, "ivlp", backbone="mini", **{"train.epochs": 1, "method.depth_text": 2}), out)
+    return out
+
+
+def test_promptkd_keeps_its_teachers_classes(pictures: Path, teacher_run: Path, tmp_path: Path) -> None:
+    config = configured(pictures, "promptkd", **{"teacher.backbone": str(teacher_run)})
+    method, result = train(config, tmp_path / "whole")
+    teacher = load_artefact(teacher_run)
+    torch.testing.assert_close(method.vectors, teacher.class_features(CLASSES))
+    assert result.teacher == str(teacher_run)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "stopped", [StopsAfter(4)])
+    train(config, tmp_path / "stopped", resume=True)
+    whole, resumed = prompts(tmp_path / "whole"), prompts(tmp_path / "stopped")
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole | resumed)
+    assert log(tmp_path / "whole") == log(tmp_path / "stopped")
+    assert whole["projection.0.weight"].shape == (teacher.backbone.embed_dim, method.backbone.embed_dim)
+    # Other names are asked of the teacher while it is there; the artefact does without it, for its own names.
+    x = images(method.backbone)
+    novel = method.predict(x, ("otter", "cat"))
+    expected = method.logits(method.encode_images(x), teacher.class_features(("otter", "cat")))
+    torch.testing.assert_close(novel, expected)
+    again = load_artefact(tmp_path / "whole")
+    assert torch.equal(again.predict(x, CLASSES), method.predict(x, CLASSES))
+    assert torch.equal(again.predict(x, CLASSES[::-1]), method.predict(x, CLASSES).flip(-1))
+    with pytest.raises(
+        DataError, match=r"^promptkd keeps its teacher's features of 3 classes, and has none of 'otter'"
+    ):
+        again.predict(x, ("otter", "cat"))
+    assert "transductive" in (tmp_path / "whole" / "README.md").read_text("utf-8")
+    with pytest.raises(ArtefactError, match="cannot export promptkd"):
+        export_classes(again, CLASSES, tmp_path / "x.safetensors")
+
+
+def test_promptkd_reads_no_labels(tiny: Backbone) -> None:
+    method, x = make(tiny, "promptkd", w=1.0, temperature=2.0), images(tiny)
+    p = torch.rand(6, 5, generator=torch.Generator().manual_seed(4)).softmax(-1)
+    found = method.losses(Batch(x, torch.full((6,), -1), teacher_probabilities=p))
+    q = (method(Batch(x, torch.full((6,), -1))).logits / 2).softmax(-1)
+    softer = p.sqrt() / p.sqrt().sum(-1, keepdim=True)
+    kl = (softer * (softer / q).log()).sum(-1)
+    torch.testing.assert_close(found["kd"], 4 * kl.mean() / 5)
+
+
+def test_promptkd_needs_two_images_in_a_batch(tiny: Backbone) -> None:
+    method, x = make(tiny, "promptkd"), images(tiny, 1)
+    with pytest.raises(DataError, match=r"normalises features over a batch.*\(data.batch_size\)$"):
+        method.losses(Batch(x, torch.zeros(1), teacher_probabilities=torch.ones(1, 5) / 5))
+    assert method.eval().predict(x, NAMES).isfinite().all()
+
+
+def test_transductive_runs_say_so(teacher_run: Path, pictures: Path) -> None:
+    asked = partial(Asked, "base-to-novel", data=[str(pictures)], seeds=[1], shots=[2], teacher=str(teacher_run))
+    (whole,) = plan(asked({"promptkd": ("promptkd", {})}))
+    assert (whole.name, whole.config.data.classes) == ("promptkd-transductive", "all")
+    (half,) = plan(asked({"promptkd": ("promptkd", {"setting": "inductive"})}))
+    assert (half.name, half.config.data.classes) == ("promptkd", "base")
+    assert [m.classes for m in whole.measurements] == ["base", "novel"]
+    with pytest.raises(ConfigError, match=r"^data.classes = base: .*\(allowed: all, or method.setting=inductive\)"):
+        build_config("promptkd", overrides={"data.classes": "base", "teacher.backbone": "x"})
+    config = build_config("promptkd", overrides={"data.classes": "base", "setting": "inductive"})
+    assert not config.options.transductive
+
+
+def test_a_teacher_without_class_features_leaves_the_students(tiny: Backbone) -> None:
+    method = make(tiny, "promptkd")
+    method.take_teacher(lambda names: None)
+    torch.testing.assert_close(method.class_features(NAMES), make(tiny, "zero_shot").class_features(NAMES))
+    assert method.class_features(("otter",)).shape == (1, tiny.embed_dim)

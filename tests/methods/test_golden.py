@@ -177,6 +177,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "promptot": family.check_promptot,
     "coprompt": family.check_coprompt,
     "fap": family.check_fap,
+    "promptkd": family.check_promptkd,
 }
 
 

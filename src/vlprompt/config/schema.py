@@ -336,6 +336,12 @@ def build_config(
         for key, value in (vars(options).items() if options else ())
         if key.startswith("init") and isinstance(value, str) and _is_place(value)
     ]
+    data = sections["data"]
+    if options and data and options.transductive and data.classes != "all":
+        problems.append(
+            f"data.classes = {data.classes}: under these options {cls.name} learns from images of all classes, "
+            "transductively (allowed: all, or method.setting=inductive)"
+        )
     if "teacher_probabilities" not in cls.needs and nested["teacher"].get("backbone") is None:
         given = [f"teacher.{key} = {_shown(value)}" for key, value in nested["teacher"].items() if value is not None]
         problems += [

@@ -19,6 +19,7 @@ from vlprompt.methods import (  # noqa: F401
     maple,
     mmrl,
     prograd,
+    promptkd,
     promptot,
     promptsrc,
     tcp,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Flag, auto
@@ -93,6 +93,11 @@ class MethodConfig:
     def can(self) -> Can:
         """What may be done with the method under these options; what it does not say is not done."""
         return Can(0)
+
+    @property
+    def transductive(self) -> bool:
+        """Whether it learns from unlabelled images of all classes, those too that it is tested on."""
+        return False
 
     def unused(self) -> dict[str, str]:
         """Options that have no effect, each with the option whose value makes it so."""
@@ -295,6 +300,9 @@ class Method(nn.Module):
             return batch.frozen_image_features
         assert batch.images is not None
         return self.encode_images(batch.images)
+
+    def take_teacher(self, class_vectors: Callable[[Sequence[str]], Tensor | None]) -> None:
+        """Before training, for what else it takes of a teacher: its class features [C, E'], None if it has none."""
 
     def names_of(self, classes: Tensor | slice) -> tuple[str, ...]:
         """The names of all classes, or of those given as indices [K]."""

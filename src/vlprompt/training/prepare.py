@@ -118,6 +118,8 @@ def prepare(
     name, bank = method.name, sources.bank
     if lacking := sorted(method.needs - PROVIDED - set(extra or {})):
         raise ConfigError(f"method '{name}' needs '{lacking[0]}' of every image, which nothing here provides")
+    if sources.teacher:
+        method.take_teacher(sources.teacher.class_vectors)
     if not method.trains:
         if bank:
             raise ConfigError(f"method '{name}' takes no training steps: it reads no region bank (data.bank)")

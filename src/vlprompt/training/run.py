@@ -333,6 +333,7 @@ def about(config: RunConfig, dataset: LoadedDataset, result: Result, history: Hi
     val = "no val split" if result.val_accuracy is None else f"{result.val_accuracy:.1f} %"
     return {
         "data set": f"{dataset.name} ({config.data.classes} classes)",
+        **({"setting": "transductive: unlabelled images of all classes"} if config.options.transductive else {}),
         "shots": config.data.shots or "all training images",
         "seed": config.seed,
         "epochs": f"{result.epochs} (kept: {history.best_epoch}, chosen on the val images)"
