@@ -9,9 +9,11 @@ import torch
 from tests.kit.cases import Case, Gold, Hyper, close, load_official, view
 from tests.kit.official import check_training, make, make_batch, sgd, step
 from vlprompt.backbones.attack import Pixels
+from vlprompt.backbones.backbone import unit
 from vlprompt.config.teacher import Teacher, Tuned
 from vlprompt.methods import Method, find_method
 from vlprompt.methods.base import total
+from vlprompt.methods.pouf import mutual_information, transport
 from vlprompt.methods.promptot import transport_plan
 
 
@@ -215,3 +217,47 @@ def ivlp_teacher(case: Case, gold: Gold) -> Teacher | None:
     model.name, model.fingerprint, model.method = "teacher", "", method.eval()
     model.preprocess = case.teacher.preprocess
     return Teacher(model, case.info["classnames"])
+
+
+def check_pouf(case: Case) -> None:
+    """Both losses on given features, their gradients, and official steps of the class features and the scale."""
+    gold, h, noise = Gold(case.tensors), Hyper(case), case.info.get("noise_sensitivity", {})
+    h.told("prompt_lr", "lr", "lr_gamma", "lr_decay")  # the case's rates are there for each step
+    weights = {"transport": h.get("trade_off", 1.0), "im": h.get("lambda_im", 0.3)}
+    assert not h.unread
+    given = {key: gold[key].clone().requires_grad_() for key in ("images", "text", "logit_scale")}
+
+    def terms() -> dict[str, torch.Tensor]:
+        cosines = unit(given["images"]) @ unit(given["text"]).T
+        logits = given["logit_scale"].exp() * cosines
+        gold.compare("sim", cosines, noise.get("sim", 3e-7)) if not per_step else None
+        gold.compare("logits", logits, noise.get("logits", 5e-5)) if not per_step else None
+        return {"transport": transport(logits, cosines), "im": mutual_information(logits)}
+
+    per_step: list[torch.Tensor] = []
+    found = terms()
+    losses = {**found, "total": sum(weights[term] * value for term, value in found.items())}
+    for term, value in losses.items():
+        key = "loss" if term == "total" else f"loss/{term}"
+        gold.compare(key, value, noise.get(key, 1e-6))
+        for name, g in zip(given, torch.autograd.grad(value, list(given.values()), retain_graph=True), strict=True):
+            rounding = noise.get(f"grad/{term}/{name} (rel. to max)", 1e-5)
+            if f"grad/{term}/{name}" in gold:
+                gold.compare(f"grad/{term}/{name}", g, rounding, gold[f"grad/{term}/{name}"].abs().max().item())
+    o, learned = case.info["optimizer"], [given["text"], given["logit_scale"]]
+    settings = {"momentum": o["momentum"], "weight_decay": o["weight_decay"], "nesterov": o["nesterov"]}
+    optimizer = torch.optim.SGD([{"params": [p]} for p in learned], 1.0, **settings)
+    for rates in gold["lr_per_step"]:
+        for group, rate in zip(optimizer.param_groups, rates.tolist(), strict=True):
+            group["lr"] = rate
+        optimizer.zero_grad()
+        found = terms()
+        loss = sum(weights[term] * value for term, value in found.items())
+        loss.backward()
+        optimizer.step()
+        per_step.append(loss)
+    gold.compare("loss_per_step", torch.stack(per_step), noise.get("loss_per_step", 1e-6))
+    for name, p in (("text", learned[0]), ("logit_scale", learned[1])):
+        move = (gold[f"after3/{name}"] - gold[f"init/{name}"]).abs().max().item()
+        gold.compare(f"after3/{name}", p, noise.get(f"after3/{name} (rel. to max move)", 1e-3), move)
+    assert gold.compared > 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from vlprompt.config.schema import build_config
 from vlprompt.data.descriptions import read_descriptions
 from vlprompt.errors import ArtefactError, ConfigError, DataError, Interrupted, VlpromptError
 from vlprompt.methods import METHODS, Batch, Method, find_method
+from vlprompt.methods.pouf import mutual_information, transport
 from vlprompt.methods.promptot import transport_plan
 from vlprompt.training.attack import Attack, attacked, find_attack
 from vlprompt.training.run import train
@@ -339,3 +341,40 @@ def test_a_teacher_without_class_features_leaves_the_students(tiny: Backbone) ->
     method.take_teacher(lambda names: None)
     torch.testing.assert_close(method.class_features(NAMES), make(tiny, "zero_shot").class_features(NAMES))
     assert method.class_features(("otter",)).shape == (1, tiny.embed_dim)
+
+
+# --- POUF -----------------------------------------------------------------------------------------
+
+
+def test_pouf_reads_no_labels_and_begins_as_zero_shot(tiny: Backbone) -> None:
+    x = images(tiny)
+    for learn in ("prompt", "head"):
+        method = make(tiny, "pouf", learn=learn)
+        there = [method.losses(Batch(x, labels)) for labels in (torch.arange(6) % 5, torch.full((6,), -1))]
+        assert there[0].keys() == {"transport", "im"}
+        torch.testing.assert_close(there[0], there[1], rtol=0, atol=0)
+    zero_shot = make(tiny, "zero_shot", template="a photo of a {}")
+    torch.testing.assert_close(method.predict(x, NAMES), zero_shot.predict(x, NAMES), rtol=1e-5, atol=1e-4)
+    assert sorted(n for n, _ in method.named_parameters()) == ["head", "log_scale"]
+    with pytest.raises(DataError, match=r"^pouf learned features of each of its classes"):
+        method.class_features(("otter",))
+
+
+def test_pouf_is_sure_of_each_and_even_over_all() -> None:
+    sure, even = 50 * torch.eye(4), torch.zeros(4, 4)
+    same = torch.zeros(4, 4)
+    same[:, 0] = 50
+    found = [mutual_information(logits).item() for logits in (sure, even, same)]
+    assert found == pytest.approx([-math.log(4), 0, 0], abs=1e-3)
+    near, far = torch.eye(4), 1 - torch.eye(4)
+    assert transport(100 * near, near) == pytest.approx(0, abs=1e-4)
+    assert transport(-100 * far, far) == pytest.approx(2, abs=1e-4)
+
+
+def test_nesterov_is_sgds(pictures: Path) -> None:
+    config = configured(pictures, "pouf")
+    assert config.optim.nesterov
+    with pytest.raises(ConfigError, match=r"^optim.nesterov = true: it is of sgd with a momentum"):
+        configured(pictures, "pouf", **{"optim.momentum": 0})
+    with pytest.raises(ConfigError, match=r"^optim.nesterov = true"):
+        configured(pictures, "coop", **{"optim.nesterov": True, "optim.name": "adamw"})

@@ -178,6 +178,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "coprompt": family.check_coprompt,
     "fap": family.check_fap,
     "promptkd": family.check_promptkd,
+    "pouf": family.check_pouf,
 }
 
 

@@ -308,8 +308,8 @@ def result_settings(config: RunConfig) -> dict[str, Any]:
     def last_part(path: str | None) -> str | None:
         return path and Path(path).expanduser().resolve().name
 
-    files = {key: last_part(getattr(data, key)) for key in ("split_file", "bank", "descriptions")}
-    data = replace(data, name=data_name(data.name), **files)
+    data = replace(data, name=data_name(data.name), split_file=last_part(data.split_file), bank=last_part(data.bank))
+    data = replace(data, descriptions=last_part(data.descriptions))
     named = replace(
         config, method=find_method(config.method).name, backbone=backbone_name(config.backbone), data=data,
         teacher=replace(config.teacher, backbone=teacher and backbone_name(teacher)),

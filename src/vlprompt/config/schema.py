@@ -142,6 +142,8 @@ class OptimConfig:
     """Learning rate after the warm-up."""
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
     """Momentum of SGD."""
+    nesterov: bool = False
+    """Whether it looks ahead (Nesterov's); of SGD."""
     weight_decay: Annotated[float, Ge(0), Le(1000)] = 5e-4
     """Weight decay; acts on prompts too, as in the official code."""
     warmup_epochs: Annotated[float, Ge(0), Le(1e6)] = 1
@@ -330,6 +332,8 @@ def build_config(
     problems += _template_for_all(nested, cls.Config)
     sections = {s: checked(c, nested[s], f"{s}.", problems) for s, c in SECTIONS.items()}
     options = checked(cls.Config, nested["method"], "method.", problems)
+    if (optim := sections["optim"]) and optim.nesterov and not (optim.name == "sgd" and optim.momentum):
+        problems.append("optim.nesterov = true: it is of sgd with a momentum (optim.name, optim.momentum)")
     top = _checked_top(top, problems)
     problems += [
         f"method.{key} = {value}: words are meant here, and this is a place; --from starts from a tuned model"

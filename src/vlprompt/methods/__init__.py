@@ -18,6 +18,7 @@ from vlprompt.methods import (  # noqa: F401
     linear_probe,
     maple,
     mmrl,
+    pouf,
     prograd,
     promptkd,
     promptot,

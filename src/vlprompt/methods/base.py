@@ -160,6 +160,8 @@ class Method(nn.Module):
     """Whether what it learns belongs to the template that it was trained with."""
     has_spread: ClassVar[bool] = False
     """Whether it says how sure it is of its probabilities: :meth:`spread`."""
+    reads_labels: ClassVar[bool] = True
+    """Whether training reads the images' labels, where no teacher stands in their place."""
     reads_descriptions: ClassVar[bool] = False
     """Whether training reads further texts of each class: ``descriptions``."""
 
