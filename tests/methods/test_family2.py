@@ -7,6 +7,7 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from shutil import copyfile
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from tests.kit.command import vlprompt
 from tests.kit.pictures import CLASSES
-from tests.kit.runs import StopsAfter, configured, log, prompts
+from tests.kit.runs import TEACHER, StopsAfter, arguments, configured, log, prompts
 from vlprompt.artefact.artefact import load_artefact
 from vlprompt.artefact.export import export_classes
 from vlprompt.backbones.attack import Pixels, pgd
@@ -378,3 +379,57 @@ def test_nesterov_is_sgds(pictures: Path) -> None:
         configured(pictures, "pouf", **{"optim.momentum": 0})
     with pytest.raises(ConfigError, match=r"^optim.nesterov = true"):
         configured(pictures, "coop", **{"optim.nesterov": True, "optim.name": "adamw"})
+
+
+# --- images without labels ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loose(pictures: Path, tmp_path: Path) -> Path:
+    """Seven pictures in one folder."""
+    folder = tmp_path / "loose"
+    folder.mkdir()
+    for i, file in enumerate(sorted((pictures / "train").rglob("*.png"))[:7]):
+        copyfile(file, folder / f"{i}.png")
+    (tmp_path / "names.txt").write_text("cat\ndog\nsea horse\n", "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("method", ["pouf", "kdpl_coop"])
+def test_a_folder_without_labels(method: str, loose: Path, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    given = arguments(method, loose, tmp_path / "run", "--class-names-file", str(names), "--epochs", "2")
+    done = vlprompt(*given, *(["--teacher", TEACHER] if method != "pouf" else []))
+    assert done.code == 0, done.err
+    assert "trained without labels" in done.err
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train_accuracy"] is None
+    assert load_artefact(tmp_path / "run").class_names == CLASSES
+    more = {"data.class_names_file": str(names)}
+    config = configured(loose, method, **more)
+    train(config, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "stopped", [StopsAfter(2)])
+    train(config, tmp_path / "stopped", resume=True)
+    whole, resumed = prompts(tmp_path / "whole"), prompts(tmp_path / "stopped")
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole | resumed)
+    (loose / "0.png").unlink()
+    with pytest.raises(ConfigError, match="no longer gives the images"):
+        train(config, tmp_path / "stopped", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("coop", {}, r"^data.class_names_file = .*: method 'coop' learns from labels, or"),
+        ("pouf", {"data.shots": 2}, r"^data.shots = 2: images without labels"),
+        ("pouf", {"data.classes": "base"}, r"^data.classes = base: images without labels"),
+        ("pouf", {"data.split_file": "x.json"}, r"^data.class_names_file = .*: the split file x.json has labels$"),
+    ],
+)
+def test_images_without_labels_have_no_classes(
+    method: str, changes: dict, message: str, loose: Path, tmp_path: Path
+) -> None:
+    config = configured(loose, method, **{"data.class_names_file": str(tmp_path / "names.txt"), **changes})
+    with pytest.raises(ConfigError, match=message):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -79,6 +79,8 @@ class DataConfig:
     """A long tail: images of the most frequent class to those of the rarest, fewer and fewer in between.
 
     With shots the classes are in their own order; else all training images count, and classes are ranked by them."""
+    class_names_file: Folder | None = None
+    """File of class names, one per line, where the data set is a folder of images without labels."""
     descriptions: Folder | None = None
     """JSON file of further texts of each class, name to list of texts, for methods that read them."""
     val_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
