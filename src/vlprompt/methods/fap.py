@@ -32,15 +32,16 @@ class ImageLed(nn.Module):
         super().__init__()
         check_image_prompts(backbone, depth)
         text, image = backbone.text_tower.config.width, backbone.image_tower.config.width
-        self.deep = nn.Parameter(INIT_STD * torch.randn(depth - 1, n_ctx, image))
+        self.deep = nn.Parameter(INIT_STD * torch.randn(depth - 1, n_ctx, image)) if depth > 1 else None
         maps = [nn.Linear(text, image), *(nn.Linear(image, text) for _ in range(depth - 1))]
         self.projections = nn.ModuleList(maps)
 
     def forward(self, context: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Text and visual prompts of each layer, [M, D] each, of a context [M, D text]."""
         first, *others = self.projections
-        text = [context, *(project(x) for project, x in zip(others, self.deep, strict=True))]
-        return text, [first(context), *self.deep]
+        deep = [] if self.deep is None else list(self.deep)
+        text = [context, *(project(x) for project, x in zip(others, deep, strict=True))]
+        return text, [first(context), *deep]
 
 
 @register("fap")
