@@ -125,6 +125,8 @@ def _images_trained_on(run: Path, split: Split) -> set[str]:
     """
     if not (run / "split.json").is_file() or not (run / "config.yaml").is_file():
         return set()
+    if read_config(run / "config.yaml").get("data.class_names_file"):
+        return set()  # it was trained on a folder without labels, which is never measured
     trained = {item.path for item in read_split(run / "split.json", split.root).train}
     if not trained <= {item.path for item in split.items("all")}:
         return set()

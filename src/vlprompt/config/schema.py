@@ -223,7 +223,7 @@ class RunConfig:
         """The same with whole paths, which are found from any folder."""
         data, teacher = self.data, self.teacher
         name = data.name if find_dataset(data.name) else _whole_path(data.name, data.name)
-        folders = {key: _whole_path(getattr(data, key)) for key in ("root", "split_file", "bank")}
+        folders = {key: _whole_path(getattr(data, key)) for key in FILES}
         names = _whole_path(teacher.class_names_file)
         return replace(
             self,
@@ -252,6 +252,9 @@ MOST = 1e9
 TOLD = 20
 """Problems that a message lists."""
 DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
+FILES = ("root", "split_file", "bank", "descriptions", "class_names_file")
+"""What of ``data`` is a place."""
 
 SECTIONS = {"data": DataConfig, "teacher": TeacherConfig, "optim": OptimConfig, "train": TrainConfig}
 
