@@ -90,7 +90,7 @@ def read_cases(folder: Path) -> list[Case]:
 
 def needed_texts(cases: list[Case]) -> set[str]:
     """Every text that a test of these cases tokenises: names, contexts, and both together in every template."""
-    names, contexts = set(), set(CONTEXTS)
+    names, contexts, whole = set(), set(CONTEXTS), set()
     templates = {template for ensemble in ENSEMBLES.values() for template in ensemble}
     for case in cases:
         info = case.info
@@ -100,9 +100,10 @@ def needed_texts(cases: list[Case]) -> set[str]:
         contexts |= {v.replace("_", " ") for k, v in hyper.items() if k.lower().startswith("ctx_init") and v}
         templates |= {v for k, v in hyper.items() if k.lower().endswith("template") and "{}" in v}
         templates |= {*info.get("templates", ()), *hyper.get("lasp_templates", ())}
+        whole |= {text for texts in (info.get("gpt_prompts") or {}).values() for text in texts}
     contexts |= {"X X"} | {f"X {context}" for context in contexts}  # placeholders of learned tokens without words
     sentences = {f"{context} {{}}." for context in contexts} | templates
-    return names | contexts | {sentence.format(name) for sentence in sentences for name in names}
+    return names | contexts | whole | {sentence.format(name) for sentence in sentences for name in names}
 
 
 def kept_ids(settings: Json, texts: list[str]) -> list[int]:

@@ -37,6 +37,9 @@ OFFICIAL_NAMES = [  # official name → (our parameter, index into it)
     (r"prompt_learner\.meta_net\.linear1\.(\w+)", "meta_net.0.{0}", None),
     (r"prompt_learner\.meta_net\.linear2\.(\w+)", "meta_net.2.{0}", None),
     (r"prompt_learner\.proj\.(\w+)", "coupled.projections.0.{0}", None),
+    (r"VPT_image_trans\.conv1\.(\d)\.(\w+)", "projection.{0}.{1}", None),
+    (r"adapter_(\w+)\.fc\.(\d)\.weight", "{0}_adapter.{1}.weight", None),
+    (r"prompt_learner\.compound_prompts_image\.(\d+)", "coupled.deep", "{0}"),
     (r"prompt_learner\.compound_prompts_text\.(\d+)", "context.deep", "{0}"),
     (r"prompt_learner\.compound_prompt_projections\.(\d+)\.(\w+)", "coupled.projections.{0+1}.{1}", None),
 ]

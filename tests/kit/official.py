@@ -23,6 +23,9 @@ from vlprompt.prompting.text import class_tokens, fill
 Options = Callable[[Hyper], dict[str, Any]]
 """Our options for a case's hyper-parameters; ``template`` may also be the data set's."""
 
+Prepare = Callable[[Method, Case, Gold], None]
+"""Gives a method the case's random numbers, and what comes with no batch."""
+
 TYPICAL = {
     "loss": 1e-6, "logits": 2e-5, "eval_logits_init": 2e-5, "eval_logits_after3": 1e-3, "novel_eval_logits": 1e-3,
     "grad_max_rel": 5e-6, "after3_max_rel_to_move": 1e-4,
@@ -40,11 +43,13 @@ def make(case: Case, options: Options, h: Hyper) -> Method:
     return cls(case.backbone, case.info["classnames"], cls.Config(**given), **of_data_set)
 
 
-def make_batch(method: Method, images: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> Batch:
+def make_batch(method: Method, images: Tensor, labels: Tensor, given: Mapping[str, Tensor] | None = None) -> Batch:
     """The case's images and what the method needs beside them."""
+    given = given or {}
     frozen = method.backbone.encode_images(images) if "frozen_image_features" in method.needs else None
     if "teacher_probabilities" not in method.needs:
-        return Batch(images, labels.long(), frozen)
+        return Batch(images, labels.long(), frozen, second_view=given.get("images2"))
+    teacher_logits = given.get("teacher_logits")
     assert teacher_logits is not None
     # The labels are not used, so no value of theirs may matter.
     return Batch(images, torch.full_like(labels.long(), -1), frozen, teacher_logits.softmax(-1))
@@ -81,20 +86,21 @@ def reported(method: Method, losses: dict[str, Tensor]) -> Tensor:
     return losses["ce"] if method.name == "prograd" else total(losses)
 
 
-def check_training(case: Case, options: Options) -> None:
-    """Features, logits, loss terms and gradients of the first step, and where the steps lead."""
+def check_training(case: Case, options: Options, prepare: Prepare = lambda *_: None) -> Method:
+    """Features, logits, loss terms and gradients of the first step, and where the steps lead; the method at the end."""
     info, gold, h = case.info, Gold(case.tensors), Hyper(case)
     noise = TYPICAL | info.get("noise_sensitivity", {})
     k_max = h.get("k_max")
     h.told("class_agnostic", "prec")  # a dictionary of classes is `classnames`; half precision would show
     method = make(case, options, h)
-    batch = make_batch(method, gold["images"], gold["labels"], gold.get("teacher_logits"))
+    names = load_official(method, gold, "init/")
+    prepare(method, case, gold)
+    batch = make_batch(method, gold["images"], gold["labels"], gold)
     chosen = gold.get("selected_classes")
     batch = batch.comparing(k_max if chosen is None else len(chosen))
     if chosen is not None:
         assert torch.arange(len(method.class_names))[batch.compared].tolist() == chosen.tolist()
         assert k_max is None or len(chosen) == min(k_max, len(method.class_names))
-    names = load_official(method, gold, "init/")
     class_names = info["classnames"]
 
     gold.compare("eval_logits_init", eval_logits(method, batch.images, class_names), noise["eval_logits_init"])
@@ -115,6 +121,7 @@ def check_training(case: Case, options: Options) -> None:
         novel = eval_logits(method, batch.images, info["novel_classnames"])
         gold.compare("novel_eval_logits", novel, noise["novel_eval_logits"])
     assert gold.compared, "the case gives nothing to compare"
+    return method
 
 
 def check_text_features(t: Tensor, gold: Gold) -> Tensor | slice:
@@ -232,6 +239,8 @@ def check_frozen(
     ours = {
         "text_features": single,
         "text_features_normalized": single,
+        "text_features_first_template_normalized": single,
+        "image_features_normalized": v0,
         "fixed_text_embeddings": many,
         "zero_shot_image_features_normalized": v0,
         "zero_shot_logits": b.logits(v0, many if "promptsrc" in method.name else single).T,

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kit import drople
+from tests.kit import drople, family
 from tests.kit.cases import FOLDERS, Case, Gold, Hyper, close, find_cases, load_official, view
 from tests.kit.official import (
     Options,
@@ -175,6 +175,11 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "zeroshot": check_zero_shot,
     "promptsrc": check_promptsrc,
     "drople": drople.check,
+    "promptot": family.check_promptot,
+    "coprompt": family.check_coprompt,
+    "fap": family.check_fap,
+    "promptkd": family.check_promptkd,
+    "pouf": family.check_pouf,
 }
 
 

@@ -173,7 +173,7 @@ def plan(asked: Asked) -> list[Run]:
             for shots in asked.shots or protocol.shots:
                 for seed in asked.seeds:
                     config = _configure(asked, protocol, method, settings, data, shots, seed)
-                    run = Run(asked.protocol, name, config, measurements)
+                    run = Run(asked.protocol, row_name(name, config), config, measurements)
                     if run.folder in runs:
                         raise ConfigError(f"two runs would be {run.folder}: data sets, seeds and shots are given once")
                     runs[run.folder] = run
@@ -208,13 +208,22 @@ def _configure(
     preset = own.pop("preset", next((p for p in closest if p in cls.presets), None))
     decided = {"data.name": data, "data.classes": protocol.train, "data.shots": shots, "seed": seed}
     taught = {"teacher.backbone": asked.teacher} if asked.teacher and "teacher_probabilities" in cls.needs else {}
-    config = build_config(method, preset, overrides={**protocol.settings, **decided, **taught, **asked.settings, **own})
+    given = {**protocol.settings, **taught, **asked.settings, **own}
+    if build_config(method, preset, overrides={**given, "data.classes": "all"}).options.transductive:
+        decided["data.classes"] = "all"
+    config = build_config(method, preset, overrides={**decided, **given})
     flat = config.flat()
     for key, value in decided.items():
         if flat[key] != value:
             raise ConfigError(f"{key} = {flat[key]}: the protocol and what is asked of bench decide it ({value})")
     teacher_name(config)
     return config
+
+
+def row_name(name: str, config: RunConfig) -> str:
+    """A row as tables print it: it says so where a method learns from images of the classes that it is tested on."""
+    mark = "-transductive"
+    return name + mark if config.options.transductive and mark not in name else name
 
 
 def rows_of_methods(methods: Sequence[str]) -> Rows:
@@ -300,6 +309,7 @@ def result_settings(config: RunConfig) -> dict[str, Any]:
         return path and Path(path).expanduser().resolve().name
 
     data = replace(data, name=data_name(data.name), split_file=last_part(data.split_file), bank=last_part(data.bank))
+    data = replace(data, descriptions=last_part(data.descriptions))
     named = replace(
         config, method=find_method(config.method).name, backbone=backbone_name(config.backbone), data=data,
         teacher=replace(config.teacher, backbone=teacher and backbone_name(teacher)),

@@ -18,7 +18,8 @@ from vlprompt.data.splits import Classes, Split, find_classes, read_split
 from vlprompt.documents import csv_cell, csv_path
 from vlprompt.errors import DataError, first_few, printable
 from vlprompt.methods import Method
-from vlprompt.training.evaluate import Evaluation, EvaluationImages, predict_logits, score
+from vlprompt.training.attack import Attack, AttackedImages
+from vlprompt.training.evaluate import Evaluation, EvaluationImages, evaluate, predict_logits, score
 
 Say = Callable[[str], object]
 
@@ -34,6 +35,7 @@ class Asked:
     split: str | None
     among: Literal["model", "folder"] | None
     skip_bad: bool
+    attack: Attack | None = None
 
     def dataset(self) -> LoadedDataset:
         """Its data set; raises DataError if there are no such images."""
@@ -59,10 +61,14 @@ class Measured:
     class_names: tuple[str, ...]
     """Those of the images; they may be scored among more."""
     skipped: int
+    robust: Evaluation | None = None
+    """Under the attack that was asked for."""
 
     def to_dict(self) -> dict[str, Any]:
         """What ``--json`` prints: the evaluation with its metrics, and what it was made on."""
         figures = {**self.result.to_dict(), **self.result.metrics(), "confusion": self.result.confusion}
+        if self.robust:
+            figures |= {"attack": vars(self.asked.attack), "robust_accuracy": self.robust.accuracy}
         return {**figures, "split": self.split, "among": self.among, "skipped": self.skipped}
 
 
@@ -87,9 +93,11 @@ def measure(method: Method, run: Path, asked: Asked, dataset: LoadedDataset, rea
     logits = predict_logits(method, images, names)
     for note in reader.range_notes():
         say(note)
+    attacked = AttackedImages(images, asked.attack, names) if asked.attack else None
+    robust = evaluate(method, attacked, names) if attacked else None
     return Measured(
         score(logits, images.labels, names), [paths[i] for i in kept], images.labels.tolist(), logits, asked, split,
-        among, chosen.class_names, len(paths) - len(kept),
+        among, chosen.class_names, len(paths) - len(kept), robust,
     )  # fmt: skip
 
 
@@ -117,6 +125,8 @@ def _images_trained_on(run: Path, split: Split) -> set[str]:
     """
     if not (run / "split.json").is_file() or not (run / "config.yaml").is_file():
         return set()
+    if read_config(run / "config.yaml").get("data.class_names_file"):
+        return set()  # it was trained on a folder without labels, which is never measured
     trained = {item.path for item in read_split(run / "split.json", split.root).train}
     if not trained <= {item.path for item in split.items("all")}:
         return set()
@@ -174,7 +184,8 @@ def summary(measured: Measured) -> str:
     images = "images" if measured.split == "all" else f"{measured.split} images"
     among = f", among {model} of the model" if model > n else ""
     last = f"accuracy {result.accuracy:.2f} % on {result.n} {images} of {n} classes ({measured.asked.classes}){among}"
-    return "\n".join([*lines, f"{last}; calibration error {result.calibration_error:.3f}"])
+    under = [f"accuracy {measured.robust.accuracy:.2f} % under {measured.asked.attack}"] if measured.robust else []
+    return "\n".join([*lines, f"{last}; calibration error {result.calibration_error:.3f}", *under])
 
 
 def per_image(measured: Measured) -> str:

@@ -12,10 +12,13 @@ from vlprompt.cli.options import (
     DATA,
     MODEL,
     OUTPUT,
+    AttackName,
+    AttackSteps,
     ClassNames,
     ClassNamesFile,
     Data,
     Device,
+    Eps,
     Json,
     MaxPixels,
     OtherBackbone,
@@ -58,6 +61,9 @@ def evaluate(
     backbone: OtherBackbone = None,
     device: Device = "cpu",
     precision: Precision = "fp32",
+    attack: AttackName = None,
+    eps: Eps = None,
+    attack_steps: AttackSteps = None,
     json_output: Json = False,
     csv: Annotated[
         bool, typer.Option("--csv", help="Print image,truth,prediction,probability rows.", rich_help_panel=OUTPUT)
@@ -65,15 +71,18 @@ def evaluate(
 ) -> None:
     """Measure a tuned model's accuracy and calibration on a data set's images and class names.
 
-    A folder or CSV file that names no train, val and test images is measured whole, unless RUN was trained on it.
+    A folder or CSV file that names no train, val and test images is measured whole, unless RUN was trained on it. With
+    --attack also how many images are still told right after each pixel may have changed by EPS.
     """
     from vlprompt.artefact.hub import load_model
     from vlprompt.cli.evaluate import Asked, measure, per_image, summary
     from vlprompt.data.reading import CACHE_BYTES, ImageReader
+    from vlprompt.training.attack import find_attack
 
     if json_output and csv:
         raise ConfigError("--json and --csv exclude each other")
-    asked = Asked(data, root, split_file, classes, split, among, skip_bad)
+    under = find_attack(attack, eps, attack_steps)
+    asked = Asked(data, root, split_file, classes, split, among, skip_bad, under)
     images = asked.dataset()  # before the model is loaded, which takes longer
     method, folder = load_model(run, backbone, device, precision)
     room = CACHE_BYTES if skip_bad else 0

@@ -47,6 +47,14 @@ OtherBackbone = Annotated[
 ]
 ClassNames = Annotated[str | None, typer.Option(help="Other classes, separated by commas.", rich_help_panel=DATA)]
 ClassNamesFile = Annotated[Path | None, typer.Option(help="File of other classes, one per line.", rich_help_panel=DATA)]
+AttackName = Annotated[
+    str | None,
+    typer.Option("--attack", metavar="pgd", help="Also measure accuracy under this attack.", rich_help_panel=OUTPUT),
+]
+Eps = Annotated[
+    str | None, typer.Option(help="How far an attack may change a pixel of 0 to 1.", rich_help_panel=OUTPUT)
+]
+AttackSteps = Annotated[int | None, typer.Option(help="Steps of an attack.", rich_help_panel=OUTPUT)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.", rich_help_panel=OUTPUT)]
 
 # Of `train`, where nothing is given for what the configuration decides; other commands take some of them.
@@ -63,6 +71,8 @@ Imbalance = Annotated[float, configured("data.imbalance", DATA)]
 AllowFewer = Annotated[bool, configured("data.allow_fewer", DATA, "--allow-fewer")]
 WhichClasses = Annotated[Classes, configured("data.classes", DATA)]
 TrainClasses = Annotated[Classes | None, configured("data.classes", DATA)]
+TrainClassNamesFile = Annotated[Path | None, configured("data.class_names_file", DATA)]
+Descriptions = Annotated[Path | None, configured("data.descriptions", DATA)]
 ValFraction = Annotated[float | None, configured("data.val_fraction", DATA)]
 DrawSeed = Annotated[int, typer.Option("--seed", help="Decides which few images --shots draws.", rich_help_panel=DATA)]
 TrainBackbone = Annotated[str | None, configured("backbone", MODEL)]

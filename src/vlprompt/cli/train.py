@@ -12,6 +12,7 @@ import typer
 from vlprompt.cli.options import (
     AllowFewer,
     ConfigFile,
+    Descriptions,
     DryRun,
     Epochs,
     Json,
@@ -31,6 +32,7 @@ from vlprompt.cli.options import (
     TrainBackbone,
     TrainBank,
     TrainClasses,
+    TrainClassNamesFile,
     TrainData,
     TrainDevice,
     TrainPrecision,
@@ -60,6 +62,8 @@ def train(
     allow_fewer: AllowFewer = False,
     classes: TrainClasses = None,
     split_file: SplitFile = None,
+    class_names_file: TrainClassNamesFile = None,
+    descriptions: Descriptions = None,
     val_fraction: ValFraction = None,
     skip_bad: SkipBad = False,
     bank: TrainBank = None,
@@ -94,6 +98,8 @@ def train(
         "data.name": data,
         "data.root": root and str(root),
         "data.split_file": split_file and str(split_file),
+        "data.class_names_file": class_names_file and str(class_names_file),
+        "data.descriptions": descriptions and str(descriptions),
         "data.val_fraction": val_fraction,
         "data.allow_fewer": allow_fewer or None,
         "data.skip_bad": skip_bad or None,
@@ -154,4 +160,5 @@ def _train(config: RunConfig, out: Path, json_output: bool, resume: bool = False
         print(json.dumps(vars(result)))
         return
     val = "" if result.val_accuracy is None else f", val {result.val_accuracy:.1f} %"
-    say(f"train {result.train_accuracy:.1f} %{val} in {result.seconds:.0f} s; saved in {result.run}")
+    on_train = "trained without labels" if result.train_accuracy is None else f"train {result.train_accuracy:.1f} %"
+    say(f"{on_train}{val} in {result.seconds:.0f} s; saved in {result.run}")

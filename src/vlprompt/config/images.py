@@ -13,7 +13,7 @@ from vlprompt.data.images import ImageSource
 from vlprompt.data.known.table import find_dataset
 from vlprompt.data.reading import ImageReader, name_skipped, unusable_error
 from vlprompt.data.splits import PARTS, Split, repeated
-from vlprompt.errors import DataError, first_few
+from vlprompt.errors import ConfigError, DataError, first_few
 
 
 class Choice(Protocol):
@@ -36,6 +36,12 @@ def run_split(config: Choice, dataset: LoadedDataset, unreadable: Collection[Pat
     that the seed would have drawn. Raises DataError if a class has no training images, or too few.
     """
     data = config.data
+    if dataset.split.unlabelled:
+        default = DataConfig()
+        for key in ("classes", "shots", "imbalance", "val_fraction"):
+            if (value := getattr(data, key)) != getattr(default, key):
+                raise ConfigError(f"data.{key} = {value}: images without labels (data.class_names_file) are all used")
+        return dataset.split.without(unreadable)
     split = dataset.split.subset(data.classes)
     if not split.train:
         raise DataError(f"data set '{dataset.name}' has no training images")

@@ -79,6 +79,10 @@ class DataConfig:
     """A long tail: images of the most frequent class to those of the rarest, fewer and fewer in between.
 
     With shots the classes are in their own order; else all training images count, and classes are ranked by them."""
+    class_names_file: Folder | None = None
+    """File of class names, one per line, where the data set is a folder of images without labels."""
+    descriptions: Folder | None = None
+    """JSON file of further texts of each class, name to list of texts, for methods that read them."""
     val_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Share of each class's training images that becomes val before shots are drawn, where there is no val split."""
     classes: Classes = "all"
@@ -143,6 +147,8 @@ class OptimConfig:
     """Learning rate after the warm-up."""
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
     """Momentum of SGD."""
+    nesterov: bool = False
+    """Whether it looks ahead (Nesterov's); of SGD."""
     weight_decay: Annotated[float, Ge(0), Le(1000)] = 5e-4
     """Weight decay; acts on prompts too, as in the official code."""
     warmup_epochs: Annotated[float, Ge(0), Le(1e6)] = 1
@@ -226,7 +232,7 @@ class RunConfig:
         """The same with whole paths, which are found from any folder."""
         data, teacher = self.data, self.teacher
         name = data.name if find_dataset(data.name) else _whole_path(data.name, data.name)
-        folders = {key: _whole_path(getattr(data, key)) for key in ("root", "split_file", "bank")}
+        folders = {key: _whole_path(getattr(data, key)) for key in FILES}
         names = _whole_path(teacher.class_names_file)
         return replace(
             self,
@@ -255,6 +261,9 @@ MOST = 1e9
 TOLD = 20
 """Problems that a message lists."""
 DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
+FILES = ("root", "split_file", "bank", "descriptions", "class_names_file")
+"""What of ``data`` is a place."""
 
 SECTIONS = {"data": DataConfig, "teacher": TeacherConfig, "optim": OptimConfig, "train": TrainConfig}
 
@@ -337,12 +346,20 @@ def build_config(
     problems += _template_for_all(nested, cls.Config)
     sections = {s: checked(c, nested[s], f"{s}.", problems) for s, c in SECTIONS.items()}
     options = checked(cls.Config, nested["method"], "method.", problems)
+    if (optim := sections["optim"]) and optim.nesterov and not (optim.name == "sgd" and optim.momentum):
+        problems.append("optim.nesterov = true: it is of sgd with a momentum (optim.name, optim.momentum)")
     top = _checked_top(top, problems)
     problems += [
         f"method.{key} = {value}: words are meant here, and this is a place; --from starts from a tuned model"
         for key, value in (vars(options).items() if options else ())
         if key.startswith("init") and isinstance(value, str) and _is_place(value)
     ]
+    data = sections["data"]
+    if options and data and options.transductive and data.classes != "all":
+        problems.append(
+            f"data.classes = {data.classes}: under these options {cls.name} learns from images of all classes, "
+            "transductively (allowed: all, or method.setting=inductive)"
+        )
     if "teacher_probabilities" not in cls.needs and nested["teacher"].get("backbone") is None:
         given = [f"teacher.{key} = {_shown(value)}" for key, value in nested["teacher"].items() if value is not None]
         problems += [

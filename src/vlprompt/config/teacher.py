@@ -155,6 +155,23 @@ class Teacher:
         """SHA-256 over what decides the probabilities."""
 
     @torch.no_grad()
+    def class_vectors(self, class_names: Sequence[str]) -> Tensor | None:
+        """Normalised features [C, E] of classes in its own space; None of what classifies by other means.
+
+        Raises ConfigError for a tuned model whose class features depend on the image, or are several of each class.
+        """
+        if isinstance(self.model, Tuned):
+            method = self.model.method
+            if method.image_dependent or (found := method.class_features(tuple(class_names))).ndim != 2:
+                raise ConfigError(f"teacher.backbone = {self.name}: {method.name} has no class features of its own")
+            return found
+        if isinstance(self.model, Lite0):
+            return self.model.encode_texts(fill(self.template, class_names))
+        if isinstance(self.model, Backbone):
+            return frozen_class_features(self.model, class_names, [self.template])
+        return None
+
+    @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
         """Of images [B, 3, S, S], preprocessed for its model: [B, C]."""
         if isinstance(self.model, Backbone | Lite0):

@@ -6,10 +6,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlprompt.data.files import LeftOut, missing_error, same_files
+from vlprompt.data.files import LeftOut, image_files, missing_error, same_files
 from vlprompt.data.folders import from_csv, from_folder
 from vlprompt.data.known.table import DATASETS, DEFAULT_TEMPLATE, Dataset, find_dataset
-from vlprompt.data.splits import PARTS, Classes, Split, read_split
+from vlprompt.data.splits import PARTS, Classes, Item, Split, in_order, names_in_file, read_split
 from vlprompt.errors import ConfigError, DataError, first_few, unknown
 
 
@@ -44,6 +44,8 @@ class LoadedDataset:
 
         Empty if there is nothing to say.
         """
+        if self.split.unlabelled:
+            return ""
         split = self.split.subset(classes)
         if len(split.class_names) == 1:
             return f"note: there is only one class, '{split.class_names[0]}': every answer is right"
@@ -59,6 +61,7 @@ def load_dataset(
     data: str | os.PathLike[str],
     root: str | os.PathLike[str] | None = None,
     split_file: str | os.PathLike[str] | None = None,
+    class_names_file: str | os.PathLike[str] | None = None,
     *,
     least: int = 2,
 ) -> LoadedDataset:
@@ -72,9 +75,14 @@ def load_dataset(
     set's own classes and parts. A run's file holds the classes of that run only. One's own images are of at least
     ``least`` classes: of one alone only where a model knows others.
 
+    With ``class_names_file``, ``data`` is a folder of images that nobody has labelled, and the file names the classes
+    that they are of, one a line.
+
     Raises DataError for what does not exist, naming the path looked for or the nearest name: all images of a split must
     be there. A known data set's training and test images must be of the same classes, those of ``split_file`` too.
     """
+    if class_names_file is not None:
+        return _unlabelled(Path(os.path.expanduser(data)), Path(os.path.expanduser(class_names_file)), split_file)
     data, file = os.fspath(data), None if split_file is None else Path(os.path.expanduser(split_file))
     if dataset := find_dataset(data):
         here = f"for the folder of that name here write ./{data}" if os.path.isdir(data) else ""
@@ -112,6 +120,20 @@ def load_dataset(
     else:
         reason = unknown("data set", data.lower(), DATASETS)
     raise DataError(f"{reason}; a folder of class folders or a .csv file of path,label is accepted too")
+
+
+def _unlabelled(folder: Path, file: Path, split_file: str | os.PathLike[str] | None) -> LoadedDataset:
+    """All images in a folder, at any depth."""
+    names, left_out = names_in_file(file), LeftOut()
+    if split_file is not None:
+        raise ConfigError(f"data.class_names_file = {file}: the split file {split_file} has labels")
+    if not os.path.isdir(folder):
+        raise missing_error("folder", folder)
+    items = [Item(path.relative_to(folder).as_posix(), -1) for path in image_files(folder, left_out)]
+    if not items:
+        raise DataError(f"folder {folder} holds no images")
+    split = Split(folder, names, in_order(items))
+    return LoadedDataset(folder.resolve().name, split, DEFAULT_TEMPLATE, left_out.notes(folder))
 
 
 def known_folder(dataset: Dataset, root: str | os.PathLike[str] | None) -> Path:

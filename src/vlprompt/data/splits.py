@@ -35,7 +35,7 @@ class Item:
     path: str
     """Relative to the split's root, with forward slashes; the image's name in few-shot draws."""
     label: int
-    """Index into the split's class names."""
+    """Index into the split's class names; −1 where nobody has labelled it."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ class Split:
     def labels(self, part: str) -> list[int]:
         """The part's labels, in the order of ``items``."""
         return [item.label for item in self.items(part)]
+
+    @property
+    def unlabelled(self) -> bool:
+        """Whether nothing says which class an image belongs to."""
+        return any(item.label < 0 for item in self.train)
 
     def without(self, paths: Collection[Path]) -> Split:
         """Leave out the images that lie at these paths, from every part."""
@@ -323,8 +328,16 @@ def repeated(class_names: Sequence[str]) -> list[str]:
 
 def write_split(split: Split, file: str | os.PathLike[str]) -> None:
     """Write a split file in CoOp's format, one image a line; a reader sees the old file or the whole new."""
+    write_atomically(Path(file), split_text(split))
+
+
+def split_text(split: Split) -> str:
+    """What :func:`write_split` writes; of unlabelled images their names, and those of the classes."""
+    if split.unlabelled:
+        content = {"class_names": split.class_names, "unlabelled": [item.path for item in split.train]}
+        return json.dumps(content, indent=1) + "\n"
     parts = []
     for part in PARTS:
         rows = [[item.path, item.label, split.class_names[item.label]] for item in split.items(part)]
         parts.append(f'"{part}": [' + ",".join(f"\n{json.dumps(row)}" for row in rows) + "\n]")
-    write_atomically(Path(file), "{" + ",\n".join(parts) + "}\n")
+    return "{" + ",\n".join(parts) + "}\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Flag, auto
@@ -96,6 +96,11 @@ class MethodConfig:
         """What may be done with the method under these options; what it does not say is not done."""
         return Can(0)
 
+    @property
+    def transductive(self) -> bool:
+        """Whether it learns from unlabelled images of all classes, those too that it is tested on."""
+        return False
+
     def unused(self) -> dict[str, str]:
         """Options that have no effect, each with the option whose value makes it so."""
         return {}
@@ -183,11 +188,17 @@ class Method(nn.Module):
     """Training images of a class, on average, once training is prepared."""
     log_prior: Tensor | None = None
     """What training adds to the logits, [C]: logit adjustment (Menon et al., ICLR 2021)."""
+    reads_labels: ClassVar[bool] = True
+    """Whether training reads the images' labels, where no teacher stands in their place."""
+    reads_descriptions: ClassVar[bool] = False
+    """Whether training reads further texts of each class: ``descriptions``."""
 
     white: float | None = None
     """Value that is white in the deep greys of the images that it was tuned on; the largest of 16 bits if not given."""
     reads_template: ClassVar[bool] = True
     """Whether it reads class names in the data set's template; learned text contexts stand in its place."""
+    descriptions: Mapping[str, Sequence[str]] | None = None
+    """Texts of each of its classes, if any were given; read in training alone."""
     text_chunk: int | None = None
     """Classes whose texts are encoded at once, to need less memory; all if not given."""
 
@@ -226,7 +237,7 @@ class Method(nn.Module):
     def encode_images(self, images: Tensor) -> Tensor:
         """Normalised features of images [B, 3, S, S] with the method's visual prompts: [B, E]."""
         prompts = self.visual_prompts()
-        if prompts is None:
+        if prompts is None and not images.requires_grad:  # as an attack on the image asks for
             return self.backbone.encode_images(images)
         return unit(self.backbone.image_tower(images.to(self.backbone.device), prompts))
 
@@ -335,6 +346,9 @@ class Method(nn.Module):
             return self.encode_pooled(batch.extra["pooled"])
         assert batch.images is not None
         return self.encode_images(batch.images)
+
+    def take_teacher(self, class_vectors: Callable[[Sequence[str]], Tensor | None]) -> None:
+        """Before training, for what else it takes of a teacher: its class features [C, E'], None if it has none."""
 
     def names_of(self, classes: Tensor | slice) -> tuple[str, ...]:
         """The names of all classes, or of those given as indices [K]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from vlprompt.bank.views import BankViews
 from vlprompt.config.schema import RunConfig
 from vlprompt.config.teacher import Classifier, Teacher, find_teacher
 from vlprompt.data.batches import TrainingViews, evaluation_batches
+from vlprompt.data.descriptions import read_descriptions
 from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
 from vlprompt.errors import ConfigError
@@ -77,6 +79,25 @@ def build(config: RunConfig, sources: Sources, backbone: Backbone, template: str
     return method.to(backbone.device)
 
 
+def describe(method: Method, config: RunConfig, known: Sequence[str], say: Callable[[str], None]) -> None:
+    """Give a method that reads them the descriptions of its classes, all of which can be encoded.
+
+    ``known`` are the data set's classes, of which a run may have some. Raises ConfigError for a method that reads none.
+    """
+    file = config.data.descriptions
+    if not method.reads_descriptions:
+        if file:
+            raise ConfigError(f"data.descriptions = {file}: method '{method.name}' reads no descriptions")
+        return
+    if file is None:
+        say(
+            f"{method.name} has no class descriptions (data.descriptions), and reads '{method.template}' in their place"
+        )
+        return
+    method.descriptions = read_descriptions(Path(file), method.class_names, known, say)
+    method.backbone.encode_texts([text for texts in method.descriptions.values() for text in texts])
+
+
 def prepare(
     config: RunConfig,
     sources: Sources,
@@ -102,6 +123,8 @@ def prepare(
         raise ConfigError(f"method '{name}' needs '{lacking[0]}' of every image, which nothing here provides")
     method.images_per_class = len(labels) / len(method.class_names)
     _set_prior(config, method, torch.tensor(labels))
+    if sources.teacher:
+        method.take_teacher(sources.teacher.class_vectors)
     if not method.trains:
         if config.data.balanced:
             raise ConfigError(f"method '{name}' takes no training steps: it draws no images (data.balanced)")

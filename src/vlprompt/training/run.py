@@ -26,7 +26,7 @@ from vlprompt.config.images import choose_images, image_notes
 from vlprompt.config.schema import DataConfig, RunConfig, build_config, read_config
 from vlprompt.data.datasets import LoadedDataset, check_outside, load_dataset
 from vlprompt.data.reading import ImageReader
-from vlprompt.data.splits import Split, read_split, write_split
+from vlprompt.data.splits import Split, read_split, split_text, write_split
 from vlprompt.documents import write_sealed
 from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError
 from vlprompt.files import held, in_use, write_atomically, write_error
@@ -39,7 +39,7 @@ from vlprompt.training.distributed import Processes, join_processes
 from vlprompt.training.evaluate import EvaluationImages, evaluate
 from vlprompt.training.interrupt import deferred_interrupt
 from vlprompt.training.loop import Training
-from vlprompt.training.prepare import Sources, build, find_sources, finish, fit_features, prepare
+from vlprompt.training.prepare import Sources, build, describe, find_sources, finish, fit_features, prepare
 from vlprompt.training.watchers import Watcher, find_service
 from vlprompt.version import __version__
 
@@ -53,8 +53,8 @@ class Result:
 
     run: str
     epochs: int
-    train_accuracy: float
-    """Percent, on the whole training images."""
+    train_accuracy: float | None
+    """Percent, on the whole training images; None where they have no labels."""
     val_accuracy: float | None
     """Percent; None where there is no val split."""
     trainable_parameters: int
@@ -94,7 +94,7 @@ def train(
         if not processes.first:
             watchers, say = (), lambda text: None
         with processes.first_alone():
-            dataset = _resumed_dataset(config, out) if resume else load_dataset(data.name, data.root, data.split_file)
+            dataset = _resumed_dataset(config, out) if resume else load_data(config)
             if not resume:
                 check_outside(out, dataset)
             split, skipped = choose_images(config, dataset, reader, say)
@@ -103,6 +103,7 @@ def train(
             sources = find_sources(config, split.class_names, template, backbone)
         method = build(config, sources, backbone, template, split.class_names)
         method.white = reader.white
+        describe(method, config, dataset.split.class_names, say)
         images, val = (images_of(split.paths(part), split.labels(part), reader=reader) for part in ("train", "val"))
 
         def val_accuracy() -> float | None:
@@ -155,7 +156,7 @@ def train(
                 write_atomically(out / "log.jsonl", "")
             method.eval()
             kept = history.kept["val_accuracy"] if history.kept and not chosen else val_accuracy()
-            train_accuracy = evaluate(method, images, split.class_names).accuracy
+            train_accuracy = None if split.unlabelled else evaluate(method, images, split.class_names).accuracy
             trainable = sum(p.numel() for p in method.learned())
             seconds = time.monotonic() - began + history.earlier
             taught_by = config.teacher.backbone or sources.taught_by if config.taught else None
@@ -253,9 +254,21 @@ def _only_warm_up(config: RunConfig) -> list[str]:
     ] * (epochs <= optim.warmup_epochs)
 
 
+def load_data(config: RunConfig) -> LoadedDataset:
+    """The configured data set; raises ConfigError for images without labels where labels are what is learned from."""
+    data, method = config.data, find_method(config.method)
+    reads = (method.reads_labels and not config.taught) or method.fit_features is not Method.fit_features or data.bank
+    if data.class_names_file and reads:
+        raise ConfigError(
+            f"data.class_names_file = {data.class_names_file}: method '{method.name}' learns from labels, or "
+            "those of a bank (allowed: a method that reads none, or one with --teacher)"
+        )
+    return load_dataset(data.name, data.root, data.split_file, data.class_names_file)
+
+
 def _resumed_dataset(config: RunConfig, out: Path) -> LoadedDataset:
     try:
-        return load_dataset(config.data.name, config.data.root, config.data.split_file)
+        return load_data(config)
     except DataError as error:
         command = f"vlprompt train --resume {shlex.quote(str(out))}"
         raise DataError(f"{error}; where the data has moved: {command} DATA, or with --root DIR") from None
@@ -272,8 +285,12 @@ def _check_images(out: Path, split: Split) -> None:
     """Raise ConfigError if the run in ``out`` began with other images or classes."""
     if not (out / "split.json").exists():  # it was stopped before it began
         return
-    before = read_split(out / "split.json", split.root)
-    if (before.class_names, before.train, before.val) != (split.class_names, split.train, split.val):
+    if split.unlabelled:
+        same = (out / "split.json").read_text("utf-8") == split_text(split)
+    else:
+        before = read_split(out / "split.json", split.root)
+        same = (before.class_names, before.train, before.val) == (split.class_names, split.train, split.val)
+    if not same:
         raise ConfigError(f"cannot resume {out}: its data set no longer gives the images of its split.json")
 
 
@@ -347,6 +364,7 @@ def about(config: RunConfig, dataset: LoadedDataset, result: Result, history: Hi
     val = "no val split" if result.val_accuracy is None else f"{result.val_accuracy:.1f} %"
     return {
         "data set": f"{dataset.name} ({config.data.classes} classes)",
+        **({"setting": "transductive: unlabelled images of all classes"} if config.options.transductive else {}),
         "shots": config.data.shots or "all training images",
         "seed": config.seed,
         "epochs": f"{result.epochs} (kept: {history.best_epoch}, chosen on the val images)"
@@ -359,7 +377,9 @@ def about(config: RunConfig, dataset: LoadedDataset, result: Result, history: Hi
         **({"views": f"{regions}, of region bank `{Path(config.data.bank).name}`"} if config.data.bank else {}),
         **({"views": "the evaluation crop of each image"} if views == "center" and result.epochs else {}),
         "learned parameters": f"{result.trainable_parameters:,}",
-        "accuracy on the training images": f"{result.train_accuracy:.1f} %",
+        "accuracy on the training images": "no labels"
+        if result.train_accuracy is None
+        else f"{result.train_accuracy:.1f} %",
         "accuracy on the val images": val,
         "options": "`" + ", ".join(f"{k}={v}" for k, v in vars(config.options).items()) + "`",
     }

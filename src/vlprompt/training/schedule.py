@@ -44,7 +44,8 @@ def build_optimizer(method: Method, config: OptimConfig) -> torch.optim.Optimize
     if config.name != "sgd":
         adam = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
         return adam(parameters, lr=config.lr, eps=config.eps, weight_decay=config.weight_decay)
-    return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    decay, nesterov = config.weight_decay, config.nesterov
+    return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=decay, nesterov=nesterov)
 
 
 def _by_name(values: Mapping[str, float], name: str, default: float) -> float:
