@@ -165,12 +165,14 @@ def test_what_is_chosen_is_chosen_on_val_images_or_by_cross_validation(method, p
     said: dict[str, list[str]] = {"val": [], "none": [], "one": []}
     for name, folder in (("val", pictures), ("none", no_val), ("one", one)):
         train(configured(folder, method, **{"data.views": 1}), tmp_path / name, say=said[name].append)
-    assert said["val"][-1].endswith(": chosen on 6 val images")
+    # Calibration may have a line of its own behind.
+    assert any(line.endswith(": chosen on 6 val images") for line in said["val"])
     if method == "tip_adapter_f":
-        assert said["none"][-1].endswith("kept, as there are no val images to choose on")
+        assert any(line.endswith("kept, as there are no val images to choose on") for line in said["none"])
     else:
-        assert said["none"][-1].endswith(": chosen by 4-fold cross-validation on the training images")
-        assert "a class has one image and there are no val images" in said["one"][-1]
+        how = ": chosen by 4-fold cross-validation on the training images"
+        assert any(line.endswith(how) for line in said["none"])
+        assert any("a class has one image and there are no val images" in line for line in said["one"])
 
 
 def test_tip_adapter_f_keeps_the_best_epoch_on_val_images(pictures, no_val, tmp_path) -> None:

@@ -186,7 +186,7 @@ def clip_adapter(o: Official) -> None:
     with torch.no_grad():
         for k in names:
             method.get_parameter(k).copy_(o[f"init/{k}"])
-    flat = {} if h["warmup"] else {"warmup_epochs": 0, "cosine_epochs": 10**9}  # a constant rate
+    flat = {} if h["warmup"] else {"warmup_epochs": 0, "cosine_epochs": 10**6}  # a constant rate
     batch = Batch(None, o.labels(), v)
     trained(o, method, longest(o), lambda s: batch, names, unit(o["test"]), lr=h["lr"], epochs=h["max_epoch"], **flat)
 
