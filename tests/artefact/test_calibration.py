@@ -182,8 +182,6 @@ def test_training_calibrates_on_val_images(run: Path, noise: Path) -> None:
     calibration = load_calibration(run)
     assert calibration is not None
     assert sum(map(len, calibration.misfit)) == 24
-    text = (run / "config.json").read_text()
-    assert len(text.splitlines()) < 60  # scores lie on a line each class
     again = vlprompt("calibrate", run, noise, "--json").json
     assert again["temperature"] == calibration.temperature
     assert load_calibration(run) == calibration

@@ -27,8 +27,9 @@ from vlprompt.compare.plan import SHORTLIST, Cost, Costs, Held, candidates, hold
 from vlprompt.compare.rows import Row, best_of, ranked, reason_for, row_of, table
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.splits import Item, Split, read_split
+from vlprompt.documents import read_sealed
 from vlprompt.errors import ConfigError, DataError
-from vlprompt.training.run import saved_config
+from vlprompt.training.run import Result, saved_config
 
 FAST = "zero_shot,linear_probe,gda"
 
@@ -239,7 +240,7 @@ def test_the_best_is_trained_on_all_images_and_ready(done: tuple[Path, dict[str,
     assert method.name == told["best"]
     assert len(read_split(out / "split.json", small).train) == 18
     assert saved_config(out).method == told["best"]
-    assert json.loads((out / "metrics.json").read_text())["run"] == str(out)
+    assert read_sealed(out / "metrics.json", Result).run == str(out)
     calibration = load_calibration(out)
     assert calibration is not None
     assert sum(map(len, calibration.misfit)) == 18

@@ -57,7 +57,7 @@ def read_class_names(text: str | None, file: Path | None) -> tuple[str, ...] | N
     return names
 
 
-def check_sets(run: Path, calibration: Calibration | None, own: bool, sets: float | None, by_class: bool) -> None:
+def check_sets(run: str, calibration: Calibration | None, own: bool, sets: float | None, by_class: bool) -> None:
     """Raise ConfigError where a model cannot give the sets that are asked for."""
     if sets is None:
         if by_class:

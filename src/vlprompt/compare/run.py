@@ -33,12 +33,13 @@ from vlprompt.config.schema import RunConfig
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split, write_split
+from vlprompt.documents import read_sealed, write_sealed
 from vlprompt.errors import ConfigError, Interrupted, VlpromptError
 from vlprompt.files import held as locked
 from vlprompt.files import write_atomically
 from vlprompt.training.calibrate import COVERAGE, cross_validated
 from vlprompt.training.evaluate import predict_logits
-from vlprompt.training.run import train
+from vlprompt.training.run import Result, train
 
 MINUTES = 10.0
 LEAST = 1.0
@@ -160,7 +161,7 @@ def _folder(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"output folder {out} is already in use, and holds no comparison: choose another")
         write_atomically(file, json.dumps(plan))
-    elif json.loads(file.read_text("utf-8")) != plan:
+    elif _json(file) != plan:
         raise ConfigError(f"{out} holds a comparison of other images or settings: choose another folder, or remove it")
     with locked(inside) as ours:
         if not ours:
@@ -283,15 +284,15 @@ class _Work:
         candidate, whole = self.candidates[best], self.held.whole
         model = digest([candidate.config.to_dict(), split_values(whole)])
         folder, split_file, stamp = self.place / f"best-{model}", self.place / "all.json", self.place / "best.json"
-        if (out / CONFIG).is_file() and stamp.is_file() and json.loads(stamp.read_text("utf-8")) == model:
+        if (out / CONFIG).is_file() and _json(stamp) == model:
             return
         self.say(f"{best} is trained on all {len(whole.train)} images")
         write_split(whole, split_file)
         train(_with_split(candidate.config, split_file), folder, resume=_begun(folder), images_of=self.images)
         if int(torch.bincount(self.labels).max()) > 1:
             write_calibration(folder, fit_calibration(self.logits[best], self.labels)[0])
-        metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
-        write_atomically(folder / "metrics.json", json.dumps({**metrics, "run": str(out)}, indent=2))
+        metrics = replace(read_sealed(folder / "metrics.json", Result), run=str(out))
+        write_sealed(folder / "metrics.json", vars(metrics), indent=2)
         # Without its configuration a folder is no tuned model: it goes first and comes last.
         (out / CONFIG).unlink(missing_ok=True)
         for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG):
@@ -314,6 +315,14 @@ def _begun(folder: Path) -> bool:
     if folder.exists():
         shutil.rmtree(folder)
     return False
+
+
+def _json(file: Path) -> Any:
+    """What a file of a comparison holds; None if it cannot be read."""
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _read(file: Path) -> tuple[Tensor, dict[str, Any]] | None:
