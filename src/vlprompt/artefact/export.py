@@ -10,11 +10,13 @@ import json
 import logging
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -32,6 +34,7 @@ from vlprompt.version import __version__
 
 EXPORT_VERSION = 1
 OPSET = 17
+_WHOLE = "; an .onnx file holds all of it"
 TOLERANCE = 1e-4
 """How far an ONNX file's logits may be from PyTorch's, as a share of the largest, and its image features."""
 LARGEST = 2**31
@@ -82,9 +85,6 @@ def export_classes(method: Method, class_names: Sequence[str], out: Path) -> Non
     tensors = {"class_features": features, "logit_scale": scale, "logit_bias": bias}
     content = save({name: _plain(tensor) for name, tensor in tensors.items()}, _metadata(method, class_names))
     write_atomically(out, content)
-
-
-_WHOLE = "; an .onnx file holds all of it"
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -201,36 +201,52 @@ class _Whole(nn.Module):
 
 
 def _traced(whole: _Whole, images: Tensor) -> Any:
-    """The ONNX graph of what PyTorch does for some images.
+    """The ONNX graph of what PyTorch does for some images, everything that is the same for all images computed.
 
     Traced, not by torch.export: that would not let methods look at the values of their own parameters, and takes ten
     times as long.
     """
     import onnx
 
-    with TemporaryDirectory() as folder, warnings.catch_warnings():
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        traced, folded = folder / "traced.onnx", folder / "folded.onnx"
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # what tracing may get wrong is found out afterwards
-        file = Path(folder) / "traced.onnx"
+        # functional_call refuses to be traced, for fear of compiled modules; and a failure prints the whole graph.
+        stack.enter_context(patch.object(torch.jit, "is_tracing", lambda: False))
+        stack.enter_context(patch.object(torch._C, "_jit_onnx_log", lambda *parts: None, create=True))
         torch.onnx.export(
             whole,
             (images,),
-            file,
+            traced,
             dynamo=False,
             opset_version=OPSET,
             input_names=["images"],
             output_names=["probabilities", "image_features"],
             dynamic_axes={name: {0: "batch"} for name in ("images", "probabilities", "image_features")},
         )
-        return onnx.load(file)
+        onnx_session(traced, folded)
+        model = onnx.load(folded)
+    used = {node.domain for node in model.graph.node}
+    for declared in [x for x in model.opset_import if x.domain not in used]:  # of all that onnxruntime knows
+        model.opset_import.remove(declared)
+    return model
 
 
-def onnx_session(content: bytes) -> Any:
-    """An onnxruntime session on the CPU that keeps its messages to itself."""
+def onnx_session(model: bytes | Path, folded: Path | None = None) -> Any:
+    """An onnxruntime session on the CPU that keeps its messages to itself.
+
+    ``folded`` is where to write the model with what is constant computed, in standard operators still.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    if folded:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(folded)
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def as_read(preprocess: Preprocess, views: Tensor, pixels: Pixels) -> Tensor:
