@@ -20,23 +20,25 @@ MOST = 1000
 """Images that 8 bits are measured on, evenly from all."""
 
 
-def choose_file(run: Path, out: Path | None, format_: str | None) -> Path:
+def choose_file(run: str, out: Path | None, format_: str | None) -> Path:
     """The file to write, by its name or the format; raises ArtefactError if they do not fit together."""
-    if out is None:
-        return run / f"model.{format_ or FORMATS[0]}"
+    if out is None:  # a model of the hub has no folder of its own here
+        folder = Path(run).expanduser()
+        return (folder if folder.is_dir() else Path()) / f"model.{format_ or FORMATS[0]}"
     if out.suffix not in {f".{name}" for name in ([format_] if format_ else FORMATS)}:
         allowed = f".{format_} (--format {format_})" if format_ else " or ".join(f".{name}" for name in FORMATS)
         raise ArtefactError(f"{out} must end in {allowed}")
     return out
 
 
-def measured_on(run: Path, data: str | None, root: Path | None, split_file: Path | None) -> LoadedDataset:
+def measured_on(run: str, data: str | None, root: Path | None, split_file: Path | None) -> LoadedDataset:
     """The data set with labelled images that ``--int8`` is measured on: the one given, or the run's own."""
     if data:
         return load_dataset(data, root, split_file)
-    if not (run / "config.yaml").is_file():
+    file = Path(run).expanduser() / "config.yaml"
+    if not file.is_file():
         raise ConfigError(f"--int8 is measured on labelled images, and {run} names none: say which with --data")
-    config = read_config(run / "config.yaml")
+    config = read_config(file)
     try:
         own_root, own_split = config.get("data.root"), config.get("data.split_file")
         return load_dataset(config["data.name"], root or own_root, split_file or own_split)

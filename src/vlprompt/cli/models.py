@@ -249,7 +249,10 @@ def export(
     root: Root = None,
     split_file: SplitFile = None,
     out: Annotated[
-        Path | None, typer.Option(help="The new file; default: RUN/model.FORMAT.", rich_help_panel=OUTPUT)
+        Path | None,
+        typer.Option(
+            help="The new file; default: model.FORMAT in RUN, or here for one of the hub.", rich_help_panel=OUTPUT
+        ),
     ] = None,
 ) -> None:
     """Write one file for use without vlprompt: images in, probabilities out; or class features."""
