@@ -217,7 +217,7 @@ def open_(file: Path):
         (["--out", "x.onnx", "--class-names", "cat,cat"], "--class-names: 2 classes are named 'cat'"),
         (["--out", "x.safetensors", "--int8"], r"--int8 is for \.onnx files, and x\.safetensors is none"),
         (["--out", "x.safetensors", "--input", "uint8"], r"--input is for \.onnx files"),
-        (["--out", "x.onnx", "--data", "y"], "--data is what --int8 is measured on: give both, or neither"),
+        (["--out", "x.onnx", "--data", "y"], "--data says what --int8 is measured on: give both, or neither"),
         (["--out", "x.onnx", "--int8", "--data", "y"], r"'y'"),
     ],
 )  # fmt: skip

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from vlprompt.artefact.export import Pixels, as_read, onnx_session
+from vlprompt.artefact.export import Pixels, as_read, check_new, check_onnx, onnx_session
 from vlprompt.config.schema import read_config
 from vlprompt.data.batches import evaluation_batches
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.reading import ImageReader
+from vlprompt.data.splits import find_classes
 from vlprompt.errors import ArtefactError, ConfigError, DataError, first_few
 from vlprompt.methods import Method
 
@@ -20,15 +21,29 @@ MOST = 1000
 """Images that 8 bits are measured on, evenly from all."""
 
 
-def choose_file(run: str, out: Path | None, format_: str | None) -> Path:
-    """The file to write, by its name or the format; raises ArtefactError if they do not fit together."""
+def choose_file(run: str, out: Path | None, format_: str | None, whole_only: Mapping[str, object]) -> Path:
+    """The new file to write, by its name or the format.
+
+    Raises an error if the two do not fit together, nor with an option that is for ONNX files alone, if the file is
+    there, and if what writes ONNX files is not installed.
+    """
     if out is None:  # a model of the hub has no folder of its own here
         folder = Path(run).expanduser()
-        return (folder if folder.is_dir() else Path()) / f"model.{format_ or FORMATS[0]}"
+        out = (folder if folder.is_dir() else Path()) / f"model.{format_ or FORMATS[0]}"
     if out.suffix not in {f".{name}" for name in ([format_] if format_ else FORMATS)}:
         allowed = f".{format_} (--format {format_})" if format_ else " or ".join(f".{name}" for name in FORMATS)
         raise ArtefactError(f"{out} must end in {allowed}")
+    if out.suffix == ".onnx":
+        check_onnx()
+    elif option := given_option(whole_only):
+        raise ConfigError(f"{option} is for .onnx files, and {out} is none")
+    check_new(out, out.suffix)
     return out
+
+
+def given_option(options: Mapping[str, object]) -> str | None:
+    """The first of some options that is given."""
+    return next((name for name, value in options.items() if value), None)
 
 
 def measured_on(run: str, data: str | None, root: Path | None, split_file: Path | None) -> LoadedDataset:
@@ -53,18 +68,11 @@ def measure(
 
     Raises DataError where there are none.
     """
-    split, place = dataset.split, {name: c for c, name in enumerate(class_names)}
-    part = next((part for part in ("test", "val") if split.items(part)), None)
-    found = (
-        []
-        if part is None
-        else [
-            (path, place[name])
-            for path, label in zip(split.paths(part), split.labels(part), strict=True)
-            if (name := split.class_names[label]) in place
-        ]
-    )
-    if part is None or not found:
+    split, place = dataset.split, find_classes(dataset.split.class_names, class_names)
+    part = "test" if split.items("test") else "val"
+    labelled = zip(split.paths(part), split.labels(part), strict=True)
+    found = [(path, c) for path, label in labelled if (c := place[label]) is not None]
+    if not found:
         raise DataError(
             f"data set '{dataset.name}' has no test or val images of {first_few(class_names)} to measure --int8 on: "
             "--data names another"
@@ -81,8 +89,7 @@ def measure(
                 right[i] += (predicted == labels[done : done + len(views)]).sum()
             done += len(views)
     before, after = 100 * right / done
-    size = len(small) / len(content)
     return (
         f"accuracy on {done} {part} images of {dataset.name}: {before:.2f} % in fp32, {after:.2f} % in int8 "
-        f"({after - before:+.2f}); {100 * size:.0f} % of the size"
+        f"({after - before:+.2f}); {100 * len(small) / len(content):.0f} % of the size"
     )

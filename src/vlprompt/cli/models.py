@@ -256,24 +256,22 @@ def export(
     ] = None,
 ) -> None:
     """Write one file for use without vlprompt: images in, probabilities out; or class features."""
-    from vlprompt.artefact.export import check_new, check_onnx, export_classes, onnx_model, quantised
+    from vlprompt.artefact.export import export_classes, onnx_model, quantised
     from vlprompt.artefact.hub import load_model
-    from vlprompt.cli.export import choose_file, measure, measured_on
+    from vlprompt.cli.export import choose_file, given_option, measure, measured_on
     from vlprompt.cli.predict import read_class_names
     from vlprompt.files import write_atomically
+    from vlprompt.prompting.text import partly_known
 
     given = read_class_names(class_names, class_names_file)
-    file = choose_file(run, out, format_)
-    if file.suffix != ".onnx" and (option := "--int8" if int8 else "--input" if pixels != "float32" else None):
-        raise ConfigError(f"{option} is for .onnx files, and {file} is none")
-    if data and not int8:
-        raise ConfigError("--data is what --int8 is measured on: give both, or neither")
-    check_new(file, file.suffix)
-    if file.suffix == ".onnx":
-        check_onnx()
+    file = choose_file(run, out, format_, whole_only={"--int8": int8, "--input": pixels != "float32"})
+    if not int8 and (option := given_option({"--data": data, "--root": root, "--split-file": split_file})):
+        raise ConfigError(f"{option} says what --int8 is measured on: give both, or neither")
     images = measured_on(run, data, root, split_file) if int8 else None
     method, _ = load_model(run, backbone)
     names = given or method.class_names
+    if names != method.class_names and (note := partly_known(method.backbone, names)):
+        say(note)
     if file.suffix == ".safetensors":
         export_classes(method, names, file)
     else:
