@@ -310,7 +310,7 @@ class PromptedModel:
         if out.suffix == ".safetensors" and pixels == "float32":
             export_classes(self.method, names, out)
         else:
-            export_onnx(self.method, names, out, pixels)
+            export_onnx(self.method, names, out, pixels, self.calibration)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write prompts, configuration and model card into a folder, over those of an earlier model."""

@@ -23,6 +23,7 @@ from tests.kit.pictures import draw, pictures
 from tests.kit.runs import arguments
 from vlprompt.api import PromptedModel, build_method
 from vlprompt.artefact.artefact import save_artefact
+from vlprompt.artefact.calibration import Calibration
 from vlprompt.artefact.export import as_read, export_onnx, onnx_model, onnx_session
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
@@ -113,6 +114,20 @@ def test_pixels_other_names_and_what_the_file_says(name: str, tiny: Backbone, tm
 def test_a_head_takes_some_of_its_own_classes(tiny: Backbone) -> None:
     method, x, some = made("linear_probe", tiny), views(tiny, 1), ("red rose", "blue boat")
     check(method, some, onnx_model(method, some), x, x)
+
+
+@pytest.mark.parametrize("names", [NAMES, OTHERS])
+def test_probabilities_are_calibrated(names: tuple[str, ...], tiny: Backbone, tmp_path: Path) -> None:
+    model, x = PromptedModel(made("coop", tiny)), pictures(2, tiny.image_size)[0]
+    model.calibration = Calibration(2.5, ((0.1,),) * 3, "energy", None, 0.95)
+    model.export(tmp_path / "model.onnx", names, "uint8")
+    session = onnx_session(tmp_path / "model.onnx")
+    p = session.run(["probabilities"], {"images": x})[0]
+    expected = model.predict(list(x), names).probabilities
+    plain = PromptedModel(model.method).predict(list(x), names).probabilities
+    np.testing.assert_allclose(p, expected, atol=1e-4, rtol=0)
+    assert np.abs(expected - plain).max() > 1e-3
+    assert session.get_modelmeta().custom_metadata_map["temperature"] == "2.5"
 
 
 def test_views_become_the_pixels_that_they_were(tiny: Backbone) -> None:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from vlprompt.artefact.calibration import Calibration, class_factors, dac
 from vlprompt.backbones.names import public_name
 from vlprompt.data.images import Preprocess
 from vlprompt.data.splits import check_class_names
@@ -109,10 +110,16 @@ def _metadata(method: Method, class_names: Sequence[str]) -> dict[str, str]:
 # --- the whole model ------------------------------------------------------------------------------
 
 
-def export_onnx(method: Method, class_names: Sequence[str], out: Path, pixels: Pixels = "float32") -> None:
+def export_onnx(
+    method: Method,
+    class_names: Sequence[str],
+    out: Path,
+    pixels: Pixels = "float32",
+    calibration: Calibration | None = None,
+) -> None:
     """Write :func:`onnx_model` to a new file."""
     check_new(out, ".onnx")
-    write_atomically(out, onnx_model(method, class_names, pixels))
+    write_atomically(out, onnx_model(method, class_names, pixels, calibration))
 
 
 def check_onnx() -> None:
@@ -121,12 +128,14 @@ def check_onnx() -> None:
         raise ConfigError(f"an .onnx file needs {' and '.join(missing)}: pip install 'vlprompt[onnx]'")
 
 
-def onnx_model(method: Method, class_names: Sequence[str], pixels: Pixels = "float32") -> bytes:
+def onnx_model(
+    method: Method, class_names: Sequence[str], pixels: Pixels = "float32", calibration: Calibration | None = None
+) -> bytes:
     """An ONNX file's content: ``images`` of any number → ``probabilities`` [B, C] and ``image_features`` [B, E].
 
-    All that the method learned is folded in. Its metadata is that of :func:`export_classes`, with what the file reads
-    (``pixels``) and the ``temperature`` of its probabilities. onnxruntime has answered as PyTorch does, for several
-    batch sizes.
+    All that the method learned is folded in, and the calibration. Its metadata is that of :func:`export_classes`, with
+    what the file reads (``pixels``) and the ``temperature`` of its probabilities, 1 if not calibrated. onnxruntime has
+    answered as PyTorch does, for several batch sizes.
 
     Raises ConfigError if onnx or onnxruntime is missing, DataError for class names that the method cannot score, and
     ArtefactError for a model that is not in fp32 on the CPU, too large, or that ONNX does not reproduce.
@@ -150,6 +159,8 @@ def onnx_model(method: Method, class_names: Sequence[str], pixels: Pixels = "flo
     logits, v = method.predict(views, names), method.encode_images(views).detach()  # and bad names are found here
     if not (logits.isfinite().all() and v.isfinite().all()):
         raise VlpromptError(f"logits of {method.name} are not finite: its prompts, or {backbone.name}, are damaged")
+    if calibration:
+        whole.calibrate(calibration)
     try:
         model = _traced(whole, images[:2])
         more = {"pixels": pixels, "temperature": str(whole.temperature)}
@@ -169,7 +180,7 @@ def onnx_model(method: Method, class_names: Sequence[str], pixels: Pixels = "flo
 class _Whole(nn.Module):
     """From images to calibrated probabilities and image features."""
 
-    temperature = 1.0
+    temperature, factors = 1.0, None
 
     def __init__(self, method: Method, class_names: tuple[str, ...], pixels: Pixels) -> None:
         super().__init__()
@@ -195,9 +206,13 @@ class _Whole(nn.Module):
             del own["encode_images"]
         return self.calibrated(logits).softmax(-1), v
 
+    def calibrate(self, calibration: Calibration) -> None:
+        """Take its temperature, and its factors where the class names are not those tuned on."""
+        self.temperature, self.factors = calibration.temperature, class_factors(self.method, self.class_names)
+
     def calibrated(self, logits: Tensor) -> Tensor:
-        """Logits whose softmax are the probabilities, [B, C]."""
-        return logits.float() / self.temperature
+        """Logits whose softmax are the probabilities, [B, C]; see :meth:`Calibration.logits`."""
+        return (logits if self.factors is None else dac(logits, self.factors)).float() / self.temperature
 
 
 def _traced(whole: _Whole, images: Tensor) -> Any:

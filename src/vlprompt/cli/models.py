@@ -256,6 +256,7 @@ def export(
     ] = None,
 ) -> None:
     """Write one file for use without vlprompt: images in, probabilities out; or class features."""
+    from vlprompt.artefact.artefact import load_calibration
     from vlprompt.artefact.export import export_classes, onnx_model, quantised
     from vlprompt.artefact.hub import load_model
     from vlprompt.cli.export import choose_file, given_option, measure, measured_on
@@ -268,14 +269,14 @@ def export(
     if not int8 and (option := given_option({"--data": data, "--root": root, "--split-file": split_file})):
         raise ConfigError(f"{option} says what --int8 is measured on: give both, or neither")
     images = measured_on(run, data, root, split_file) if int8 else None
-    method, _ = load_model(run, backbone)
+    method, folder = load_model(run, backbone)
     names = given or method.class_names
     if names != method.class_names and (note := partly_known(method.backbone, names)):
         say(note)
     if file.suffix == ".safetensors":
         export_classes(method, names, file)
     else:
-        content = onnx_model(method, names, pixels)
+        content = onnx_model(method, names, pixels, load_calibration(folder))
         if images:
             small = quantised(content)
             say(measure(content, small, method, names, pixels, images))
