@@ -581,7 +581,7 @@ def test_export_command(saved, tuned, tmp_path):
     with torch.no_grad():
         assert torch.equal(load_file(out)["class_features"], tuned.class_features(OTHERS))
     code, _, err = command_line("export", saved, "--out", tmp_path / "classes.txt")
-    assert (code, err) == (2, f"error: {tmp_path / 'classes.txt'} must end in .safetensors\n")
+    assert (code, err) == (2, f"error: {tmp_path / 'classes.txt'} must end in .onnx or .safetensors\n")
     code, _, err = command_line("export", saved, "--class-names", "a,a", "--out", out)
     assert (code, err) == (2, "error: --class-names: 2 classes are named 'a'\n")
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vlprompt.artefact.artefact import load_calibration, read_artefact_config, save_artefact
 from vlprompt.artefact.calibration import Calibration
-from vlprompt.artefact.export import export_classes
+from vlprompt.artefact.export import Pixels, export_classes, export_onnx
 from vlprompt.artefact.hub import load_model, upload
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.config.images import set_white
@@ -295,9 +295,22 @@ class PromptedModel:
             self.calibration, worth = fit_calibration(self.method, known, rest, kept)
         return worth
 
-    def export(self, file: str | os.PathLike[str], class_names: Sequence[str] | None = None) -> None:
-        """Class features for use without vlprompt; see :func:`vlprompt.artefact.export.export_classes`."""
-        export_classes(self.method, _names(self.method, class_names), Path(file))
+    def export(
+        self,
+        file: str | os.PathLike[str],
+        class_names: Sequence[str] | None = None,
+        pixels: Pixels = "float32",
+    ) -> None:
+        """One new file for use without vlprompt: the whole model in ``.onnx``, or class features in ``.safetensors``.
+
+        ``pixels`` says what an ONNX file reads. See :func:`vlprompt.artefact.export.onnx_model` and
+        :func:`vlprompt.artefact.export.export_classes`, for errors too.
+        """
+        names, out = _names(self.method, class_names), Path(file)
+        if out.suffix == ".safetensors" and pixels == "float32":
+            export_classes(self.method, names, out)
+        else:
+            export_onnx(self.method, names, out, pixels, self.calibration)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write prompts, configuration and model card into a folder, over those of an earlier model."""

@@ -32,7 +32,7 @@ def packed_attention(text: PackedText, heads: int) -> Attention:
     """Attention among packed tokens [B, T, D]; with fewer queries than keys, the queries are the pooled rows."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch, outputs = len(q), list[Tensor]()
+        batch, outputs = q.shape[0], list[Tensor]()
         (k_prefix, keys), (v_prefix, values) = text.texts(k), text.texts(v)
         if pooled := q.shape[1] != k.shape[1]:
             queries = text.last(q)

@@ -116,7 +116,7 @@ class Prompts:
 
 def inject(x: Tensor, rows: Tensor, values: Tensor, mode: str) -> Tensor:
     """Put learned tokens ``values`` [1 or B, K, D] at ``rows`` [K] of x [1 or B, N, D]."""
-    batch = max(len(x), len(values))
+    batch = max(x.shape[0], values.shape[0])
     x, values = x.expand(batch, -1, -1), values.expand(batch, -1, -1)
     return x.index_add(1, rows, values) if mode == "add" else x.index_copy(1, rows, values)
 
@@ -163,7 +163,7 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] → [B, D]"""
-        x = self.attention(self.probe.expand(len(x), -1, -1), x, x, need_weights=False)[0]
+        x = self.attention(self.probe.expand(x.shape[0], -1, -1), x, x, need_weights=False)[0]
         return (x + self.fc_2(self.activation(self.fc_1(self.ln(x)))))[:, 0]
 
 
@@ -206,7 +206,7 @@ class Tower(nn.Module):
             if prompts is not None and i < len(layers) and (layer := layers[i]) is not None:
                 values = (layer if text is None else _per_slot(layer, text)).to(x.dtype)
                 if text is None:
-                    values = values.expand(len(x), -1, -1)
+                    values = values.expand(x.shape[0], -1, -1)
                 if i == 0:  # as the embedded tokens are: normalised, or with their positions
                     values = (
                         self.ln_pre(values) if text is None else values + self.positions[text.positions[text.slots]]
@@ -243,7 +243,7 @@ class ImageTower(Tower):
         """Images [B, 3, S, S] as tokens [B, N, D]: the class token, if there is one, and the patches row by row."""
         x = self.patches(images.to(self.positions.dtype)).flatten(2).transpose(1, 2)
         if self.class_token is not None:
-            x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1)
+            x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], 1)
         return self.ln_pre(x + self.positions)
 
     def read(self, x: Tensor) -> Tensor:
@@ -308,7 +308,7 @@ class TextTower(Tower):
 
 def _per_slot(prompts: Tensor, text: PackedText) -> Tensor:
     """Learned tokens [M, D], [C, M, D] or [B, 1 or C, M, D] → one for each slot, [1 or B, K, D]."""
-    batch = len(prompts) if prompts.ndim == 4 else 1
+    batch = prompts.shape[0] if prompts.ndim == 4 else 1
     vectors = prompts.reshape(batch, -1, prompts.shape[-1])  # M or C·M of them
     if prompts.ndim > 2 and prompts.shape[-3] > 1 and vectors.shape[1] != len(text.slots):
         raise ConfigError(

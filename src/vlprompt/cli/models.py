@@ -216,24 +216,82 @@ def predict(
     print(json.dumps(result) if json_output else show(predictions, csv))
 
 
-@models_app.command(epilog='Example: vlprompt export runs/x --class-names "cat,dog,horse" --out pets.safetensors')
+@models_app.command(
+    epilog='Example: vlprompt export runs/x --format onnx --class-names "cat,dog,horse" --out pets.onnx'
+)
 def export(
     run: RunFolder,
-    *,
     class_names: ClassNames = None,
     class_names_file: ClassNamesFile = None,
     backbone: OtherBackbone = None,
-    out: Annotated[Path, typer.Option(help="The .safetensors file to write.", rich_help_panel=OUTPUT)],
+    format_: Annotated[
+        Literal["onnx", "safetensors"] | None,
+        typer.Option(
+            "--format",
+            help="onnx: the whole model, of any method. safetensors: class features, of methods that leave images "
+            "alone. Default: as --out ends, or onnx.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    pixels: Annotated[
+        Literal["float32", "uint8"],
+        typer.Option(
+            "--input",
+            help="What an .onnx file reads: float32 preprocessed images [B, 3, S, S], or uint8 pixels [B, S, S, 3].",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = "float32",
+    int8: Annotated[
+        bool,
+        typer.Option(
+            "--int8",
+            help="Write the .onnx file's matrices in 8 bits, and print what that costs in accuracy.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Data set whose images --int8 is measured on; the run's own if not given.", rich_help_panel=DATA
+        ),
+    ] = None,
+    root: Root = None,
+    split_file: SplitFile = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The new file; default: model.FORMAT in RUN, or here for one of the hub.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
 ) -> None:
-    """Write class features and scale for use without vlprompt; for methods that leave the image tower alone."""
-    from vlprompt.artefact.export import export_classes
+    """Write one file for use without vlprompt: images in, probabilities out; or class features."""
+    from vlprompt.artefact.artefact import load_calibration
+    from vlprompt.artefact.export import export_classes, onnx_model, quantised
     from vlprompt.artefact.hub import load_model
+    from vlprompt.cli.export import choose_file, given_option, measure, measured_on
     from vlprompt.cli.predict import read_class_names
+    from vlprompt.files import write_atomically
+    from vlprompt.prompting.text import partly_known
 
-    method, _ = load_model(run, backbone)
-    names = read_class_names(class_names, class_names_file) or method.class_names
-    export_classes(method, names, out)
-    say(f"{len(names)} classes of {method.name} on {method.backbone.name} written to {out}")
+    given = read_class_names(class_names, class_names_file)
+    file = choose_file(run, out, format_, whole_only={"--int8": int8, "--input": pixels != "float32"})
+    if not int8 and (option := given_option({"--data": data, "--root": root, "--split-file": split_file})):
+        raise ConfigError(f"{option} says what --int8 is measured on: give both, or neither")
+    images = measured_on(run, data, root, split_file) if int8 else None
+    method, folder = load_model(run, backbone)
+    names = given or method.class_names
+    if names != method.class_names and (note := partly_known(method.backbone, names)):
+        say(note)
+    if file.suffix == ".safetensors":
+        export_classes(method, names, file)
+    else:
+        content = onnx_model(method, names, pixels, load_calibration(folder))
+        if images:
+            small = quantised(content)
+            say(measure(content, small, method, names, pixels, images))
+            content = small
+        write_atomically(file, content)
+    say(f"{len(names)} classes of {method.name} on {method.backbone.name} written to {file}")
 
 
 @models_app.command(epilog="Example: vlprompt explain runs/x photo.jpg --out photo.png")

@@ -272,7 +272,8 @@ class Method(nn.Module):
         v = self.adapt(self.encode_images(x) if x.ndim == 4 else self.encode_pooled(x[:, 0]) if x.ndim == 3 else x)
         if not self.image_dependent:
             return self.logits(v, self.kept_class_features(names))
-        parts = v.split(self.images_at_once(names))
+        at_once = self.images_at_once(names)
+        parts = v.split(at_once) if v.shape[0] > at_once else [v]
         return torch.cat([self.logits(part, self.class_features(names, part)) for part in parts])
 
     def images_at_once(self, class_names: Sequence[str]) -> int:

@@ -85,6 +85,9 @@ class Bayesian(Method):
         """Create the context and its posterior."""
         c, embed, width = self.config, self.backbone.embed_dim, self.backbone.text_tower.config.width
         self.context = TextContext(self.backbone, c.n_ctx, c.init)
+        self.drawn: Tensor
+        drawn = torch.randn(1, c.samples, width, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("drawn", drawn, persistent=False)
         if c.conditional:
             self.blocks = nn.ModuleList(inference_block(embed, width) for _ in range(2))
         else:
@@ -108,7 +111,7 @@ class Bayesian(Method):
         n, width = self.config.samples, mu.shape[-1]
         if self.training:
             return torch.randn(len(mu), n, width, device=mu.device, dtype=mu.dtype)
-        return torch.randn(1, n, width, generator=torch.Generator().manual_seed(0)).to(mu)
+        return self.drawn.to(mu)
 
     def class_features(self, class_names: Sequence[str], image_features: Tensor | None = None) -> Tensor:
         """[L, C, E], or [B, L, C, E] with a conditional posterior."""

@@ -121,7 +121,7 @@ class MMRL(Method):
         n = len(tower.positions)
 
         def join(i: int, x: Tensor) -> Tensor:
-            return torch.cat([x[:, :n], tokens[i].to(x.dtype).expand(len(x), -1, -1)], 1) if i in tokens else x
+            return torch.cat([x[:, :n], tokens[i].to(x.dtype).expand(x.shape[0], -1, -1)], 1) if i in tokens else x
 
         rows = torch.arange(n - 1, n + self.config.n_tokens, device=self.backbone.device)
         rows = rows * (rows >= n)  # the class token's, and theirs

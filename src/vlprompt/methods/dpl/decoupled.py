@@ -112,7 +112,7 @@ def image_attention(
         rows = slice(q.shape[1])  # in the last block the class token alone, which stands first
         qh, kh, vh = (split_heads(t[:, None], heads) for t in (q, k, v))
         out = decoupled_attention(qh, kh, vh, bias[rows], reads[rows], prompts, s.constant, log_odds)
-        return merge_heads(out, len(q))
+        return merge_heads(out, q.shape[0])
 
     return _per_block(attention, log_odds)
 
@@ -146,7 +146,7 @@ def text_attention(
             qh, kh, vh = (split_heads(t, heads) for t in of_group)
             bias, reads = (bias[row], reads[row]) if pooled else (bias, reads)
             out = decoupled_attention(qh, kh, vh, bias, reads, prompts, s.constant, log_odds)
-            outputs.append(merge_heads(out, len(q)))
+            outputs.append(merge_heads(out, q.shape[0]))
         return torch.cat(outputs, 1)
 
     return _per_block(attention, log_odds)
