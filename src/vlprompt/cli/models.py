@@ -203,7 +203,7 @@ def predict(
     method, folder = load_model(run, backbone, device, precision)
     calibration = load_calibration(folder)
     names = read_class_names(class_names, class_names_file) or method.class_names
-    check_sets(folder, calibration, names == method.class_names, sets, by_class)
+    check_sets(run, calibration, names == method.class_names, sets, by_class)
     if names != method.class_names and (note := partly_known(method.backbone, names)):
         say(note)
     room = CACHE_BYTES if skip_bad else 0
