@@ -45,8 +45,9 @@ def tuned(tiny):
 def moved(method):
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        for tensor in [*method.parameters(), *method.buffers()]:
-            tensor.add_(0.05 * torch.randn_like(tensor))
+        for tensor in method.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(0.05 * torch.randn_like(tensor))
     return method
 
 
@@ -323,7 +324,10 @@ def test_a_reloaded_model_is_the_same_under_its_own_and_other_class_names(name, 
     loaded = PromptedModel.from_pretrained(tmp_path)
     assert repr(loaded) == f"PromptedModel({name} on {TINY!s}, 3 classes)"
     torch.testing.assert_close(loaded.logits(pixels), model.logits(pixels), rtol=1e-6, atol=1e-4)
-    if method.takes_new_classes:
+    if name == "gda":
+        with fails(DataError, "gda was not fitted"):
+            loaded.predict(pixels, class_names=OTHERS)
+    elif method.takes_new_classes:
         other = loaded.predict(pixels, class_names=OTHERS)
         assert other.class_names == tuple(OTHERS)
         np.testing.assert_allclose(other.probabilities, model.predict(pixels, OTHERS).probabilities, atol=1e-6)

@@ -144,7 +144,7 @@ def test_resnet_in_low_precision(resnet: Backbone, tmp_path: Path, precision: st
 def test_methods_on_a_resnet(resnet: Backbone, name: str) -> None:
     """Those that do not enter the tower work; the others say in one line why they do not."""
     names, cls = ["cat", "ruler", "desk"], find_method(name)
-    config = cls.Config(**{f.name: 1 for f in fields(cls.Config) if f.name.startswith("depth")})
+    config = cls.Config(**{f.name: 1 for f in fields(cls.Config) if f.name.startswith("depth") or f.name == "layer"})
     if not config.can & (Can.USE_FROZEN_FEATURES | Can.USE_POOLED_FEATURES):
         with pytest.raises(BackboneError) as caught:
             cls(resnet, names, config)

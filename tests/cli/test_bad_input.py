@@ -214,7 +214,7 @@ def test_a_folder_that_may_not_be_read(refuses, here, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["cop", "photos"], ("unknown method 'cop': did you mean 'coop'?", "allowed: cocoop, coop")),
+        (["cop", "photos"], ("unknown method 'cop': did you mean 'coop'?", "allowed: bayesian, clap, ")),
         (["coop", "photos", "--backbone", "mni"], ("no backbone 'mni': did you mean 'mini'?", "a hub id")),
         (["coop", "photos", "--backbone", "photos"], ("no backbone in photos: needs config.json",)),
         (["coop", "photos", "n_ctxt=4"], ("unknown key 'n_ctxt': did you mean 'method.n_ctx'?", "allowed keys: ")),
@@ -282,7 +282,7 @@ def test_a_disk_that_fills_up_at_the_end_keeps_what_was_logged(here, monkeypatch
     def full(folder, *_):
         raise OutputError(f"cannot write {folder}: No space left on device")
 
-    monkeypatch.setattr(run_module, "save_artefact", lambda method, folder, about: full(folder))
+    monkeypatch.setattr(run_module, "save_artefact", lambda method, folder, *_: full(folder))
     code, _, err = vlprompt("train", "coop", "photos", "n_ctx=1", "--epochs", 1, "--out", "run")
     assert code == 2
     assert err.endswith("error: cannot write run: No space left on device\n")

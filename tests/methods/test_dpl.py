@@ -346,7 +346,7 @@ def test_what_is_but_a_bias_is_one_fused_attention(kind: str, times: int, monkey
     method.encode_images(make_images())
     assert len(calls) == times * LAYERS
     calls.clear()
-    method.class_features(["cat", "dog"])  # texts of one length
+    method.class_features(["cat", "bird"])  # texts of one length
     assert len(calls) == times * LAYERS
 
 
@@ -396,7 +396,7 @@ def test_prompts_that_nothing_reads_leave_frozen_clip(off: dict[str, Any], carry
 @pytest.mark.parametrize("carry", ["replace", "add"])
 def test_logits_go_to_frozen_clips_as_the_scale_goes_to_zero(carry: str) -> None:
     images, distances = make_images(), []
-    for scale in (1.0, 1e-6, 1e-8):
+    for scale in (1.0, 1e-8, 1e-10):
         method = make(instance_to_prompt="scaled", scale_text=scale, scale_vision=scale, carry=carry)
         distances.append((logits(method, images) - frozen_logits(method.backbone, images)).abs().max().item())
     assert distances[0] > 0.1
@@ -592,7 +592,7 @@ def test_half_precision_towers(device: str, precision: str, weight: str, tiny: B
         ({"prompt_to_prompt": "keeps"}, r"method.prompt_to_prompt = keeps \(allowed: .*; did you mean 'keep'"),
         ({"prompt_to_instance": "learned"}, r"method.prompt_to_instance = learned \(allowed: 'exact' or 'scaled'\)"),
         ({"scale_vision": -1}, r"method.scale_vision = -1 \(allowed: greater than or equal to 0\)"),
-        ({"scale_text": "inf"}, r"method.scale_text = inf \(allowed: finite number\)"),
+        ({"scale_text": "inf"}, r"method.scale_text = inf \(allowed: less than or equal to 1000000\)"),
         ({"scale_prompts": 0}, r"method.scale_prompts = 0 \(allowed: greater than 0\)"),
         ({"weight": 1.5}, r"method.weight = 1.5 \(allowed: less than or equal to 1\)"),
         ({"weight": -0.1}, r"method.weight = -0.1 \(allowed: greater than or equal to 0\)"),

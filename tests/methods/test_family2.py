@@ -222,7 +222,8 @@ def test_fap_saves_both_towers_prompts_and_no_maps(tiny: Backbone, tmp_path: Pat
 def test_every_method_can_be_attacked(name: str, tiny: Backbone) -> None:
     method, pixels = make(tiny, name), Pixels(tiny.preprocess)
     x = pixels.read(torch.rand(5, 3, tiny.image_size, tiny.image_size, generator=torch.Generator().manual_seed(5)))
-    method.fit_features(tiny.encode_images(x), torch.arange(5)) if name == "linear_probe" else None
+    if name in ("linear_probe", "lp_plus_plus"):
+        method.fit_features(tiny.encode_images(x), torch.arange(5))
     method.eval()
     logits = method.predict(x, NAMES)
     labels = logits.argmax(-1)

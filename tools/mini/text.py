@@ -106,7 +106,7 @@ class Texts:
     [texts], the place of a text among those, -1 for one that is none of them, or several.
     """
 
-    SHARES = {"other": 0.25, "tags": 0.15, "captions": 0.25, "groups": 0.05, "kinds": 0.25, "glosses": 0.05}
+    SHARES = {"other": 0.3, "tags": 0.1, "captions": 0.2, "groups": 0.05, "kinds": 0.3, "glosses": 0.05}
     """Of the texts drawn."""
 
     def __init__(self, data: Path, names: Names) -> None:

@@ -104,7 +104,6 @@ class Backbone:
         projection = self.image_tower.projection
         return projection.in_features if isinstance(projection, nn.Linear) else self.embed_dim
 
-    @torch.no_grad()
     def pool_images(self, images: Tensor) -> Tensor:
         """What the frozen image tower makes of images [B, 3, S, S] before its projection: [B, D], in fp32 at least."""
         pooled = self.image_tower.pool(images.to(self.device))

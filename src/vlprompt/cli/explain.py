@@ -71,8 +71,8 @@ def explain(method: Method, file: Path, seed: int = 0) -> Explanation:
         t = method.class_features(method.class_names, method.adapt(method.encode_images(images)))
     else:
         t = method.kept_class_features(method.class_names)
-    t = t[..., int(best), :]
     patches = method.adapt(unit(patch_features(method, images)[0]))
+    t = t[..., int(best), : patches.shape[-1]]  # what a head adds to it, as a bias, is the same for every patch
     mean, std = (torch.tensor(x)[:, None, None] for x in (preprocess.mean, preprocess.std))
     shown = (255 * (pixels * std + mean)).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     return Explanation(
