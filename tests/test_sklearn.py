@@ -140,7 +140,7 @@ def test_a_backbone_by_name_is_loaded_by_fit(data):
 
 def test_cross_val_score(tiny, data):
     X, y = data
-    scores = cross_val_score(coop(tiny), X, y, cv=3)
+    scores = cross_val_score(coop(tiny).set_params(epochs=8), X, y, cv=3)
     assert scores.shape == (3,)
     assert scores.mean() > 1 / 3
     images = [Image.fromarray(pixels) for pixels in X]
