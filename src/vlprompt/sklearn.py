@@ -83,6 +83,8 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         check_classification_targets(y)
         labels = column_or_1d(y, warn=True)
         self.classes_, indices = np.unique(labels, return_inverse=True)
+        if len(self.classes_) == 1:
+            raise ValueError(f"y has only one class, {self.classes_[0]!r}: every answer would be right")
         known = {**TRAINING, **method_keys(self.method)}
         settings = full_keys(self.settings or {}, known, f"setting of {self.method}")
         given = {"train.epochs": self.epochs, "optim.lr": self.lr, "data.batch_size": self.batch_size}

@@ -47,7 +47,8 @@ from vlprompt.training.prepare import find_sources, prepare
 from vlprompt.training.run import saved_config, train
 
 REGIONS, TOP_K, BATCH = 6, 2, 4
-TRAINED = sorted(set(METHODS) - {"zero_shot", "linear_probe"})
+FITTED = {"linear_probe", "gda", "lp_plus_plus", "ss_text", "ss_text_plus", "tip_adapter", "tip_adapter_f"}
+TRAINED = sorted(set(METHODS) - {"zero_shot"} - FITTED)
 GIVEN = ["--teacher", TEACHER, "--backbone", str(TINY), "--regions", str(REGIONS), "--top-k", "2", "--batch-size", "4"]
 
 
@@ -86,7 +87,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def from_bank(pictures: Path, bank: Path, method: str = "coop", **more: Any):
     settings = {"data.bank": str(bank), "teacher.backbone": None, "train.epochs": 2}
     settings |= {"method.average_mean": 2} if "promptsrc" in method else {}
-    settings |= {"data.min_scale": 0.08} if method == "mmrl" else {}  # the bank's
+    settings |= {"data.min_scale": 0.08} if method in ("mmrl", "prolip") else {}  # the bank's
     return configured(pictures, method, **{**settings, **more})
 
 
@@ -962,7 +963,7 @@ def test_two_steps_from_a_bank_are_those_online_on_the_same_regions(method, pict
     for key in online:
         assert torch.equal(banked[key], same_features[key])
         torch.testing.assert_close(banked[key], online[key], rtol=0, atol=1e-5)
-    assert any((start[key] - online[key]).abs().max() > 1e-4 for key in online)
+    assert any((start[key] - online[key]).abs().max() > 1e-4 for key in online if online[key].numel())
 
 
 def test_labels_from_a_bank_train_as_the_teacher_on_the_same_regions(pictures, tiny, tmp_path) -> None:
@@ -983,6 +984,7 @@ def test_any_method_trains_from_a_bank(method, pictures, bank, tiny, tmp_path, m
     cls, losses = METHODS[method], METHODS[method].losses
     monkeypatch.setattr(cls, "losses", lambda self, batch: seen.append(batch) or losses(self, batch))
     tuned, result = train(from_bank(pictures, bank, method), tmp_path / "run", say=said.append)
+    said = [line for line in said if "has no class descriptions" not in line]
     taught = "teacher_probabilities" in METHODS[method].needs
     assert result.teacher == (TEACHER if taught else None)
     scale = Bank(bank).settings.teacher.logit_scale
