@@ -12,7 +12,7 @@ from vlprompt.bench.shared import SharedImages
 from vlprompt.data.batches import evaluation_batches
 from vlprompt.data.reading import ImageReader
 from vlprompt.methods import Method
-from vlprompt.training.evaluate import made_by
+from vlprompt.training.evaluate import EvaluationImages
 
 
 class SeenOnce(SharedImages):
@@ -31,12 +31,8 @@ class SeenOnce(SharedImages):
         self.paths, self.seen = images, seen
 
     def frozen(self, method: Method) -> Tensor:
-        """Normalised features from the frozen image tower, [n, E]."""
-        return self._once(made_by(method), method, method.backbone.encode_images)
-
-    def pooled(self, method: Method) -> Tensor:
-        """What the frozen image tower makes of the images before its projection, [n, D]."""
-        return self._once(f"pooled {made_by(method)}", method, method.backbone.pool_images)
+        """Normalised features from the frozen image tower, [n, E]; by image, where a bench keeps them by list."""
+        return EvaluationImages.frozen(self, method)
 
     def _once(self, key: str, method: Method, encode: Callable[[Tensor], Tensor]) -> Tensor:
         known = self.seen.setdefault(key, {})

@@ -16,7 +16,7 @@ from vlprompt.backbones.load import EMBEDDED
 from vlprompt.compare.clock import Clock
 from vlprompt.config.presets import presets_of
 from vlprompt.config.schema import RunConfig, build_config
-from vlprompt.data.batches import evaluation_batches
+from vlprompt.data.batches import batches_of, evaluation_batches
 from vlprompt.data.datasets import LoadedDataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split, in_order, ranked_by_class
@@ -175,10 +175,9 @@ class Costs:
         else:  # through a tower of its own, to measure it
             whole, again = sum(len(fold.train) + len(fold.val) for fold in folds), n
         step = self._step[candidate.name]
-        epochs, size = config.train.epochs, config.data.batch_size
 
         def steps(images: int) -> float:
-            return step * epochs * max(images // size if config.data.drop_last else math.ceil(images / size), 1)
+            return step * config.train.epochs * batches_of(images, config.data.batch_size, config.data.drop_last)
 
         return Cost(
             (whole + new * trained) * self.per_image + sum(steps(len(fold.train)) for fold in folds),

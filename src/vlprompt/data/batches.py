@@ -92,6 +92,25 @@ class Batch:
         return self.labels if self.teacher_probabilities is None else self.taught.argmax(-1)
 
 
+def batches_of(n: int, batch_size: int, drop_last: bool) -> int:
+    """Batches of n images; the last incomplete one does not count if it is dropped, unless it is the only one."""
+    whole, rest = divmod(n, batch_size)
+    return max(whole + (rest > 0 and not drop_last), 1)
+
+
+def drawn_region(image: Image, rng: np.random.Generator, min_scale: float, flip: float) -> Region:
+    """The random region of a training view: at least a share ``min_scale`` of the image, mirrored with chance ``flip``.
+
+    ``rng`` is that of :func:`view_rng`.
+    """
+    return random_regions(rng, image.width, image.height, scale=(min_scale, 1.0), flip=flip)[0]
+
+
+def view_rng(seed: int, epoch: int, i: int) -> np.random.Generator:
+    """What decides the view of image i in an epoch, and nothing else does."""
+    return np.random.default_rng([seed, epoch, i])
+
+
 def epoch_order(labels: Tensor, seed: int, epoch: int, balanced: bool) -> NDArray[np.int64]:
     """The images of an epoch in the order they are drawn in, [n]: each once, or every class equally often.
 
@@ -147,9 +166,8 @@ class TrainingViews:
         self.reader, self.patch_size, self.flip = reader, patch_size, flip
 
     def __len__(self) -> int:
-        """Batches in an epoch; the last incomplete one does not count if it is dropped, unless it is the only one."""
-        whole, rest = divmod(len(self.images), self.batch_size)
-        return max(whole + (rest > 0 and not self.drop_last), 1)
+        """Batches in an epoch."""
+        return batches_of(len(self.images), self.batch_size, self.drop_last)
 
     @property
     def images_per_batch(self) -> int:
@@ -181,12 +199,8 @@ class TrainingViews:
 
     def _views(self, i: int, epoch: int) -> dict[str, Tensor]:
         """One image's view, the teacher's and the second one where there are any: [3, S, S] each."""
-        image = self.reader.image(self.images[i])
-        rng = np.random.default_rng([self.seed, epoch, i])
-        region = None
-        if not self.center:
-            scale = (self.min_scale, 1.0)
-            region = random_regions(rng, image.width, image.height, scale=scale, flip=self.flip)[0]
+        image, rng = self.reader.image(self.images[i]), view_rng(self.seed, epoch, i)
+        region = None if self.center else drawn_region(image, rng, self.min_scale, self.flip)
         views = both_views(image, region, self.preprocess, self.patch_size, rng)
         if self.teacher is None or "teacher_probabilities" in self.constant:
             return views

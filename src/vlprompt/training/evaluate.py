@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vlprompt.data.batches import evaluation_batches
-from vlprompt.data.images import ImageSource, random_regions
+from vlprompt.data.batches import drawn_region, evaluation_batches, view_rng
+from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import repeated
 from vlprompt.errors import VlpromptError
@@ -54,16 +53,15 @@ class EvaluationImages:
 
     def frozen(self, method: Method) -> Tensor:
         """Normalised features from the frozen image tower, [n, E]."""
-        key = made_by(method)
-        if key not in self._frozen:
-            self._frozen[key] = torch.cat([method.backbone.encode_images(images) for images in self.views(method)])
-        return self._frozen[key]
+        return self._once(made_by(method), method, method.backbone.encode_images)
 
     def pooled(self, method: Method) -> Tensor:
         """What the frozen image tower makes of the images before its projection, [n, D]."""
-        key = f"pooled {made_by(method)}"
+        return self._once(f"pooled {made_by(method)}", method, method.backbone.pool_images)
+
+    def _once(self, key: str, method: Method, encode: Callable[[Tensor], Tensor]) -> Tensor:
         if key not in self._frozen:
-            self._frozen[key] = torch.cat([method.backbone.pool_images(images) for images in self.views(method)])
+            self._frozen[key] = torch.cat([encode(images) for images in self.views(method)])
         return self._frozen[key]
 
     def random_view(self, method: Method, k: int, crop: Crop) -> Tensor:
@@ -80,9 +78,8 @@ class EvaluationImages:
         backbone = method.backbone
 
         def view(i: int) -> Tensor:
-            image, rng = self.reader.image(self.images[i]), np.random.default_rng([crop.seed, k, i])
-            scale = crop.min_scale, 1.0
-            region = random_regions(rng, image.width, image.height, scale=scale, flip=crop.flip)[0]
+            image = self.reader.image(self.images[i])
+            region = drawn_region(image, view_rng(crop.seed, k, i), crop.min_scale, crop.flip)
             return backbone.preprocess.region(image, region)
 
         numbers = range(len(self.images))

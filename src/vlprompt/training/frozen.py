@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlprompt.backbones.backbone import unit
 from vlprompt.config.schema import DataConfig
-from vlprompt.data.batches import Batch, epoch_order
+from vlprompt.data.batches import Batch, batches_of, epoch_order
 from vlprompt.methods import Can, Method
 from vlprompt.training.evaluate import Crop, EvaluationImages
 
@@ -42,9 +42,8 @@ class FrozenViews:
         self._made: dict[int | None, Tensor] = {}
 
     def __len__(self) -> int:
-        """Batches in an epoch, as in :class:`TrainingViews`."""
-        whole, rest = divmod(len(self.labels), self.batch_size)
-        return max(whole + (rest > 0 and not self.drop_last), 1)
+        """Batches in an epoch."""
+        return batches_of(len(self.labels), self.batch_size, self.drop_last)
 
     @property
     def images_per_batch(self) -> int:
