@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vlprompt.artefact.artefact import load_calibration, read_artefact_config, save_artefact
 from vlprompt.artefact.calibration import Calibration
+from vlprompt.artefact.calibration import probabilities as calibrated
 from vlprompt.artefact.export import Pixels, export_classes, export_onnx
 from vlprompt.artefact.hub import load_model, upload
 from vlprompt.backbones.backbone import Backbone
@@ -48,14 +49,17 @@ Labels = Sequence[str] | Sequence[int] | NDArray[Any] | Tensor
 
 WORKERS = 2
 """Threads that decode images ahead."""
+_OF_TRAIN = ("epochs", "accumulate", "text_chunk", "graphs", "warm_start", "logit_adjustment")
 _OF_DATA = (
     "batch_size", "drop_last", "min_scale", "flip", "white", "max_pixels", "balanced", "workers",
     "bank", "views", "regions_per_image",
 )  # fmt: skip
 TRAINING = {
     **{f.name: f"optim.{f.name}" for f in fields(OptimConfig)},
-    **{name: f"train.{name}" for name in ("epochs", "accumulate", "text_chunk", "graphs", "warm_start")},
-    "logit_adjustment": "train.logit_adjustment",
+    **{
+        name: f"train.{name}"
+        for name in ("epochs", "accumulate", "text_chunk", "graphs", "warm_start", "logit_adjustment")
+    },
     "teacher": "teacher.backbone",
     "classes_per_batch": "teacher.classes_per_batch",
     **{name: f"data.{name}" for name in _OF_DATA},
@@ -263,17 +267,13 @@ class PromptedModel:
         model that is not calibrated, and of other classes than its own.
         """
         names, images = _several(_names(self.method, class_names)), _images(images)
-        own, none, listed = names == self.class_names, None, None
-        if sets is not None and not (self.calibration and own):
+        if sets is not None and not (self.calibration and names == self.class_names):
             raise ConfigError(f"sets = {sets:g}: they need a calibrated model, and its own classes")
         with _evaluation_images(images, self.method) as unlabelled:
             logits = evaluation.predict_logits(self.method, unlabelled, names) if images else torch.zeros(0, len(names))
             spread = evaluation.predict_spread(self.method, unlabelled, names) if images else None
-        logits, sure = logits.double(), None if spread is None else spread.double().numpy()
-        if self.calibration:
-            logits = self.calibration.logits(self.method, logits, names)
-            none = self.calibration.none_of_these(logits) if own else None
-        probabilities = logits.softmax(-1)
+        probabilities, none = calibrated(self.calibration, self.method, logits, names)
+        sure, listed = None if spread is None else spread.double().numpy(), None
         if self.calibration and sets is not None:
             inside = self.calibration.sets(probabilities, sets, by_class)
             listed = [[names[c] for c in p.argsort(descending=True).tolist() if i[c]]

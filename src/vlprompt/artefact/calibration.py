@@ -86,6 +86,21 @@ class Calibration:
         return None if self.threshold is None else SCORES[self.score](calibrated) < self.threshold
 
 
+def probabilities(
+    calibration: Calibration | None, method: Method, logits: Tensor, class_names: Sequence[str]
+) -> tuple[Tensor, Tensor | None]:
+    """What a model says of images, in float64: [n, C], calibrated if it is; and which images are of none, [n].
+
+    The second is None without a threshold, and for other classes than the model's own.
+    """
+    logits = logits.double()
+    if calibration is None:
+        return logits.softmax(-1), None
+    logits = calibration.logits(method, logits, class_names)
+    own = tuple(class_names) == method.class_names
+    return logits.softmax(-1), calibration.none_of_these(logits) if own else None
+
+
 def check_share(name: str, value: float) -> None:
     """Raise ConfigError if it is not between 0 and 1."""
     if not 0 < value < 1:

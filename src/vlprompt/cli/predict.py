@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from vlprompt.artefact.calibration import Calibration, check_share
+from vlprompt.artefact.calibration import probabilities as calibrated
 from vlprompt.data.files import IMAGE_EXTENSIONS, LeftOut, image_files, missing_error
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import check_class_names, names_in_file, refuse_json
@@ -90,16 +91,9 @@ def predict_images(
     if len(class_names) == 1:
         predict_logits(method, EvaluationImages(paths[:1], [], reader), class_names)  # its name may be what is wrong
         raise DataError(f"there is only one class, '{class_names[0]}', so it is always right: commas separate names")
-    logits = predict_logits(method, images, class_names).double()
-    spread = predict_spread(method, images, class_names)
-    none = chosen = None
-    if calibration:
-        logits = calibration.logits(method, logits, class_names)
-        if tuple(class_names) == method.class_names:
-            none = calibration.none_of_these(logits)
-    probabilities = logits.softmax(-1)
-    if calibration and sets is not None:
-        chosen = calibration.sets(probabilities, sets, by_class)
+    logits, spread = predict_logits(method, images, class_names), predict_spread(method, images, class_names)
+    probabilities, none = calibrated(calibration, method, logits, class_names)
+    chosen = calibration.sets(probabilities, sets, by_class) if calibration and sets is not None else None
 
     def listed(i: int, classes: Tensor) -> list[dict[str, Any]]:
         numbers = {"probability": probabilities[i], **({} if spread is None else {"spread": spread[i].double()})}

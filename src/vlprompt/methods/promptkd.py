@@ -11,12 +11,13 @@ from annotated_types import Gt
 from torch import Tensor, nn
 
 from vlprompt.backbones.backbone import unit
+from vlprompt.backbones.towers import Prompts
 from vlprompt.data.batches import Batch
 from vlprompt.errors import DataError, first_few
 from vlprompt.methods.base import Count, Method, MethodConfig, Output, Weight
 from vlprompt.methods.registry import register
 from vlprompt.methods.zero_shot import frozen_class_features
-from vlprompt.prompting.visual import Prompts, VisualPrompts
+from vlprompt.prompting.visual import VisualPrompts
 
 
 @register("promptkd")

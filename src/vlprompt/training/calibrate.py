@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor
 from vlprompt.artefact.calibration import Calibration, check_share, fit_calibration
 from vlprompt.config.schema import read_config
 from vlprompt.data.datasets import LoadedDataset, load_dataset
+from vlprompt.data.files import same_files
 from vlprompt.data.splits import find_classes, read_split
 from vlprompt.errors import DataError, VlpromptError, first_few
 from vlprompt.methods import Method
@@ -161,31 +160,12 @@ def check_not_trained_on(run: Path, paths: Sequence[Path]) -> bool:
     trained = _trained_on(run)
     if trained is None:
         return False
-    places, sizes = {path.resolve() for path in trained}, defaultdict(list)
-    for path in trained:
-        if path.is_file():
-            sizes[path.stat().st_size].append(path)
-    digests: dict[int, set[bytes]] = {}
-
-    def seen(path: Path) -> bool:
-        if path.resolve() in places:
-            return True
-        if not path.is_file() or (size := path.stat().st_size) not in sizes:
-            return False
-        if size not in digests:
-            digests[size] = {_digest(file) for file in sizes[size]}
-        return _digest(path) in digests[size]
-
-    if used := [str(path) for path in paths if seen(path)]:
+    if used := [str(path) for path in same_files(list(paths), trained)]:
         raise DataError(
             f"{len(used)} of {len(paths)} images were trained on ({first_few(used)}): the model is surer of them than "
             "of others; calibrate on images that were held out"
         )
     return True
-
-
-def _digest(file: Path) -> bytes:
-    return sha256(file.read_bytes()).digest()
 
 
 def _trained_on(run: Path) -> list[Path] | None:

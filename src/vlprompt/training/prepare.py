@@ -118,7 +118,7 @@ def prepare(
     the same images for evaluation: what the frozen tower has seen of them it need not see again. Raises ConfigError
     before anything is computed if configuration, method, data and processes do not fit.
     """
-    name, bank = method.name, sources.bank
+    name, bank, whole = method.name, sources.bank, whole or EvaluationImages(images, labels, reader)
     if lacking := sorted(method.needs - PROVIDED - set(extra or {})):
         raise ConfigError(f"method '{name}' needs '{lacking[0]}' of every image, which nothing here provides")
     method.images_per_class = len(labels) / len(method.class_names)
@@ -149,7 +149,7 @@ def prepare(
         if config.data.balanced:
             raise ConfigError("data.balanced: a region bank gives every image its turn (data.bank)")
         views = bank_views(bank, config, method, images, labels, seed, reader, extra)
-    elif frozen := frozen_views(config, method, whole or EvaluationImages(images, labels, reader), seed, extra):
+    elif frozen := frozen_views(config, method, whole, seed, extra):
         views = frozen
     else:
         views = TrainingViews(
@@ -166,7 +166,7 @@ def prepare(
             extra=extra,
             balanced=config.data.balanced,
             drop_last=config.data.drop_last,
-            **_center(config, sources.teacher, method, whole or EvaluationImages(images, labels, reader)),
+            **_center(config, sources.teacher, method, whole),
         )
     k = config.teacher.classes_per_batch
     return Training(method, views, config.optim, config.train, processes, sources.teacher, k, validate)
