@@ -56,10 +56,7 @@ _OF_DATA = (
 )  # fmt: skip
 TRAINING = {
     **{f.name: f"optim.{f.name}" for f in fields(OptimConfig)},
-    **{
-        name: f"train.{name}"
-        for name in ("epochs", "accumulate", "text_chunk", "graphs", "warm_start", "logit_adjustment")
-    },
+    **{name: f"train.{name}" for name in _OF_TRAIN},
     "teacher": "teacher.backbone",
     "classes_per_batch": "teacher.classes_per_batch",
     **{name: f"data.{name}" for name in _OF_DATA},

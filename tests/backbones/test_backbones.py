@@ -326,6 +326,15 @@ def siglip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_siglip(tmp_path_factory.mktemp("siglip"))
 
 
+@pytest.mark.parametrize("name", ["lasp", "clip_lora"])
+def test_blocks_of_siglip_are_entered(siglip_folder: Path, name: str) -> None:
+    """There is no class token, which methods that change the blocks' weights do without."""
+    backbone, cls = load_backbone(str(siglip_folder)), find_method(name)
+    method = cls(backbone, ["cat", "dog"], cls.Config())
+    images = torch.randn(2, 3, backbone.image_size, backbone.image_size)
+    assert method.train().encode_images(images).requires_grad
+
+
 def test_hugging_face_siglip(siglip_folder: Path) -> None:
     backbone = load_backbone(str(siglip_folder))
     tokenizer = PreTrainedTokenizerFast(

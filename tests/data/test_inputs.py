@@ -23,7 +23,7 @@ from vlprompt.data.folders import from_csv, from_folder, part_named
 from vlprompt.data.images import load_image, white_above
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import read_split
-from vlprompt.errors import DataError
+from vlprompt.errors import ConfigError, DataError
 
 
 def fails(message: str):
@@ -668,3 +668,10 @@ def test_resume_where_the_data_has_moved(tmp_path, monkeypatch):
     code, _, err = vlprompt("train", "--resume", "run", "moved")
     assert code == 2
     assert "no longer gives the images of its split.json" in err
+
+
+def test_no_augmentation_and_other_views_contradict():
+    assert build_config("coop", overrides={"augment": "none", "data.views": "center"}).data.views == "center"
+    assert build_config("coop", overrides={"data.augment": "none"}).data.views == "center"
+    with pytest.raises(ConfigError, match=r"data\.augment = none and data\.views = random contradict each other"):
+        build_config("coop", overrides={"data.augment": "none", "views": "random"})

@@ -11,6 +11,9 @@ from torch import Tensor
 from vlprompt.data.images import Preprocess
 from vlprompt.errors import VlpromptError
 
+LEVEL = 1 / 255
+"""A step of an 8-bit pixel, in which attacks are measured."""
+
 
 @dataclass(frozen=True)
 class Pixels:

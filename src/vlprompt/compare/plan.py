@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from typing import Any
 
 from vlprompt.backbones.backbone import Backbone
@@ -20,6 +18,7 @@ from vlprompt.data.batches import batches_of, evaluation_batches
 from vlprompt.data.datasets import LoadedDataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split, in_order, ranked_by_class
+from vlprompt.documents import checksum
 from vlprompt.errors import DataError
 from vlprompt.methods import find_method
 from vlprompt.training.evaluate import EvaluationImages
@@ -126,7 +125,7 @@ def hold_out(dataset: LoadedDataset, split: Split) -> Held:
 
 def digest(value: Any) -> str:
     """Twelve hexadecimal digits that stand for a JSON value."""
-    return sha256(json.dumps(value, default=str).encode()).hexdigest()[:12]
+    return checksum(value)[:12]
 
 
 def split_values(split: Split) -> list[Any]:

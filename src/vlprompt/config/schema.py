@@ -376,14 +376,18 @@ def build_config(
 
 
 def _with_views(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in which ``data.augment`` is ``data.views``, of which no augmentation is one choice."""
-    views = {"none": "center"}
-    return {
-        "data.views" if key in ("augment", "data.augment") else key: (
-            views.get(value, value) if key in ("augment", "data.augment") else value
-        )
-        for key, value in layer.items()
-    }
+    """Settings in which ``data.augment`` is ``data.views``: none of it is the center crop.
+
+    Raises ConfigError where both are given, and contradict each other.
+    """
+    rest = {key: value for key, value in layer.items() if key not in ("augment", "data.augment")}
+    for augment in (value for key, value in layer.items() if key not in rest):
+        views = "center" if augment == "none" else augment
+        given = next((rest[key] for key in ("views", "data.views") if rest.get(key) is not None), views)
+        if given != views:
+            raise ConfigError(f"data.augment = {augment} and data.views = {given} contradict each other")
+        rest["data.views"] = views
+    return rest
 
 
 def _is_place(text: str) -> bool:

@@ -11,7 +11,7 @@ from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, kl_div
 
-from vlprompt.backbones.attack import Pixels, pgd
+from vlprompt.backbones.attack import LEVEL, Pixels, pgd
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.towers import Prompts
 from vlprompt.data.batches import Batch
@@ -20,9 +20,6 @@ from vlprompt.methods.ivlp import deep_context
 from vlprompt.methods.registry import register
 from vlprompt.prompting.text import INIT_STD, encode_classes
 from vlprompt.prompting.visual import check_image_prompts
-
-LEVEL = 1 / 255
-"""A step of an 8-bit pixel, in which the attack is measured."""
 
 
 class ImageLed(nn.Module):

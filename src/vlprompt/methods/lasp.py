@@ -31,7 +31,7 @@ from vlprompt.methods.coop import SGD
 from vlprompt.methods.registry import register
 from vlprompt.methods.templates import LASP_TEMPLATES
 from vlprompt.prompting.text import TextContext, fill
-from vlprompt.prompting.visual import check_image_prompts
+from vlprompt.prompting.visual import check_blocks
 
 NORMS = "ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias"
 NOISY = 0.5  # share of the steps that add noise
@@ -107,7 +107,7 @@ class LASP(Method):
         own, more = ({n.replace("_", " "): n for n in names} for names in (self.class_names, c.virtual_classes))
         self.all_names = (*self.class_names, *(name for spoken, name in more.items() if spoken not in own))
         if c.norms:
-            check_image_prompts(backbone, 1)  # it enters that tower
+            check_blocks(backbone)
             frozen = [torch.stack([x.get_parameter(n) for n in NORMS]) for x in backbone.image_tower.blocks]
             precise = torch.promote_types(backbone.dtype, torch.float32)
             self.norms = nn.Parameter(torch.stack(frozen).detach().to("cpu", precise))

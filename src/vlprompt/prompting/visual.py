@@ -18,9 +18,19 @@ def check_image_prompts(backbone: Backbone, depth: int) -> None:
     """Raise an error if the image tower does not take prompts at ``depth`` layers."""
     config = backbone.image_tower.config
     if config.pool != "cls":
-        raise BackboneError(f"backbone '{backbone.name}' has no class token: it serves text-only methods for now")
+        raise _no_token_error(backbone)
     if not 1 <= depth <= config.layers:
         raise ConfigError(f"visual prompt depth = {depth} (allowed: 1 to {config.layers}, the image tower's layers)")
+
+
+def check_blocks(backbone: Backbone) -> None:
+    """Raise an error if the image tower has no transformer blocks to enter: it is a ResNet."""
+    if not hasattr(backbone.image_tower, "blocks"):
+        raise _no_token_error(backbone)
+
+
+def _no_token_error(backbone: Backbone) -> BackboneError:
+    return BackboneError(f"backbone '{backbone.name}' has no class token: it serves text-only methods for now")
 
 
 class VisualPrompts(nn.Module):

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from vlprompt.backbones.attack import Pixels, pgd
+from vlprompt.backbones.attack import LEVEL, Pixels, pgd
 from vlprompt.errors import ConfigError, unknown
 from vlprompt.methods import Method
 from vlprompt.training.evaluate import EvaluationImages
 
 ATTACKS = ("pgd",)
-LEVEL = Fraction(1, 255)
 STEPS = 100
 
 
@@ -26,7 +25,7 @@ class Attack:
     """Projected gradient descent on the cross-entropy, from a random start, inside an L∞ ball."""
 
     name: str = "pgd"
-    eps: float = float(LEVEL)
+    eps: float = LEVEL
     """How far a pixel of 0 to 1 may change."""
     steps: int = STEPS
     """Of a level of 255 each, or of ``eps`` if that is less."""
@@ -47,7 +46,7 @@ def find_attack(name: str | None, eps: str | None = None, steps: int | None = No
     if name not in ATTACKS:
         raise ConfigError(unknown("attack", name, ATTACKS))
     try:
-        size = Fraction(eps.strip()) if eps is not None else LEVEL
+        size = Fraction(eps.strip()) if eps is not None else Fraction(1, 255)
     except (ValueError, ZeroDivisionError):
         size = Fraction(0)
     if not 0 < size <= 1:
@@ -94,7 +93,7 @@ def attacked(
 
     generator = torch.Generator().manual_seed(seed)
     noise = (2 * torch.rand(x.shape, generator=generator) - 1).to(x)
-    delta = pgd(x, loss, attack.eps * noise, attack.eps, min(attack.eps, float(LEVEL)), attack.steps)
+    delta = pgd(x, loss, attack.eps * noise, attack.eps, min(attack.eps, LEVEL), attack.steps)
     changed = images.clone()
     changed[right] = pixels.read(x + delta)
     return changed

@@ -18,11 +18,11 @@ from torch.nn.functional import dropout
 from vlprompt.backbones.backbone import unit
 from vlprompt.backbones.packing import PackedText, pack
 from vlprompt.backbones.towers import Tower
-from vlprompt.errors import BackboneError
 from vlprompt.methods.base import Can, Count, Method, MethodConfig
 from vlprompt.methods.registry import register
 from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.prompting.text import check_known, fill
+from vlprompt.prompting.visual import check_blocks
 
 SCALE = 100.0
 MATRICES = "qkvo"
@@ -132,8 +132,8 @@ class CLIPLoRA(Method):
     def build(self) -> None:
         """The adapters, which change nothing yet; raises BackboneError where there are no blocks to adapt."""
         b, encoder = self.backbone, self.config.encoder
-        if encoder != "text" and not hasattr(b.image_tower, "blocks"):
-            raise BackboneError(f"backbone '{b.name}' has no class token: it serves text-only methods for now")
+        if encoder != "text":
+            check_blocks(b)
         self.visual = LoRA(b.image_tower, self.config) if encoder != "text" else None
         self.textual = LoRA(b.text_tower, self.config) if encoder != "vision" else None
 
