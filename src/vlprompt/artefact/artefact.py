@@ -22,7 +22,7 @@ from typing_extensions import TypedDict  # pydantic's, before Python 3.12
 from vlprompt.artefact.calibration import Calibration
 from vlprompt.artefact.card import model_card
 from vlprompt.backbones.backbone import Backbone
-from vlprompt.backbones.load import EMBEDDED, load_backbone
+from vlprompt.backbones.load import load_backbone, whole_name
 from vlprompt.backbones.names import public_name
 from vlprompt.data.splits import MOST_CLASSES
 from vlprompt.documents import MOST_JSON, check_text, fitted, parse_json, read_text, unsealed, write_sealed
@@ -107,7 +107,7 @@ def save_artefact(
         "template": method.template,
         **({} if method.white is None else {"white": method.white}),
         "backbone": {
-            "name": (public_name if public else _place)(backbone.name),
+            "name": (public_name if public else whole_name)(backbone.name),
             "fingerprint": backbone.fingerprint,
             "licence": backbone.licence,
         },
@@ -265,12 +265,6 @@ def _difference(content: bytes, shapes: Mapping[str, list[int]]) -> str:
         if shapes[name] != found[name]:
             return f"tensor '{name}' is {found[name]} and was {shapes[name]}"
     return f"its content has changed (its sha256 is not the one in {CONFIG})"
-
-
-def _place(backbone: str) -> str:
-    """A backbone's name, by which it is found from any folder."""
-    path = Path(backbone).expanduser()
-    return str(path.resolve()) if backbone not in EMBEDDED and path.exists() else backbone
 
 
 def _load_backbone(

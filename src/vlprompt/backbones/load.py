@@ -36,6 +36,12 @@ CLIP_VOCAB_SIZE = 49408
 CLIP_TOKENIZER_SOURCE = "openai/clip-vit-base-patch32"  # the vocabulary is the same for all of OpenAI's models
 
 
+def whole_name(name: str) -> str:
+    """A backbone's name, by which it is found from any folder: of a path the whole of it."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name not in (*EMBEDDED, LITE0) and path.exists() else name
+
+
 def load_backbone(
     name: str | os.PathLike[str],
     device: torch.device | str = "cpu",

@@ -91,8 +91,6 @@ def measure(method: Method, run: Path, asked: Asked, dataset: LoadedDataset, rea
     kept = readable(paths, reader, asked.skip_bad, say)
     images = EvaluationImages([paths[i] for i in kept], [position[items[i].label] for i in kept], reader)
     logits = predict_logits(method, images, names)
-    for note in reader.range_notes():
-        say(note)
     attacked = AttackedImages(images, asked.attack, names) if asked.attack else None
     robust = evaluate(method, attacked, names) if attacked else None
     return Measured(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -32,7 +34,23 @@ from vlprompt.cli.options import (
 )
 from vlprompt.errors import ConfigError
 
+if TYPE_CHECKING:
+    from vlprompt.data.reading import ImageReader
+    from vlprompt.methods import Method
+
 models_app = typer.Typer()
+
+
+@contextmanager
+def reading(method: Method, skip_bad: bool, max_pixels: int | None) -> Iterator[ImageReader]:
+    """Reads images as the model's were, and says at the end which look dark."""
+    from vlprompt.data.reading import CACHE_BYTES, ImageReader
+
+    room = CACHE_BYTES if skip_bad else 0
+    with ImageReader(room=room, white=method.white, max_pixels=max_pixels) as reader:
+        yield reader
+        for note in reader.range_notes():
+            say(note)
 
 
 @models_app.command(epilog="Example: vlprompt evaluate runs/x caltech101 --root data --classes novel")
@@ -76,7 +94,6 @@ def evaluate(
     """
     from vlprompt.artefact.hub import load_model
     from vlprompt.cli.evaluate import Asked, measure, per_image, summary
-    from vlprompt.data.reading import CACHE_BYTES, ImageReader
     from vlprompt.training.attack import find_attack
 
     if json_output and csv:
@@ -85,8 +102,7 @@ def evaluate(
     asked = Asked(data, root, split_file, classes, split, among, skip_bad, under)
     images = asked.dataset()  # before the model is loaded, which takes longer
     method, folder = load_model(run, backbone, device, precision)
-    room = CACHE_BYTES if skip_bad else 0
-    with ImageReader(room=room, white=method.white, max_pixels=max_pixels) as reader:
+    with reading(method, skip_bad, max_pixels) as reader:
         measured = measure(method, folder, asked, images, reader, say)
     if json_output:
         print(json.dumps(measured.to_dict()))
@@ -127,7 +143,7 @@ def calibrate(
     from vlprompt.artefact.artefact import load_artefact, write_calibration
     from vlprompt.artefact.calibration import check_share
     from vlprompt.data.datasets import load_dataset
-    from vlprompt.data.reading import CACHE_BYTES, ImageReader, readable
+    from vlprompt.data.reading import readable
     from vlprompt.training.calibrate import calibrate as fit
     from vlprompt.training.calibrate import check_not_trained_on, held_out, report
     from vlprompt.training.evaluate import EvaluationImages
@@ -142,14 +158,11 @@ def calibrate(
     known, labels, novel = held_out(method, dataset, split)
     if not check_not_trained_on(folder, known):
         say(f"note: {run} does not say where its training images are: none of these may be among them")
-    room = CACHE_BYTES if skip_bad else 0
-    with ImageReader(room=room, white=method.white, max_pixels=max_pixels) as reader:
+    with reading(method, skip_bad, max_pixels) as reader:
         kept_known, kept_novel = readable(known, reader, skip_bad, say), readable(novel, reader, skip_bad, say)
         images = EvaluationImages([known[i] for i in kept_known], [labels[i] for i in kept_known], reader)
         others = EvaluationImages([novel[i] for i in kept_novel], [], reader)
         calibration, worth = fit(method, images, others, kept, coverage)
-        for note in reader.range_notes():
-            say(note)
     write_calibration(folder, calibration)
     skipped = len(known) + len(novel) - len(kept_known) - len(kept_novel)
     if json_output:
@@ -194,7 +207,7 @@ def predict(
     from vlprompt.artefact.artefact import load_calibration
     from vlprompt.artefact.hub import load_model
     from vlprompt.cli.predict import check_sets, find_images, predict_images, read_class_names, show
-    from vlprompt.data.reading import CACHE_BYTES, ImageReader, readable
+    from vlprompt.data.reading import readable
     from vlprompt.prompting.text import partly_known
 
     if json_output and csv:
@@ -206,12 +219,9 @@ def predict(
     check_sets(run, calibration, names == method.class_names, sets, by_class)
     if names != method.class_names and (note := partly_known(method.backbone, names)):
         say(note)
-    room = CACHE_BYTES if skip_bad else 0
-    with ImageReader(room=room, white=method.white, max_pixels=max_pixels) as reader:
+    with reading(method, skip_bad, max_pixels) as reader:
         kept = [paths[i] for i in readable(paths, reader, skip_bad, say)]
         predictions = predict_images(method, kept, names, top, reader, calibration, sets, by_class)
-        for note in reader.range_notes():
-            say(note)
     result = {"predictions": predictions, "skipped": len(paths) - len(kept)}
     print(json.dumps(result) if json_output else show(predictions, csv))
 

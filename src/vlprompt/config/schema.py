@@ -17,8 +17,7 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
-from vlprompt.backbones.lite0 import NAME as LITE0
-from vlprompt.backbones.load import EMBEDDED
+from vlprompt.backbones.load import whole_name
 from vlprompt.config.presets import presets_of
 from vlprompt.data.images import White
 from vlprompt.data.known.table import find_dataset
@@ -236,9 +235,11 @@ class RunConfig:
         names = _whole_path(teacher.class_names_file)
         return replace(
             self,
-            backbone=_place(self.backbone),
+            backbone=whole_name(self.backbone),
             data=replace(data, name=name, **folders),
-            teacher=replace(teacher, backbone=_place(teacher.backbone), class_names_file=names),
+            teacher=replace(
+                teacher, backbone=teacher.backbone and whole_name(teacher.backbone), class_names_file=names
+            ),
         )
 
     @property
@@ -431,11 +432,6 @@ def _whole_path(path: Any, unless: Any = None) -> Any:
     """A path from the root on; of what is none, ``unless``."""
     whole = path and Path(path).expanduser().absolute()
     return str(whole) if whole and (unless is None or whole.exists()) else unless
-
-
-def _place(backbone: Any) -> Any:
-    """A backbone's name, with its whole path where it is one."""
-    return backbone if backbone in EMBEDDED or backbone == LITE0 else _whole_path(backbone, backbone)
 
 
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
