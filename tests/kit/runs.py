@@ -7,12 +7,16 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.kit import TINY
 from vlprompt.config.schema import RunConfig, build_config
+from vlprompt.errors import Interrupted
 from vlprompt.methods import find_method
+from vlprompt.training.run import train
 from vlprompt.training.watchers import Watcher
 
 TEACHER = "mini"
@@ -63,3 +67,18 @@ class StopsAfter(Watcher):
         self.n -= 1
         if not self.n:
             signal.raise_signal(signal.SIGINT)
+
+
+def check_stopped(config: RunConfig, folder: Path, after: int) -> dict[str, Tensor]:
+    """A run stopped after so many steps and resumed has the prompts and the log of a whole one: ``folder/whole``.
+
+    The stopped one is ``folder/stopped``; returns the prompts.
+    """
+    with pytest.raises(Interrupted):
+        train(config, folder / "stopped", [StopsAfter(after)])
+    train(config, folder / "stopped", resume=True)
+    whole, resumed = prompts(folder / "whole"), prompts(folder / "stopped")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert log(folder / "whole") == log(folder / "stopped")
+    return whole

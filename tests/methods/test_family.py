@@ -14,12 +14,12 @@ from tests.kit import TINY
 from tests.kit.cases import FAMILY
 from tests.kit.pictures import write_pictures
 from tests.kit.plain import plain_block, plain_norm, same_with_gradients, small_backbone, write
-from tests.kit.runs import StopsAfter, configured, log, prompts
+from tests.kit.runs import check_stopped, configured
 from vlprompt.api import PromptedModel, build_method
 from vlprompt.artefact.artefact import save_artefact
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.config.schema import build_config, parse_override
-from vlprompt.errors import ConfigError, Interrupted
+from vlprompt.errors import ConfigError
 from vlprompt.methods import Batch, Method, find_method
 from vlprompt.prompting.text import class_tokens
 from vlprompt.training.run import train
@@ -44,13 +44,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(name: str, pictures: Path, tmp_p
     fewer = {"method.samples": 2} if name == "bayesian" else {}
     config = configured(pictures, name, **{"train.epochs": 2}, **fewer)
     train(config, tmp_path / "whole")
-    with pytest.raises(Interrupted):
-        train(config, tmp_path / "stopped", [StopsAfter(2)])
-    train(config, tmp_path / "stopped", resume=True)
-    whole, resumed = (prompts(tmp_path / run) for run in ("whole", "stopped"))
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(resumed[k], whole[k]) for k in whole)
-    assert log(tmp_path / "stopped") == log(tmp_path / "whole")
+    check_stopped(config, tmp_path, 2)
 
 
 # --- tcp --------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from tests.kit.command import vlprompt
 from tests.kit.pictures import CLASSES
-from tests.kit.runs import TEACHER, StopsAfter, arguments, configured, log, prompts
+from tests.kit.runs import TEACHER, arguments, check_stopped, configured, prompts
 from vlprompt.artefact.artefact import load_artefact
 from vlprompt.artefact.export import export_classes
 from vlprompt.backbones.attack import Pixels, pgd
@@ -23,7 +23,7 @@ from vlprompt.backbones.backbone import Backbone
 from vlprompt.bench.protocols import Asked, plan
 from vlprompt.config.schema import build_config
 from vlprompt.data.descriptions import read_descriptions
-from vlprompt.errors import ArtefactError, ConfigError, DataError, Interrupted, VlpromptError
+from vlprompt.errors import ArtefactError, ConfigError, DataError, VlpromptError
 from vlprompt.methods import METHODS, Batch, Method, find_method
 from vlprompt.methods.pouf import mutual_information, transport
 from vlprompt.methods.promptot import transport_plan
@@ -144,12 +144,7 @@ def test_coprompt_resumes_with_descriptions(pictures: Path, tmp_path: Path) -> N
     said: list[str] = []
     train(config, tmp_path / "whole", say=said.append)
     assert not any("no class descriptions" in text for text in said)
-    with pytest.raises(Interrupted):
-        train(config, tmp_path / "stopped", [StopsAfter(4)])
-    train(config, tmp_path / "stopped", resume=True)
-    whole, resumed = prompts(tmp_path / "whole"), prompts(tmp_path / "stopped")
-    assert all(torch.equal(whole[k], resumed[k]) for k in whole | resumed)
-    assert log(tmp_path / "whole") == log(tmp_path / "stopped")
+    whole = check_stopped(config, tmp_path, 4)
     train(configured(pictures, "coprompt"), tmp_path / "without", say=said.append)
     assert any(text.startswith("coprompt has no class descriptions (data.descriptions)") for text in said)
     assert not torch.equal(prompts(tmp_path / "without")["folded"], whole["folded"])
@@ -284,12 +279,7 @@ def test_promptkd_keeps_its_teachers_classes(pictures: Path, teacher_run: Path, 
     teacher = load_artefact(teacher_run)
     torch.testing.assert_close(method.vectors, teacher.class_features(CLASSES))
     assert result.teacher == str(teacher_run)
-    with pytest.raises(Interrupted):
-        train(config, tmp_path / "stopped", [StopsAfter(4)])
-    train(config, tmp_path / "stopped", resume=True)
-    whole, resumed = prompts(tmp_path / "whole"), prompts(tmp_path / "stopped")
-    assert all(torch.equal(whole[k], resumed[k]) for k in whole | resumed)
-    assert log(tmp_path / "whole") == log(tmp_path / "stopped")
+    whole = check_stopped(config, tmp_path, 4)
     assert whole["projection.0.weight"].shape == (teacher.backbone.embed_dim, method.backbone.embed_dim)
     # Other names are asked of the teacher while it is there; the artefact does without it, for its own names.
     x = images(method.backbone)
@@ -408,11 +398,7 @@ def test_a_folder_without_labels(method: str, loose: Path, tmp_path: Path) -> No
     more = {"data.class_names_file": str(names)}
     config = configured(loose, method, **more)
     train(config, tmp_path / "whole")
-    with pytest.raises(Interrupted):
-        train(config, tmp_path / "stopped", [StopsAfter(2)])
-    train(config, tmp_path / "stopped", resume=True)
-    whole, resumed = prompts(tmp_path / "whole"), prompts(tmp_path / "stopped")
-    assert all(torch.equal(whole[k], resumed[k]) for k in whole | resumed)
+    check_stopped(config, tmp_path, 2)
     (loose / "0.png").unlink()
     with pytest.raises(ConfigError, match="no longer gives the images"):
         train(config, tmp_path / "stopped", resume=True)

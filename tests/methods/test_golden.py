@@ -65,23 +65,13 @@ def vpt(h: Hyper) -> dict[str, Any]:
     return {"n_ctx": h["n_ctx_vision"], "depth": h["prompt_depth_vision"]}
 
 
-def ivlp(h: Hyper) -> dict[str, Any]:
-    return {
-        "n_ctx_text": h["n_ctx_text"],
-        "n_ctx_vision": h["n_ctx_vision"],
-        "depth_text": h["prompt_depth_text"],
-        "depth_vision": h["prompt_depth_vision"],
-        "init": h.words,
-    }
-
-
 def maple(h: Hyper) -> dict[str, Any]:
     return {"n_ctx": h["n_ctx"], "depth": h["prompt_depth"], "init": h.get("ctx_init", "a photo of a") or None}
 
 
 def promptsrc(h: Hyper) -> dict[str, Any]:
     weights = {"text_weight": h["text_loss_weight"], "image_weight": h["image_loss_weight"]}
-    return ivlp(h) | weights | {"average_mean": h.get("gpa_mean", 15), "average_std": h.get("gpa_std", 1)}
+    return family.ivlp(h) | weights | {"average_mean": h.get("gpa_mean", 15), "average_std": h.get("gpa_std", 1)}
 
 
 def fdbpl_coop(h: Hyper) -> dict[str, Any]:
@@ -97,7 +87,7 @@ OPTIONS: dict[str, Options] = {
     "kgcoop": kgcoop,
     "prograd": prograd,
     "vpt": vpt,
-    "ivlp": ivlp,
+    "ivlp": family.ivlp,
     "maple": maple,
     "promptsrc": promptsrc,
     "kdpl_coop": coop,
