@@ -73,12 +73,14 @@ def base_and_novel(points: Mapping[str, tuple[float, float]], colour: Mapping[st
     )
     (x0, x1), (y0, y1) = axes.x_range, axes.y_range
     low, high = (2 * x * y / (x + y) if x + y else 0.0 for x, y in ((x0, y0), (x1, y1)))
-    step, named = _step(high - low), list[tuple[float, float]]()
+    step, named, left = _step(high - low), list[tuple[float, float]](), axes.place(x0, y0)[0]
     for k in range(math.ceil(max(low, step / 2) / step), math.floor(high / step) + 1):
         mean = k * step
         curve = [(x, mean * x / (2 * x - mean)) for x in (x0 + (x1 - x0) * i / 60 for i in range(61)) if 2 * x > mean]
         inside = [axes.place(x, y) for x, y in curve if y0 <= y <= y1]
-        if len(inside) > 1 and all(abs(inside[-1][0] - x) > 60 or abs(inside[-1][1] - y) > 16 for x, y in named):
+        if len(inside) < 2 or inside[-1][0] < left + 60:  # its name would stand on the axis
+            continue
+        if all(abs(inside[-1][0] - x) > 60 or abs(inside[-1][1] - y) > 16 for x, y in named):
             named.append(inside[-1])
             axes.drawing.path(inside, "#bbb", 1, "4 3")
             axes.drawing.text(inside[-1][0] - 4, inside[-1][1] - 4, f"HM {mean:g}", "end", "#888")
