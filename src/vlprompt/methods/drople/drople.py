@@ -22,7 +22,8 @@ from vlprompt.methods.drople.lora import VisualLoRA
 from vlprompt.methods.drople.losses import regularisers, rising
 from vlprompt.methods.ivlp import IVLP, deep_context
 from vlprompt.methods.registry import register
-from vlprompt.methods.zero_shot import frozen_class_features
+from vlprompt.methods.zero_shot import frozen_class_features, mean_features
+from vlprompt.prompting.text import fill
 from vlprompt.prompting.visual import VisualPrompts
 
 LOG_SCALE_MAX = 4.605
@@ -35,11 +36,12 @@ class DroPLe(IVLP):
 
     Official settings: 4 + 4 tokens, text depth 9, visual depth 6, AdamW 2e-4, batch 4, 20 epochs, cosine to 1e-5,
     centre crops, of which the learned branch alone sees a changed view.
-    Deviations: no language-model prior, so t0 is the data set's template alone; adapters (``lora_rank``, 8 in the
-    public code) are off, and v0 never passes through them; scores know no padding; prompts stay fp32. The page
-    ``docs/methods/drople.md`` has them all.
+    Deviations: no language-model prior; t0 is the data set's template, or that with class descriptions; adapters
+    (``lora_rank``, 8 in the public code) are off, and v0 never passes through them; scores know no padding; prompts stay
+    fp32. The page ``docs/methods/drople.md`` has them all.
     """
 
+    reads_descriptions = True
     paper, year, learns = "arXiv 2512.07234, AAAI", 2026, "deep text and visual prompts under token dropout"
     needs = frozenset({"frozen_image_features", "second_view"})
     official = {
@@ -140,9 +142,16 @@ class DroPLe(IVLP):
 
     def regularisers(self, out: Output, batch: Batch) -> dict[str, Tensor]:
         """The terms of :func:`vlprompt.methods.drople.losses.regularisers`."""
-        v0, t0 = batch.frozen_image_features, frozen_class_features(self.backbone, self.class_names, [self.template])
+        v0, t0 = batch.frozen_image_features, self.frozen_texts()
         assert v0 is not None
         return regularisers(out, v0, t0[batch.compared], self.scale(), self.lam, self.config)
+
+    def frozen_texts(self) -> Tensor:
+        """t0, [C, E]: of the data set's template; with class descriptions the mean of "{template} with {text}"."""
+        if self.descriptions is None:
+            return frozen_class_features(self.backbone, self.class_names, [self.template])
+        named = zip(fill(self.template.rstrip("."), self.class_names), self.texts_of(self.class_names), strict=True)
+        return unit(mean_features(self.backbone, [[f"{start} with {text}" for text in own] for start, own in named]))
 
     def _images(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Image features [B, E], and what the shared tokens see in each aligned block, [B, R, width]."""
