@@ -144,7 +144,7 @@ def test_zero_shot_keeps_its_texts(pictures: Path, tmp_path: Path) -> None:
     given = ["--descriptions", str(file), "form=menon", "ensemble=imagenet"]
     done = vlprompt(*arguments("zero_shot", pictures, run, *given))
     assert done.code == 0
-    assert "method.ensemble = imagenet has no effect: class descriptions stand in its place" in done.err
+    assert "method.ensemble = imagenet has no effect beside data.descriptions = " in done.err
     assert "texts of what is no class: 'otter'" in done.err
     file.unlink()
     method = load_artefact(run)
@@ -180,7 +180,7 @@ def test_other_descriptions_are_for_models_that_read_them(pictures: Path, tmp_pa
 def test_form_without_descriptions_is_told(pictures: Path, tmp_path: Path) -> None:
     said: list[str] = []
     train(configured(pictures, "zero_shot", **{"method.form": "menon"}), tmp_path / "run", say=said.append)
-    assert "method.form = menon has no effect: there are no class descriptions (data.descriptions)" in said
+    assert "method.form = menon has no effect without data.descriptions" in said
 
 
 def test_novel_classes_of_a_bench_have_the_files_texts(tmp_path: Path) -> None:

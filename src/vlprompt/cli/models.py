@@ -25,6 +25,7 @@ from vlprompt.cli.options import (
     MaxPixels,
     OtherBackbone,
     OtherDescriptions,
+    OtherPrior,
     Precision,
     Root,
     RunFolder,
@@ -76,6 +77,7 @@ def evaluate(
     ] = None,
     split_file: SplitFile = None,
     descriptions: OtherDescriptions = None,
+    prior: OtherPrior = None,
     skip_bad: SkipBad = False,
     max_pixels: MaxPixels = None,
     backbone: OtherBackbone = None,
@@ -105,7 +107,7 @@ def evaluate(
     asked = Asked(data, root, split_file, classes, split, among, skip_bad, under)
     images = asked.dataset()  # before the model is loaded, which takes longer
     method, folder = load_model(run, backbone, device, precision)
-    describe_others(method, descriptions)
+    describe_others(method, descriptions, prior)
     with reading(method, skip_bad, max_pixels) as reader:
         measured = measure(method, folder, asked, images, reader, say)
     if json_output:
@@ -183,6 +185,7 @@ def predict(
     class_names: ClassNames = None,
     class_names_file: ClassNamesFile = None,
     descriptions: OtherDescriptions = None,
+    prior: OtherPrior = None,
     skip_bad: SkipBad = False,
     max_pixels: MaxPixels = None,
     backbone: OtherBackbone = None,
@@ -220,7 +223,7 @@ def predict(
         raise ConfigError("--json and --csv exclude each other")
     paths = find_images(images, say)
     method, folder = load_model(run, backbone, device, precision)
-    describe_others(method, descriptions)
+    describe_others(method, descriptions, prior)
     calibration = load_calibration(folder)
     names = read_class_names(class_names, class_names_file) or method.class_names
     check_sets(run, calibration, names == method.class_names, sets, by_class)
@@ -241,6 +244,7 @@ def export(
     class_names: ClassNames = None,
     class_names_file: ClassNamesFile = None,
     descriptions: OtherDescriptions = None,
+    prior: OtherPrior = None,
     backbone: OtherBackbone = None,
     format_: Annotated[
         Literal["onnx", "safetensors"] | None,
@@ -298,7 +302,7 @@ def export(
         raise ConfigError(f"{option} says what --int8 is measured on: give both, or neither")
     images = measured_on(run, data, root, split_file) if int8 else None
     method, folder = load_model(run, backbone)
-    describe_others(method, descriptions)
+    describe_others(method, descriptions, prior)
     names = given or method.class_names
     if names != method.class_names and (note := partly_known(method.backbone, names)):
         say(note)

@@ -81,6 +81,13 @@ OtherDescriptions = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+TrainPrior = Annotated[Path | None, configured("data.prior", DATA)]
+OtherPrior = Annotated[
+    Path | None,
+    typer.Option(
+        "--prior", help="File of `vlprompt describe` about other classes, of a model with one.", rich_help_panel=DATA
+    ),
+]
 ValFraction = Annotated[float | None, configured("data.val_fraction", DATA)]
 DrawSeed = Annotated[int, typer.Option("--seed", help="Decides which few images --shots draws.", rich_help_panel=DATA)]
 TrainBackbone = Annotated[str | None, configured("backbone", MODEL)]

@@ -21,6 +21,7 @@ from vlprompt.data.descriptions import Descriptions, texts_of
 from vlprompt.data.splits import find_classes
 from vlprompt.documents import check_text, checksum, parse_yaml
 from vlprompt.errors import ConfigError, DataError
+from vlprompt.prompting.prior import Prior
 from vlprompt.prompting.text import TextContext, check_known, encode_classes, encode_in_parts
 
 TEXTS_OF_IMAGES = 2000
@@ -102,8 +103,8 @@ class MethodConfig:
         """Whether it learns from unlabelled images of all classes, those too that it is tested on."""
         return False
 
-    described: ClassVar[Mapping[str, bool]] = {}
-    """Options that have an effect with class descriptions alone (true), or without them alone (false)."""
+    beside: ClassVar[Mapping[str, tuple[str, bool]]] = {}
+    """Options that have an effect only with (true) or only without (false) a file of ``data``: its key, and which."""
 
     def unused(self) -> dict[str, str]:
         """Options that have no effect, each with the option whose value makes it so."""
@@ -335,6 +336,13 @@ class Method(nn.Module):
     def take_descriptions(self, descriptions: Descriptions) -> None:
         """Before training: further texts of each of ``described_names``."""
         self.descriptions = descriptions
+
+    def take_prior(self, prior: Prior) -> None:
+        """Before training, or of a tuned model for other classes: a language model's prior.
+
+        Raises ConfigError for a method that reads none, or one that does not fit, and DataError for a class not in it.
+        """
+        raise ConfigError(f"data.prior = {prior.file}: method '{self.name}' reads no language model's prior")
 
     @property
     def texts_fingerprint(self) -> str | None:

@@ -90,7 +90,7 @@ class LASP(Method):
         max_norm: Annotated[float, Gt(0)] | None = 1.0
         """Norm that gradients are cut to; none if not given, as in the official code at precision fp32."""
 
-        described = {"templates": False}
+        beside = {"templates": ("descriptions", False)}
 
         @property
         def can(self) -> Can:

@@ -74,7 +74,7 @@ class ZeroShot(Method):
         """How class descriptions are read: cupl scores by the normalised mean of the features of the texts as they are,
         menon by the mean of the scores of "{name}, which has {text}"."""
 
-        described = {"form": True, "template": False, "ensemble": False}
+        beside = {"form": ("descriptions", True)} | dict.fromkeys(("template", "ensemble"), ("descriptions", False))
 
         @property
         def can(self) -> Can:

@@ -24,6 +24,7 @@ from vlprompt.data.reading import ImageReader
 from vlprompt.errors import ConfigError
 from vlprompt.methods import Method, find_method
 from vlprompt.methods.base import Support
+from vlprompt.prompting.prior import read_prior
 from vlprompt.training.distributed import Processes
 from vlprompt.training.evaluate import EvaluationImages
 from vlprompt.training.frozen import FrozenViews
@@ -80,11 +81,15 @@ def build(config: RunConfig, sources: Sources, backbone: Backbone, template: str
 
 
 def describe(method: Method, config: RunConfig, known: Sequence[str], say: Callable[[str], None]) -> None:
-    """Give a method that reads them the descriptions of its classes, all of which can be encoded.
+    """Give a method a language model's prior, and descriptions of its classes, all of which can be encoded.
 
     ``known`` are the data set's classes, of which a run may have some. Raises ConfigError for a method that reads none.
     """
     file = config.data.descriptions
+    if config.data.prior is not None:
+        method.take_prior(read_prior(Path(config.data.prior)))
+        if config.train.graphs:
+            raise ConfigError(f"train.graphs: with data.prior = {config.data.prior} each step asks another question")
     if file is None:
         if method.expects_descriptions:
             template = method.template
@@ -98,11 +103,13 @@ def describe(method: Method, config: RunConfig, known: Sequence[str], say: Calla
     method.backbone.encode_texts([text for texts in method.texts_of(names) for text in texts])
 
 
-def describe_others(method: Method, descriptions: Path | None) -> None:
-    """Give a tuned model the texts of other classes than its own, over those that it has.
+def describe_others(method: Method, descriptions: Path | None, prior: Path | None) -> None:
+    """Give a tuned model the texts of other classes than its own, over those that it has, and questions about them.
 
     Raises ConfigError for a model that reads none.
     """
+    if prior is not None:
+        method.take_prior(read_prior(prior))
     if descriptions is None:
         return
     if method.descriptions is None or not method.keeps_descriptions:
