@@ -102,7 +102,6 @@ class DroPLe(IVLP):
                 raise ConfigError(f"prior {prior.file}: this model was tuned without one")
             begun = LanguagePrior.begin(prior, self.backbone, c.prior_tokens, c.depth_text)
             prior.pasts(self.class_names, self.backbone.device)  # or it says which it has not
-            begun.packed(self.backbone, self.context, self.class_names)  # or it says whose text is too long
             self.prior = begun.to(self.backbone.device)
         self.prior.take(prior)
 
@@ -225,7 +224,7 @@ class DroPLe(IVLP):
             text, prompts = self.context.packed(self.backbone, class_names, share=False), self.context.prompts()
         else:
             text, n_prior = prior.packed(self.backbone, self.context, class_names), prior.n_tokens
-            prompts = prior.prompts(self.context, class_names, prior.draw())
+            prompts = prior.prompts(self.backbone, self.context, class_names, prior.draw())
         c, keys, seen = tower.config, shared.keys(shared.text), list[Tensor]()
         maps = [list[Tensor]() for _ in range(c.layers)]
         rows_of_labels, mask = text.rows(labels)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -100,29 +101,31 @@ class LanguagePrior(nn.Module):
         return [h @ m.T + b for m, b in zip(own["maps"], own["biases"], strict=True)]
 
     def packed(self, backbone: Backbone, context: TextContext, class_names: Sequence[str]) -> PackedText:
-        """Texts "{context} {class} {P tokens}", packed without a shared prefix; raises DataError for one too long."""
+        """Texts "{context} {class} {P tokens}", packed without a shared prefix.
+
+        As in the public code the end token keeps the position that it has without the tokens, which have none.
+        """
         key = (*class_names, str(backbone.device))
         if key not in self._packed:
             if len(self._packed) == LISTS_KEPT:
                 del self._packed[next(iter(self._packed))]
-            texts = class_tokens(backbone, class_names, context.n_ctx, context.words, context.position, context.end)
-            n, ids, slots = self.n_tokens, list[list[int]](), list[list[int]]()
-            for name, own, before in zip(class_names, texts.ids, texts.slots, strict=True):
-                if len(own) + n > backbone.context_length:
-                    raise DataError(
-                        f"class '{name}' has {len(own)} tokens with its prompt, and {n} more of the prior: "
-                        f"'{backbone.name}' reads {backbone.context_length}"
-                    )
-                last = len(own) - 1
-                ids.append([*own[:last], *own[:1] * n, own[last]])
-                slots.append([*before, *range(last, last + n)])
-            self._packed[key] = pack(ids, slots, class_specific=True, share=False).to(backbone.device)
+            n, words = self.n_tokens, (context.words, context.position, context.end)
+            texts = class_tokens(backbone, class_names, context.n_ctx, *words)
+            ids = [[*own[:-1], *own[:1] * n, own[-1]] for own in texts.ids]
+            ends = [len(own) - 1 for own in texts.ids]
+            slots = [[*before, *range(end, end + n)] for before, end in zip(texts.slots, ends, strict=True)]
+            text = pack(ids, slots, class_specific=True, share=False)
+            at_most = torch.cat([torch.full((g.count * g.length,), g.length - 1 - n) for g in text.groups])
+            self._packed[key] = replace(text, positions=text.positions.minimum(at_most)).to(backbone.device)
         return self._packed[key]
 
-    def prompts(self, context: TextContext, class_names: Sequence[str], k: int) -> Prompts:
+    def prompts(self, backbone: Backbone, context: TextContext, class_names: Sequence[str], k: int) -> Prompts:
         """The context's tokens and those of question k, by layer, [C, M + P, D] each."""
-        both = zip(context.prompts().tokens, self.tokens_of(class_names, k), strict=True)
-        return Prompts([torch.cat([own.expand(len(more), -1, -1), more], 1) for own, more in both], context.mode)
+        text, own = self.packed(backbone, context, class_names), self.tokens_of(class_names, k)
+        # The tower adds positions to what enters its first block: here that of the end token, which is taken off again.
+        own[0] = own[0] - backbone.text_tower.positions[text.positions[text.pooled[text.order]], None].to(own[0].dtype)
+        both = zip(context.prompts().tokens, own, strict=True)
+        return Prompts([torch.cat([x.expand(len(more), -1, -1), more], 1) for x, more in both], context.mode)
 
     def class_features(self, backbone: Backbone, context: TextContext, class_names: Sequence[str]) -> Tensor:
         """Of every question, [Q, C, E]; a tuned model's own classes need no questions.
@@ -147,7 +150,9 @@ class LanguagePrior(nn.Module):
         assert self.source is not None
         text, tower = self.packed(backbone, context, class_names), backbone.text_tower
         every = range(len(self.source.questions))
-        return torch.stack([encode_classes(tower, self.prompts(context, class_names, k), text) for k in every])
+        return torch.stack(
+            [encode_classes(tower, self.prompts(backbone, context, class_names, k), text) for k in every]
+        )
 
 
 def _bytes(prior: Prior) -> Tensor:
