@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.kit import TINY
+from tests.kit.pictures import CLASSES
 from vlprompt.config.schema import RunConfig, build_config
 from vlprompt.errors import Interrupted
 from vlprompt.methods import find_method
@@ -41,6 +42,14 @@ def arguments(method: str, pictures: Path, out: Path, *more: str) -> list[str]:
     """``vlprompt train`` on the tiny backbone, in batches of 4, without warm-up."""
     given = ["data.batch_size=4", "data.workers=0", "optim.warmup_epochs=0"]
     return ["train", method, str(pictures), "--backbone", str(TINY), "--out", str(out), *given, *more]
+
+
+def described(folder: Path, **changes: object) -> Path:
+    """A file with two descriptions of each class of the pictures."""
+    file = folder / "texts.json"
+    texts = {name.replace(" ", "_"): [f"{name} is a thing.", f"{name}, seen from far."] for name in CLASSES}
+    file.write_text(json.dumps(texts | changes), "utf-8")
+    return file
 
 
 def prompts(run: Path) -> dict[str, Tensor]:

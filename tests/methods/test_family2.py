@@ -15,14 +15,13 @@ from torch.nn.functional import cross_entropy
 
 from tests.kit.command import vlprompt
 from tests.kit.pictures import CLASSES
-from tests.kit.runs import TEACHER, arguments, check_stopped, configured, prompts
+from tests.kit.runs import TEACHER, arguments, check_stopped, configured, described, prompts
 from vlprompt.artefact.artefact import load_artefact
 from vlprompt.artefact.export import export_classes
 from vlprompt.backbones.attack import Pixels, pgd
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.bench.protocols import Asked, plan
 from vlprompt.config.schema import build_config
-from vlprompt.data.descriptions import read_descriptions
 from vlprompt.errors import ArtefactError, ConfigError, DataError, VlpromptError
 from vlprompt.methods import METHODS, Batch, Method, find_method
 from vlprompt.methods.pouf import mutual_information, transport
@@ -81,41 +80,6 @@ def test_promptot_is_not_computed_in_parts(pictures: Path, tmp_path: Path) -> No
 # --- CoPrompt -------------------------------------------------------------------------------------
 
 
-def described(tmp_path: Path, **changes: object) -> Path:
-    file = tmp_path / "texts.json"
-    texts = {name.replace(" ", "_"): [f"{name} is a thing.", f"{name}, seen from far."] for name in CLASSES}
-    file.write_text(json.dumps(texts | changes), "utf-8")
-    return file
-
-
-def test_descriptions_are_read_in_order(tmp_path: Path) -> None:
-    said: list[str] = []
-    file = described(tmp_path, otter=["An otter."], lynx=["A lynx."])
-    found = read_descriptions(file, CLASSES[:2], [*CLASSES, "lynx"], said.append)
-    assert found == {name: (f"{name} is a thing.", f"{name}, seen from far.") for name in CLASSES[:2]}
-    assert said == [f"descriptions {file} have texts of what is no class: 'otter'"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("[1, 2]", "must be a JSON object"),
-        ('{"cat": "a cat"}', "must be a JSON object"),
-        ('{"cat": ["a cat", 3]}', "3 of 'cat' is no text"),
-        ('{"cat": [" "]}', "' ' of 'cat' is no text"),
-        ('{"sea horse": ["x"], "sea_horse": ["y"]}', "'sea_horse' is there twice"),
-        ('{"cats": ["x"], "dog": []}', r"have no texts of 'cat', 'dog' \(is 'cats' one of these\?\)"),
-        ("{", "cannot read descriptions"),
-    ],
-)
-def test_descriptions_that_are_none(tmp_path: Path, content: str, message: str) -> None:
-    file = tmp_path / "texts.json"
-    file.write_text(content, "utf-8")
-    with pytest.raises(DataError, match=message) as error:
-        read_descriptions(file, ("cat", "dog"))
-    assert "\n" not in str(error.value)
-
-
 def test_coprompt_draws_one_description_of_every_class(tiny: Backbone) -> None:
     method, x = make(tiny, "coprompt"), images(tiny)
     batch = Batch(x, torch.arange(6) % 5, second_view=x + 0.1)
@@ -149,13 +113,6 @@ def test_coprompt_resumes_with_descriptions(pictures: Path, tmp_path: Path) -> N
     assert any(text.startswith("coprompt has no class descriptions (data.descriptions)") for text in said)
     assert not torch.equal(prompts(tmp_path / "without")["folded"], whole["folded"])
     assert load_artefact(tmp_path / "whole").descriptions is None
-
-
-def test_descriptions_are_for_those_who_read_them(pictures: Path, tmp_path: Path) -> None:
-    config = configured(pictures, "coop", **{"data.descriptions": str(described(tmp_path))})
-    with pytest.raises(ConfigError, match=r"^data.descriptions = .*: method 'coop' reads no descriptions$"):
-        train(config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 # --- FAP, and attacks on any method ---------------------------------------------------------------

@@ -74,6 +74,7 @@ class ArtefactConfig(TypedDict):
     class_names: list[str]
     template: str
     white: NotRequired[Annotated[float, Gt(0), Lt(float("inf"))]]
+    descriptions: NotRequired[dict[str, list[str]]]
     backbone: BackboneEntry
     prompts: PromptsEntry
     about: dict[str, str]
@@ -106,6 +107,7 @@ def save_artefact(
         "class_names": list(method.class_names),
         "template": method.template,
         **({} if method.white is None else {"white": method.white}),
+        **_descriptions(method),
         "backbone": {
             "name": (public_name if public else whole_name)(backbone.name),
             "fingerprint": backbone.fingerprint,
@@ -153,6 +155,7 @@ def load_artefact(
         loaded = _load_backbone(backbone, config["backbone"], folder, device, precision)
         method = cls(loaded, class_names, options, template)
         method.white = config.get("white")
+        method.descriptions = config.get("descriptions")
     except (KeyError, TypeError, ValueError, SafetensorError, OSError, ConfigError) as error:
         raise _unreadable_error(folder, error) from None
     try:
@@ -200,6 +203,13 @@ def _method_file(method: Method) -> dict[str, Any]:
     """The file that the method was loaded from, if it is no package's."""
     file = file_of(type(method))
     return {"method_file": {"path": str(file), "sha256": checksum(file)}} if file else {}
+
+
+def _descriptions(method: Method) -> dict[str, Any]:
+    """The class descriptions that the tuned model reads."""
+    if method.descriptions is None or not method.keeps_descriptions:
+        return {}
+    return {"descriptions": {name: list(texts) for name, texts in method.descriptions.items()}}
 
 
 def _class_names(names: Sequence[str]) -> tuple[str, ...]:

@@ -309,7 +309,7 @@ def result_settings(config: RunConfig) -> dict[str, Any]:
         return path and Path(path).expanduser().resolve().name
 
     data = replace(data, name=data_name(data.name), split_file=last_part(data.split_file), bank=last_part(data.bank))
-    data = replace(data, descriptions=last_part(data.descriptions))
+    data = replace(data, descriptions=last_part(data.descriptions), prior=last_part(data.prior))
     named = replace(
         config, method=find_method(config.method).name, backbone=backbone_name(config.backbone), data=data,
         teacher=replace(config.teacher, backbone=teacher and backbone_name(teacher)),

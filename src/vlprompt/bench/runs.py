@@ -35,6 +35,7 @@ from vlprompt.data.splits import Split, find_classes, in_order, read_split
 from vlprompt.documents import MOST_JSON, fitted, parse_json, read_sealed, read_text, unsealed, write_sealed
 from vlprompt.errors import ConfigError, DataError, one_line
 from vlprompt.methods import Method, find_method
+from vlprompt.prompting.prior import read_prior
 from vlprompt.training.evaluate import Evaluation, evaluate
 from vlprompt.training.run import Environment, Result, saved_config, train
 
@@ -135,7 +136,10 @@ def do_run(run: Run, out: Path) -> dict[str, Any]:
     figures["weights"] = {model: value for model, value in known.items() if value}
     done = set(map(_key, figures["measured"]))
     for measurement in (m for m in run.measurements if m.key not in done):
-        method = method or load_artefact(folder, config.backbone, config.train.device, config.train.precision)
+        if method is None:
+            method = load_artefact(folder, config.backbone, config.train.device, config.train.precision)
+            if config.data.prior:
+                method.take_prior(read_prior(Path(config.data.prior)))
         began = time.monotonic()
         method.take_template(measured_dataset(config, measurement, load).template)
         split = measured_split(config, measurement, load)

@@ -24,6 +24,8 @@ from vlprompt.cli.options import (
     Json,
     MaxPixels,
     OtherBackbone,
+    OtherDescriptions,
+    OtherPrior,
     Precision,
     Root,
     RunFolder,
@@ -74,6 +76,8 @@ def evaluate(
         ),
     ] = None,
     split_file: SplitFile = None,
+    descriptions: OtherDescriptions = None,
+    prior: OtherPrior = None,
     skip_bad: SkipBad = False,
     max_pixels: MaxPixels = None,
     backbone: OtherBackbone = None,
@@ -95,6 +99,7 @@ def evaluate(
     from vlprompt.artefact.hub import load_model
     from vlprompt.cli.evaluate import Asked, measure, per_image, summary
     from vlprompt.training.attack import find_attack
+    from vlprompt.training.prepare import describe_others
 
     if json_output and csv:
         raise ConfigError("--json and --csv exclude each other")
@@ -102,6 +107,7 @@ def evaluate(
     asked = Asked(data, root, split_file, classes, split, among, skip_bad, under)
     images = asked.dataset()  # before the model is loaded, which takes longer
     method, folder = load_model(run, backbone, device, precision)
+    describe_others(method, descriptions, prior)
     with reading(method, skip_bad, max_pixels) as reader:
         measured = measure(method, folder, asked, images, reader, say)
     if json_output:
@@ -178,6 +184,8 @@ def predict(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files, or folders of them.")],
     class_names: ClassNames = None,
     class_names_file: ClassNamesFile = None,
+    descriptions: OtherDescriptions = None,
+    prior: OtherPrior = None,
     skip_bad: SkipBad = False,
     max_pixels: MaxPixels = None,
     backbone: OtherBackbone = None,
@@ -209,11 +217,13 @@ def predict(
     from vlprompt.cli.predict import check_sets, find_images, predict_images, read_class_names, show
     from vlprompt.data.reading import readable
     from vlprompt.prompting.text import partly_known
+    from vlprompt.training.prepare import describe_others
 
     if json_output and csv:
         raise ConfigError("--json and --csv exclude each other")
     paths = find_images(images, say)
     method, folder = load_model(run, backbone, device, precision)
+    describe_others(method, descriptions, prior)
     calibration = load_calibration(folder)
     names = read_class_names(class_names, class_names_file) or method.class_names
     check_sets(run, calibration, names == method.class_names, sets, by_class)
@@ -233,6 +243,8 @@ def export(
     run: RunFolder,
     class_names: ClassNames = None,
     class_names_file: ClassNamesFile = None,
+    descriptions: OtherDescriptions = None,
+    prior: OtherPrior = None,
     backbone: OtherBackbone = None,
     format_: Annotated[
         Literal["onnx", "safetensors"] | None,
@@ -282,6 +294,7 @@ def export(
     from vlprompt.cli.predict import read_class_names
     from vlprompt.files import write_atomically
     from vlprompt.prompting.text import partly_known
+    from vlprompt.training.prepare import describe_others
 
     given = read_class_names(class_names, class_names_file)
     file = choose_file(run, out, format_, whole_only={"--int8": int8, "--input": pixels != "float32"})
@@ -289,6 +302,7 @@ def export(
         raise ConfigError(f"{option} says what --int8 is measured on: give both, or neither")
     images = measured_on(run, data, root, split_file) if int8 else None
     method, folder = load_model(run, backbone)
+    describe_others(method, descriptions, prior)
     names = given or method.class_names
     if names != method.class_names and (note := partly_known(method.backbone, names)):
         say(note)

@@ -73,6 +73,21 @@ WhichClasses = Annotated[Classes, configured("data.classes", DATA)]
 TrainClasses = Annotated[Classes | None, configured("data.classes", DATA)]
 TrainClassNamesFile = Annotated[Path | None, configured("data.class_names_file", DATA)]
 Descriptions = Annotated[Path | None, configured("data.descriptions", DATA)]
+OtherDescriptions = Annotated[
+    Path | None,
+    typer.Option(
+        "--descriptions",
+        help="JSON file of texts of other classes, name to list of texts, of a model that reads them.",
+        rich_help_panel=DATA,
+    ),
+]
+TrainPrior = Annotated[Path | None, configured("data.prior", DATA)]
+OtherPrior = Annotated[
+    Path | None,
+    typer.Option(
+        "--prior", help="File of `vlprompt describe` about other classes, of a model with one.", rich_help_panel=DATA
+    ),
+]
 ValFraction = Annotated[float | None, configured("data.val_fraction", DATA)]
 DrawSeed = Annotated[int, typer.Option("--seed", help="Decides which few images --shots draws.", rich_help_panel=DATA)]
 TrainBackbone = Annotated[str | None, configured("backbone", MODEL)]

@@ -82,6 +82,8 @@ class DataConfig:
     """File of class names, one per line, where the data set is a folder of images without labels."""
     descriptions: Folder | None = None
     """JSON file of further texts of each class, name to list of texts, for methods that read them."""
+    prior: Folder | None = None
+    """File of what a language model was asked about each class (vlprompt describe), for drople."""
     val_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Share of each class's training images that becomes val before shots are drawn, where there is no val split."""
     classes: Classes = "all"
@@ -263,7 +265,7 @@ TOLD = 20
 """Problems that a message lists."""
 DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
-FILES = ("root", "split_file", "bank", "descriptions", "class_names_file")
+FILES = ("root", "split_file", "bank", "descriptions", "prior", "class_names_file")
 """What of ``data`` is a place."""
 
 SECTIONS = {"data": DataConfig, "teacher": TeacherConfig, "optim": OptimConfig, "train": TrainConfig}

@@ -48,6 +48,7 @@ class Tuned:
         config = read_artefact_config(path)
         decides: list[object] = [config["method"], config["settings"], config["template"], config["prompts"]]
         decides += [self.method.backbone.fingerprint, config.get("method_file", {}).get("sha256")]
+        decides += [config["descriptions"]] if "descriptions" in config else []
         self.fingerprint = sha256(json.dumps(decides).encode()).hexdigest()
 
     @property

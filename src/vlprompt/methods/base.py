@@ -17,9 +17,11 @@ from torch.nn.functional import cross_entropy
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.backbones.towers import Prompts
 from vlprompt.data.batches import Batch
+from vlprompt.data.descriptions import Descriptions, texts_of
 from vlprompt.data.splits import find_classes
-from vlprompt.documents import check_text, parse_yaml
+from vlprompt.documents import check_text, checksum, parse_yaml
 from vlprompt.errors import ConfigError, DataError
+from vlprompt.prompting.prior import Prior
 from vlprompt.prompting.text import TextContext, check_known, encode_classes, encode_in_parts
 
 TEXTS_OF_IMAGES = 2000
@@ -100,6 +102,9 @@ class MethodConfig:
     def transductive(self) -> bool:
         """Whether it learns from unlabelled images of all classes, those too that it is tested on."""
         return False
+
+    beside: ClassVar[Mapping[str, tuple[str, bool]]] = {}
+    """Options that have an effect only with (true) or only without (false) a file of ``data``: its key, and which."""
 
     def unused(self) -> dict[str, str]:
         """Options that have no effect, each with the option whose value makes it so."""
@@ -191,14 +196,18 @@ class Method(nn.Module):
     reads_labels: ClassVar[bool] = True
     """Whether training reads the images' labels, where no teacher stands in their place."""
     reads_descriptions: ClassVar[bool] = False
-    """Whether training reads further texts of each class: ``descriptions``."""
+    """Whether it reads further texts of each class: ``descriptions``."""
+    keeps_descriptions: ClassVar[bool] = False
+    """Whether the tuned model reads them too: it holds them, and classes that it has no texts of need some."""
+    expects_descriptions: ClassVar[bool] = False
+    """Whether it is not the published method without them."""
 
     white: float | None = None
     """Value that is white in the deep greys of the images that it was tuned on; the largest of 16 bits if not given."""
     reads_template: ClassVar[bool] = True
     """Whether it reads class names in the data set's template; learned text contexts stand in its place."""
-    descriptions: Mapping[str, Sequence[str]] | None = None
-    """Texts of each of its classes, if any were given; read in training alone."""
+    descriptions: Descriptions | None = None
+    """Texts of each of its classes, and maybe of others, if any were given."""
     text_chunk: int | None = None
     """Classes whose texts are encoded at once, to need less memory; all if not given."""
 
@@ -299,7 +308,8 @@ class Method(nn.Module):
         if self.training:
             return self.class_features(class_names)
         backbone, state = self.backbone, list(self.state_dict().values())
-        key = (tuple(class_names), self.template, self.text_chunk, backbone.device, backbone.dtype)
+        texts = tuple(self.texts_of(class_names)) if self.keeps_descriptions and self.descriptions is not None else None
+        key = (tuple(class_names), self.template, self.text_chunk, backbone.device, backbone.dtype, texts)
         # By their values: what is written through ``data``, or into memory used before, leaves no other trace.
         if key not in self._kept or not _equal(self._kept[key][0], state):
             if key not in self._kept and len(self._kept) == KEPT:
@@ -322,6 +332,32 @@ class Method(nn.Module):
             parts = context.packed_parts(self.backbone, class_names, at_once)
             return encode_in_parts(tower, prompts, parts, at_once, normalise)
         return encode_classes(tower, prompts, context.packed(self.backbone, class_names), normalise)
+
+    def take_descriptions(self, descriptions: Descriptions) -> None:
+        """Before training: further texts of each of ``described_names``."""
+        self.descriptions = descriptions
+
+    def take_prior(self, prior: Prior) -> None:
+        """Before training, or of a tuned model for other classes: a language model's prior.
+
+        Raises ConfigError for a method that reads none, or one that does not fit, and DataError for a class not in it.
+        """
+        raise ConfigError(f"data.prior = {prior.file}: method '{self.name}' reads no language model's prior")
+
+    @property
+    def texts_fingerprint(self) -> str | None:
+        """SHA-256 over the descriptions that training reads; None without."""
+        return None if self.descriptions is None else checksum(self.texts_of(self.described_names))
+
+    @property
+    def described_names(self) -> tuple[str, ...]:
+        """The classes that training reads descriptions of."""
+        return self.class_names
+
+    def texts_of(self, class_names: Sequence[str]) -> list[tuple[str, ...]]:
+        """The descriptions of classes; raises DataError, naming them, for those that have none."""
+        source = f"{self.name} reads class descriptions (--descriptions FILE), and has"
+        return texts_of(self.descriptions or {}, class_names, source)
 
     def explain(self, images: Tensor, seed: int = 0) -> Sequence[TokenMaps]:
         """What ``vlprompt explain`` draws of an image [1, 3, S, S] beside what its patches say, which all have."""

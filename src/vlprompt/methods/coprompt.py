@@ -53,7 +53,7 @@ class CoPrompt(MaPLe):
     needs = frozenset({"second_view"})
     official = MaPLe.official | {"train.epochs": 8}
     presets = {}
-    reads_descriptions = True
+    reads_descriptions = expects_descriptions = True
 
     @dataclass(frozen=True)
     class Config(MaPLe.Config):
@@ -94,15 +94,14 @@ class CoPrompt(MaPLe):
 
     def draw(self) -> int:
         """Which description of every class a step compares with."""
-        return int(torch.randint(max(len(texts) for texts in (self.descriptions or {}).values()), ()))
+        return int(torch.randint(max(map(len, self.texts_of(self.class_names))), ()))
 
     def frozen_texts(self) -> Tensor:
         """t0, [C, E]: of a description of each class, or of the data set's template."""
-        names = self.class_names
         if self.descriptions is None:
-            return self.backbone.encode_texts(fill(self.template, names))
+            return self.backbone.encode_texts(fill(self.template, self.class_names))
         k = self.draw()
-        return self.backbone.encode_texts([(own := self.descriptions[name])[k % len(own)] for name in names])
+        return self.backbone.encode_texts([texts[k % len(texts)] for texts in self.texts_of(self.class_names)])
 
     def regularisers(self, out: Output, batch: Batch) -> dict[str, Tensor]:
         """How far both towers are from the frozen ones, on descriptions and on the second view."""

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from vlprompt.backbones.backbone import unit
 from vlprompt.data.batches import Batch
+from vlprompt.data.descriptions import Descriptions
 from vlprompt.errors import ConfigError
 from vlprompt.methods.base import (
     LEARNS_PROMPTS,
@@ -52,6 +53,7 @@ class LASP(Method):
 
     paper, year, learns = "Bulat and Tzimiropoulos, CVPR", 2023, "text context near hand-written ones, visual norms"
     official = {**SGD, "optim.lr": 0.032, "optim.warmup_epochs": 3, "data.batch_size": 32, "train.epochs": 25}
+    reads_descriptions = True
     presets = {
         **{
             f"base-to-novel-{name}": {"optim.warmup_epochs": 5, "train.epochs": 50, "method.w": 10.0}
@@ -87,6 +89,8 @@ class LASP(Method):
         """Their share of the learning rate."""
         max_norm: Annotated[float, Gt(0)] | None = 1.0
         """Norm that gradients are cut to; none if not given, as in the official code at precision fp32."""
+
+        beside = {"templates": ("descriptions", False)}
 
         @property
         def can(self) -> Can:
@@ -147,6 +151,8 @@ class LASP(Method):
 
     def regularisers(self, out: Output, batch: Batch) -> dict[str, Tensor]:
         """The text-to-text loss: a reference's class among the learned class features, averaged over groups."""
+        if self.descriptions is not None:
+            return {"text_to_text": self.config.w * self.from_descriptions(out)}
         c, n = self.config, len(self.all_names)
         references = self.backbone.remember((self.all_names, c.templates, "references"), self.references)
         references = (references + self.draw_noise(references)).unflatten(0, (-1, n))  # [T, C + virtual, E]
@@ -155,6 +161,36 @@ class LASP(Method):
             logits = self.backbone.logit_scale * references[g :: c.groups] @ t.T
             losses.append(cross_entropy(logits.mT, torch.arange(n, device=t.device).expand(len(logits), -1)))
         return {"text_to_text": c.w * torch.stack(losses).mean()}
+
+    def take_descriptions(self, descriptions: Descriptions) -> None:
+        """Raises ConfigError for a group that would have none of them."""
+        super().take_descriptions(descriptions)
+        if self.config.groups > (most := max(map(len, self.texts_of(self.all_names)))):
+            raise ConfigError(f"method.groups = {self.config.groups} (allowed: 1 to {most}, a class's descriptions)")
+
+    @property
+    def described_names(self) -> tuple[str, ...]:
+        """Virtual classes too."""
+        return self.all_names
+
+    def from_descriptions(self, out: Output) -> Tensor:
+        """The text-to-text loss, []: class descriptions are the references, and every class counts alike.
+
+        A group has every ``groups``-th text of each class; classes with fewer are left out of the groups without.
+        """
+        texts, groups = self.texts_of(self.all_names), self.config.groups
+        references = self.backbone.encode_texts([text for own in texts for text in own])
+        references = references + self.draw_noise(references)
+        pairs = [(c, k % groups) for c, own in enumerate(texts) for k in range(len(own))]
+        c, group = torch.tensor(pairs, device=references.device).T
+        losses = []
+        for g, t in enumerate(out.extra):
+            own = group == g
+            labels = c[own]
+            ce = cross_entropy(self.backbone.logit_scale * references[own] @ t.T, labels, reduction="none")
+            count = torch.bincount(labels, minlength=len(texts))
+            losses.append((ce / count[labels]).sum() / (count > 0).sum().clamp(min=1))
+        return torch.stack(losses).mean()
 
     def draw_noise(self, references: Tensor) -> Tensor:
         """Noise of the references' shape, or zeros, as a step has it; zeros outside training."""

@@ -116,6 +116,7 @@ def save_checkpoint(run: Path, training: Training, settings: str, history: Histo
         "backbone_fingerprint": training.method.backbone.fingerprint,
         "teacher_fingerprint": training.teacher and training.teacher.fingerprint,
         "views_fingerprint": training.views.fingerprint,
+        "texts_fingerprint": training.method.texts_fingerprint,
         "epoch": training.epoch,
         "step": training.step,
         "sums": training.sums,
@@ -160,6 +161,8 @@ def load_checkpoint(run: Path, training: Training, settings: str) -> History:
             raise ArtefactError(f"{run} was begun with another teacher than '{teacher.name}' is now")
         if numbers.get("views_fingerprint") != training.views.fingerprint:
             raise ArtefactError(f"{run} was begun with another region bank than it has now")
+        if numbers.get("texts_fingerprint") != method.texts_fingerprint:
+            raise ArtefactError(f"{run} was begun with other class descriptions, or another prior, than it has now")
         method.load_state_dict(_group(tensors, "method"))
         method.load_training_state({k: v.to(device) for k, v in _group(tensors, "extra").items()})
         _load_optimizer(training.optimizer, _group(tensors, "optimizer"))

@@ -18,12 +18,13 @@ from vlprompt.bank.views import BankViews
 from vlprompt.config.schema import RunConfig
 from vlprompt.config.teacher import Classifier, Teacher, find_teacher
 from vlprompt.data.batches import TrainingViews, evaluation_batches
-from vlprompt.data.descriptions import read_descriptions
+from vlprompt.data.descriptions import check_descriptions, read_descriptions, with_other
 from vlprompt.data.images import ImageSource
 from vlprompt.data.reading import ImageReader
 from vlprompt.errors import ConfigError
 from vlprompt.methods import Method, find_method
 from vlprompt.methods.base import Support
+from vlprompt.prompting.prior import read_prior
 from vlprompt.training.distributed import Processes
 from vlprompt.training.evaluate import EvaluationImages
 from vlprompt.training.frozen import FrozenViews
@@ -80,22 +81,41 @@ def build(config: RunConfig, sources: Sources, backbone: Backbone, template: str
 
 
 def describe(method: Method, config: RunConfig, known: Sequence[str], say: Callable[[str], None]) -> None:
-    """Give a method that reads them the descriptions of its classes, all of which can be encoded.
+    """Give a method a language model's prior, and descriptions of its classes, all of which can be encoded.
 
     ``known`` are the data set's classes, of which a run may have some. Raises ConfigError for a method that reads none.
     """
     file = config.data.descriptions
-    if not method.reads_descriptions:
-        if file:
-            raise ConfigError(f"data.descriptions = {file}: method '{method.name}' reads no descriptions")
-        return
+    if config.data.prior is not None:
+        method.take_prior(read_prior(Path(config.data.prior)))
+        if config.train.graphs:
+            raise ConfigError(f"train.graphs: with data.prior = {config.data.prior} each step asks another question")
     if file is None:
-        say(
-            f"{method.name} has no class descriptions (data.descriptions), and reads '{method.template}' in their place"
-        )
+        if method.expects_descriptions:
+            template = method.template
+            say(f"{method.name} has no class descriptions (data.descriptions), and reads '{template}' in their place")
         return
-    method.descriptions = read_descriptions(Path(file), method.class_names, known, say)
-    method.backbone.encode_texts([text for texts in method.descriptions.values() for text in texts])
+    if not method.reads_descriptions:
+        raise ConfigError(f"data.descriptions = {file}: method '{method.name}' reads no descriptions")
+    found, names = read_descriptions(Path(file)), method.described_names
+    check_descriptions(found, names, known, f"descriptions {file}", say)
+    method.take_descriptions(found)
+    method.backbone.encode_texts([text for texts in method.texts_of(names) for text in texts])
+
+
+def describe_others(method: Method, descriptions: Path | None, prior: Path | None) -> None:
+    """Give a tuned model the texts of other classes than its own, over those that it has, and questions about them.
+
+    Raises ConfigError for a model that reads none.
+    """
+    if prior is not None:
+        method.take_prior(read_prior(prior))
+    if descriptions is None:
+        return
+    if method.descriptions is None or not method.keeps_descriptions:
+        what = "was made without any" if method.keeps_descriptions else "reads none of the classes that it predicts"
+        raise ConfigError(f"--descriptions {descriptions}: this model, of method '{method.name}', {what}")
+    method.descriptions = with_other(method.descriptions, read_descriptions(descriptions))
 
 
 def prepare(

@@ -235,14 +235,19 @@ def _opening(
 def _unused(config: RunConfig) -> list[str]:
     """A line for each setting that was changed and has no effect beside the others."""
     options, name, template = config.options, config.method, config.data.template
-    unread = template and not config.taught and not find_method(name).reads_template
-    return [f"data.template = {template} has no effect: {name} learns the words around the class name"] * bool(
-        unread
-    ) + [
-        f"method.{key} = {getattr(options, key)} has no effect: method.{other} = {getattr(options, other)}"
-        for key, other in options.unused().items()
-        if getattr(options, key) != getattr(type(options), key)
-    ]
+    changed = {key: value for key, value in vars(options).items() if value != getattr(type(options), key)}
+    lines = []
+    if template and not config.taught and not find_method(name).reads_template:
+        lines.append(f"data.template = {template} has no effect: {name} learns the words around the class name")
+    for key, other in options.unused().items():
+        if key in changed:
+            lines.append(f"method.{key} = {changed[key]} has no effect: method.{other} = {getattr(options, other)}")
+    for key, (file, reads) in options.beside.items():
+        given = getattr(config.data, file)
+        if key in changed and reads != bool(given):
+            where = f"beside data.{file} = {given}" if given else f"without data.{file}"
+            lines.append(f"method.{key} = {changed[key]} has no effect {where}")
+    return lines
 
 
 def _only_warm_up(config: RunConfig) -> list[str]:
@@ -373,6 +378,11 @@ def about(config: RunConfig, dataset: LoadedDataset, result: Result, history: Hi
         "training": f"{config.optim.name}, lr {config.optim.lr:g}, batches of {config.data.batch_size}"
         if result.epochs
         else "no gradient steps",
+        **{
+            what: f"`{Path(file).name}`"
+            for what, file in (("class descriptions", config.data.descriptions), ("prior", config.data.prior))
+            if file
+        },
         **({"teacher": f"`{public_name(result.teacher)}` in place of labels"} if result.teacher else {}),
         **({"views": f"{regions}, of region bank `{Path(config.data.bank).name}`"} if config.data.bank else {}),
         **({"views": "the evaluation crop of each image"} if views == "center" and result.epochs else {}),

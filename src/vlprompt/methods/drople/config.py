@@ -19,6 +19,8 @@ class Config(DeepPrompts):
 
     depth_vision: Count = 6
     """Layers of the image tower with tokens of their own."""
+    prior_tokens: Count = 24
+    """Tokens of a language model's prior behind the class name, at each layer with text tokens; with data.prior."""
     dropout: Literal["importance", "uniform", "none"] = "importance"
     """Tokens are hit the less the more important they are, all alike at (p_max + p_min) / 2, or not at all."""
     mode: Literal["gaussian", "zero"] = "gaussian"
@@ -58,6 +60,8 @@ class Config(DeepPrompts):
     """Strength of the adapters, which are multiplied by lora_alpha / lora_rank."""
     lora_dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
     """Share of the adapters' input channels that a training step leaves out."""
+
+    beside = {"prior_tokens": ("prior", True)}
 
     @property
     def can(self) -> Can:

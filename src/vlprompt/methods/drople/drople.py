@@ -14,15 +14,19 @@ from vlprompt.backbones.attention import Attention, packed_attention, packed_wit
 from vlprompt.backbones.backbone import unit
 from vlprompt.backbones.towers import BeforeBlock
 from vlprompt.data.batches import Batch
+from vlprompt.documents import checksum
 from vlprompt.errors import ConfigError
 from vlprompt.methods.base import Output, TokenMaps
 from vlprompt.methods.drople import config
 from vlprompt.methods.drople.dropout import BlockDropout, SharedTokens, drop, importance, look, scores, token_maps
 from vlprompt.methods.drople.lora import VisualLoRA
 from vlprompt.methods.drople.losses import regularisers, rising
+from vlprompt.methods.drople.prior import LanguagePrior
 from vlprompt.methods.ivlp import IVLP, deep_context
 from vlprompt.methods.registry import register
-from vlprompt.methods.zero_shot import frozen_class_features
+from vlprompt.methods.zero_shot import frozen_class_features, mean_features
+from vlprompt.prompting.prior import Prior
+from vlprompt.prompting.text import fill
 from vlprompt.prompting.visual import VisualPrompts
 
 LOG_SCALE_MAX = 4.605
@@ -35,11 +39,12 @@ class DroPLe(IVLP):
 
     Official settings: 4 + 4 tokens, text depth 9, visual depth 6, AdamW 2e-4, batch 4, 20 epochs, cosine to 1e-5,
     centre crops, of which the learned branch alone sees a changed view.
-    Deviations: no language-model prior, so t0 is the data set's template alone; adapters (``lora_rank``, 8 in the
-    public code) are off, and v0 never passes through them; scores know no padding; prompts stay fp32. The page
-    ``docs/methods/drople.md`` has them all.
+    Deviations: the language model's prior is there if it is given (``data.prior``); t0 is the data set's template, or
+    that with class descriptions; adapters (``lora_rank``, 8 in the public code) are off, and v0 never passes through
+    them; scores know no padding; prompts stay fp32. The page ``docs/methods/drople.md`` has them all.
     """
 
+    reads_descriptions = True
     paper, year, learns = "arXiv 2512.07234, AAAI", 2026, "deep text and visual prompts under token dropout"
     needs = frozenset({"frozen_image_features", "second_view"})
     official = {
@@ -76,6 +81,7 @@ class DroPLe(IVLP):
         self.shared: SharedTokens | None = SharedTokens(b, c.n_shared, c.shared_width, c.temperature)
         self.image_keys: Tensor | None = None
         self.logit_scale = nn.Parameter(torch.tensor([math.log(b.logit_scale)]).clamp(0, LOG_SCALE_MAX))
+        self.prior: LanguagePrior | None = None
         self.lora = VisualLoRA(b, c.lora_rank, c.lora_alpha, c.lora_dropout) if c.lora_rank else None
         # Behind the last block stand the pooled tokens alone, which are never hit.
         self.dropped_text = min(c.depth_text, b.text_tower.config.layers - 1)
@@ -88,7 +94,30 @@ class DroPLe(IVLP):
     def _start(self) -> None:
         self.lam.fill_(self.config.lam if self.config.lam_schedule == "fixed" else 0)
 
+    def take_prior(self, prior: Prior) -> None:
+        """Before training, create what learns of it; of a tuned model, ask it about classes not tuned on."""
+        c = self.config
+        if self.prior is None:
+            if self.shared is None:
+                raise ConfigError(f"prior {prior.file}: this model was tuned without one")
+            begun = LanguagePrior.begin(prior, self.backbone, c.prior_tokens, c.depth_text)
+            prior.pasts(self.class_names, self.backbone.device)  # or it says which it has not
+            self.prior = begun.to(self.backbone.device)
+        self.prior.take(prior)
+
+    @property
+    def texts_fingerprint(self) -> str | None:
+        """The prior's questions too."""
+        texts = super().texts_fingerprint
+        return texts if self.prior is None else checksum([texts, self.prior.made_by.tolist()])
+
     # --- features -----------------------------------------------------------------------------------
+
+    def class_features(self, class_names: Sequence[str], image_features: Tensor | None = None) -> Tensor:
+        """[C, E], or with a prior those of every question, [Q, C, E]."""
+        if self.prior is None:
+            return super().class_features(class_names)
+        return self.prior.class_features(self.backbone, self.context, class_names)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Normalised features [B, E], without dropout."""
@@ -113,8 +142,15 @@ class DroPLe(IVLP):
         return self.logit_scale.clamp(0, LOG_SCALE_MAX).exp()
 
     def logits(self, image_features: Tensor, class_features: Tensor) -> Tensor:
-        """[B, C] under the learned scale."""
-        return self.scale() * (image_features @ class_features.T)
+        """[B, C] under the learned scale.
+
+        Several questions are averaged as in the public code, by the softmax of the cosines without the scale, and
+        scaled then: of one question these are its logits, but for a number that is the same for all classes.
+        """
+        if class_features.ndim == 2:
+            return self.scale() * (image_features @ class_features.T)
+        cosines = torch.einsum("be,qce->bqc", image_features, class_features)
+        return self.scale() * (cosines.log_softmax(-1).logsumexp(1) - math.log(len(class_features)))
 
     def scale_and_bias(self) -> tuple[Tensor, Tensor]:
         """The learned scale, and no bias."""
@@ -140,9 +176,16 @@ class DroPLe(IVLP):
 
     def regularisers(self, out: Output, batch: Batch) -> dict[str, Tensor]:
         """The terms of :func:`vlprompt.methods.drople.losses.regularisers`."""
-        v0, t0 = batch.frozen_image_features, frozen_class_features(self.backbone, self.class_names, [self.template])
+        v0, t0 = batch.frozen_image_features, self.frozen_texts()
         assert v0 is not None
         return regularisers(out, v0, t0[batch.compared], self.scale(), self.lam, self.config)
+
+    def frozen_texts(self) -> Tensor:
+        """t0, [C, E]: of the data set's template; with class descriptions the mean of "{template} with {text}"."""
+        if self.descriptions is None:
+            return frozen_class_features(self.backbone, self.class_names, [self.template])
+        named = zip(fill(self.template.rstrip("."), self.class_names), self.texts_of(self.class_names), strict=True)
+        return unit(mean_features(self.backbone, [[f"{start} with {text}" for text in own] for start, own in named]))
 
     def _images(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Image features [B, E], and what the shared tokens see in each aligned block, [B, R, width]."""
@@ -176,7 +219,12 @@ class DroPLe(IVLP):
         assert self.shared is not None
         tower, shared = self.backbone.text_tower, self.shared
         # Without a shared prefix: noise on the start token is each class's own, and so is all that reads it.
-        text = self.context.packed(self.backbone, class_names, share=False)
+        prior, n_prior = self.prior, 0
+        if prior is None:
+            text, prompts = self.context.packed(self.backbone, class_names, share=False), self.context.prompts()
+        else:
+            text, n_prior = prior.packed(self.backbone, self.context, class_names), prior.n_tokens
+            prompts = prior.prompts(self.backbone, self.context, class_names, prior.draw())
         c, keys, seen = tower.config, shared.keys(shared.text), list[Tensor]()
         maps = [list[Tensor]() for _ in range(c.layers)]
         rows_of_labels, mask = text.rows(labels)
@@ -203,12 +251,14 @@ class DroPLe(IVLP):
             # A group is the texts of one length: no score ever sees padding, the end of text is always the last token
             # (g = −1), and maps are as small as the texts. All groups are hit in one draw, as one call is cheaper.
             ps, rows = [], []
-            columns = torch.arange(positions.start, positions.stop, device=x.device)
+            context = torch.arange(positions.start, positions.stop, device=x.device)
+            behind = torch.arange(n_prior if i == self.config.depth_text - 1 else 0, device=x.device)
             of_groups = maps[i] if self._weighs else [None] * len(text.groups)
             for group, tokens, of_group in zip(text.groups, text.texts(x.detach())[1], of_groups, strict=True):
                 # Detached: shared tokens learn what to look at from the alignment, not by what is hit.
                 p = self._probabilities(of_group, look(keys.detach(), tokens[0]), -1)
-                ps.append(p[:, positions.start : positions.stop].flatten())
+                columns = torch.cat([context, group.length - 1 - n_prior + behind])
+                ps.append(p[:, columns].flatten())
                 starts = group.start + group.length * torch.arange(group.count, device=x.device)
                 rows.append((starts[:, None] + columns).flatten())
             maps[i].clear()  # read once; kept, the maps of all layers would be in memory together
@@ -220,7 +270,7 @@ class DroPLe(IVLP):
             packed_with_maps(text, c.heads, of_block) if self._weighs and hit(i) else plain
             for i, of_block in enumerate(maps)
         ]
-        return unit(tower(text, self.context.prompts(), attentions, before_block)[0]), seen
+        return unit(tower(text, prompts, attentions, before_block)[0]), seen
 
     @property
     def _drops(self) -> bool:
@@ -261,8 +311,14 @@ class DroPLe(IVLP):
     # --- tuned --------------------------------------------------------------------------------------
 
     def inference_state(self) -> dict[str, Tensor]:
-        """All but the shared tokens, of which ``image_keys`` [R, D] are left to explain images by."""
+        """All but the shared tokens, of which ``image_keys`` [R, D] are left to explain images by.
+
+        With a prior, class features of its own classes too, which then need no questions.
+        """
         kept = {k: v for k, v in self.state_dict().items() if not k.startswith("shared.")}
+        if self.prior is not None:
+            with torch.no_grad():
+                kept["prior.own"] = self.class_features(self.class_names)
         return kept | {"image_keys": self._keys()}
 
     def load_inference_state(self, state: Mapping[str, Tensor]) -> None:
@@ -271,6 +327,8 @@ class DroPLe(IVLP):
         self.shared = None
         del self.image_keys
         self.register_buffer("image_keys", keys)
+        if prior := {k.removeprefix("prior."): v for k, v in state.items() if k.startswith("prior.")}:
+            self.prior = LanguagePrior.tuned(prior, self.class_names)
         self.load_state_dict(state)
 
     @torch.no_grad()
