@@ -27,7 +27,7 @@ from vlprompt.artefact.export import Pixels, export_classes, export_onnx
 from vlprompt.artefact.hub import load_model, upload
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.config.images import set_white
-from vlprompt.config.schema import OptimConfig, RunConfig, build_config
+from vlprompt.config.schema import OF_ATTENTION_DROP, OptimConfig, RunConfig, build_config
 from vlprompt.config.teacher import Classifier
 from vlprompt.data.images import ImageSource
 from vlprompt.data.known.table import DEFAULT_TEMPLATE
@@ -49,7 +49,10 @@ Labels = Sequence[str] | Sequence[int] | NDArray[Any] | Tensor
 
 WORKERS = 2
 """Threads that decode images ahead."""
-_OF_TRAIN = ("epochs", "accumulate", "text_chunk", "graphs", "warm_start", "logit_adjustment")
+_OF_TRAIN = (
+    "epochs", "accumulate", "text_chunk", "graphs", "warm_start", "logit_adjustment",
+    "attention_drop", *OF_ATTENTION_DROP,
+)  # fmt: skip
 _OF_DATA = (
     "batch_size", "drop_last", "min_scale", "flip", "white", "max_pixels", "balanced", "workers",
     "bank", "views", "regions_per_image",

@@ -145,7 +145,8 @@ def test_methods_on_a_resnet(resnet: Backbone, name: str) -> None:
     """Those that do not enter the tower work; the others say in one line why they do not."""
     names, cls = ["cat", "ruler", "desk"], find_method(name)
     config = cls.Config(**{f.name: 1 for f in fields(cls.Config) if f.name.startswith("depth") or f.name == "layer"})
-    if not config.can & (Can.USE_FROZEN_FEATURES | Can.USE_POOLED_FEATURES):
+    reads_places = name == "plot"  # what the tower makes of each place, which it need not enter for
+    if not reads_places and not config.can & (Can.USE_FROZEN_FEATURES | Can.USE_POOLED_FEATURES):
         with pytest.raises(BackboneError) as caught:
             cls(resnet, names, config)
         no_token = f"backbone '{resnet.name}' has no class token: it serves text-only methods for now"
@@ -153,7 +154,8 @@ def test_methods_on_a_resnet(resnet: Backbone, name: str) -> None:
         return
     method = cls(resnet, names, config, template=TEMPLATE)
     v = method.encode_images(two_images().float())
-    torch.testing.assert_close(v, resnet.encode_images(two_images().float()), rtol=0, atol=1e-6)
+    if not reads_places:
+        torch.testing.assert_close(v, resnet.encode_images(two_images().float()), rtol=0, atol=1e-6)
     if name.startswith("tip_adapter"):
         method.fit_features(resnet.encode_images(two_images().float()), torch.arange(2))
     if method.learned():

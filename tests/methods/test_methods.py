@@ -54,6 +54,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in 
     "lasp, text alone": ("lasp", {"norms": False, "correction": False, "templates": ("a {}.",)}),
     "mmrl, three blocks": ("mmrl", {"layers": (1, 3, 4), "n_tokens": 2, "scale": None}),
     "comma, learned": ("comma", {"generators": "learned", "depth": 3, "last_blocks": 2}),
+    "apt, first block": ("apt", {"depth": 1}),
+    "plot, unbalanced": ("plot", {"transport": "unbalanced", "n_contexts": 2, "n_ctx": 3}),
     "tcp, in part": ("tcp", {"weight": 0.5, "layer": 2, "init": "a photo of a"}),
     "clap, corrected": ("clap", {"weights": "corrected-constant", "adaptive": True}),
     "clap, cosine": ("clap", {"distance": "cosine"}),
@@ -182,10 +184,12 @@ def test_class_features_are_normalised(tuned: Tuned) -> None:
     method = tuned.method
     v = method.encode_images(tuned.images[:3])
     t = method.class_features(NAMES, v)
-    branches = (2,) if method.name == "mmrl" else ()
+    patches = (method.backbone.image_size // method.backbone.image_tower.config.patch_size) ** 2
+    branches = {"mmrl": (2,), "plot": (patches,)}.get(method.name, ())
     assert v.shape == (3, *branches, method.backbone.embed_dim)
     each = (3,) if method.image_dependent else ()
-    samples = (method.config.samples,) if method.name == "bayesian" else ()
+    several = {"bayesian": "samples", "plot": "n_contexts"}
+    samples = (getattr(method.config, several[method.name]),) if method.name in several else ()
     wide = method.backbone.embed_dim + (method.name == "gda")  # with a bias behind
     assert t.shape == (*each, *samples, len(NAMES), wide)
     for features in (v, t) if method.name not in ("linear_probe", "lp_plus_plus", "gda") else (v,):

@@ -18,7 +18,7 @@ from vlprompt.errors import ConfigError
 from vlprompt.methods import METHODS, Can, find_method
 from vlprompt.training.loop import Training
 
-TRAINED = sorted(set(METHODS) - {"zero_shot", "linear_probe"})
+TRAINED = sorted(name for name, cls in METHODS.items() if Can.REPLAY_STEPS in cls.Config().can)
 
 
 def training(method: str, pictures: Path, device: str, precision: str = "fp32", k: int | None = None, **config):

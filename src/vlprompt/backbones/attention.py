@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -16,6 +18,41 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 K < N in a last block of which K rows are read.
 """
+Change = Callable[[Tensor], Tensor]
+"""Maps attention logits [..., K, N], −∞ where a key is not seen, to others of the same shape."""
+_CHANGE: ContextVar[Change | None] = ContextVar("change", default=None)
+
+
+@contextmanager
+def changed_logits(change: Change) -> Iterator[None]:
+    """In here attention that a gradient passes through, and no other, is that of changed logits.
+
+    Frozen features, which are remembered, stay what they are. A context, because methods make attention functions too.
+    """
+    token = _CHANGE.set(change)
+    try:
+        yield
+    finally:
+        _CHANGE.reset(token)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of q [..., K, D/H] to k and v [..., N, D/H], by PyTorch's fused kernel unless its logits are changed.
+
+    ``mask`` [K, N] says who sees whom, or is added to the logits.
+    """
+    if _CHANGE.get() is None or not (q.requires_grad or k.requires_grad):
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return attention_weights(q, k, mask) @ v
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The weights that :func:`attend` gives values, [..., K, N]."""
+    logits = q / math.sqrt(q.shape[-1]) @ k.mT
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    change = _CHANGE.get()
+    return (logits if change is None or not logits.requires_grad else change(logits)).softmax(-1)
 
 
 def plain_attention(heads: int) -> Attention:
@@ -23,7 +60,7 @@ def plain_attention(heads: int) -> Attention:
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         qh, kh, vh = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, H, N, D/H]
-        return scaled_dot_product_attention(qh, kh, vh).transpose(1, 2).flatten(2)
+        return attend(qh, kh, vh).transpose(1, 2).flatten(2)
 
     return attention
 
@@ -40,15 +77,23 @@ def packed_attention(text: PackedText, heads: int) -> Attention:
             q_prefix, queries = text.texts(q)
             if text.prefix:
                 qp, kp, vp = (split_heads(t[:, None], heads) for t in (q_prefix, k_prefix, v_prefix))
-                outputs.append(merge_heads(scaled_dot_product_attention(qp, kp, vp, is_causal=True), batch))
+                outputs.append(merge_heads(_causal(qp, kp, vp), batch))
         for group, own_q, own_k, own_v in zip(text.groups, queries, keys, values, strict=True):
             qh = split_heads(own_q, heads)
             kh, vh = (split_heads(_behind(p, t), heads) for p, t in ((k_prefix, own_k), (v_prefix, own_v)))
             mask = None if pooled else group.mask  # the last token of a text sees all of it
-            outputs.append(merge_heads(scaled_dot_product_attention(qh, kh, vh, attn_mask=mask), batch))
+            outputs.append(merge_heads(attend(qh, kh, vh, mask), batch))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
     return attention
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of tokens to those before them, and themselves; the fused kernel needs no mask for that."""
+    if _CHANGE.get() is None:
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+    n = q.shape[-2]
+    return attend(q, k, v, torch.ones(n, n, dtype=torch.bool, device=q.device).tril())
 
 
 def _behind(prefix: Tensor, texts: Tensor) -> Tensor:
@@ -76,10 +121,7 @@ def with_maps(heads: int, maps: list[Tensor], mask: Tensor | None = None) -> Att
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         qh, kh, vh = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, H, N, D/H]
-        logits = qh / math.sqrt(qh.shape[-1]) @ kh.mT
-        if mask is not None:
-            logits = logits.masked_fill(~mask, -torch.inf)
-        weights = logits.softmax(-1)
+        weights = attention_weights(qh, kh, mask)
         maps.append(weights.detach())
         return (weights @ vh).transpose(1, 2).flatten(2)
 

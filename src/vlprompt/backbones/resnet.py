@@ -81,9 +81,13 @@ class MeanAttention(nn.Module):
 
     def pool(self, x: Tensor) -> Tensor:
         """[B, D, H, W] → [B, D]"""
+        return self.ask(x, 1)[:, 0]
+
+    def ask(self, x: Tensor, n: int | None = None) -> Tensor:
+        """What the mean and the places [B, D, H, W] are told, the first ``n`` or all of them: [B, n, D]."""
         x = x.flatten(2).transpose(1, 2)
         x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding
-        return self.attention(self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x))[:, 0]
+        return self.attention(self.q_proj(x[:, :n]), self.k_proj(x), self.v_proj(x))
 
 
 class ResNetTower(ImageTower):
@@ -127,12 +131,20 @@ class ResNetTower(ImageTower):
         """What makes features of pooled places; it has a bias, a transformer's has none."""
         return self.attnpool.c_proj
 
+    def local(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] → [B, P, E], of each place, as it asks the others."""
+        return self.projection(self.attnpool.ask(self.places(images))[:, 1:])
+
     def pool(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] → [B, D], before the projection."""
+        return self.attnpool.pool(self.places(images))
+
+    def places(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] → [B, D, H, W], before they are pooled."""
         x = images.to(self.conv1.weight.dtype)
         for n in (1, 2, 3):
             x = getattr(self, f"bn{n}")(getattr(self, f"conv{n}")(x)).relu()
         x = F.avg_pool2d(x, 2)
         for n in range(len(self.config.stages)):
             x = getattr(self, f"layer{n + 1}")(x)
-        return self.attnpool.pool(x)
+        return x

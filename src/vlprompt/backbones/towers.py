@@ -251,6 +251,10 @@ class ImageTower(Tower):
         x = self.ln_post(x)
         return self.projection(x) if self.config.pool == "cls" else self.head(x)[:, None]
 
+    def local(self, images: Tensor) -> Tensor:
+        """Features of each patch of images [B, 3, S, S], row by row, as a class token is read: [B, P, E]."""
+        return self.read(self.run(self.embed(images)))[:, 1:]
+
     def pool(self, images: Tensor) -> Tensor:
         """What the tower makes of images [B, 3, S, S] before its projection, if it has one: [B, D]."""
         x = self.embed(images)

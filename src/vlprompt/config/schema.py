@@ -184,6 +184,17 @@ class TrainConfig:
     """Whether steps are recorded as CUDA graphs and replayed: the same results, faster where a model is small."""
     logit_adjustment: Annotated[float, Ge(0)] = 0.0
     """Weight of the logarithm of each class's images, added to the logits in training: for a long tail (1)."""
+    attention_drop: Literal["mask", "blur", "consistency"] | None = None
+    """AttentionDrop in training, reconstructed from its abstract: mask random ones of each query's largest attention
+    logits, blur them, or compare two masked passes; in every block that what is learned reaches. None if not given."""
+    attention_drop_k: Many = 5
+    """Largest logits of a query, any of which may be masked."""
+    attention_drop_p: Annotated[float, Gt(0), Lt(1)] = 0.1
+    """Probability that one of them is."""
+    attention_drop_sigma: Annotated[float, Gt(0), Le(1e3)] = 1.0
+    """Largest standard deviation of the blur, in tokens; each attention draws its own below that."""
+    attention_drop_weight: Annotated[float, Gt(0), Le(1e6)] = 1.0
+    """Weight of the divergence between two passes."""
     select: Literal["last", "val"] = "last"
     """Keep the prompts of the last epoch, or those of the first epoch with the best val accuracy."""
     warm_start: Folder | None = None
@@ -264,6 +275,14 @@ MOST = 1e9
 TOLD = 20
 """Problems that a message lists."""
 DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
+OF_ATTENTION_DROP = {
+    "attention_drop_k": ("mask", "consistency"),
+    "attention_drop_p": ("mask", "consistency"),
+    "attention_drop_sigma": ("blur",),
+    "attention_drop_weight": ("consistency",),
+}
+"""Settings of some kinds of AttentionDrop only."""
 
 FILES = ("root", "split_file", "bank", "descriptions", "prior", "class_names_file")
 """What of ``data`` is a place."""
@@ -420,6 +439,12 @@ def check_capabilities(
         raise ConfigError(f"method '{name}' compares the images of a batch{chosen}: it does not allow {how}")
     if train.text_chunk is not None and Can.SPLIT_TEXTS not in can:
         raise ConfigError(f"train.text_chunk: method '{name}' encodes the texts of all classes at once")
+    if train.attention_drop is not None and Can.DROP_ATTENTION not in can:
+        raise ConfigError(
+            f"train.attention_drop = {train.attention_drop}: method '{name}' has no steps that run a tower's attention"
+        )
+    if train.attention_drop is not None and train.text_chunk is not None:
+        raise ConfigError("train.text_chunk: with train.attention_drop the texts of all classes are encoded at once")
     if train.graphs and (Can.REPLAY_STEPS not in can or chosen):
         raise ConfigError(f"train.graphs: method '{name}' does other operations from step to step{chosen}")
 
@@ -527,10 +552,14 @@ def _strange(key: str, value: Any) -> list[str]:
 
 
 def _contradictions(sections: Mapping[str, Any]) -> list[str]:
-    optim = sections["optim"]
+    optim, train, problems = sections["optim"], sections["train"], []
     if optim and optim.min_lr > optim.lr:
-        return [f"optim.min_lr = {optim.min_lr:g} (allowed: at most optim.lr = {optim.lr:g})"]
-    return []
+        problems.append(f"optim.min_lr = {optim.min_lr:g} (allowed: at most optim.lr = {optim.lr:g})")
+    for what, kinds in OF_ATTENTION_DROP.items() if train else ():
+        value = getattr(train, what)
+        if value != getattr(TrainConfig, what) and train.attention_drop not in kinds:
+            problems.append(f"train.{what} = {value}: it is of train.attention_drop={' or '.join(kinds)}")
+    return problems
 
 
 def _one_line_each(error: ValidationError, prefix: str) -> list[str]:

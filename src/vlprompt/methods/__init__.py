@@ -2,6 +2,7 @@
 
 from vlprompt.data.batches import Batch
 from vlprompt.methods import (  # noqa: F401
+    apt,
     bayesian,
     cocoop,
     comma,
@@ -19,6 +20,7 @@ from vlprompt.methods import (  # noqa: F401
     linear_probe,
     maple,
     mmrl,
+    plot,
     pouf,
     prograd,
     promptkd,

@@ -79,11 +79,13 @@ class Can(Flag):
     """The texts of all classes may be encoded a few at a time (``text_chunk``)."""
     REPLAY_STEPS = auto()
     """A step does the same operations whatever its batch holds: it may be recorded as a CUDA graph."""
+    DROP_ATTENTION = auto()
+    """Its steps run a tower, whose attention may be perturbed (``train.attention_drop``)."""
     EXPORT_CLASSES = auto()
     """Its logits are scale · v · tᵀ + bias, v the plain backbone's normalised image features."""
 
 
-LEARNS_PROMPTS = Can.SPLIT_BATCHES | Can.SPLIT_TEXTS | Can.REPLAY_STEPS
+LEARNS_PROMPTS = Can.SPLIT_BATCHES | Can.SPLIT_TEXTS | Can.REPLAY_STEPS | Can.DROP_ATTENTION
 """Of methods whose loss is a mean over images, and whose class features come from :meth:`Method.encode_classes`."""
 LEARNS_TEXT = LEARNS_PROMPTS | Can.USE_FROZEN_FEATURES | Can.EXPORT_CLASSES
 """Of those that leave images alone."""

@@ -15,7 +15,7 @@ from vlprompt.backbones.attack import LEVEL, Pixels, pgd
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.towers import Prompts
 from vlprompt.data.batches import Batch
-from vlprompt.methods.base import Count, Method, MethodConfig, Output, Weight
+from vlprompt.methods.base import Can, Count, Method, MethodConfig, Output, Weight
 from vlprompt.methods.ivlp import deep_context
 from vlprompt.methods.registry import register
 from vlprompt.prompting.text import INIT_STD, encode_classes
@@ -80,6 +80,11 @@ class FAP(Method):
         """A step of the attack, in levels of 255."""
         steps: Count = 2
         """Steps of the attack."""
+
+        @property
+        def can(self) -> Can:
+            """Its steps run the towers."""
+            return Can.DROP_ATTENTION
 
     folded_text: Tensor
     folded_image: Tensor

@@ -78,7 +78,7 @@ class MMRL(Method):
         @property
         def can(self) -> Can:
             """Its texts grow inside the tower, and are encoded whole."""
-            return Can.SPLIT_BATCHES | Can.REPLAY_STEPS
+            return Can.SPLIT_BATCHES | Can.REPLAY_STEPS | Can.DROP_ATTENTION
 
     def build(self) -> None:
         """Create the tokens, a map of them for each tower and block, and the projection of what images make of them."""

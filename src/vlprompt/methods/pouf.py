@@ -61,7 +61,7 @@ class POUF(Method):
         @property
         def can(self) -> Can:
             """Images are read as frozen features, and compared within a batch."""
-            texts = Can.SPLIT_TEXTS if self.learn == "prompt" else Can(0)
+            texts = Can.SPLIT_TEXTS | Can.DROP_ATTENTION if self.learn == "prompt" else Can(0)
             return Can.USE_FROZEN_FEATURES | Can.EXPORT_CLASSES | Can.REPLAY_STEPS | texts
 
         def unused(self) -> dict[str, str]:

@@ -14,7 +14,7 @@ from vlprompt.backbones.backbone import unit
 from vlprompt.backbones.towers import Prompts
 from vlprompt.data.batches import Batch
 from vlprompt.errors import DataError, first_few
-from vlprompt.methods.base import Count, Method, MethodConfig, Output, Weight
+from vlprompt.methods.base import Can, Count, Method, MethodConfig, Output, Weight
 from vlprompt.methods.registry import register
 from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.prompting.visual import VisualPrompts
@@ -61,6 +61,11 @@ class PromptKD(Method):
         """T, by which both logits are divided."""
         setting: Literal["transductive", "inductive"] = "transductive"
         """transductive learns from unlabelled images of all classes, inductive from those of the run's classes."""
+
+        @property
+        def can(self) -> Can:
+            """Its steps run the image tower."""
+            return Can.DROP_ATTENTION
 
         @property
         def transductive(self) -> bool:

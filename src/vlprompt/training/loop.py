@@ -18,6 +18,7 @@ from vlprompt.config.teacher import Teacher
 from vlprompt.data.batches import Batch, TrainingViews
 from vlprompt.errors import ConfigError, VlpromptError
 from vlprompt.methods import Method
+from vlprompt.training.attention_drop import check_attention, losses_of
 from vlprompt.training.distributed import Processes
 from vlprompt.training.frozen import FrozenViews
 from vlprompt.training.recorded import Gradients, Recorded, Terms
@@ -77,6 +78,7 @@ class Training:
         self.sums: dict[str, float] = {}
         """Sums of the loss terms over these steps."""
         check_capabilities(method.name, method.config.can, config, classes_per_batch, self.processes.size)
+        check_attention(method, config)
         self._check_size()
         method.text_chunk = config.text_chunk
 
@@ -166,7 +168,7 @@ class Training:
             whole = batch.whole or self.views.images_per_batch
             # A process that has no image of a last, incomplete batch was given one to compute with: it counts nothing.
             weight = len(batch.labels) / whole * (self.processes.rank < whole)
-            losses = {term: weight * value for term, value in self.method.losses(batch).items()}
+            losses = {term: weight * value for term, value in losses_of(self.method, batch, self.config).items()}
             gradients = self.method.gradients({term: self.scale.value * value for term, value in losses.items()})
         return {term: value.detach().double() for term, value in losses.items()}, gradients
 

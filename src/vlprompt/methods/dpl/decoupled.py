@@ -21,9 +21,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from vlprompt.backbones.attention import Attention, merge_heads, split_heads
+from vlprompt.backbones.attention import Attention, attend, merge_heads, split_heads
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.packing import PackedText, pack
 from vlprompt.backbones.towers import ImageTower, TextTower
@@ -89,12 +88,12 @@ def decoupled_attention(
         bias = bias + log_odds[:, None, None] * reads
     bias = bias.to(q.dtype)
     if weight is None:
-        return scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return attend(q, k, v, bias)
     seen = (reads & bias.isfinite())[:, prompts]
     some = seen.any(-1, keepdim=True)  # [K, 1]
-    instance = scaled_dot_product_attention(q, k, v, attn_mask=bias.masked_fill(reads, -math.inf))
+    instance = attend(q, k, v, bias.masked_fill(reads, -math.inf))
     k, v = k.index_select(2, prompts), v.index_select(2, prompts)
-    prompt = scaled_dot_product_attention(q, k, v, attn_mask=seen | ~some)  # no row may see nothing
+    prompt = attend(q, k, v, seen | ~some)  # no row may see nothing
     return instance.lerp(prompt, weight * some.to(q.dtype))
 
 

@@ -161,8 +161,9 @@ class DroPLe(IVLP):
     def forward(self, batch: Batch) -> Output:
         """Features and logits under dropout in training mode; ``extra`` is what the shared tokens see."""
         assert batch.second_view is not None
-        with torch.no_grad():  # in place: beyond its ends a clamp has no gradient, and would never come back
-            self.logit_scale.clamp_(0, LOG_SCALE_MAX)
+        # In place: beyond its ends a clamp has no gradient, and would never come back. Past autograd, which counts
+        # changes: a step may have two passes.
+        self.logit_scale.data.clamp_(0, LOG_SCALE_MAX)
         v, seen_of_images = self._images(batch.second_view)
         t, seen_of_texts = self._texts(self.names_of(batch.compared), batch.targets)
         return Output(v, t, self.scale() * v @ t.T, list(zip(seen_of_images, seen_of_texts, strict=True)))

@@ -126,8 +126,8 @@ class CLIPLoRA(Method):
 
         @property
         def can(self) -> Can:
-            """Its loss is a mean over images."""
-            return Can.SPLIT_BATCHES
+            """Its loss is a mean over images, and its steps run the towers."""
+            return Can.SPLIT_BATCHES | Can.DROP_ATTENTION
 
     def build(self) -> None:
         """The adapters, which change nothing yet; raises BackboneError where there are no blocks to adapt."""
