@@ -15,12 +15,13 @@ from tests.kit import TINY
 from tests.kit.marks import slow
 from tests.kit.pictures import make_pictures, paint
 from vlprompt.api import PromptedModel
+from vlprompt.backbones.load import load_backbone
 from vlprompt.bench import runs as runs_module
 from vlprompt.bench.protocols import Asked, Measurement, Run, attack_of, plan, seen
 from vlprompt.bench.report.report import markdown, read_sections
 from vlprompt.bench.report.tables import studies, tables
 from vlprompt.bench.results import Row, read_results
-from vlprompt.bench.stages import stages
+from vlprompt.bench.stages import stages, why_not_attacked
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.splits import Item, Split
 from vlprompt.errors import DataError
@@ -327,7 +328,13 @@ def test_what_cannot_be_asked_is_refused_in_a_line(vlprompt, photos: Path, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_a_method_without_a_gradient_is_refused(bench, photos: Path, tmp_path: Path, monkeypatch) -> None:
+def test_methods_of_ones_own_that_cannot_be_asked_are_refused(bench, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "named.py").write_text(
+        "import torch\nfrom vlprompt.methods import register\nfrom vlprompt.methods.coop import CoOp\n\n\n"
+        '@register("named")\nclass Named(CoOp):\n    """Keeps a number of each class, and does not say so."""\n\n'
+        "    def build(self):\n        super().build()\n"
+        "        self.weight = torch.nn.Parameter(torch.zeros(len(self.class_names)))\n"
+    )
     (tmp_path / "deaf.py").write_text(
         "import torch\nfrom vlprompt.methods import register\nfrom vlprompt.methods.zero_shot import ZeroShot\n\n\n"
         '@register("deaf")\nclass Deaf(ZeroShot):\n    """Says nothing of where its features come from."""\n\n'
@@ -335,10 +342,13 @@ def test_a_method_without_a_gradient_is_refused(bench, photos: Path, tmp_path: P
     )
     before = dict(METHODS)
     code, _, err = bench("robustness", "--methods", tmp_path / "deaf.py", "--data", photos)
+    named = bench("class-incremental", "--methods", tmp_path / "named.py", "--data", photos, "--tasks", "2")
     METHODS.clear()
     METHODS.update(before)
     assert code == 2
     assert "row 'deaf': method 'deaf' has logits without a gradient by the image's pixels" in err
+    assert named[0] == 2
+    assert "method 'named' learns 'weight' for each of its classes: the next task has other classes" in named[2]
 
 
 def test_data_with_too_few_classes_is_refused(vlprompt, tmp_path: Path) -> None:
@@ -358,18 +368,21 @@ def test_methods_that_keep_rows_say_so() -> None:
 
 
 @slow
-def test_every_method_is_asked_or_refused_by_name(bench, photos: Path, tmp_path: Path) -> None:
-    """What the protocols let begin runs to the end."""
-    for protocol, more in {"class-incremental": ["--tasks", "2"], "robustness": ["--steps", "2"]}.items():
-        for name in sorted(METHODS):
-            out = tmp_path / protocol / name
-            given = ["--methods", name, "--data", photos, *more]
-            given += ["--teacher", TINY] if "teacher_probabilities" in METHODS[name].needs else []
-            given += ["epochs=1"] if METHODS[name].official.get("train.epochs") else []
-            code, _, err = bench(protocol, *given, out=out)
-            assert code in (0, 2), f"{protocol} {name}: {err}"
-            assert code == 0 or f"{protocol} cannot ask row '" in err, f"{protocol} {name}: {err}"
-            assert (code == 2) == (protocol == "class-incremental" and name in ("gda", "promptkd")), f"{name}: {err}"
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_is_asked_in_tasks_or_refused_by_name(bench, photos: Path, name: str) -> None:
+    """What may begin runs to the end."""
+    given = ["--methods", name, "--data", photos, "--tasks", "2"]
+    given += ["--teacher", TINY] if "teacher_probabilities" in METHODS[name].needs else []
+    given += ["epochs=1"] if METHODS[name].official.get("train.epochs") else []
+    code, _, err = bench("class-incremental", *given)
+    refused = f"class-incremental cannot ask row '{name}" in err
+    assert (code, refused) == ((2, True) if name in ("gda", "promptkd") else (0, False)), err
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_can_be_attacked(name: str) -> None:
+    backbone, config = load_backbone(str(TINY)), METHODS[name].Config()
+    assert why_not_attacked(METHODS[name](backbone, ("a", "b"), config)) == ""
 
 
 def test_averages_of_tasks_are_over_the_seeds_that_have_them_all() -> None:

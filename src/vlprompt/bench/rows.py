@@ -16,7 +16,7 @@ from vlprompt.config.schema import RunConfig
 from vlprompt.data.known.table import find_dataset
 from vlprompt.documents import read_yaml
 from vlprompt.errors import ConfigError, one_line, unknown
-from vlprompt.methods import find_method
+from vlprompt.methods import Can, find_method
 from vlprompt.methods.heads.common import Head
 from vlprompt.methods.registry import file_fingerprint
 
@@ -29,7 +29,8 @@ def row_name(name: str, config: RunConfig) -> str:
     where it keeps features of the images of earlier tasks.
     """
     cls = find_method(config.method)
-    keeps = config.data.task is not None and issubclass(cls, Head) and bool(cls.grown)
+    joined = config.data.task is not None and Can.JOIN_CLASSES in config.options.can
+    keeps = joined and issubclass(cls, Head) and bool(cls.grown)
     marks = {"-transductive": config.options.transductive, "-memory": keeps}
     return name + "".join(mark for mark, there in marks.items() if there and mark not in name)
 

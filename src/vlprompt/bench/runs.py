@@ -28,6 +28,7 @@ from vlprompt.documents import read_sealed, write_sealed
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.methods import Method, find_method
 from vlprompt.training.attack import AttackedImages
+from vlprompt.training.checkpoints import checkpoint_file
 from vlprompt.training.evaluate import Evaluation, evaluate
 from vlprompt.training.run import Environment, Result, saved_config, train
 
@@ -101,8 +102,9 @@ def _train(stage: Stage, before: Stage | None, shared_folder: Path) -> Method:
     config, begun = stage.config, (stage.folder / "config.yaml").exists()
     images_of = partial(SharedImages, folder=shared_folder)
     if before and carried(config) and _read(before.folder / "metrics.json", Result).trainable_parameters:
-        # A run that was begun has it as it was written then: the bench folder may have been moved since.
-        start = saved_config(stage.folder).train.warm_start if begun else str(before.folder)
+        # A checkpoint wants the place as it was written then: the bench folder may have been moved since.
+        stepped = checkpoint_file(stage.folder).exists()
+        start = saved_config(stage.folder).train.warm_start if stepped else str(before.folder)
         config = replace(config, train=replace(config.train, warm_start=start))
     return train(config, stage.folder, resume=begun, decode=decoded_once(shared_folder), images_of=images_of)[0]
 

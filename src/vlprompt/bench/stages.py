@@ -62,7 +62,7 @@ def check_method(run: Run, method: Method, backbone: Backbone) -> None:
     if protocol.tasks is not None:
         why = _why_not_in_tasks(run.config, method, backbone)
     elif protocol.attacked:
-        why = _why_not_attacked(method)
+        why = why_not_attacked(method)
     elif protocol.unlabelled:
         why = _why_not_without_labels(run.config, method)
     if why:
@@ -84,13 +84,13 @@ def _why_not_in_tasks(config: RunConfig, method: Method, backbone: Backbone) -> 
     if cls.take_teacher is not Method.take_teacher:
         return "keeps its teacher's features of the classes that it learns: the next task's would take their place"
     more = cls(backbone, ("a", "b", "c"), config.options)
-    for (name, tensor), other in zip(method.state_dict().items(), more.state_dict().values(), strict=True):
-        if tensor.shape != other.shape:
-            return f"learns '{name}' for each of its classes: the next task has other classes"
-    return ""
+    two, three = ({name: tensor.shape for name, tensor in m.state_dict().items()} for m in (method, more))
+    own = next((name for name in three if two.get(name) != three[name]), None)
+    return f"learns '{own}' for each of its classes: the next task has other classes" if own else ""
 
 
-def _why_not_attacked(method: Method) -> str:
+def why_not_attacked(method: Method) -> str:
+    """What hinders an attack on the pixels, in words; empty if nothing does."""
     size = method.backbone.image_size
     device = method.backbone.device
     image = torch.zeros(1, 3, size, size, device=device, requires_grad=True)
