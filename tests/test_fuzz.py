@@ -25,8 +25,9 @@ from vlprompt.bank.build import build_bank
 from vlprompt.bank.config import bank_config
 from vlprompt.bank.records import Bank
 from vlprompt.bench.bench import bench, read_planned
-from vlprompt.bench.protocols import Asked, plan, read_rows
+from vlprompt.bench.protocols import Asked, plan
 from vlprompt.bench.report.report import checked_results, write_report
+from vlprompt.bench.rows import read_rows
 from vlprompt.cli import OF_THE_SYSTEM
 from vlprompt.config.schema import RunConfig, build_config, parse_override, read_config
 from vlprompt.data.folders import from_csv

@@ -16,6 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from vlprompt.bench.protocols import PROTOCOLS
 from vlprompt.cli.fields import read_fields
 from vlprompt.config.presets import presets_of
 from vlprompt.config.schema import build_config
@@ -94,7 +95,24 @@ def datasets() -> str:
     return table(head, rows)
 
 
-TABLES: dict[str, Callable[..., str]] = {t.__name__: t for t in (methods, official, options, training, datasets)}
+def protocols() -> str:
+    """What `vlprompt bench` runs."""
+    rows = (
+        (
+            f"`{name}`",
+            p.trained_on,
+            p.measured_on,
+            ", ".join(map(str, p.shots)),
+            f"`{p.preset}`" if p.preset else "–",
+        )
+        for name, p in PROTOCOLS.items()
+    )
+    return table(("protocol", "trained on", "measured on", "shots", "preset"), rows)
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    t.__name__: t for t in (methods, official, options, training, datasets, protocols)
+}
 
 
 # --- parts ----------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from typing import Any
 
 import yaml
 
-from vlprompt.bench.protocols import Rows, read_rows
 from vlprompt.bench.report.report import read_sections, to_dict
+from vlprompt.bench.rows import Rows, read_rows
 from vlprompt.config.presets import FILE
 from vlprompt.config.schema import build_config
 from vlprompt.files import write_atomically

@@ -30,7 +30,7 @@ from tests.kit.hub import Hub
 from vlprompt.backbones.convert import convert
 from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.names import hub_id, public_name
-from vlprompt.bench.protocols import backbone_name
+from vlprompt.bench.rows import backbone_name
 from vlprompt.errors import BackboneError
 
 CARD = [".gitattributes", "README.md"]

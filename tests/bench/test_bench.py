@@ -27,10 +27,11 @@ from vlprompt.bench import launch, on_ray
 from vlprompt.bench import results as results_module
 from vlprompt.bench import runs as runs_module
 from vlprompt.bench.bench import LOCK
+from vlprompt.bench.figures import group_figures
 from vlprompt.bench.launch import COMMAND, Outcome, Process, spread
-from vlprompt.bench.protocols import PROTOCOLS, Asked, Run, fingerprint, plan, read_rows, take_shard
+from vlprompt.bench.protocols import PROTOCOLS, Asked, Run, plan, take_shard
 from vlprompt.bench.results import Row, read_results, to_csv
-from vlprompt.bench.runs import group_figures
+from vlprompt.bench.rows import fingerprint, read_rows
 from vlprompt.config.schema import build_config
 from vlprompt.data.known.table import DATASETS
 from vlprompt.data.reading import CACHE_BYTES

@@ -23,6 +23,7 @@ from tests.kit.command import Done, environment, python, vlprompt
 from tests.kit.pictures import SHADES
 from tests.kit.runs import RUN_FILES
 from vlprompt import __version__
+from vlprompt.bench.protocols import PROTOCOLS
 from vlprompt.cli import app
 from vlprompt.data.known.table import DATASETS
 from vlprompt.methods import METHODS
@@ -123,6 +124,7 @@ def test_every_command_shows_help_and_an_example(command: str) -> None:
             "backbones",
             ["mini", "FOLDER", "FILE.safetensors", "OWNER/MODEL", "open_clip:MODEL/TAG", "efficientnet-lite0"],
         ),
+        ("protocols", list(PROTOCOLS)),
     ],
 )
 def test_lists(what: str, names: list[str]) -> None:

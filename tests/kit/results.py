@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.kit import sealed
+from vlprompt.bench.figures import FORMAT_VERSION
 from vlprompt.bench.results import Row
-from vlprompt.bench.runs import FORMAT_VERSION
 
 PLAIN = Row(
     "base-to-novel", "dtd", "coop", "coop", "mini", 16, 1, "dtd", "base", "test",

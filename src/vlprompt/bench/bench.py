@@ -22,6 +22,7 @@ from vlprompt.bench.protocols import Run, take_shard
 from vlprompt.bench.results import RESULTS, Results
 from vlprompt.bench.runs import Load, check_same, finished, measured_dataset, measured_split
 from vlprompt.bench.shared import SHARED
+from vlprompt.bench.stages import check_method, stages
 from vlprompt.config.images import run_split
 from vlprompt.config.teacher import load_teacher_model, teacher_name
 from vlprompt.data.datasets import check_outside, load_dataset
@@ -186,14 +187,16 @@ def check_data(runs: Sequence[Run], load: Load = load_dataset) -> None:
     seen = set()
     for run in runs:
         config, data = run.config, run.config.data
-        images = replace(data, batch_size=1)  # whatever decides which images there are
+        # Whatever decides which images there are; the seed, which classes are of a task.
+        images = replace(data, batch_size=1), config.seed if data.task else 0
         if images not in seen:
-            run_split(config, load(data.name, data.root, data.split_file))
+            for stage in stages(run, Path()):
+                run_split(stage.config, load(data.name, data.root, data.split_file))
             for m in run.measurements:
                 measured_split(config, m, load)
         asked = (data, config.method, config.teacher)
         if data.bank is not None and asked not in seen:
-            find_bank(config, load(data.name, data.root, data.split_file).split.subset(data.classes).class_names)
+            find_bank(config, run_split(config, load(data.name, data.root, data.split_file)).class_names)
         seen |= {images, asked}
 
 
@@ -211,11 +214,20 @@ def check_models(runs: Sequence[Run], elsewhere: bool = False) -> None:
         if (name := teacher_name(config)) and name not in seen:
             load_teacher_model(name)
             seen.add(name)
-        asked = (config.backbone, device, config.train.precision, config.method, config.options, config.data.bank)
+        asked = (
+            config.backbone,
+            device,
+            config.train.precision,
+            config.method,
+            config.options,
+            config.data.bank,
+            config.taught,
+        )
         if asked not in seen:
             backbone = load_backbone(*asked[:3])
             with torch.random.fork_rng(devices=[]):
                 method = find_method(config.method)(backbone, ("a", "b"), config.options)
+                check_method(run, method, backbone)
             if not method.trains and (given := config.data.bank or config.teacher.backbone):
                 raise ConfigError(f"row '{run.name}' takes no training steps: it does nothing with {given}")
             seen.add(asked)
@@ -224,7 +236,14 @@ def check_models(runs: Sequence[Run], elsewhere: bool = False) -> None:
 def gaps(runs: Sequence[Run], load: Load = load_dataset) -> list[str]:
     """A line for each choice of images that the runs are measured on in which some of its classes have none."""
     asked = [(measured_dataset(run.config, m, load), m) for run in runs for m in run.measurements]
-    notes = [note for dataset, m in asked for note in (*dataset.notes, dataset.gap(m.split, m.classes))]
+    notes = [note for dataset, m in asked for note in (*dataset.notes, dataset.gap(m.split, m.half))]
+    notes += [
+        f"note: {len(names)} classes of {run.data} for {n} tasks: a task of one class has nothing to tell it from"
+        for run in runs
+        if run.config.data.task
+        for n, names in [(len(run.measurements), measured_split(run.config, run.measurements[-1], load).class_names)]
+        if len(names) < 2 * n
+    ]
     return list(filter(None, dict.fromkeys(notes)))
 
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
-from hashlib import sha256
+from dataclasses import astuple, dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-from vlprompt.backbones.names import hub_id
+from vlprompt.bench.rows import Rows, backbone_name, data_name, row_name
 from vlprompt.config.schema import RunConfig, build_config, config_of
 from vlprompt.config.teacher import teacher_name
 from vlprompt.data.known.table import DATASETS, find_dataset
 from vlprompt.data.splits import Classes
-from vlprompt.documents import read_yaml
-from vlprompt.errors import ConfigError, one_line, unknown
+from vlprompt.errors import ConfigError, unknown
 from vlprompt.methods import find_method
-from vlprompt.methods.registry import file_fingerprint
+from vlprompt.training.attack import Attack, find_attack
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,9 @@ class Protocol:
 
     about: str
     """What it asks, in a sentence."""
+    trained_on: str
+    """In words, as the next."""
+    measured_on: str
     train: Classes = "all"
     """The classes that are trained on."""
     measured: tuple[Classes, ...] = ("all",)
@@ -42,6 +43,14 @@ class Protocol:
     """Settings of all its runs."""
     groups: bool = False
     """Whether the classes are also measured in three groups, of many, medium and few training images."""
+    tasks: int | None = None
+    """Tasks that the classes arrive in, unless asked otherwise; after each, all classes seen so far are measured."""
+    attacked: bool = False
+    """Whether the images that are measured are also measured under an attack."""
+    unlabelled: bool = False
+    """Whether no label of a training image may be read."""
+    note: str = ""
+    """What its figures are, and whose definition that is."""
 
 
 LONGEST = 200
@@ -49,22 +58,51 @@ LONGEST = 200
 
 PROTOCOLS: dict[str, Protocol] = {
     "base-to-novel": Protocol(
-        "Do prompts tuned on half of the classes serve the other half?", train="base", measured=("base", "novel"),
-        preset="base-to-novel",
+        "Do prompts tuned on half of the classes serve the other half?",
+        "the first half of the classes", "both halves, each among its own classes",
+        train="base", measured=("base", "novel"), preset="base-to-novel",
     ),
     "few-shot": Protocol(
-        "How much do a few images a class bring?", shots=(1, 2, 4, 8, 16), preset="few-shot",
+        "How much do a few images a class bring?", "all classes", "all classes", shots=(1, 2, 4, 8, 16),
+        preset="few-shot",
     ),
     "cross-dataset": Protocol(
-        "Do prompts tuned on one data set serve others?", targets="others", preset="cross-dataset"
+        "Do prompts tuned on one data set serve others?", "all classes of the first data set given",
+        "that one and all others given", targets="others", preset="cross-dataset"
     ),
     "domain-generalization": Protocol(
-        "Do prompts tuned on one data set serve its classes in another look?", targets="domains",
-        preset="cross-dataset",
+        "Do prompts tuned on one data set serve its classes in another look?",
+        "all classes of the first data set given",
+        "that one and its domains (those of `imagenet` and `openmoji` are known; otherwise the others given)",
+        targets="domains", preset="cross-dataset",
     ),
     "long-tail": Protocol(
-        "What becomes of classes with few images where others have many?", preset="long-tail",
-        settings={"data.imbalance": 10.0}, groups=True,
+        "What becomes of classes with few images where others have many?",
+        "all classes, the first with all shots, the last with a tenth, exponentially fewer in between (`imbalance=10`)",
+        "all classes, and three groups of them", preset="long-tail", settings={"data.imbalance": 10.0}, groups=True,
+        note="many, medium and few are the thirds of the classes by number of training images; “–”: no test image is "
+        "of a class in that third.",
+    ),
+    "class-incremental": Protocol(
+        "What is left of earlier classes where classes arrive in tasks, and no image comes back?",
+        "the classes in `--tasks` groups (5), one after the other", "after each, all classes seen so far, together",
+        preset="base-to-novel", tasks=5,
+        note="last: accuracy on all classes after the last task; average: the mean over tasks of the accuracy on the "
+        "classes seen so far (average incremental accuracy: iCaRL, Rebuffi et al., CVPR 2017). Training reads the "
+        "images of a task's own classes alone; prompts go on from the task before, heads with a row for each class "
+        "keep the rows that earlier tasks fitted. “-memory”: what is kept holds features of earlier training images.",
+    ),
+    "robustness": Protocol(
+        "How much accuracy is left where images are attacked?", "all classes",
+        "all classes, as they are and under an attack (`--eps`, `--steps`)", preset="few-shot", attacked=True,
+        note="clean: accuracy on the images as they are; the others: robust accuracy, the share of images that are "
+        "told right as they are and under the attack (projected gradient descent: Madry et al., ICLR 2018).",
+    ),
+    "unlabelled": Protocol(
+        "How much do training images bring without their labels?", "images of all classes, without labels",
+        "all classes", unlabelled=True,
+        note="Training reads no labels; with shots, labels decide which images there are, as in KDPL (Mistretta et "
+        "al., ECCV 2024).",
     ),
 }  # fmt: skip
 
@@ -75,7 +113,8 @@ class Measurement:
 
     data: str
     """As given: a known data set's name, a folder or a CSV file."""
-    classes: Classes
+    classes: str
+    """base, novel or all; seen-t-of-T, those of the first t of T tasks; or pgd-EPS-STEPS: all, attacked."""
     split: str
     """"test" or "val"."""
 
@@ -84,9 +123,26 @@ class Measurement:
         """What tells a run's measurements apart: data set as tables print it, classes, split."""
         return data_name(self.data), self.classes, self.split
 
+    @property
+    def half(self) -> Classes:
+        """base or novel; all where it is neither."""
+        return self.classes if self.classes in ("base", "novel") else "all"  # type: ignore[return-value]
+
     def to_dict(self) -> dict[str, str]:
         """The key as it is written."""
         return dict(zip(("data", "classes", "split"), self.key, strict=True))
+
+
+def seen(classes: str) -> tuple[int, int] | None:
+    """t and T of seen-t-of-T; None for other classes."""
+    found = re.fullmatch(r"seen-(\d+)-of-(\d+)", classes)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def attack_of(classes: str) -> Attack | None:
+    """The attack of pgd-EPS-STEPS; None where images are as they are."""
+    found = re.fullmatch(r"(pgd)-(\d+/?\d*)-(\d+)", classes)
+    return find_attack(found[1], found[2], int(found[3])) if found else None
 
 
 @dataclass(frozen=True)
@@ -124,10 +180,6 @@ class Run:
         return Run(protocol, name, config_of(config), tuple(Measurement(*m) for m in measurements))
 
 
-Rows = Mapping[str, tuple[str, Mapping[str, Any]]]
-"""Names, each with a method (its name or file) and settings."""
-
-
 @dataclass(frozen=True)
 class Asked:
     """What ``vlprompt bench`` is asked for."""
@@ -143,14 +195,19 @@ class Asked:
     teacher: str | None = None
     """For the methods that learn from one."""
     split: str = "test"
+    tasks: int | None = None
+    """Of class-incremental; its own number if none is given."""
+    eps: str | None = None
+    """Of robustness, as the next: how far an attack may change a pixel, and in how many steps."""
+    steps: int | None = None
 
 
 def plan(asked: Asked) -> list[Run]:
     """The runs, data set by data set, method by method.
 
     Raises ConfigError before anything is run: for a protocol, method, preset or setting that does not exist, for
-    settings that the protocol decides, for two runs in one folder or two data sets in one column of the tables, for a
-    method that lacks its teacher, and where no target data sets are known.
+    settings that the protocol decides or does not know, for two runs in one folder or two data sets in one column of
+    the tables, for a method that lacks its teacher, and where no target data sets are known.
     """
     if asked.protocol not in PROTOCOLS:
         raise ConfigError(unknown("protocol", asked.protocol, PROTOCOLS))
@@ -161,14 +218,15 @@ def plan(asked: Asked) -> list[Run]:
     for name in asked.rows:
         if not name or Path(name).name != name or name.startswith(".") or len(name.encode()) > LONGEST:
             raise ConfigError(f"row '{name[:60]}' is no name of a folder")
+    classes = _measured(asked, protocol)
     sources, targets = _sources(asked.protocol, protocol, asked.data)
     runs: dict[Path, Run] = {}
     for data in sources:
-        measured = [(data, classes) for classes in protocol.measured] + [(target, "all") for target in targets]
-        named = [(data_name(name), classes) for name, classes in measured]
+        measured = [(data, c) for c in classes] + [(target, "all") for target in targets]
+        named = [(data_name(name), c) for name, c in measured]
         if twice := [name for name, _ in named if named.count((name, "all")) > 1]:
             raise ConfigError(f"data: two data sets would be '{twice[0]}' in the tables: each is given once")
-        measurements = tuple(Measurement(name, classes, asked.split) for name, classes in measured)
+        measurements = tuple(Measurement(name, c, asked.split) for name, c in measured)
         for name, (method, settings) in asked.rows.items():
             for shots in asked.shots or protocol.shots:
                 for seed in asked.seeds:
@@ -184,6 +242,29 @@ def unused(asked: Asked) -> list[str]:
     """A line for what is given and no row uses."""
     learns = any("teacher_probabilities" in find_method(method).needs for method, _ in asked.rows.values())
     return [f"teacher {asked.teacher} is not used: no row learns from one"] if asked.teacher and not learns else []
+
+
+def _measured(asked: Asked, protocol: Protocol) -> Sequence[str]:
+    """What is measured of the data set that is trained on; raises ConfigError for what the protocol does not know."""
+    given = {"tasks": protocol.tasks is not None, "eps": protocol.attacked, "steps": protocol.attacked}
+    for key in (key for key, known in given.items() if not known and getattr(asked, key) is not None):
+        with_it = "class-incremental" if key == "tasks" else "robustness"
+        raise ConfigError(f"{key} = {getattr(asked, key)}: it is of {with_it}, not of {asked.protocol}")
+    if protocol.tasks is not None:
+        n = _tasks(asked)
+        return [f"seen-{t}-of-{n}" for t in range(1, n + 1)]
+    if protocol.attacked:
+        attack = find_attack("pgd", asked.eps, asked.steps)
+        assert attack
+        return [*protocol.measured, f"pgd-{Fraction((asked.eps or '1/255').strip())}-{attack.steps}"]
+    return protocol.measured
+
+
+def _tasks(asked: Asked) -> int:
+    n = PROTOCOLS[asked.protocol].tasks if asked.tasks is None else asked.tasks
+    if n is None or n < 2:
+        raise ConfigError(f"tasks = {n} (allowed: 2 or more, up to the number of classes)")
+    return n
 
 
 def _sources(name: str, protocol: Protocol, data: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
@@ -207,6 +288,9 @@ def _configure(
     closest = (f"{protocol.preset}-{data_name(data)}", f"{protocol.preset}-{shots}", protocol.preset)
     preset = own.pop("preset", next((p for p in closest if p in cls.presets), None))
     decided = {"data.name": data, "data.classes": protocol.train, "data.shots": shots, "seed": seed}
+    decided |= {"data.task": None if protocol.tasks is None else f"1/{_tasks(asked)}"}
+    decided |= {"train.warm_start": None} if protocol.tasks is not None else {}
+    decided |= {"train.select": "last", "data.balanced": False} if protocol.unlabelled else {}
     taught = {"teacher.backbone": asked.teacher} if asked.teacher and "teacher_probabilities" in cls.needs else {}
     given = {**protocol.settings, **taught, **asked.settings, **own}
     if build_config(method, preset, overrides={**given, "data.classes": "all"}).options.transductive:
@@ -220,56 +304,6 @@ def _configure(
     return config
 
 
-def row_name(name: str, config: RunConfig) -> str:
-    """A row as tables print it: it says so where a method learns from images of the classes that it is tested on."""
-    mark = "-transductive"
-    return name + mark if config.options.transductive and mark not in name else name
-
-
-def rows_of_methods(methods: Sequence[str]) -> Rows:
-    """A row for each method, a name or a file, with its registered name; raises ConfigError if two have the same."""
-    rows: dict[str, tuple[str, Mapping[str, Any]]] = {}
-    for method in methods:
-        name = find_method(method).name
-        if name in rows:
-            raise ConfigError(f"methods: {rows[name][0]} and {method} are both called '{name}'")
-        rows[name] = method, {}
-    return rows
-
-
-def read_rows(file: Path) -> Rows:
-    """Named settings from a YAML file, to compare more than methods with their defaults::
-
-        method: dpl                  # of rows that name no other
-        set: {carry: add}            # settings of the rows of this method
-        rows:
-          exact: {instance_to_prompt: exact}
-          small: {preset: mini}        # in place of the protocol's
-          frozen: {method: zero_shot}
-
-    Raises ConfigError for a file that cannot be read or has another form.
-    """
-    try:
-        content = read_yaml(file)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read rows from {file}: {one_line(error)}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("rows"), dict) or not content["rows"]:
-        raise ConfigError(f"{file} must hold rows: names with settings")
-    if strange := set(content) - {"method", "set", "rows"}:
-        raise ConfigError(f"{file}: {unknown('key', min(map(str, strange)), ('method', 'set', 'rows'))}")
-    rows: dict[str, tuple[str, Mapping[str, Any]]] = {}
-    for name, settings in content["rows"].items():
-        if not isinstance(settings or {}, dict):
-            raise ConfigError(f"{file}: row '{name}' must hold settings: {{key: value}}")
-        own = dict(settings or {})
-        method = own.pop("method", content.get("method"))
-        if method is None:
-            raise ConfigError(f"{file}: row '{name}' names no method")
-        common = content.get("set") or {} if content.get("method") in (None, method) else {}
-        rows[str(name)] = method, common | own
-    return rows
-
-
 def take_shard(runs: Sequence[Run], shard: str | None) -> list[Run]:
     """The ``i``-th of ``n`` equal shares of the runs, for ``shard`` = "i/n"; raises ConfigError for what is none."""
     if shard is None:
@@ -278,46 +312,3 @@ def take_shard(runs: Sequence[Run], shard: str | None) -> list[Run]:
     if not 1 <= i <= n:
         raise ConfigError(f"shard = {shard} (allowed: i/n, from 1/n to n/n)")
     return list(runs[i - 1 :: n])
-
-
-def data_name(data: str) -> str:
-    """A data set as folders and tables name it."""
-    dataset = find_dataset(data)
-    return dataset.name if dataset else Path(os.path.realpath(os.path.expanduser(data))).name.removesuffix(".csv")
-
-
-def backbone_name(backbone: str) -> str:
-    """A backbone as folders and tables name it: of a local one, the last part of its path."""
-    path = Path(backbone).expanduser()
-    name = path.resolve().name.removesuffix(".safetensors") if path.exists() else hub_id(backbone) or backbone
-    return re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "backbone"
-
-
-_NOT_THE_RESULT = (
-    "data.root", "data.workers", "data.max_pixels", "train.device", "train.graphs", "train.report_to", "seed"
-)  # fmt: skip
-
-
-def result_settings(config: RunConfig) -> dict[str, Any]:
-    """Every setting that decides a result, flat, except the seed: what runs that are averaged must have in common.
-
-    Data, backbones, banks and split files are there by name, wherever they lie; a method's file by what is in it.
-    """
-    data, teacher = config.data, config.teacher.backbone
-
-    def last_part(path: str | None) -> str | None:
-        return path and Path(path).expanduser().resolve().name
-
-    data = replace(data, name=data_name(data.name), split_file=last_part(data.split_file), bank=last_part(data.bank))
-    data = replace(data, descriptions=last_part(data.descriptions), prior=last_part(data.prior))
-    named = replace(
-        config, method=find_method(config.method).name, backbone=backbone_name(config.backbone), data=data,
-        teacher=replace(config.teacher, backbone=teacher and backbone_name(teacher)),
-    )  # fmt: skip
-    own = file_fingerprint(config.method)
-    return {k: v for k, v in named.flat().items() if k not in _NOT_THE_RESULT} | ({"method file": own} if own else {})
-
-
-def fingerprint(config: RunConfig) -> str:
-    """Twelve hexadecimal digits that stand for :func:`result_settings`."""
-    return sha256(json.dumps(result_settings(config), sort_keys=True).encode()).hexdigest()[:12]

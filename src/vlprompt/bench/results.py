@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from vlprompt.bench.protocols import PROTOCOLS
-from vlprompt.bench.runs import FIGURES, GROUPS, read_figures
+from vlprompt.bench.figures import FIGURES, GROUPS, read_figures
+from vlprompt.bench.protocols import PROTOCOLS, attack_of, seen
 from vlprompt.data.splits import Classes
 from vlprompt.documents import csv_cell, csv_text
 from vlprompt.errors import DataError, one_line, unknown
@@ -36,7 +36,7 @@ class Row:
     seed: int
     measured_on: str
     classes: str
-    """base, novel, all; many, medium, few."""
+    """base, novel, all; many, medium, few; seen-t-of-T: of the first t of T tasks; pgd-EPS-STEPS: all, attacked."""
     split: str
     images: int
     """0 where the method cannot be asked about these classes."""
@@ -171,7 +171,7 @@ def _value(key: str, text: str, where: str) -> Any:
         return None
     if not text:
         raise DataError(f"{where}: {key} is empty")
-    if text not in _ALLOWED.get(key, [text]):
+    if text not in _ALLOWED.get(key, [text]) and not (key == "classes" and (seen(text) or attack_of(text))):
         raise DataError(f"{where}: {unknown(key, text[:60], _ALLOWED[key])}")
     if kind == "str":
         return csv_text(text)

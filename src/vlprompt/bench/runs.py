@@ -9,89 +9,34 @@ from dataclasses import replace
 from functools import cache, lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Required, TypeVar, cast
-
-from annotated_types import Ge, Le
-from pydantic import ConfigDict
-from typing_extensions import TypedDict
+from typing import Any, TypeVar
 
 import vlprompt
 from vlprompt.artefact.artefact import FILES, load_artefact
 from vlprompt.bank.manifest import read_manifest
-from vlprompt.bench.protocols import (
-    PROTOCOLS,
-    Measurement,
-    Run,
-    backbone_name,
-    fingerprint,
-    result_settings,
-)
+from vlprompt.bench.figures import FIGURES, FORMAT_VERSION, described, read_figures, unreadable_error
+from vlprompt.bench.protocols import PROTOCOLS, Measurement, Run, attack_of, seen
+from vlprompt.bench.rows import backbone_name, fingerprint, result_settings
 from vlprompt.bench.shared import SHARED, SharedImages, decoded_once
+from vlprompt.bench.stages import Stage, carried, side_by_side, stages
 from vlprompt.config.images import run_split
 from vlprompt.config.schema import RunConfig
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.reading import ImageReader, readable
 from vlprompt.data.splits import Split, find_classes, in_order, read_split
-from vlprompt.documents import MOST_JSON, fitted, parse_json, read_sealed, read_text, unsealed, write_sealed
-from vlprompt.errors import ConfigError, DataError, one_line
+from vlprompt.documents import read_sealed, write_sealed
+from vlprompt.errors import ConfigError, DataError
 from vlprompt.methods import Method, find_method
 from vlprompt.prompting.prior import read_prior
+from vlprompt.training.attack import AttackedImages
+from vlprompt.training.checkpoints import checkpoint_file
 from vlprompt.training.evaluate import Evaluation, evaluate
 from vlprompt.training.run import Environment, Result, saved_config, train
 
-FORMAT_VERSION = 2
-"""2 added a checksum; version 1, of before any release, is refused."""
-FIGURES = "figures.json"
-GROUPS = ("many", "medium", "few")
 _OF_TRAINING = ("epochs", "train_accuracy", "val_accuracy", "trainable_parameters", "seconds")
+ADVICE = "choose another folder, or remove it"
 
 T = TypeVar("T")
-Percent = Annotated[float, Ge(0), Le(100 + 1e-9)]
-Number = Annotated[float, Ge(0)]
-
-
-class Measured(TypedDict, total=False):
-    """What was measured on some images; where the method cannot be asked, there are none and no figures."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-    data: Required[str]
-    classes: Required[str]
-    split: Required[str]
-    n: Required[Annotated[int, Ge(0)]]
-    code: str
-    seconds: Number
-    images_fingerprint: str
-    accuracy: Percent
-    macro_accuracy: Percent
-    calibration_error: Number
-    per_class: dict[str, Percent]
-    confusion: list[tuple[int, int, int]]
-    class_names: list[str]
-    groups: dict[str, dict[str, Annotated[int | float, Ge(0)]]]
-
-
-class Figures(TypedDict, total=False):
-    """What ``figures.json`` holds, besides its checksum."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-    format_version: Required[int]
-    protocol: Required[str]
-    data: Required[str]
-    name: Required[str]
-    method: Required[str]
-    backbone: Required[str]
-    shots: Required[int]
-    seed: Required[int]
-    settings: Required[str]
-    code: Required[str]
-    measured: Required[list[Measured]]
-    epochs: int
-    train_accuracy: Percent
-    val_accuracy: Percent | None
-    trainable_parameters: Annotated[int, Ge(0)]
-    seconds: Number
-    weights: dict[str, str]
-
 
 Load = Callable[[str, str | None, str | None], LoadedDataset]
 """``load_dataset``, or one that remembers."""
@@ -125,31 +70,58 @@ def do_run(run: Run, out: Path) -> dict[str, Any]:
         "code": code_version(),
         "measured": [],
     }
-    method: Method | None = None
-    if not _trained(folder):
-        begun = (folder / "config.yaml").exists()
-        images_of = partial(SharedImages, folder=out / SHARED)
-        method, _ = train(config, folder, resume=begun, decode=decoded_once(out / SHARED), images_of=images_of)
-    figures |= {key: getattr(_read(folder / "metrics.json", Result), key) for key in _OF_TRAINING}
-    environment = _read(folder / "environment.json", Environment)
-    known = {model: environment.get(f"{model}_fingerprint") for model in ("backbone", "teacher")}
-    figures["weights"] = {model: value for model, value in known.items() if value}
+    trained: list[Stage] = []
+    models: dict[Path, Method] = {}
     done = set(map(_key, figures["measured"]))
-    for measurement in (m for m in run.measurements if m.key not in done):
-        if method is None:
-            method = load_artefact(folder, config.backbone, config.train.device, config.train.precision)
-            if config.data.prior:
-                method.take_prior(read_prior(Path(config.data.prior)))
-        began = time.monotonic()
-        method.take_template(measured_dataset(config, measurement, load).template)
-        split = measured_split(config, measurement, load)
-        score = measure(method.eval(), config, split, measurement.split, out / SHARED)
-        measured: dict[str, Any] = {**measurement.to_dict(), "code": code_version()}
-        measured["seconds"] = time.monotonic() - began
-        measured["images_fingerprint"] = images_fingerprint(split, measurement.split)
-        figures["measured"].append(measured | (described(score, PROTOCOLS[run.protocol].groups) if score else {"n": 0}))
-        write_sealed(folder / FIGURES, figures)
+    for stage in stages(run, out):
+        if not _trained(stage.folder):
+            models[stage.folder] = _train(stage, trained[-1] if trained else None, out / SHARED)
+        trained.append(stage)
+        figures |= _of_training(trained)
+        used = [stage] if carried(config) else trained
+        for measurement in (m for m in stage.measurements if m.key not in done):
+            for place in (s.folder for s in used if s.folder not in models):
+                models[place] = load_artefact(place, config.backbone, config.train.device, config.train.precision)
+                if config.data.prior:
+                    models[place].take_prior(read_prior(Path(config.data.prior)))
+            asked = [models[s.folder] for s in used]
+            began = time.monotonic()
+            for method in asked:
+                method.take_template(measured_dataset(config, measurement, load).template)
+                method.eval()
+            split = measured_split(config, measurement, load)
+            score = measure(asked, config, split, measurement, out / SHARED)
+            measured: dict[str, Any] = {**measurement.to_dict(), "code": code_version()}
+            measured["seconds"] = time.monotonic() - began
+            measured["images_fingerprint"] = images_fingerprint(split, measurement.split)
+            groups = PROTOCOLS[run.protocol].groups
+            figures["measured"].append(measured | (described(score, groups) if score else {"n": 0}))
+            write_sealed(folder / FIGURES, figures)
     return figures
+
+
+def _train(stage: Stage, before: Stage | None, shared_folder: Path) -> Method:
+    """Train a stage, or resume it, from what the one before it learned, if that is carried on."""
+    config, begun = stage.config, (stage.folder / "config.yaml").exists()
+    images_of = partial(SharedImages, folder=shared_folder)
+    if before and carried(config) and _read(before.folder / "metrics.json", Result).trainable_parameters:
+        # A checkpoint wants the place as it was written then: the bench folder may have been moved since.
+        stepped = checkpoint_file(stage.folder).exists()
+        start = saved_config(stage.folder).train.warm_start if stepped else str(before.folder)
+        config = replace(config, train=replace(config.train, warm_start=start))
+    return train(config, stage.folder, resume=begun, decode=decoded_once(shared_folder), images_of=images_of)[0]
+
+
+def _of_training(trained: Sequence[Stage]) -> dict[str, Any]:
+    """What trainings cost, together, and what the last of them came to; and the weights that it read."""
+    metrics = [_read(stage.folder / "metrics.json", Result) for stage in trained]
+    figures = {key: getattr(metrics[-1], key) for key in _OF_TRAINING}
+    figures["seconds"] = sum(m.seconds for m in metrics)
+    if not carried(trained[-1].config):
+        figures["trainable_parameters"] = sum(m.trainable_parameters for m in metrics)
+    environment = _read(trained[-1].folder / "environment.json", Environment)
+    known = {model: environment.get(f"{model}_fingerprint") for model in ("backbone", "teacher")}
+    return figures | {"weights": {model: value for model, value in known.items() if value}}
 
 
 def told(run: Run, figures: Mapping[str, Any]) -> str:
@@ -169,7 +141,10 @@ def measured_dataset(config: RunConfig, measurement: Measurement, load: Load = l
 def measured_split(config: RunConfig, measurement: Measurement, load: Load = load_dataset) -> Split:
     """The classes and images that a run is measured on; raises DataError if there are none."""
     data, dataset = config.data, measured_dataset(config, measurement, load)
-    split = dataset.split.subset(measurement.classes)
+    if place := seen(measurement.classes):
+        split = dataset.split.of_task("/".join(map(str, place)), config.seed, seen=True)
+    else:
+        split = dataset.split.subset(measurement.half)
     if data.val_fraction and not split.val and measurement.split == "val":
         split = split.with_val(data.val_fraction)
     if not split.items(measurement.split):
@@ -183,9 +158,15 @@ def images_fingerprint(split: Split, part: str) -> str:
     return sha256(content.encode()).hexdigest()[:12]
 
 
-def measure(method: Method, config: RunConfig, split: Split, part: str, shared_folder: Path) -> Evaluation | None:
-    """Score a tuned model; None where it cannot be asked about other classes than its own (a linear probe)."""
-    if not method.takes_new_classes and None in find_classes(split.class_names, method.class_names):
+def measure(
+    methods: Sequence[Method], config: RunConfig, split: Split, measurement: Measurement, shared_folder: Path
+) -> Evaluation | None:
+    """Score a tuned model, or several of some classes each, side by side; None where it cannot be asked about other
+    classes than its own (a linear probe).
+    """
+    method, part = methods[0], measurement.split
+    names = [name for model in methods for name in model.class_names]
+    if not method.takes_new_classes and None in find_classes(split.class_names, names):
         return None
     items, paths = split.items(part), split.paths(part)
     how = config.data.workers, method.white, config.data.max_pixels
@@ -193,6 +174,10 @@ def measure(method: Method, config: RunConfig, split: Split, part: str, shared_f
     with ImageReader(config.data.workers, room=0, white=method.white, max_pixels=config.data.max_pixels) as reader:
         labels = [items[i].label for i in kept]
         images = SharedImages([paths[i] for i in kept], labels, reader, folder=shared_folder)
+        if len(methods) > 1:
+            return side_by_side(methods, images, split.class_names)
+        if attack := attack_of(measurement.classes):
+            return evaluate(method, AttackedImages(images, attack, split.class_names), split.class_names)
         return evaluate(method, images, split.class_names)
 
 
@@ -203,52 +188,11 @@ def _readable(paths: tuple[Path, ...], workers: int, white: float | None, max_pi
         return readable(paths, reader, True, lambda text: None)
 
 
-def described(score: Evaluation, groups: bool) -> dict[str, Any]:
-    """A measurement's figures as JSON values; with ``groups`` those of many, medium and few training images too."""
-    figures = {**score.to_dict(), "macro_accuracy": score.macro_accuracy, "confusion": score.confusion}
-    figures["class_names"] = figures.pop("classes")
-    return figures | ({"groups": group_figures(score.confusion, len(score.classes))} if groups else {})
-
-
-def group_figures(confusion: Sequence[Sequence[int]], n_classes: int) -> dict[str, dict[str, float]]:
-    """Accuracy (percent) of the thirds of the class list, whose first class has most training images in a long tail.
-
-    A group without images is left out.
-    """
-    seen, right = [0] * n_classes, [0] * n_classes
-    for c, predicted, n in confusion:
-        seen[c] += n
-        right[c] += n * (c == predicted)
-    figures = {}
-    for g, group in enumerate(GROUPS):
-        classes = [c for c in range(n_classes) if 3 * c // n_classes == g and seen[c]]
-        if n := sum(seen[c] for c in classes):
-            macro = 100 * sum(right[c] / seen[c] for c in classes) / len(classes)
-            figures[group] = {"n": n, "accuracy": 100 * sum(right[c] for c in classes) / n, "macro_accuracy": macro}
-    return figures
-
-
-def read_figures(folder: Path) -> dict[str, Any] | None:
-    """A run's figures; None if there are none yet. Raises DataError if they are not what was saved."""
-    file = folder / FIGURES
-    if not file.is_file():
-        return None
-    try:
-        content = parse_json(read_text(file, MOST_JSON))
-        version = content.get("format_version") if isinstance(content, dict) else None
-        if version == FORMAT_VERSION:
-            return cast("dict[str, Any]", fitted(Figures, unsealed(content)))
-    except (KeyError, OSError, ValueError) as error:
-        raise _unreadable_error(file, error) from None
-    known = isinstance(version, int) and version > FORMAT_VERSION
-    advice = f"this vlprompt reads up to {FORMAT_VERSION}: update it" if known else "remove it, and repeat the bench"
-    raise DataError(f"{file} has format_version {str(version)[:40]}; {advice}")
-
-
 def finished(run: Run, out: Path) -> bool:
     """Whether a run is trained, and everything that is asked of it measured."""
     figures = read_figures(out / run.folder)
-    done = set(map(_key, figures["measured"])) if figures and _trained(out / run.folder) else set()
+    trained = all(_trained(stage.folder) for stage in stages(run, out))
+    done = set(map(_key, figures["measured"])) if figures and trained else set()
     return done >= {m.key for m in run.measurements}
 
 
@@ -259,33 +203,38 @@ def check_same(run: Run, out: Path, load: Load = load_dataset) -> None:
     was trained on are not compared. A region bank counts by its settings. Runs that are not trained yet compare their
     images themselves when they are resumed.
     """
-    folder, data = out / run.folder, run.config.data
-    if not (folder / "config.yaml").is_file():
-        return
-    advice = "choose another folder, or remove it"
+    for stage in stages(run, out):
+        if (stage.folder / "config.yaml").is_file():
+            _check_same(stage, run, load)
+    known = {_key(m): m["images_fingerprint"] for m in (read_figures(out / run.folder) or {"measured": []})["measured"]}
+    for m in run.measurements:
+        if m.key in known and known[m.key] != images_fingerprint(measured_split(run.config, m, load), m.split):
+            raise ConfigError(f"{out / run.folder} was measured on other images than {m.key[0]} has now: {ADVICE}")
+
+
+def _check_same(stage: Stage, run: Run, load: Load) -> None:
+    folder, data = stage.folder, stage.config.data
     environment = _read(folder / "environment.json", Environment) if (folder / "environment.json").is_file() else {}
     saved = saved_config(folder)
-    before, now = result_settings(saved), result_settings(run.config.placed())
+    before, now = result_settings(saved), result_settings(stage.config.placed())
+    if data.task is not None:
+        now["train.warm_start"] = before["train.warm_start"]  # the task before, wherever its folder was
     if "method file" in before and "method_fingerprint" in environment:
         before["method file"] = environment["method_fingerprint"]
-    before["seed"], now["seed"] = saved.seed, run.config.seed
+    before["seed"], now["seed"] = saved.seed, stage.config.seed
     if differ := [f"{k} = {before.get(k)}, now {now.get(k)}" for k in before | now if before.get(k) != now.get(k)]:
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-        raise ConfigError(f"{folder} holds results from other settings ({'; '.join(differ[:3])}{more}): {advice}")
+        raise ConfigError(f"{folder} holds results from other settings ({'; '.join(differ[:3])}{more}): {ADVICE}")
     if not _trained(folder):
         return
     if not _read(folder / "metrics.json", Result).skipped and (folder / "split.json").is_file():
-        split = run_split(run.config, load(data.name, data.root, data.split_file))
+        split = run_split(stage.config, load(data.name, data.root, data.split_file))
         then = read_split(folder / "split.json", split.root)
         if (then.class_names, then.train, then.val) != (split.class_names, split.train, split.val):
-            raise ConfigError(f"{folder} was trained on other images than {run.data} has now: {advice}")
+            raise ConfigError(f"{folder} was trained on other images than {run.data} has now: {ADVICE}")
     bank = environment.get("bank_fingerprint")
     if bank and data.bank and bank != read_manifest(Path(data.bank).expanduser()).settings.fingerprint:
-        raise ConfigError(f"{folder} was trained on another region bank than {data.bank}: {advice}")
-    known = {_key(m): m["images_fingerprint"] for m in (read_figures(folder) or {"measured": []})["measured"]}
-    for m in run.measurements:
-        if m.key in known and known[m.key] != images_fingerprint(measured_split(run.config, m, load), m.split):
-            raise ConfigError(f"{folder} was measured on other images than {m.key[0]} has now: {advice}")
+        raise ConfigError(f"{folder} was trained on another region bank than {data.bank}: {ADVICE}")
 
 
 def _trained(folder: Path) -> bool:
@@ -296,13 +245,9 @@ def _key(measured: Mapping[str, Any]) -> tuple[str, str, str]:
     return measured["data"], measured["classes"], measured["split"]
 
 
-def _unreadable_error(file: Path, error: Exception) -> DataError:
-    return DataError(f"cannot read {file}: {f'it has no {error}' if isinstance(error, KeyError) else one_line(error)}")
-
-
 def _read(file: Path, kind: type[T]) -> T:
     """What a run has written beside its figures."""
     try:
         return read_sealed(file, kind)
     except (KeyError, OSError, ValueError) as error:
-        raise _unreadable_error(file, error) from None
+        raise unreadable_error(file, error) from None

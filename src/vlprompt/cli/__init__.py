@@ -119,11 +119,11 @@ def demo(
 @app.command("list", epilog="Example: vlprompt list methods --json")
 def list_(
     what: Annotated[
-        Literal["methods", "backbones", "datasets"], typer.Argument(metavar="WHAT", help="What to list.")
+        Literal["methods", "backbones", "datasets", "protocols"], typer.Argument(metavar="WHAT", help="What to list.")
     ] = "methods",
     json_output: Json = False,
 ) -> None:
-    """List methods, backbones or data sets."""
+    """List methods, backbones, data sets or the protocols of `vlprompt bench`."""
     from vlprompt.cli.listing import listing, table
 
     rows = listing(what)

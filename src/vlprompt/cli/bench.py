@@ -40,7 +40,9 @@ def bench(
     protocol: Annotated[
         str,
         typer.Argument(
-            metavar="PROTOCOL", help="base-to-novel, few-shot, cross-dataset, domain-generalization or long-tail."
+            metavar="PROTOCOL",
+            help="base-to-novel, few-shot, cross-dataset, domain-generalization, long-tail, class-incremental, "
+            "robustness or unlabelled (`vlprompt list protocols`).",
         ),
     ],
     settings: Settings = None,
@@ -61,6 +63,13 @@ def bench(
         ),
     ] = None,
     allow_fewer: AllowFewer = False,
+    tasks: Annotated[
+        int | None,
+        typer.Option(
+            help="Of class-incremental: tasks that the classes arrive in, in an order by the seed; default: 5.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     split: Annotated[
         Literal["test", "val"],
         typer.Option(help="Images to measure on; choose settings on val.", rich_help_panel=DATA),
@@ -87,6 +96,17 @@ def bench(
     precision: TrainPrecision = None,
     seeds: Annotated[
         ListOf, typer.Option(help="Separated by commas; default: 1,2,3.", rich_help_panel=TRAINING)
+    ] = None,
+    eps: Annotated[
+        str | None,
+        typer.Option(
+            help="Of robustness: how far the attack may change a pixel of 0 to 1; default: 1/255.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", help="Of robustness: steps of the attack; default: 100.", rich_help_panel=DATA),
     ] = None,
     engine: Annotated[
         Literal["local", "ray"],
@@ -123,7 +143,8 @@ def bench(
     the others, and is reported at the end (exit code 1). `vlprompt report OUT` prints the tables.
     """
     from vlprompt.bench.bench import bench as run_bench
-    from vlprompt.bench.protocols import Asked, plan, read_rows, rows_of_methods, take_shard, unused
+    from vlprompt.bench.protocols import Asked, plan, take_shard, unused
+    from vlprompt.bench.rows import read_rows, rows_of_methods
     from vlprompt.cli.progress import CountBar
     from vlprompt.config.schema import agreed, parse_override
 
@@ -147,7 +168,7 @@ def bench(
     every |= given
     asked = Asked(
         protocol, chosen, split_values("--data", data), split_numbers("--seeds", seeds or ["1,2,3"]),
-        split_numbers("--shots", shots or []), every, teacher, split,
+        split_numbers("--shots", shots or []), every, teacher, split, tasks, eps, steps,
     )  # fmt: skip
     with _in_options():
         runs = plan(asked)
@@ -237,9 +258,11 @@ def _chosen(option: str, given: Sequence[str], allowed: Mapping[str, object]) ->
 def _options(text: str) -> str:
     """What the library says of its arguments, with the names of their options."""
     text = re.sub(
-        r"^(methods|data|seeds|shots|shard|engine)( = |: )", lambda m: f"--{m[1]}{m[2].replace(' = ', ' ')}", text
+        r"^(methods|data|seeds|shots|shard|engine|tasks|eps|steps)( = |: )",
+        lambda m: f"--{m[1]}{m[2].replace(' = ', ' ')}",
+        text,
     )
-    return text.replace("skip_existing", "--skip-existing")
+    return text.replace("skip_existing", "--skip-existing").replace("--attack-steps", "--steps")
 
 
 def _say(text: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def listing(what: str) -> list[dict[str, Any]]:
-    """Rows about methods, backbones or data sets; the first column is the name."""
+    """Rows about methods, backbones, data sets or protocols; the first column is the name."""
     if what == "methods":
         from vlprompt.config.presets import presets_of
         from vlprompt.methods import find_method, method_names
@@ -39,6 +39,19 @@ def listing(what: str) -> list[dict[str, Any]]:
                 "licence": d.licence,
             }
             for d in DATASETS.values()
+        ]
+    if what == "protocols":
+        from vlprompt.bench.protocols import PROTOCOLS
+
+        return [
+            {
+                "name": name,
+                "shots": list(map(str, p.shots)),
+                "preset": p.preset,
+                "trained_on": p.trained_on,
+                "measured_on": p.measured_on,
+            }
+            for name, p in PROTOCOLS.items()
         ]
     from vlprompt.backbones.lite0 import NAME as LITE0
     from vlprompt.backbones.load import EMBEDDED

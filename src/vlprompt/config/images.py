@@ -31,18 +31,20 @@ class Choice(Protocol):
 def run_split(config: Choice, dataset: LoadedDataset, unreadable: Collection[Path] = ()) -> Split:
     """The images that a run trains and validates on.
 
-    In this order: its classes, its val images where the data set has none, the images that cannot be read taken out,
-    its shots. So a val image is one for every seed and number of shots, and an unreadable image makes room for the next
-    that the seed would have drawn. Raises DataError if a class has no training images, or too few.
+    In this order: its classes, those of its task, its val images where the data set has none, the images that cannot be
+    read taken out, its shots. So a val image is one for every seed and number of shots, and an unreadable image makes
+    room for the next that the seed would have drawn. Raises DataError if a class has no training images, or too few.
     """
     data = config.data
     if dataset.split.unlabelled:
         default = DataConfig()
-        for key in ("classes", "shots", "imbalance", "val_fraction"):
+        for key in ("classes", "task", "shots", "imbalance", "val_fraction"):
             if (value := getattr(data, key)) != getattr(default, key):
                 raise ConfigError(f"data.{key} = {value}: images without labels (data.class_names_file) are all used")
         return dataset.split.without(unreadable)
     split = dataset.split.subset(data.classes)
+    if data.task:
+        split = split.of_task(data.task, config.seed)
     if not split.train:
         raise DataError(f"data set '{dataset.name}' has no training images")
     if data.val_fraction and not split.val:
@@ -82,6 +84,9 @@ def choose_images(
         say(f"data set '{dataset.name}' has val images: data.val_fraction is not used")
     if dataset.division:
         say(dataset.division)
+    if task := config.data.task:
+        few = " (one class alone: nothing to tell it from)" if len(split.class_names) == 1 else ""
+        say(f"task {task}{few}: {first_few(split.class_names)}")
     for note in dict.fromkeys(dataset.gap(part, config.data.classes) for part in PARTS):
         if note:
             say(note)

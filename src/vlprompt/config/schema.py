@@ -57,6 +57,14 @@ def _check_white(value: Any) -> float | str | None:
     return white
 
 
+def _check_task(value: Any) -> str | None:
+    found = re.fullmatch("([1-9][0-9]*)/([1-9][0-9]*)", str(value))
+    if value is not None and not (found and 2 <= int(found[2]) >= int(found[1])):
+        raise ValueError("t/T, one of T tasks from the first, 1/T, to the last, T/T; T is 2 or more")
+    return value
+
+
+Task = Annotated[str | None, BeforeValidator(_check_task)]
 WhiteValue = Annotated[White | None, BeforeValidator(_check_white)]
 
 
@@ -88,6 +96,8 @@ class DataConfig:
     """Share of each class's training images that becomes val before shots are drawn, where there is no val split."""
     classes: Classes = "all"
     """First half of the classes, second half, or all."""
+    task: Task = None
+    """t/T: train on the t-th of T groups of these classes, which arrive in an order by the seed (class-incremental)."""
     template: Template | None = None
     """Text of the classes with {} for the name; the known data set's if not given, or else "a photo of a {}."."""
     batch_size: Many = 32

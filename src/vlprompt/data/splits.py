@@ -138,15 +138,33 @@ class Split:
         ranges = {"base": range(half), "novel": range(half, n), "all": range(n)}
         if classes not in ranges:
             raise DataError(unknown("classes", classes, ranges))
-        kept = ranges[classes]
-        if not kept:
+        if not ranges[classes]:
             raise DataError(f"there are no {classes} classes among {n}")
+        return self.only(ranges[classes])
+
+    def only(self, labels: Sequence[int]) -> Split:
+        """Keep these classes, in this order; labels restart from 0."""
+        place = {label: c for c, label in enumerate(labels)}
 
         def relabelled(items: Iterable[Item]) -> tuple[Item, ...]:
-            return tuple(Item(item.path, item.label - kept.start) for item in items if item.label in kept)
+            return tuple(Item(item.path, place[item.label]) for item in items if item.label in place)
 
-        names = self.class_names[kept.start : kept.stop]
+        names = tuple(self.class_names[label] for label in labels)
         return Split(self.root, names, *(relabelled(self.items(part)) for part in PARTS))
+
+    def of_task(self, task: str, seed: int, seen: bool = False) -> Split:
+        """Keep the classes of task "t/T", or those ``seen`` by then: of the tasks before it too, in order of arrival.
+
+        Classes arrive in an order that seed and names alone decide (sha256), in T groups as equal as can be. Raises
+        DataError where there are more tasks than classes.
+        """
+        t, n = map(int, task.split("/"))
+        names = self.class_names
+        if n > len(names):
+            raise DataError(f"{n} tasks of {len(names)} classes: each needs one at least (allowed: 2 to {len(names)})")
+        order = sorted(range(len(names)), key=lambda c: sha256(f"{seed}:{names[c]}".encode()).digest())
+        first, end = (place * len(names) // n for place in (0 if seen else t - 1, t))
+        return self.only(order[first:end])
 
 
 def long_tail(n_max: int, classes: int, ratio: float) -> list[int]:

@@ -83,6 +83,9 @@ class Can(Flag):
     """Its steps run a tower, whose attention may be perturbed (``train.attention_drop``)."""
     EXPORT_CLASSES = auto()
     """Its logits are scale · v · tᵀ + bias, v the plain backbone's normalised image features."""
+    JOIN_CLASSES = auto()
+    """A class's logit reads nothing that is kept for other classes, but for numbers that a head names as ``shared``:
+    models of some classes each answer side by side."""
 
 
 LEARNS_PROMPTS = Can.SPLIT_BATCHES | Can.SPLIT_TEXTS | Can.REPLAY_STEPS | Can.DROP_ATTENTION

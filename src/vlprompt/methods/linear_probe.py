@@ -41,7 +41,7 @@ class LinearProbe(Method):
         @property
         def can(self) -> Can:
             """There are no steps."""
-            return Can.USE_FROZEN_FEATURES | Can.EXPORT_CLASSES
+            return Can.USE_FROZEN_FEATURES | Can.EXPORT_CLASSES | Can.JOIN_CLASSES
 
     weight: Tensor
     bias: Tensor

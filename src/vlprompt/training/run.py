@@ -368,7 +368,8 @@ def about(config: RunConfig, dataset: LoadedDataset, result: Result, history: Hi
     regions = "fixed regions" + (f", {views} of each image" if views else "")
     val = "no val split" if result.val_accuracy is None else f"{result.val_accuracy:.1f} %"
     return {
-        "data set": f"{dataset.name} ({config.data.classes} classes)",
+        "data set": f"{dataset.name} ({config.data.classes} classes"
+        + (f", task {config.data.task})" if config.data.task else ")"),
         **({"setting": "transductive: unlabelled images of all classes"} if config.options.transductive else {}),
         "shots": config.data.shots or "all training images",
         "seed": config.seed,

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from vlprompt.bench.bench import PLANNED, read_planned
-from vlprompt.bench.protocols import PROTOCOLS
+from vlprompt.bench.figures import FIGURES, read_figures
+from vlprompt.bench.protocols import PROTOCOLS, attack_of, seen
 from vlprompt.bench.report import plots
 from vlprompt.bench.report.published import SETTING, Published, published
 from vlprompt.bench.report.tables import Cell, Difference, Study, Table, find_reference, studies, tables
 from vlprompt.bench.results import RESULTS, Results, Row, read_results
-from vlprompt.bench.runs import FIGURES, read_figures
-from vlprompt.errors import ConfigError, DataError, unknown
+from vlprompt.errors import ConfigError, DataError, first_few, unknown
 from vlprompt.files import write_atomically
 
 CONVENTIONS = (
@@ -25,10 +25,6 @@ CONVENTIONS = (
     "sets counts the seeds that all of them have. HM is the harmonic mean of the mean base and the mean novel "
     "accuracy, of the seeds that have both. Differences are paired by seed (of HM: of each seed's HM); p is two-sided, "
     "of a t-test over seeds. “–”: the method cannot be asked. train, s: seconds that a run trained."
-)
-GROUP_NOTE = (
-    "many, medium and few are the thirds of the classes by number of training images; “–”: no test image is of a class "
-    "in that third."
 )
 
 
@@ -59,8 +55,8 @@ def read_sections(folder: Path, reference: str | None = None) -> list[Section]:
         compared = find_reference(study, reference if reference in study.names else None)
         runs = _read_runs(folder, study)
         made = [_beside_published(study, table) for table in tables(study, compared)]
-        notes = [PROTOCOLS[study.protocol].about]
-        notes += [GROUP_NOTE] if study.protocol == "long-tail" else []
+        notes = list(filter(None, (PROTOCOLS[study.protocol].about, PROTOCOLS[study.protocol].note)))
+        notes += _orders(study, runs)
         codes = sorted({row.code for row in study.rows})
         notes += [f"Code version {', '.join(codes)}."] if codes else ["There are no results yet."]
         notes += ["Versions differ between runs."] if len(codes) > 1 else []
@@ -126,6 +122,19 @@ def _read_runs(folder: Path, study: Study) -> Runs:
     return {file.parent: read_figures(file.parent) or {} for place in places for file in sorted(folder.glob(place))}
 
 
+def _orders(study: Study, runs: Runs) -> list[str]:
+    """In which order classes arrived, by data set and seed."""
+    found: dict[str, str] = {}
+    for figures in runs.values():
+        for m in figures["measured"]:
+            t, n = seen(m["classes"]) or (0, 0)
+            if t and t == n == study.tasks and m["split"] == study.split and m.get("class_names"):
+                names = m["class_names"]
+                tasks = (names[i * len(names) // n : (i + 1) * len(names) // n] for i in range(n))
+                found[f"{m['data']}, seed {figures['seed']}"] = " | ".join(map(first_few, tasks))
+    return [f"Classes arrived in this order: {'; '.join(f'{k}: {v}' for k, v in found.items())}."] if found else []
+
+
 def _unlike(study: Study, runs: Runs) -> list[str]:
     """Notes on weights and images that should be the same in runs of a study and are not."""
     found: dict[str, set[str | None]] = {}
@@ -134,7 +143,8 @@ def _unlike(study: Study, runs: Runs) -> list[str]:
         same = {"Weights of the backbone": weights.get("backbone")}
         same[f"Weights of the teacher of {figures['name']}"] = weights.get("teacher")
         for m in (m for m in figures["measured"] if m["split"] == study.split):
-            images = f"{study.split.capitalize()} images of {m['data']}, {m['classes']} classes,"
+            of = f"{m['classes']} classes" + (f" of seed {figures['seed']}" if seen(m["classes"]) else "")
+            images = f"{study.split.capitalize()} images of {m['data']}, {of},"
             same[images] = m.get("images_fingerprint")
         for what, value in same.items():
             found.setdefault(what, set()).add(value)
@@ -146,7 +156,7 @@ def _gains(study: Study, reference: str, runs: Runs) -> Iterator[tuple[str, str]
     accuracy: dict[str, dict[str, dict[tuple[str, str], float]]] = {}  # data set, row, (seed, class)
     for folder, figures in runs.items():
         for m in figures["measured"] if folder.parent.name == f"shots_{study.shots[-1]}" else ():
-            if m["data"] == figures["data"] and m["split"] == study.split:
+            if m["data"] == figures["data"] and m["split"] == study.split and not attack_of(m["classes"]):
                 own = accuracy.setdefault(figures["data"], {}).setdefault(figures["name"], {})
                 own |= {(folder.name, name): value for name, value in m.get("per_class", {}).items()}
     for data, rows in accuracy.items():

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vlprompt.bench.protocols import PROTOCOLS
+from vlprompt.bench.figures import GROUPS
+from vlprompt.bench.protocols import PROTOCOLS, attack_of, seen
 from vlprompt.bench.report.published import Published
 from vlprompt.bench.results import Row
-from vlprompt.bench.runs import GROUPS
 from vlprompt.errors import ConfigError, DataError, first_few, unknown
 from vlprompt.training.evaluate import harmonic_mean
 
@@ -125,6 +125,8 @@ class Study:
     seeds: tuple[int, ...]
     measured: tuple[tuple[str, str], ...]
     """Data sets that are trained on, each with one that is measured then."""
+    classes: tuple[str, ...]
+    """What is measured of them: ``all``, ``seen-1-of-5``, …"""
     rows: tuple[Row, ...]
 
     @property
@@ -132,7 +134,13 @@ class Study:
         """What it is, in a line."""
         shots = "" if self.protocol == "few-shot" else f", {self.shots[0]} shots"
         split = "" if self.split == "test" else f", {self.split} images"
-        return f"{self.protocol}, {self.backbone}{shots}{split}"
+        tasks = f", {self.tasks} tasks" if self.tasks else ""
+        return f"{self.protocol}, {self.backbone}{shots}{tasks}{split}"
+
+    @property
+    def tasks(self) -> int:
+        """Tasks that the classes arrive in; 0 where they do not."""
+        return _tasks(self.classes[0])
 
     def figure(self, name: str, data: Sequence[str], classes: str, on: str | None = None, shots: int = 0) -> Cell:
         """Accuracy by seed, the mean over data sets; only seeds that all the data sets have count.
@@ -158,21 +166,31 @@ def studies(rows: Sequence[Row], planned: Iterable[Mapping[str, Any]] = ()) -> l
     and split of each measurement), in the order of the tables: without results they are shown as missing. Raises
     DataError where runs of one cell have different settings.
     """
-    wanted = [{**run, "measured_on": m["data"], "split": m["split"]} for run in planned for m in run["measured"]]
+    wanted = [
+        {**run, "measured_on": m["data"], "split": m["split"], "classes": m["classes"]}
+        for run in planned
+        for m in run["measured"]
+    ]
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for run in wanted + [{**vars(row), "row": row} for row in rows]:
         shots = None if run["protocol"] == "few-shot" else run["shots"]
-        groups.setdefault((run["protocol"], run["backbone"], shots, run["split"]), []).append(run)
+        key = run["protocol"], run["backbone"], shots, run["split"], _tasks(run["classes"])
+        groups.setdefault(key, []).append(run)
     result = []
-    for (protocol, backbone, _, split), runs in groups.items():
+    for (protocol, backbone, _, split, _), runs in groups.items():
         there = tuple(run["row"] for run in runs if "row" in run)
         _check_settings(there)
         names, data = (tuple(dict.fromkeys(run[key] for run in runs)) for key in ("name", "data"))
         shots, seeds = (tuple(sorted({run[key] for run in runs})) for key in ("shots", "seed"))
         measured_on = tuple(dict.fromkeys((run["data"], run["measured_on"]) for run in runs))
-        result.append(Study(protocol, backbone, shots, split, names, data, seeds, measured_on, there))
+        classes = tuple(dict.fromkeys(run["classes"] for run in runs))
+        result.append(Study(protocol, backbone, shots, split, names, data, seeds, measured_on, classes, there))
     order = list(PROTOCOLS)
     return sorted(result, key=lambda s: (order.index(s.protocol) if s.protocol in order else len(order), s.title))
+
+
+def _tasks(classes: str) -> int:
+    return (seen(classes) or (0, 0))[1]
 
 
 def _check_settings(rows: Iterable[Row]) -> None:
@@ -268,12 +286,41 @@ def _long_tail(study: Study, data: Sequence[str]) -> Columns:
     return {**{group: of(group) for group in GROUPS}, "all": every}
 
 
+def _class_incremental(study: Study, data: Sequence[str]) -> Columns:
+    def of(t: int) -> Callable[[str], Cell]:
+        return lambda name: study.figure(name, data, f"seen-{t}-of-{study.tasks}")
+
+    def average(name: str) -> Cell:
+        cells = [of(t)(name) for t in range(1, study.tasks + 1)]
+        values = {
+            s: statistics.mean(c.values[s] for c in cells) for s in study.seeds if all(s in c.values for c in cells)
+        }
+        return Cell(values, len(study.seeds), any(c.not_asked for c in cells) and not values)
+
+    return {"last": of(study.tasks), "average": average}
+
+
+def _robustness(study: Study, data: Sequence[str]) -> Columns:
+    def of(classes: str) -> Callable[[str], Cell]:
+        return lambda name: study.figure(name, data, classes)
+
+    attacks = {str(attack): classes for classes in study.classes if (attack := attack_of(classes))}
+    return {"clean": of("all"), **{attack: of(classes) for attack, classes in attacks.items()}}
+
+
+def _all(study: Study, data: Sequence[str]) -> Columns:
+    return {"accuracy": lambda name: study.figure(name, data, "all")}
+
+
 _COLUMNS: dict[str, Callable[[Study, Sequence[str]], Columns]] = {
     "base-to-novel": _base_to_novel,
     "few-shot": _few_shot,
     "cross-dataset": _transfer,
     "domain-generalization": _transfer,
     "long-tail": _long_tail,
+    "class-incremental": _class_incremental,
+    "robustness": _robustness,
+    "unlabelled": _all,
 }
 
 

@@ -45,7 +45,7 @@ class ZSLP(Head):
         @property
         def can(self) -> Can:
             """It reads frozen features only, and its loss is a mean over images."""
-            return Can.USE_FROZEN_FEATURES | Can.SPLIT_BATCHES | Can.EXPORT_CLASSES
+            return Can.USE_FROZEN_FEATURES | Can.SPLIT_BATCHES | Can.EXPORT_CLASSES | Can.JOIN_CLASSES
 
     def build(self) -> None:
         """The weights w, [C, E]."""

@@ -24,6 +24,8 @@ class Head(Method):
     fixes_views = True
     grown: ClassVar[tuple[str, ...]] = ()
     """Tensors whose first size the training images decide."""
+    shared: ClassVar[tuple[str, ...]] = ()
+    """Numbers that weigh all classes alike: one value for all models that answer side by side."""
 
     @property
     def takes_new_classes(self) -> bool:

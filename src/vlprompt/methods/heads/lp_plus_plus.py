@@ -56,7 +56,7 @@ class LPPlusPlus(Head):
         @property
         def can(self) -> Can:
             """It takes steps of its own."""
-            return Can.USE_FROZEN_FEATURES | Can.EXPORT_CLASSES
+            return Can.USE_FROZEN_FEATURES | Can.EXPORT_CLASSES | Can.JOIN_CLASSES
 
     w: Tensor
     b: Tensor

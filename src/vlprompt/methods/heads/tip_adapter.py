@@ -50,6 +50,7 @@ class TipAdapter(Head):
         for name, (alpha, beta, most) in STARTS.items()
     }
     grown = ("keys", "labels")
+    shared = ("alpha", "beta")
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
@@ -73,7 +74,7 @@ class TipAdapter(Head):
         @property
         def can(self) -> Can:
             """It reads frozen features only; where there are steps, their loss is a mean over images."""
-            return Can.USE_FROZEN_FEATURES | Can.SPLIT_BATCHES
+            return Can.USE_FROZEN_FEATURES | Can.SPLIT_BATCHES | Can.JOIN_CLASSES
 
     keys: Tensor
     labels: Tensor
