@@ -312,18 +312,26 @@ def explain(
     backbone: OtherBackbone = None,
     device: Device = "cpu",
     precision: Precision = "fp32",
-    out: Annotated[Path, typer.Option(help="The .png file to write.", rich_help_panel=OUTPUT)],
+    class_name: Annotated[
+        str | None,
+        typer.Option("--class", help="The class to ask about; default: the predicted one.", rich_help_panel=OUTPUT),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The new .png file.", rich_help_panel=OUTPUT)],
     seed: Annotated[
         int, typer.Option(help="Decides the dropout draw to show.", min=0, max=2**32 - 1, rich_help_panel=OUTPUT)
     ] = 0,
     json_output: Json = False,
 ) -> None:
-    """Draw which patches of an image speak for its class; of drople, also which tokens its dropout would hit."""
+    """Draw which patches of an image speak for a class; of drople, also which tokens its dropout would hit."""
+    from vlprompt.artefact.artefact import load_calibration
+    from vlprompt.artefact.export import check_new
     from vlprompt.artefact.hub import load_model
     from vlprompt.cli.explain import explain as explain_image
     from vlprompt.cli.explain import write_explanation
 
-    explanation = explain_image(load_model(run, backbone, device, precision)[0], image, seed)
+    check_new(out, ".png")
+    method, folder = load_model(run, backbone, device, precision)
+    explanation = explain_image(method, image, seed, class_name, load_calibration(folder))
     write_explanation(explanation, out, image.name)
     if json_output:
         print(json.dumps(explanation.to_dict()))
