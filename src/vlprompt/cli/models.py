@@ -86,24 +86,40 @@ def evaluate(
     csv: Annotated[
         bool, typer.Option("--csv", help="Print image,truth,prediction,probability rows.", rich_help_panel=OUTPUT)
     ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write a new .html page: confusions, reliability, mistakes, near-duplicates of training images, "
+            "doubtful labels.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
 ) -> None:
     """Measure a tuned model's accuracy and calibration on a data set's images and class names.
 
     A folder or CSV file that names no train, val and test images is measured whole, unless RUN was trained on it. With
     --attack also how many images are still told right after each pixel may have changed by EPS.
     """
+    from vlprompt.artefact.export import check_new
     from vlprompt.artefact.hub import load_model
     from vlprompt.cli.evaluate import Asked, measure, per_image, summary
+    from vlprompt.evaluation.page import page
+    from vlprompt.files import write_atomically
     from vlprompt.training.attack import find_attack
 
     if json_output and csv:
         raise ConfigError("--json and --csv exclude each other")
+    if html:
+        check_new(html, ".html")
     under = find_attack(attack, eps, attack_steps)
     asked = Asked(data, root, split_file, classes, split, among, skip_bad, under)
     images = asked.dataset()  # before the model is loaded, which takes longer
     method, folder = load_model(run, backbone, device, precision)
     with reading(method, skip_bad, max_pixels) as reader:
         measured = measure(method, folder, asked, images, reader, say)
+        if html:
+            write_atomically(html, page(method, folder, measured))
+            say(f"page written to {html}")
     if json_output:
         print(json.dumps(measured.to_dict()))
     elif csv:
