@@ -146,7 +146,7 @@ def _mistakes(measured: Measured, p: Tensor, what: str) -> list[str]:
         return ["<h2>Mistakes</h2>", "<p>There are none.</p>"]
     cards = [
         _card(
-            [images.images[i]], images.reader,
+            [measured.paths[i]], images.reader,
             f"<b>{escape(names[predicted[i]])}</b> {_percent(confidence[i])}<br>labelled "
             f"<b>{escape(names[images.labels[i]])}</b> {_percent(p[i, images.labels[i]])}",
         )
@@ -162,18 +162,18 @@ def _duplicates(run: Path, measured: Measured, p: Tensor) -> list[str]:
     if not trained_on:
         return [head, "<p>Not looked for: the model does not say what it was trained on, or that is not there now.</p>"]
     known = {path.resolve() for path in trained_on}
-    own = sum(path.resolve() in known for path in images.images)
+    own = sum(path.resolve() in known for path in measured.paths)
     note = f" {own} of the images themselves were trained on." if own else ""
-    pairs = near_duplicates(images.images, trained_on, images.reader)
+    pairs = near_duplicates(measured.paths, trained_on, images.reader)
     about = (
-        f"{len(pairs)} of {len(images.images)} images are much like one of the {len(trained_on)} that the model was "
+        f"{len(pairs)} of {len(measured.paths)} images are much like one of the {len(trained_on)} that the model was "
         f"trained on, or its mirror image: their thumbnails (16 × 16 colours) have a correlation of {ALIKE} or more."
         f"{note}"
     )
     if not pairs:
         return [head, f"<p>{about}</p>"]
     alike = {pair.image for pair in pairs}
-    rest = torch.tensor([path not in alike for path in images.images])
+    rest = torch.tensor([path not in alike for path in measured.paths])
     if rest.any():
         right = (p.argmax(-1) == images.labels)[rest].double().mean().item()
         about += f" Without them {100 * right:.1f} % are told right."
@@ -197,13 +197,13 @@ def _doubts(method: Method, measured: Measured) -> list[str]:
         f"for its own label, and the tuned model has no part in them. The discriminant agrees with {100 * agree:.0f} % "
         "of the labels; the less that is, the more often it is itself at fault."
     )
-    if left := len(images.images) - n:
+    if left := len(measured.paths) - n:
         about += f" {left} images of classes with fewer than {LEAST} images are left out."
     if found:
         about += f" {_of(found)}, the lowest probability of the label first."
     cards = [
         _card(
-            [images.images[i]], images.reader,
+            [measured.paths[i]], images.reader,
             f"labelled <b>{escape(names[images.labels[i]])}</b><br>rather <b>{escape(names[c])}</b>",
         )
         for i, c in found[:SHOWN]
