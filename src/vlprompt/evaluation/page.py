@@ -36,7 +36,7 @@ SIDE = 150  # pixels of a picture, as in STYLE
 STYLE = """
 div.cards { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start }
 figure.card { margin: 0; width: 150px; font-size: 13px; line-height: 1.35; overflow-wrap: anywhere }
-figure.pair { width: 304px }
+figure.pair { width: 312px }
 figure.card img { width: 150px; height: 150px; object-fit: contain; background: #f5f5f5; vertical-align: bottom }
 figure.card small { color: #555 }
 td.bar { background: linear-gradient(90deg, #cfe3f2 var(--part), transparent var(--part)); min-width: 6rem }
