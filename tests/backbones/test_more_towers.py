@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import string
 from dataclasses import fields
@@ -32,10 +33,11 @@ from tests.backbones.test_backbones import (
 from tests.kit.command import vlprompt
 from tests.kit.pictures import draw
 from vlprompt.backbones import openai
-from vlprompt.backbones.backbone import Backbone
+from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.backbones.load import load_backbone
 from vlprompt.errors import BackboneError
 from vlprompt.methods import Can, find_method, method_names
+from vlprompt.training.explain import relevance
 
 # ---------------------------------------------------------------------------------------------------- ResNets
 
@@ -175,10 +177,31 @@ def test_a_resnet_has_nothing_to_enter(resnet: Backbone, tmp_path: Path) -> None
         draw(tmp_path / "data" / name / "2.png")
     done = vlprompt("train", "zero_shot", tmp_path / "data", "--backbone", resnet.name, "--out", tmp_path / "run")
     assert done.code == 0, done.err
-    done = vlprompt("explain", tmp_path / "run", tmp_path / "a.png", "--out", tmp_path / "a-out.png")
-    assert done.code == 2
-    assert "the image tower is a ResNet, without tokens" in done.err
-    assert len(done.err.strip().splitlines()) == 1
+    done = vlprompt("explain", tmp_path / "run", tmp_path / "a.png", "--out", tmp_path / "a-out.png", "--json")
+    assert done.code == 0, done.err
+    told, (side, _) = json.loads(done.out), json.loads(done.out)["patches"]
+    assert told["contribution"] is None
+    assert len(told["relevance"]) == side**2
+
+
+def test_relevance_of_a_resnet(resnet: Backbone) -> None:
+    """Gradient × activation of the last feature map, by finite differences along each place's activations."""
+    backbone = copy.deepcopy(resnet).to(dtype=torch.double)
+    method, image = find_method("zero_shot")(backbone, ("cat", "desk")).eval(), two_images()[0].double()
+    tower = backbone.image_tower
+    found = relevance(method, image, class_index=0)
+    last, seen = getattr(tower, f"layer{len(tower.config.stages)}"), list[torch.Tensor]()
+    with torch.no_grad():
+        hook = last.register_forward_hook(lambda layer, given, out: seen.append(out))
+        method.predict(image[None], method.class_names)
+        hook.remove()
+        (x,), t = seen, method.class_features(method.class_names)
+        logit = [backbone.logits(unit(tower.attnpool(x * (1 + s * mask))), t)[0, 0].item()
+                 for mask in torch.eye(x[0, 0].numel(), dtype=x.dtype).view(-1, 1, 1, *x.shape[2:])
+                 for s in (1e-4, -1e-4)]  # fmt: skip
+    slopes = torch.tensor([(up - down) / 2e-4 for up, down in zip(logit[::2], logit[1::2], strict=True)]).clamp(min=0)
+    expected = slopes / slopes.sum()
+    torch.testing.assert_close(found.map.flatten(), expected, rtol=1e-3, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------- SigLIP in open_clip's layout

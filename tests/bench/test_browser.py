@@ -47,6 +47,8 @@ PROBE = """<script>addEventListener("load", () => {
   }
   for (const part of document.querySelectorAll("th, td, p, figcaption, summary, div.wide"))
     if (part.scrollWidth > part.clientWidth + 1) faults.push("too wide: " + part.textContent.slice(0, 80));
+  for (const picture of document.images)
+    if (!picture.complete || !picture.naturalWidth) faults.push("missing image: " + picture.alt);
   if (document.documentElement.scrollWidth > innerWidth) faults.push("the page is too wide");
   const requests = performance.getEntriesByType("resource").map(entry => entry.name);
   document.body.textContent = JSON.stringify({plots: plots.length, faults, requests});
@@ -54,24 +56,28 @@ PROBE = """<script>addEventListener("load", () => {
 });</script>"""
 
 
-def browse(page: Path, *options: str) -> str:
-    """What a headless browser prints; it may reach no other machine."""
+def browse(page: Path, *options: str) -> tuple[str, list[str]]:
+    """What a headless browser prints, and what scripts and the page's errors leave on its console.
+
+    It may reach no other machine.
+    """
     command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     command += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={page.parent / 'browser'}", *options]
+    command += ["--enable-logging=stderr"]
     done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout, re.findall(r":CONSOLE[^\]]*\] (.*)", done.stderr)
 
 
 def probed(page: Path) -> dict[str, Any]:
     """The number of plots, what looks wrong, and what was fetched, as the browser lays the page out."""
     probe = page.with_name("probe.html")
     probe.write_text(page.read_text("utf-8").replace("</body>", f"{PROBE}</body>"), "utf-8")
-    found = re.search(
-        r'<body id="found">(.*?)</body>', browse(probe, "--window-size=1200,900", "--dump-dom"), re.DOTALL
-    )
+    printed, console = browse(probe, "--window-size=1200,900", "--dump-dom")
+    found = re.search(r'<body id="found">(.*?)</body>', printed, re.DOTALL)
     assert found, "the page did not load"
-    return json.loads(unescape(found[1]))
+    told = json.loads(unescape(found[1]))
+    return {**told, "faults": told["faults"] + console}
 
 
 def pixels(page: Path) -> np.ndarray:
@@ -141,6 +147,8 @@ def test_a_large_report(tmp_path: Path) -> None:
         (("table {", "table { font-size: 60px;"), "too wide: "),
         (("font-size=\"12\"", "font-size=\"40\""), "on top of each other: "),
         (("<h1>", '<img src="https://example.org/a.png"><h1>'), "https://example.org/a.png"),
+        (("<h1>", '<img src="data:image/png;base64,AAAA" alt="x"><h1>'), "missing image: x"),
+        (("<h1>", "<script>nothing()</script><h1>"), "Uncaught ReferenceError: nothing is not defined"),
     ],
 )  # fmt: skip
 def test_the_probe_finds_faults(tmp_path: Path, change: tuple[str, str], fault: str) -> None:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from tests.kit.pictures import make_pictures
 from tests.kit.plain import small_backbone
-from vlprompt.artefact.artefact import load_artefact, save_artefact
+from vlprompt.artefact.artefact import load_artefact, save_artefact, write_calibration
+from vlprompt.artefact.calibration import Calibration
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.cli.explain import draw_explanation, explain, patch_features
 from vlprompt.errors import ConfigError
@@ -43,7 +44,7 @@ def test_explain_draws_a_picture(tiny, tmp_path, picture, vlprompt):
         assert image.width > image.height > 400
         assert len(np.unique(np.asarray(image).reshape(-1, 3), axis=0)) > 200
     told = json.loads(text)
-    assert set(told) == {"class", "probability", "patches", "contribution", "blocks"}
+    assert set(told) == {"class", "probability", "patches", "relevance", "contribution", "blocks"}
     assert err == f"{told['class']} in {picture} drawn in {out}\n"
     assert told["class"] in NAMES
     assert told["patches"] == [4, 4]
@@ -96,9 +97,11 @@ def test_every_method_is_explained(name, tiny, tmp_path, picture, vlprompt):
     logits = method.predict(method.backbone.preprocess(Image.open(picture))[None], NAMES)
     assert told["class"] == NAMES[logits.argmax()]
     assert told["probability"] == pytest.approx(logits.softmax(-1).max().item(), abs=1e-6)
-    assert len(told["contribution"]) == 16
+    assert len(told["contribution"]) == len(told["relevance"]) == 16
+    fitted = name not in ("linear_probe", "lp_plus_plus")
+    assert sum(told["relevance"]) == pytest.approx(float(fitted), abs=1e-4)
     assert all(abs(x) <= 1 + 1e-6 for x in told["contribution"])
-    assert (len(set(told["contribution"])) > 1) == (name not in ("linear_probe", "lp_plus_plus")), "not fitted"
+    assert (len(set(told["contribution"])) > 1) == fitted
     assert bool(told["blocks"]) == (name == "drople")
     with Image.open(out) as image:
         assert image.format == "PNG"
@@ -128,6 +131,37 @@ def test_patches_are_read_as_the_method_reads_the_class_token(name, settings, ti
         torch.testing.assert_close(unit(tiny.image_tower.read(pooled[0][:, None])[:, 0]), v, rtol=0, atol=1e-5)
         other = find_method("zero_shot")(tiny, NAMES)
         assert torch.equal(patches, patch_features(other, images)) == (name == "zero_shot")
+
+
+def test_a_class_is_asked_about(tiny, tmp_path, picture, vlprompt):
+    run = saved(tiny, tmp_path / "run", "coop")
+    told = {}
+    for given in ("cat", "dog", "Sea_Horse"):
+        code, text, err = vlprompt(
+            "explain", run, picture, "--class", given, "--out", tmp_path / f"{given}.png", "--json"
+        )
+        assert code == 0, err
+        told[given] = json.loads(text)
+    assert [x["class"] for x in told.values()] == list(NAMES)
+    assert sum(x["probability"] for x in told.values()) == pytest.approx(1, abs=1e-6)
+    for key in ("relevance", "contribution"):
+        assert told["cat"][key] != told["dog"][key]
+    for given, hint in (("sea hors", ": did you mean 'sea horse'?"), ("xyz", "")):
+        code, text, err = vlprompt("explain", run, picture, "--class", given, "--out", tmp_path / "no.png")
+        assert (code, text) == (2, "")
+        assert err == f"error: the model has no class '{given}'{hint} (its classes: cat, dog, sea horse)\n"
+    assert not (tmp_path / "no.png").exists()
+
+
+def test_probabilities_are_calibrated_as_predict_prints_them(tiny, tmp_path, picture, vlprompt):
+    run = saved(tiny, tmp_path / "run", "zero_shot")
+    plain = json.loads(vlprompt("explain", run, picture, "--out", tmp_path / "1.png", "--json")[1])
+    write_calibration(run, Calibration(7.0, ((0.1,), (0.2,), (0.3,)), "energy", None, 0.95))
+    found = json.loads(vlprompt("explain", run, picture, "--out", tmp_path / "2.png", "--json")[1])
+    predicted = json.loads(vlprompt("predict", run, picture, "--json")[1])["predictions"][0]["top"][0]
+    assert found["probability"] == pytest.approx(predicted["probability"], abs=1e-5)
+    assert found["probability"] < plain["probability"]
+    assert found["relevance"] == plain["relevance"]
 
 
 def test_a_method_that_runs_the_tower_twice_is_refused(tiny, picture):
@@ -164,8 +198,9 @@ def test_bad_input(tiny, tmp_path, picture, vlprompt):
         (run, damaged, out): f"cannot read image {damaged}: ",
         (run, tmp_path, out): f"cannot read image {tmp_path}: Is a directory",
         (tmp_path / "none", picture, out): f"no tuned model in {tmp_path / 'none'}: ",
-        (run, picture, tmp_path / "out.jpg"): f"cannot write {tmp_path / 'out.jpg'}: its name must end in .png",
-        (run, picture, folder): f"cannot write {folder}: Is a directory",
+        (run, picture, tmp_path / "out.jpg"): f"{tmp_path / 'out.jpg'} must end in .png",
+        (run, picture, folder): f"{folder} is there already: delete it, or choose another name",
+        (run, picture, damaged): f"{damaged} is there already: delete it, or choose another name",
         (run, picture, tmp_path / "file" / "out.png"): f"cannot write {tmp_path / 'file' / 'out.png'}: ",
     }
     for (model, image, to), says in refusals.items():

@@ -128,6 +128,22 @@ def with_maps(heads: int, maps: list[Tensor], mask: Tensor | None = None) -> Att
     return attention
 
 
+def observed(attention: Attention, heads: int, maps: list[Tensor]) -> Attention:
+    """The same attention, which also leaves its weights [B, H, K, N] in ``maps``, with their gradient.
+
+    It is asked about unit vectors, so that weights are seen whatever makes them: it must be linear in the values.
+    """
+
+    def attention_observed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n = k.shape[1]
+        each_token = torch.eye(n, dtype=v.dtype, device=v.device).repeat(1, heads).expand(len(v), -1, -1)  # [B, N, H·N]
+        weights = attention(q, k, each_token).unflatten(-1, (heads, n)).transpose(1, 2)
+        maps.append(weights)
+        return (weights @ v.unflatten(-1, (heads, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
+
+    return attention_observed
+
+
 def packed_with_maps(text: PackedText, heads: int, maps: list[Tensor]) -> Attention:
     """The same among packed texts that share no prefix: the maps [count, H, length, length] of each group, in order."""
     groups = [with_maps(heads, maps, group.mask) for group in text.groups]

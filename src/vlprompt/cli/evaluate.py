@@ -52,7 +52,8 @@ class Measured:
 
     result: Evaluation
     paths: Sequence[Path]
-    labels: Sequence[int]
+    images: EvaluationImages
+    """The same, with labels."""
     logits: Tensor
     """[n, C]"""
     asked: Asked
@@ -94,8 +95,8 @@ def measure(method: Method, run: Path, asked: Asked, dataset: LoadedDataset, rea
     attacked = AttackedImages(images, asked.attack, names) if asked.attack else None
     robust = evaluate(method, attacked, names) if attacked else None
     return Measured(
-        score(logits, images.labels, names), [paths[i] for i in kept], images.labels.tolist(), logits, asked, split,
-        among, chosen.class_names, len(paths) - len(kept), robust,
+        score(logits, images.labels, names), [paths[i] for i in kept], images, logits, asked, split, among,
+        chosen.class_names, len(paths) - len(kept), robust,
     )  # fmt: skip
 
 
@@ -190,7 +191,7 @@ def per_image(measured: Measured) -> str:
     """The image, truth, prediction and its probability of each image, as CSV."""
     names = measured.result.classes
     probability, best = measured.logits.double().softmax(-1).max(-1)
-    rows = zip(measured.paths, measured.labels, best.tolist(), probability.tolist(), strict=True)
+    rows = zip(measured.paths, measured.images.labels.tolist(), best.tolist(), probability.tolist(), strict=True)
     return csv_text(
         ("image", "truth", "prediction", "probability"),
         [(csv_path(str(path)), csv_cell(names[c]), csv_cell(names[b]), f"{p:.6f}") for path, c, b, p in rows],

@@ -1,10 +1,11 @@
-"""``vlprompt explain``: what each patch of an image says about the predicted class, for any method, as a picture."""
+"""``vlprompt explain``: which patches of an image speak for a class, for any method, as a picture."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from vlprompt.artefact.calibration import Calibration
+from vlprompt.backbones.attack import Pixels
 from vlprompt.backbones.backbone import unit
 from vlprompt.data.images import load_image
+from vlprompt.data.splits import find_classes
 from vlprompt.demo.drawing import FAINT, GRID, SCALE, Sheet
-from vlprompt.errors import ConfigError, OutputError
+from vlprompt.errors import ConfigError, DataError, first_few
 from vlprompt.files import write_atomically
 from vlprompt.methods import Method
 from vlprompt.methods.base import TokenMaps
+from vlprompt.training.explain import relevance
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,13 @@ class Explanation:
     image: Image.Image
     """What the model sees, S × S."""
     class_name: str
-    """The most probable class."""
+    """The class that was asked about, or the most probable one."""
     probability: float
-    patches: int
-    """Patches along each side."""
-    contribution: Tensor
-    """Cosine of each patch with the class, [N]."""
+    asked: bool
+    relevance: Tensor
+    """[grid, grid]; see :func:`vlprompt.training.explain.relevance`."""
+    contribution: Tensor | None
+    """Cosine of each patch with the class, [N]; None of a ResNet, which has no tokens."""
     maps: Sequence[TokenMaps]
 
     def to_dict(self) -> dict[str, Any]:
@@ -45,8 +51,9 @@ class Explanation:
         return {
             "class": self.class_name,
             "probability": self.probability,
-            "patches": [self.patches, self.patches],
-            "contribution": _numbers(self.contribution),
+            "patches": list(self.relevance.shape),
+            "relevance": _numbers(self.relevance.flatten()),
+            "contribution": None if self.contribution is None else _numbers(self.contribution),
             "blocks": [
                 {"block": i, **dict(zip(names, map(_numbers, block), strict=True))} for i, block in enumerate(blocks, 1)
             ],
@@ -61,30 +68,55 @@ def _numbers(values: Tensor) -> list[float] | list[int]:
 
 
 @torch.no_grad()
-def explain(method: Method, file: Path, seed: int = 0) -> Explanation:
-    """Explain what a tuned model says of an image file; raises DataError if the image cannot be read."""
-    preprocess, tower = method.backbone.preprocess, method.backbone.image_tower.config
+def explain(
+    method: Method,
+    file: Path,
+    seed: int = 0,
+    class_name: str | None = None,
+    calibration: Calibration | None = None,
+) -> Explanation:
+    """Explain what a tuned model says of an image file.
+
+    Raises DataError if the image cannot be read or the model has no such class, ConfigError if it cannot be explained.
+    """
+    preprocess = method.backbone.preprocess
+    asked = None if class_name is None else own_class(method, class_name)
     pixels = preprocess(load_image(file, method.white))
     images = pixels[None].to(method.backbone.device)
-    probability, best = method.predict(images, method.class_names)[0].double().softmax(-1).max(-1)
+    found = relevance(method, pixels, class_index=asked, calibration=calibration)
+    has_tokens = hasattr(method.backbone.image_tower, "blocks")
+    shown = (255 * Pixels(preprocess).of(images)[0]).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+    return Explanation(
+        Image.fromarray(shown),
+        found.name,
+        found.probability,
+        asked is not None,
+        found.map,
+        contribution(method, images, found.index) if has_tokens else None,
+        method.explain(images, seed),
+    )
+
+
+def own_class(method: Method, name: str) -> int:
+    """The index of a class of the model's; raises DataError if it has no such class."""
+    (c,) = find_classes([name], method.class_names)
+    if c is None:
+        near = get_close_matches(name, method.class_names, 1, 0.5)
+        hint = f": did you mean '{near[0]}'?" if near else ""
+        raise DataError(f"the model has no class '{name}'{hint} (its classes: {first_few(method.class_names)})")
+    return c
+
+
+def contribution(method: Method, images: Tensor, c: int) -> Tensor:
+    """Cosine of each patch of an image [1, 3, S, S] with class c: [N]."""
     if method.image_dependent:
         t = method.class_features(method.class_names, method.adapt(method.encode_images(images)))
     else:
         t = method.kept_class_features(method.class_names)
     patches = method.adapt(unit(patch_features(method, images)[0]))
-    t = t[..., int(best), : patches.shape[-1]]  # what a head adds to it, as a bias, is the same for every patch
-    mean, std = (torch.tensor(x)[:, None, None] for x in (preprocess.mean, preprocess.std))
-    shown = (255 * (pixels * std + mean)).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    return Explanation(
-        Image.fromarray(shown),
-        method.class_names[int(best)],
-        probability.item(),
-        tower.image_size // tower.patch_size,
-        (
-            unit(patches.float()) @ unit(t.float()).reshape(-1, t.shape[-1]).mean(0)
-        ).cpu(),  # of several features: the mean
-        method.explain(images, seed),
-    )
+    t = t[..., c, : patches.shape[-1]]  # what a head adds to it, as a bias, is the same for every patch
+    t = unit(t.float()).reshape(-1, t.shape[-1]).mean(0)  # of several features: the mean
+    return (unit(patches.float()) @ t).cpu()
 
 
 def patch_features(method: Method, images: Tensor) -> Tensor:
@@ -94,8 +126,6 @@ def patch_features(method: Method, images: Tensor) -> Tensor:
     attention or weights. Raises ConfigError if it does not run the image tower once.
     """
     tower, seen = method.backbone.image_tower, list[Tensor]()
-    if not tower.config.layers:
-        tower.embed(images)  # says that there are no tokens
 
     def every_row(block: nn.Module, given: tuple) -> None:
         seen.append(block.forward(*given[:2]))
@@ -115,9 +145,7 @@ def patch_features(method: Method, images: Tensor) -> Tensor:
 
 
 def write_explanation(explanation: Explanation, out: Path, title: str) -> None:
-    """Draw into a PNG; raises OutputError if its name says otherwise, or it cannot be written."""
-    if out.suffix.lower() != ".png":
-        raise OutputError(f"cannot write {out}: its name must end in .png")
+    """Draw into a PNG; raises OutputError if it cannot be written."""
     content = io.BytesIO()
     draw_explanation(explanation, title).save(content, "PNG")
     write_atomically(out, content.getvalue())
@@ -133,23 +161,30 @@ SCALE_COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 
 
 
 def draw_explanation(explanation: Explanation, title: str) -> Image.Image:
-    """What the model sees beside what the patches say; below, a row for each of the method's own maps."""
-    said = TokenMaps("contribution", "cosine of each patch\nwith the class", [explanation.contribution])
+    """What the model sees beside what speaks for the class; below, a row for each further map."""
+    grid = len(explanation.relevance)
+    speaks = TokenMaps("relevance", "% of what speaks\nfor the class", [100 * explanation.relevance.flatten()])
+    said = explanation.contribution
+    own = [] if said is None else [TokenMaps("contribution", "cosine of each patch\nwith the class", [said])]
     columns = max([4, *(len(rows.values) for rows in explanation.maps)])
     width = MARGIN + LABEL + columns * (CELL + GAP) + MARGIN
-    sheet = Sheet(width, HEAD + 24 + (1 + len(explanation.maps)) * ROW + MARGIN)
+    sheet = Sheet(width, HEAD + 24 + (1 + len(own) + len(explanation.maps)) * ROW + MARGIN)
     sheet.text(MARGIN, MARGIN + 12, title, size=17, margin=MARGIN)
-    prediction = f"prediction: {100 * explanation.probability:.1f} % {explanation.class_name}"
-    sheet.text(MARGIN, MARGIN + 32, prediction, FAINT, margin=MARGIN)
+    what = "asked about" if explanation.asked else "prediction"
+    about = f"{what}: {explanation.class_name}, {100 * explanation.probability:.1f} %"
+    sheet.text(MARGIN, MARGIN + 32, about, FAINT, margin=MARGIN)
     picture = explanation.image.resize((SCALE * CELL, SCALE * CELL), Image.Resampling.BICUBIC)
     top, left = HEAD + 24, MARGIN + LABEL
     sheet.image.paste(picture, (SCALE * left, SCALE * top))
     sheet.box(left, top, CELL, CELL, None, GRID)
-    _draw_row(sheet, said, picture, explanation.patches, left + CELL + GAP, top)
+    _draw_row(sheet, speaks, picture, grid, left + CELL + GAP, top)
+    for r, rows in enumerate(own, 1):
+        _draw_row(sheet, rows, picture, grid, left + CELL + GAP, top + r * ROW)
+    top += len(own) * ROW
     for i in range(max((len(rows.values) for rows in explanation.maps), default=0)):
         sheet.text(left + i * (CELL + GAP), top + ROW + 12, f"after block {i + 1}", FAINT, 12)
     for r, rows in enumerate(explanation.maps, 1):
-        _draw_row(sheet, rows, picture, explanation.patches, left, top + r * ROW + 20)
+        _draw_row(sheet, rows, picture, grid, left, top + r * ROW + 20)
     return sheet.finished()
 
 

@@ -90,19 +90,32 @@ def evaluate(
     csv: Annotated[
         bool, typer.Option("--csv", help="Print image,truth,prediction,probability rows.", rich_help_panel=OUTPUT)
     ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write a new .html page: confusions, reliability, mistakes, near-duplicates of training images, "
+            "doubtful labels.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
 ) -> None:
     """Measure a tuned model's accuracy and calibration on a data set's images and class names.
 
     A folder or CSV file that names no train, val and test images is measured whole, unless RUN was trained on it. With
     --attack also how many images are still told right after each pixel may have changed by EPS.
     """
+    from vlprompt.artefact.export import check_new
     from vlprompt.artefact.hub import load_model
     from vlprompt.cli.evaluate import Asked, measure, per_image, summary
+    from vlprompt.evaluation.page import page
+    from vlprompt.files import write_atomically
     from vlprompt.training.attack import find_attack
     from vlprompt.training.prepare import describe_others
 
     if json_output and csv:
         raise ConfigError("--json and --csv exclude each other")
+    if html:
+        check_new(html, ".html")
     under = find_attack(attack, eps, attack_steps)
     asked = Asked(data, root, split_file, classes, split, among, skip_bad, under)
     images = asked.dataset()  # before the model is loaded, which takes longer
@@ -110,6 +123,9 @@ def evaluate(
     describe_others(method, descriptions, prior)
     with reading(method, skip_bad, max_pixels) as reader:
         measured = measure(method, folder, asked, images, reader, say)
+        if html:
+            write_atomically(html, page(method, folder, measured))
+            say(f"page written to {html}")
     if json_output:
         print(json.dumps(measured.to_dict()))
     elif csv:
@@ -326,18 +342,26 @@ def explain(
     backbone: OtherBackbone = None,
     device: Device = "cpu",
     precision: Precision = "fp32",
-    out: Annotated[Path, typer.Option(help="The .png file to write.", rich_help_panel=OUTPUT)],
+    class_name: Annotated[
+        str | None,
+        typer.Option("--class", help="The class to ask about; default: the predicted one.", rich_help_panel=OUTPUT),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The new .png file.", rich_help_panel=OUTPUT)],
     seed: Annotated[
         int, typer.Option(help="Decides the dropout draw to show.", min=0, max=2**32 - 1, rich_help_panel=OUTPUT)
     ] = 0,
     json_output: Json = False,
 ) -> None:
-    """Draw which patches of an image speak for its class; of drople, also which tokens its dropout would hit."""
+    """Draw which patches of an image speak for a class; of drople, also which tokens its dropout would hit."""
+    from vlprompt.artefact.artefact import load_calibration
+    from vlprompt.artefact.export import check_new
     from vlprompt.artefact.hub import load_model
     from vlprompt.cli.explain import explain as explain_image
     from vlprompt.cli.explain import write_explanation
 
-    explanation = explain_image(load_model(run, backbone, device, precision)[0], image, seed)
+    check_new(out, ".png")
+    method, folder = load_model(run, backbone, device, precision)
+    explanation = explain_image(method, image, seed, class_name, load_calibration(folder))
     write_explanation(explanation, out, image.name)
     if json_output:
         print(json.dumps(explanation.to_dict()))

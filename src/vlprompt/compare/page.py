@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import vlprompt.bench.report
 from vlprompt.bench.report import plots
+from vlprompt.bench.report.document import document
 from vlprompt.compare.rows import HEAD, Row, cells
 
 if TYPE_CHECKING:
@@ -42,12 +41,7 @@ def page(result: Comparison) -> str:
         f"<p class=note>Held out: {escape(result.held_out)}. Backbone: {escape(result.backbone)}. Test images were not "
         f"touched. {result.seconds:.0f} s in all.</p>",
     ]
-    style = (Path(vlprompt.bench.report.__file__).parent / "report.css").read_text("utf-8")
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>\n{style}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
-    )
+    return document(title, body)
 
 
 def _row(row: Row) -> str:

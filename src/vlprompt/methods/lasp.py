@@ -124,7 +124,7 @@ class LASP(Method):
     def encode_images(self, images: Tensor) -> Tensor:
         """Features under the learned norms: [B, E]."""
         if not self.config.norms:
-            return self.backbone.encode_images(images)
+            return super().encode_images(images)
         norms = self.norms.to(self.backbone.dtype)
         learned = {f"blocks.{i}.{norm}": x for i, own in enumerate(norms) for norm, x in zip(NORMS, own, strict=True)}
         return unit(functional_call(self.backbone.image_tower, learned, (images.to(self.backbone.device),)))

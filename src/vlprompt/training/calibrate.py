@@ -157,7 +157,7 @@ def held_out(method: Method, dataset: LoadedDataset, part: str) -> tuple[list[Pa
 
 def check_not_trained_on(run: Path, paths: Sequence[Path]) -> bool:
     """Raise DataError if images are among those that a run was trained on, or copies; False if these are not known."""
-    trained = _trained_on(run)
+    trained = images_trained_on(run)
     if trained is None:
         return False
     if used := [str(path) for path in same_files(list(paths), trained)]:
@@ -168,7 +168,7 @@ def check_not_trained_on(run: Path, paths: Sequence[Path]) -> bool:
     return True
 
 
-def _trained_on(run: Path) -> list[Path] | None:
+def images_trained_on(run: Path) -> list[Path] | None:
     """The training images of a run folder, as long as its data lie where they lay."""
     if not (run / "split.json").is_file() or not (run / "config.yaml").is_file():
         return None

@@ -156,6 +156,53 @@ def gains(values: Mapping[str, float], title: str) -> str:
     return str(drawing)
 
 
+def matrix(names: Sequence[str], counts: Mapping[tuple[int, int], int], title: str) -> str:
+    """Images by class (rows) and predicted class (columns), both numbered: right ones blue, mistakes orange."""
+    rows = [f"{_short(name)}  {i}" for i, name in enumerate(names, 1)]
+    left, top, high = 16 + LETTER * max(map(len, rows)), 24, 20
+    wide = min((WIDTH - left - 4) / len(names), 44)
+    every = math.ceil(20 / wide)  # column numbers do not fit closer
+    drawing = _Drawing(top + high * len(names) + 8, title)
+    totals = [sum(n for (row, _), n in counts.items() if row == i) for i in range(len(names))]
+    for i, name in enumerate(rows):
+        drawing.text(left - 6, top + high * i + 14, name, "end")
+        if i % every == 0:
+            drawing.text(left + wide * (i + 0.5), top - 8, str(i + 1), "middle", "#555")
+        drawing.line(left, top + high * i, left + wide * len(names), top + high * i, "#eee")
+    for (row, column), n in counts.items():
+        x, y, of_class = left + wide * column, top + high * row, n / totals[row]
+        drawing.box(x, y, wide - 1, high - 1, _tint(COLOURS[0 if row == column else 1], of_class))
+        if LETTER * len(str(n)) + 3 < wide:
+            drawing.text(x + wide / 2 - 0.5, y + 14, str(n), "middle")
+    return str(drawing)
+
+
+def _tint(colour: str, strength: float) -> str:
+    """A colour mixed with white; never so faint that it is not seen."""
+    strength = 0.12 + 0.7 * strength
+    parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(255 + strength * (part - 255)):02x}" for part in parts)
+
+
+def reliability(bins: Mapping[str, Sequence[tuple[float, float, int]]], colour: Mapping[str, str], title: str) -> str:
+    """Of each model its bins: mean confidence, share right (± its standard error), images; the first's as grey bars."""
+    axes = _Axes((0.0, 1.0), (0.0, 1.0), "probability of the predicted class", "share right", title)
+    first = next(iter(bins.values()))
+    for confidence, _, n in first:
+        x, y = axes.place(confidence, 0.2 * n / max(n for *_, n in first))
+        axes.drawing.box(x - 6, y, 12, axes.BOTTOM - y, "#ddd")
+    axes.drawing.path([axes.place(0, 0), axes.place(1, 1)], GREY, 1, "5 5")
+    for name, points in bins.items():
+        axes.drawing.path([axes.place(c, right) for c, right, _ in points], colour[name])
+        for confidence, right, n in points:
+            error = math.sqrt(right * (1 - right) / n)
+            (x, low), (_, high) = axes.place(confidence, right - error), axes.place(confidence, right + error)
+            axes.drawing.line(x, low, x, high, colour[name])
+            axes.drawing.dot(*axes.place(confidence, right), colour[name])
+    axes.legend(bins, colour)
+    return str(axes.drawing)
+
+
 class _Axes:
     """A frame with ticks, and room for a legend at its right."""
 

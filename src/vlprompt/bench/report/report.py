@@ -14,6 +14,7 @@ from vlprompt.bench.bench import PLANNED, read_planned
 from vlprompt.bench.figures import FIGURES, read_figures
 from vlprompt.bench.protocols import PROTOCOLS, attack_of, seen
 from vlprompt.bench.report import plots
+from vlprompt.bench.report.document import document
 from vlprompt.bench.report.published import SETTING, Published, published
 from vlprompt.bench.report.tables import Cell, Difference, Study, Table, find_reference, studies, tables
 from vlprompt.bench.results import RESULTS, Results, Row, read_results
@@ -253,12 +254,7 @@ def html(sections: Sequence[Section]) -> str:
             folded = f"<details><summary>{escape(c)}</summary>{drawn}</details>"
             whole = f"<figure>{drawn}<figcaption>{escape(c)}</figcaption></figure>"
             body.append(folded if c.startswith("Gain") else whole)
-    style = Path(__file__).with_suffix(".css").read_text("utf-8")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Results</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>\n{style}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
-    )
+    return document("Results", body)
 
 
 def _html_table(table: Table) -> str:

@@ -141,7 +141,7 @@ class CLIPLoRA(Method):
         """[B, E]"""
         tower, lora, images = self.backbone.image_tower, self.visual, images.to(self.backbone.device)
         if lora is None:
-            return self.backbone.encode_images(images)
+            return super().encode_images(images)
         if not self.training:
             return unit(functional_call(tower, lora.weights(tower), (images,)))
         with lora.beside(tower):  # all rows: the last block computes chosen ones past the modules that are hooked
