@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from vlprompt.training.explain import relevance
 
 from tests.kit.command import environment
 from tests.kit.marks import slow
@@ -29,6 +28,7 @@ from vlprompt.app.answers import MOST_PIXELS, Answers, Names, PictureError, Ques
 from vlprompt.app.server import allowed_hosts, listen
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.errors import ConfigError, DataError
+from vlprompt.training.explain import relevance
 
 NAMES = list(SHADES)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 from collections.abc import Iterator
@@ -11,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Locator, Page, expect, sync_playwright
-from vlprompt.training.explain import relevance
 
 from tests.kit.browser import BROWSER, needs_browser
 from tests.kit.marks import slow
 from tests.kit.pictures import SHADES, paint
 from vlprompt.api import PromptedModel
+from vlprompt.training.explain import relevance
 
 NAMES = list(SHADES)
 BRIGHTEST = (253, 231, 37)
@@ -50,9 +51,21 @@ def page(browser, served: str) -> Iterator[Page]:
     assert not wrong
 
 
-def drop(page: Page, *files: Path) -> None:
-    """Drop files on the page as a person does."""
+def choose(page: Page, *files: Path) -> None:
     page.set_input_files("#files", files)
+
+
+def drop(page: Page, file: Path) -> None:
+    """Drop a file on the page, as the browser tells it."""
+    given = page.evaluate_handle(
+        """([name, content]) => {
+          const given = new DataTransfer();
+          given.items.add(new File([Uint8Array.from(atob(content), c => c.charCodeAt(0))], name));
+          return given;
+        }""",
+        [file.name, base64.b64encode(file.read_bytes()).decode()],
+    )
+    page.dispatch_event("body", "drop", {"dataTransfer": given})
 
 
 def panel(page: Page, file: str, run: int) -> Locator:
@@ -74,7 +87,7 @@ def expect_bars(place: Locator, bars: tuple[list[str], list[str]]) -> None:
 
 def test_pictures_are_scored_and_explained(page: Page, models, picture: Path, tmp_path: Path) -> None:
     paint(tmp_path / "blue.png", SHADES["blue"], 3, 40)
-    drop(page, picture, tmp_path / "blue.png")
+    choose(page, picture, tmp_path / "blue.png")
     for file in (picture, tmp_path / "blue.png"):
         for run, model in enumerate(models):
             expect_bars(panel(page, file.name, run), shown(model, file, NAMES))
@@ -105,7 +118,7 @@ def test_pictures_are_scored_and_explained(page: Page, models, picture: Path, tm
 @slow
 def test_class_names_are_edited_in_place(page: Page, models, picture: Path) -> None:
     """Runs with the same names keep the same names, but for one that knows no others."""
-    drop(page, picture)
+    choose(page, picture)
     expect(page.get_by_text("what speaks for")).to_have_count(3)
     first = panel(page, "red.png", 0).locator(".bar input").first
     was, new = first.input_value(), "a cherry"
@@ -150,7 +163,7 @@ def test_errors_are_shown(page: Page, picture: Path, tmp_path: Path) -> None:
         ("notes.txt", "notes.txt: not an image in a known format"),
         ("large.jpg", "large.jpg: 21.0 MB (allowed: 20 MB)"),
     ):
-        drop(page, tmp_path / name)
+        choose(page, tmp_path / name)
         expect(page.locator("#error")).to_contain_text(says)
         expect(page.locator("article")).to_have_count(0)
     drop(page, picture)
@@ -163,6 +176,6 @@ def test_a_page_that_lost_its_server(browser, served_for_a_while, picture: Path)
     with served_for_a_while as url:
         opened.goto(url)
         expect(opened.locator("#runs h2")).to_have_count(3)
-    drop(opened, picture)
+    choose(opened, picture)
     expect(opened.locator(".panel [role=alert]").first).to_have_text("no answer: is vlprompt app still running?")
     opened.close()
