@@ -14,7 +14,7 @@ ENGINE = [
     "bank", "training", "api", "sklearn", "__init__",
 ]  # fmt: skip
 """From the ground up."""
-LAB = ["provision", "describe", "demo", "bench", "compare", "evaluation", "cli", "__main__"]
+LAB = ["provision", "describe", "demo", "bench", "compare", "evaluation", "app", "cli", "__main__"]
 BUILDS_BANKS = ("bank.build", "bank.towers", "bank.config")
 """The lab's part of ``bank``; the rest reads banks."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from dataclasses import replace
 from html import unescape
@@ -16,6 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.kit import TINY
+from tests.kit.browser import BROWSER, needs_browser
 from tests.kit.marks import slow
 from tests.kit.pictures import make_pictures
 from tests.kit.results import PLAIN, figures
@@ -24,9 +24,7 @@ from vlprompt.bench.report.report import write_report
 from vlprompt.bench.results import Row, to_csv
 from vlprompt.methods import METHODS
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
-pytestmark = [slow, pytest.mark.skipif(BROWSER is None, reason=f"no browser is installed ({', '.join(BROWSERS)})")]
+pytestmark = [slow, needs_browser]
 
 PROBE = """<script>addEventListener("load", () => {
   document.querySelectorAll("details").forEach(part => { part.open = true; });

@@ -21,6 +21,7 @@ from vlprompt.cli.data import data_app
 from vlprompt.cli.describe import describe_app
 from vlprompt.cli.models import models_app
 from vlprompt.cli.options import DATA, OUTPUT, Json, first_process, say
+from vlprompt.cli.serve import serve_app
 from vlprompt.cli.train import train_app
 from vlprompt.errors import Interrupted, VlpromptError, memory_is_full, one_line
 
@@ -130,7 +131,7 @@ def list_(
     print(json.dumps({what: rows}) if json_output else table(rows))
 
 
-for commands in (train_app, compare_app, models_app, describe_app, bench_app):
+for commands in (train_app, compare_app, models_app, describe_app, serve_app, bench_app):
     app.add_typer(commands)
 app.add_typer(bank_app, name="bank")
 app.add_typer(data_app, name="data")

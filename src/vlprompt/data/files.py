@@ -13,7 +13,7 @@ from functools import cache
 from hashlib import file_digest, sha256
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from vlprompt.errors import DataError, first_few
 
@@ -64,8 +64,8 @@ def formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def open_image(file: str | os.PathLike[str]) -> Image.Image:
-    """Open an image file in one of :func:`formats`, whatever its name says; the pixels are read later.
+def open_image(file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
+    """Open an image file, or its bytes, in one of :func:`formats`, whatever its name says; the pixels are read later.
 
     Of all that Pillow knows, others run programs (EPS runs Ghostscript).
     """
