@@ -40,12 +40,6 @@ def write_tables(page: str) -> str:
     return MARKED.sub(write, page)
 
 
-def methods() -> str:
-    """All methods, for the first page that people read."""
-    rows = ((link("docs/", name), learns(cls), f"{cls.paper} {cls.year}") for name, cls in in_order())
-    return table(("method", "learns", "paper"), rows)
-
-
 def official() -> str:
     """All methods and how they train, in short."""
 
@@ -55,8 +49,11 @@ def official() -> str:
         batch = "all images" if c.data.batch_size > 1e5 else f"batch {c.data.batch_size}"
         return f"{optimizer}, {batch}, {c.train.epochs} epochs" if "train.epochs" in cls.official else "no steps"
 
-    rows = ((link("", name), learns(cls), in_short(name, cls), cls.parity) for name, cls in in_order())
-    return table(("method", "learns", "official settings", "checked"), rows)
+    rows = (
+        (link("", name), learns(cls), f"{cls.paper} {cls.year}", in_short(name, cls), cls.parity)
+        for name, cls in in_order()
+    )
+    return table(("method", "learns", "paper", "official settings", "checked"), rows)
 
 
 def options(name: str) -> str:
@@ -111,7 +108,7 @@ def protocols() -> str:
 
 
 TABLES: dict[str, Callable[..., str]] = {
-    t.__name__: t for t in (methods, official, options, training, datasets, protocols)
+    t.__name__: t for t in (official, options, training, datasets, protocols)
 }
 
 
