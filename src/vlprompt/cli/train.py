@@ -37,6 +37,7 @@ from vlprompt.cli.options import (
     TrainDevice,
     TrainPrecision,
     TrainViews,
+    ValEvery,
     ValFraction,
     WarmStart,
     first_process,
@@ -76,6 +77,7 @@ def train(
     epochs: Epochs = None,
     preset: Preset = None,
     select: Select = None,
+    val_every: ValEvery = None,
     warm_start: WarmStart = None,
     config: ConfigFile = None,
     resume: Resume = None,
@@ -114,6 +116,7 @@ def train(
         "seed": seed,
         "train.epochs": epochs,
         "train.select": select,
+        "train.val_every": val_every,
         "train.warm_start": warm_start,
         "train.report_to": report_to,
     }
