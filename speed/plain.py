@@ -58,6 +58,8 @@ def plain(backbone: Backbone, longest: bool = False) -> Iterator[None]:
 class Padded(PackedText):
     """Packed texts with padding after them, which is none of their tokens."""
 
+    padding = None
+
     def texts(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Without the padding."""
         return super().texts(x[:, : sum(g.count * g.length for g in self.groups)])

@@ -62,6 +62,24 @@ def test_each_patch_is_changed_on_its_own() -> None:
     assert same.sum() == 15, "no operation looks beyond its patch"
 
 
+@pytest.mark.parametrize(("size", "side"), [(64, 8), (70, 16), (96, 32), (33, 7)])
+def test_all_patches_at_once_are_what_a_loop_over_them_makes(size: int, side: int) -> None:
+    image = np.asarray(noise(size)).copy()
+    image[: size // 2] //= 3  # patches of few levels too, and of one
+    image[-side:] = 9
+    for seed, n in ((0, 2), (1, 2), (2, 5), (3, 0)):
+        right = image.copy()
+        rows = columns = size // side
+        chosen = np.random.default_rng(seed).integers(len(OPERATIONS), size=(rows * columns, n))
+        for i in range(rows):
+            for j in range(columns):
+                where = slice(i * side, (i + 1) * side), slice(j * side, (j + 1) * side)
+                for k in chosen[i * columns + j]:
+                    right[where] = OPERATIONS[k](right[where][None].copy(), FACTOR)[0]
+        changed = augment_patches(Image.fromarray(image), side, np.random.default_rng(seed), n=n)
+        np.testing.assert_array_equal(np.asarray(changed), right)
+
+
 def test_two_operations_are_drawn_and_always_applied() -> None:
     """Over many draws all ordered pairs come, with replacement, and nothing else."""
     image = noise(16)

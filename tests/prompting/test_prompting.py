@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,8 +26,10 @@ from tests.kit.plain import (
     same_with_gradients,
     small_backbone,
 )
+from vlprompt.backbones import attention
+from vlprompt.backbones.attention import packed_attention
 from vlprompt.backbones.backbone import Backbone, unit
-from vlprompt.backbones.packing import pack
+from vlprompt.backbones.packing import pack, pack_with_room
 from vlprompt.errors import BackboneError, ConfigError, DataError
 from vlprompt.prompting.text import TextContext, class_tokens, encode_classes, word_vectors
 from vlprompt.prompting.visual import CoupledPrompts, VisualPrompts
@@ -47,6 +50,7 @@ class Setting:
     class_specific: bool
     images: int
     seed: int
+    padded: bool
 
     def context(self, backbone: Backbone) -> TextContext:
         torch.manual_seed(self.seed)
@@ -80,6 +84,7 @@ setting = st.builds(
     class_specific=st.booleans(),
     images=st.just(0),
     seed=st.integers(0, 1000),
+    padded=st.booleans(),
 )
 
 
@@ -90,7 +95,8 @@ def check_classes(backbone: Backbone, drawn: Setting) -> None:
     if drawn.images:
         bias = learned["bias"] = torch.randn(drawn.images, 32, dtype=torch.float64, requires_grad=True)
     packed = context.packed(backbone, drawn.names)
-    fast = encode_classes(backbone.text_tower, context.prompts(bias), packed)
+    with patch.object(attention, "WORTH_A_CALL", attention.WORTH_A_CALL if drawn.padded else 0):
+        fast = encode_classes(backbone.text_tower, context.prompts(bias), packed)
     same_with_gradients(fast, plain_classes(backbone, drawn.names, context, bias), learned)
 
 
@@ -154,6 +160,31 @@ def test_frozen_text_features_equal_the_plain_ones(texts: list[str]) -> None:
 
 
 DIFFERENT = ["dog", "cat", "forget-me-not"]
+
+
+@pytest.mark.parametrize(("times", "specific", "groups"), [(1, False, 1), (1, True, 1), (40, False, 3)])
+def test_few_texts_of_many_lengths_are_attended_to_at_once(times: int, specific: bool, groups: int) -> None:
+    """By two calls of the kernel a layer, one for the shared prefix, which the last does not need."""
+    backbone, names = small_backbone(), ["dog", "hot dog", "a big dog", "one more big dog", "a dog with a bone"] * times
+    context = make_context(backbone, 3, n_classes=len(names) if specific else None)
+    packed = context.packed(backbone, names)
+    assert len(packed.groups) == 3
+    kernel = attention.scaled_dot_product_attention
+    with patch.object(attention, "scaled_dot_product_attention", side_effect=kernel) as called:
+        encode_classes(backbone.text_tower, context.prompts(), packed)
+    assert called.call_count == LAYERS * (1 + groups) - 1
+
+
+def test_texts_joined_later_are_the_same_padded() -> None:
+    """Those with room for tokens that join inside the tower, which some layers pass over."""
+    tokens = [[1, 5, 2], [1, 5, 6, 7, 2], [1, 9, 2], [1, 5, 6, 7, 8, 9, 2]]
+    torch.manual_seed(0)
+    for text in pack_with_room(tokens, 2):
+        q, k, v = torch.randn(3, 2, len(text.tokens), 32, dtype=torch.float64)
+        for queries in (q, q[:, text.pooled]) if text.groups[0].mask[-1].all() else (q,):
+            padded = packed_attention(text, 2)(queries, k, v)
+            with patch.object(attention, "WORTH_A_CALL", 0):
+                same("padded", padded, packed_attention(text, 2)(queries, k, v))
 
 
 @pytest.mark.parametrize(

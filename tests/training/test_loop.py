@@ -11,15 +11,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.kit import TINY
+from tests.kit import TINY, sealed
 from tests.kit.pictures import CLASSES, make_pictures
 from tests.kit.runs import configured, log, prompts
+from vlprompt.artefact.artefact import load_artefact, load_calibration
+from vlprompt.artefact.calibration import fit_calibration
 from vlprompt.backbones.load import load_backbone
 from vlprompt.config.schema import OptimConfig, TrainConfig
 from vlprompt.data.batches import TrainingViews
 from vlprompt.data.reading import ImageReader
+from vlprompt.data.splits import read_split
 from vlprompt.errors import ConfigError, VlpromptError
 from vlprompt.methods import find_method
+from vlprompt.training.evaluate import EvaluationImages, predict_logits
 from vlprompt.training.interrupt import deferred_interrupt
 from vlprompt.training.loop import LossScale, Training
 from vlprompt.training.run import train
@@ -98,14 +102,14 @@ def test_select_val_keeps_the_first_best_epoch(pictures, tmp_path, monkeypatch):
     from vlprompt.training import run
 
     accuracies = iter([50.0, 80.0, 80.0])
-    monkeypatch.setattr(run, "evaluate", lambda *_: SimpleNamespace(accuracy=next(accuracies, 0.0)))
+    monkeypatch.setattr(run, "score", lambda *_: SimpleNamespace(accuracy=next(accuracies, 0.0)))
     settings = {"optim.lr": 0.01, "train.epochs": 3}
     _, result = train(configured(pictures, **settings, **{"train.select": "val"}), tmp_path / "best")
     assert result.val_accuracy == 80.0
     assert [row["val_accuracy"] for row in log(tmp_path / "best")] == [50.0, 80.0, 80.0]
     assert "3 (kept: 2, chosen on the val images)" in (tmp_path / "best" / "README.md").read_text()
     stopped = configured(pictures, **settings)
-    monkeypatch.setattr(run, "evaluate", lambda *_: SimpleNamespace(accuracy=0.0))
+    monkeypatch.setattr(run, "score", lambda *_: SimpleNamespace(accuracy=0.0))
     seen = {}
 
     class Watch(Watcher):
@@ -127,6 +131,78 @@ def test_select_val_needs_val_images(tmp_path):
     with pytest.raises(ConfigError, match=r"^train.select = val: there are no val images to select on$"):
         train(configured(pictures / "train", **{"train.select": "val"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def val_logits(pictures: Path, run: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    split = read_split(run / "split.json", pictures)
+    images = EvaluationImages(split.paths("val"), split.labels("val"), ImageReader(0))
+    return predict_logits(load_artefact(run), images, split.class_names), images.labels
+
+
+@pytest.mark.parametrize(("given", "measured"), [
+    ({}, [7]), ({"train.val_every": 0}, [7]), ({"train.val_every": 1}, range(1, 8)), ({"train.val_every": 8}, [7]),
+    ({"train.val_every": 3}, [3, 6, 7]), ({"train.select": "val"}, range(1, 8)),
+])  # fmt: skip
+def test_val_images_are_measured_every_so_many_epochs_and_at_the_end(given, measured, pictures, tmp_path, monkeypatch):
+    """They are predicted then and no other time, and what is trained is the same."""
+    from vlprompt.training import run
+
+    parts = []
+    predict = run.predict_logits
+    monkeypatch.setattr(run, "predict_logits", lambda *a: (parts.append(len(a[1].labels)), predict(*a))[1])
+    _, result = train(configured(pictures, "vpt", **{"train.epochs": 7}, **given), tmp_path / "run")
+    rows = log(tmp_path / "run")
+    assert [row["epoch"] for row in rows if row["val_accuracy"] is not None] == [*measured]
+    kept = int(
+        sealed.read(tmp_path / "run" / "config.json")["about"]["epochs"].partition("kept: ")[2].split(",")[0] or 7
+    )
+    assert result.val_accuracy == rows[kept - 1]["val_accuracy"]
+    assert parts == [6] * (len(measured) + (kept != 7)), "once more where an earlier epoch's prompts are kept"
+    assert load_calibration(tmp_path / "run") == fit_calibration(*val_logits(pictures, tmp_path / "run"))[0]
+    if not given:
+        train(configured(pictures, "vpt", **{"train.epochs": 7, "train.val_every": 1}), tmp_path / "often")
+        assert all(torch.equal(v, prompts(tmp_path / "often")[k]) for k, v in prompts(tmp_path / "run").items())
+
+
+def test_a_resumed_run_measures_the_same_epochs(pictures, tmp_path):
+    config = configured(pictures, "vpt", **{"train.epochs": 5, "train.val_every": 2})
+    train(config, tmp_path / "whole")
+
+    class Stop(Watcher):
+        def epoch(self, log):
+            if log.epoch == 2:
+                raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        train(config, tmp_path / "run", [Stop()])
+    train(config, tmp_path / "run", resume=True)
+    assert [row["val_accuracy"] is not None for row in log(tmp_path / "run")] == [False, True, False, True, True]
+    assert log(tmp_path / "run") == log(tmp_path / "whole")
+    assert load_calibration(tmp_path / "run") == load_calibration(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("method", "given", "why"), [
+    ("coop", {"train.select": "val"}, "train.select = val"), ("tip_adapter_f", {}, "tip_adapter_f"),
+])  # fmt: skip
+def test_an_interval_without_effect_is_told(method, given, why, pictures, tmp_path):
+    said = []
+    few = {"train.epochs": 1, **({"data.views": 1} if method == "tip_adapter_f" else {}), **given}
+    train(configured(pictures, method, **few, **{"train.val_every": 5}), tmp_path / "run", say=said.append)
+    assert f"train.val_every = 5 has no effect: {why} measures every epoch" in said
+
+
+@pytest.mark.parametrize("value", ["-1", "1.5", "often", "true", "1e10"])
+def test_bad_intervals_are_refused_in_a_line(value, pictures, tmp_path, vlprompt):
+    done = vlprompt("train", "coop", pictures, f"val_every={value}", "--out", tmp_path / "run")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "train.val_every" in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_option_sets_the_interval(pictures, vlprompt):
+    done = vlprompt("train", "coop", pictures, "--val-every", 0, "--dry-run", "--json")
+    assert done.json["train"]["val_every"] == 0
+    assert vlprompt("train", "coop", pictures, "--val-every", -1).code == 2
 
 
 def test_a_second_interrupt_is_at_once_where_it_may_insist():
@@ -165,7 +241,7 @@ def test_wandb_gets_each_epoch_once(pictures, tmp_path, monkeypatch):
     config = configured(pictures, **{"train.report_to": "wandb", "train.epochs": 2})
     train(config, tmp_path / "run")
     figures = {"lr", "ce", "val_accuracy"}
-    assert calls == [("vlprompt", "run", None, "coop"), (1, figures), (2, figures), "finish"]
+    assert calls == [("vlprompt", "run", None, "coop"), (1, figures - {"val_accuracy"}), (2, figures), "finish"]
     calls.clear()
     train(config, tmp_path / "run", resume=True)
     assert calls == [("vlprompt", "run", "abc", "coop"), "finish"]
@@ -185,7 +261,7 @@ def test_tensorboard_gets_each_epoch_once(pictures, tmp_path, monkeypatch):
             calls.append("close")
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    config = configured(pictures, **{"train.report_to": "tensorboard", "train.epochs": 2})
+    config = configured(pictures, **{"train.report_to": "tensorboard", "train.epochs": 2, "train.val_every": 1})
     train(config, tmp_path / "run")
     folder = str(tmp_path / "run" / "tensorboard")
     assert (calls[0], calls[-1]) == ((folder, 1), "close")

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vlprompt.backbones.packing import PackedText
+from vlprompt.backbones.packing import PackedText, Padding
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Maps queries [B, K, D] and keys and values [B, N, D] to outputs shaped like the queries.
 
 K < N in a last block of which K rows are read.
 """
+WORTH_A_CALL = 8192
+"""Numbers that padding may move for each call of the kernel it saves: measured, both cost the same at 11,000 or so."""
 Change = Callable[[Tensor], Tensor]
 """Maps attention logits [..., K, N], −∞ where a key is not seen, to others of the same shape."""
 _CHANGE: ContextVar[Change | None] = ContextVar("change", default=None)
@@ -66,9 +68,16 @@ def plain_attention(heads: int) -> Attention:
 
 
 def packed_attention(text: PackedText, heads: int) -> Attention:
-    """Attention among packed tokens [B, T, D]; with fewer queries than keys, the queries are the pooled rows."""
+    """Attention among packed tokens [B, T, D]; with fewer queries than keys, the queries are the pooled rows.
+
+    On a CPU, a few small texts of many lengths are padded to one.
+    """
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if k.device.type == "cpu" and (padding := text.padding):
+            numbers = len(k) * len(padding.rows) * k.shape[-1]
+            if numbers <= WORTH_A_CALL * (len(text.groups) - 1):
+                return _padded(text, padding, heads, q, k, v)
         batch, outputs = q.shape[0], list[Tensor]()
         (k_prefix, keys), (v_prefix, values) = text.texts(k), text.texts(v)
         if pooled := q.shape[1] != k.shape[1]:
@@ -76,8 +85,7 @@ def packed_attention(text: PackedText, heads: int) -> Attention:
         else:
             q_prefix, queries = text.texts(q)
             if text.prefix:
-                qp, kp, vp = (split_heads(t[:, None], heads) for t in (q_prefix, k_prefix, v_prefix))
-                outputs.append(merge_heads(_causal(qp, kp, vp), batch))
+                outputs.append(_among_prefix(q_prefix, k_prefix, v_prefix, heads))
         for group, own_q, own_k, own_v in zip(text.groups, queries, keys, values, strict=True):
             qh = split_heads(own_q, heads)
             kh, vh = (split_heads(_behind(p, t), heads) for p, t in ((k_prefix, own_k), (v_prefix, own_v)))
@@ -94,6 +102,29 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return scaled_dot_product_attention(q, k, v, is_causal=True)
     n = q.shape[-2]
     return attend(q, k, v, torch.ones(n, n, dtype=torch.bool, device=q.device).tril())
+
+
+def _padded(text: PackedText, padding: Padding, heads: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    batch, parts = q.shape[0], [text.prefix, len(padding.back)]
+    (k_prefix, own_k), (v_prefix, own_v) = k.split(parts, 1), v.split(parts, 1)
+
+    def texts(x: Tensor) -> Tensor:
+        return x.index_select(1, padding.rows).unflatten(1, (len(padding.own), -1))  # [B, C, L, D]
+
+    kh, vh = (split_heads(_behind(p, texts(t)), heads) for p, t in ((k_prefix, own_k), (v_prefix, own_v)))
+    if q.shape[1] != k.shape[1]:
+        qh, own = split_heads(q[:, :, None], heads), padding.own.repeat(batch, 1, 1, 1)
+        return merge_heads(attend(qh, kh, vh, own), batch)
+    q_prefix, own_q = q.split(parts, 1)
+    output = attend(split_heads(texts(own_q), heads), kh, vh, padding.mask)
+    output = merge_heads(output, batch).index_select(1, padding.back)
+    return torch.cat([_among_prefix(q_prefix, k_prefix, v_prefix, heads), output], 1) if text.prefix else output
+
+
+def _among_prefix(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """The shared prefix [B, P, D], whose tokens see those before them."""
+    qh, kh, vh = (split_heads(t[:, None], heads) for t in (q, k, v))
+    return merge_heads(_causal(qh, kh, vh), len(q))
 
 
 def _behind(prefix: Tensor, texts: Tensor) -> Tensor:

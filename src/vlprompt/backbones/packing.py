@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +29,16 @@ class Group:
     length: int
     mask: Tensor | None = field(repr=False)
     """Which of prefix + own tokens each own token sees, [length, P + length]; None where it sees all."""
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Texts of all lengths behind the prefix as one group of the longest one's length L, for attention alone."""
+
+    rows: Tensor  # [C·L] the row, behind the prefix, of each token; behind a text's end it is the text's last
+    back: Tensor  # [T − P] where each of these rows stands among the C·L
+    mask: Tensor  # [L, P + L] which of prefix + own tokens each own token sees
+    own: Tensor  # [C, 1, 1, P + L] which of them are the prefix's and the text's, for its last token sees all
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,19 @@ class PackedText:
     def last(self, x: Tensor) -> list[Tensor]:
         """Pooled rows [B, C, D] as one query for each text of a group, [B, count, 1, D]."""
         return [t[:, :, None] for t in x.split([g.count for g in self.groups], 1)]
+
+    @cached_property
+    def padding(self) -> Padding | None:
+        """All groups as one; None where that is no other than they are, or no token sees only what is before it."""
+        mask = self.groups[-1].mask  # the longest texts': those of shorter ones are its upper left corners
+        if len(self.groups) == 1 or mask is None:
+            return None
+        lengths = torch.tensor([g.length for g in self.groups for _ in range(g.count)], device=mask.device)[:, None]
+        offsets = torch.arange(len(mask), device=mask.device)
+        there = offsets < lengths  # [C, L]
+        rows = lengths.cumsum(0) - lengths + offsets.minimum(lengths - 1)
+        own = torch.cat([there.new_ones(len(there), self.prefix), there], 1)
+        return Padding(rows.flatten(), there.flatten().nonzero()[:, 0], mask, own[:, None, None])
 
     def rows(self, texts: Tensor) -> tuple[Tensor, Tensor]:
         """The rows that each of some texts [B] takes, [B, N of the longest], and which of them are its own.

@@ -103,6 +103,7 @@ Preset = Annotated[
 ]
 WarmStart = Annotated[str | None, configured("train.warm_start", TRAINING, "--from", metavar="RUN")]
 Select = Annotated[Literal["last", "val"] | None, configured("train.select", TRAINING)]
+ValEvery = Annotated[int | None, configured("train.val_every", TRAINING)]
 ConfigFile = Annotated[Path | None, typer.Option(help="YAML file with any settings.", rich_help_panel=TRAINING)]
 Resume = Annotated[
     Path | None,

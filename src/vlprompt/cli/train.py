@@ -38,6 +38,7 @@ from vlprompt.cli.options import (
     TrainPrecision,
     TrainPrior,
     TrainViews,
+    ValEvery,
     ValFraction,
     WarmStart,
     first_process,
@@ -78,6 +79,7 @@ def train(
     epochs: Epochs = None,
     preset: Preset = None,
     select: Select = None,
+    val_every: ValEvery = None,
     warm_start: WarmStart = None,
     config: ConfigFile = None,
     resume: Resume = None,
@@ -117,6 +119,7 @@ def train(
         "seed": seed,
         "train.epochs": epochs,
         "train.select": select,
+        "train.val_every": val_every,
         "train.warm_start": warm_start,
         "train.report_to": report_to,
     }

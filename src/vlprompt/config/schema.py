@@ -207,6 +207,8 @@ class TrainConfig:
     """Weight of the divergence between two passes."""
     select: Literal["last", "val"] = "last"
     """Keep the prompts of the last epoch, or those of the first epoch with the best val accuracy."""
+    val_every: Annotated[int, Ge(0)] = 10
+    """Measure the val images after every so many epochs, and after the last one; 0 for the last one alone."""
     warm_start: Folder | None = None
     """Tuned model (a run, an artefact or a hub id) whose prompts training begins with."""
     report_to: Literal["tensorboard", "wandb"] | None = None
@@ -267,7 +269,7 @@ class RunConfig:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the settings, but for those that say where something lies, or where the work is done."""
+        """SHA-256 over the settings, but for those that only say where something lies or is done, or what is told."""
         return checksum({key: value for key, value in self.flat().items() if key not in PLACES})
 
     def to_yaml(self) -> str:
@@ -278,8 +280,9 @@ class RunConfig:
 PLACES = {
     "method.name", "backbone", "teacher.backbone", "teacher.class_names_file", "data.name", "data.root",
     "data.split_file", "data.bank", "data.workers", "train.device", "train.graphs", "train.report_to",
+    "train.val_every",
 }  # fmt: skip
-"""Settings that say where something lies, which has a fingerprint of its own, or where the work is done."""
+"""Settings that say where something lies, which has a fingerprint of its own, or is done, or what is told."""
 MOST = 1e9
 """No setting but a seed is larger; most have narrower ranges of their own."""
 TOLD = 20

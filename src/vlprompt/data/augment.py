@@ -26,23 +26,29 @@ def _same(x: Patches, factor: float) -> Patches:
 
 def _autocontrast(x: Patches, factor: float) -> Patches:
     """Each channel stretched to reach from 0 to 255, unless it has one level only."""
-    low, high = x.min((1, 2), keepdims=True), x.max((1, 2), keepdims=True)
-    scale = 255 / np.maximum(high - low, 1).astype(float)
-    return np.where(high > low, _bytes(x * scale - low * scale), x)
+    channels = _channels(x)
+    low, high = (level[:, None, None] for level in (channels.min(2), channels.max(2)))
+    scale = np.where(high > low, 255 / np.maximum(high - low, 1), 1)
+    return _bytes(x * scale - np.where(high > low, low, 0) * scale)
 
 
 def _equalize(x: Patches, factor: float) -> Patches:
     """Pillow's rule for each channel: (step // 2 + pixels that are darker) // step, or nothing where the step is 0."""
     n, side = len(x), x.shape[1]
-    channels = x.transpose(0, 3, 1, 2).reshape(3 * n, -1)
-    levels = channels + 256 * np.arange(3 * n)[:, None]
-    histogram = np.bincount(levels.ravel(), minlength=3 * n * 256).reshape(3 * n, 256)
-    brightest = np.take_along_axis(histogram, channels.max(1, keepdims=True).astype(np.intp), 1)
+    channels = _channels(x).reshape(3 * n, -1)
     # All pixels but those of the brightest level: of 256 pixels it is 0 unless one alone is that bright.
-    step = (side * side - brightest) // 255
-    table = (step // 2 + histogram.cumsum(1) - histogram) // np.maximum(step, 1)
-    table = np.where(step > 0, table.clip(0, 255), np.arange(256)).astype(np.uint8)
-    return table.ravel()[levels].reshape(n, 3, side, side).transpose(0, 2, 3, 1)
+    steps = (channels != channels.max(1, keepdims=True)).sum(1) // 255
+    if len(which := steps.nonzero()[0]):
+        step, levels = steps[which, None], channels[which] + 256 * np.arange(len(which))[:, None]
+        histogram = np.bincount(levels.ravel(), minlength=256 * len(which)).reshape(-1, 256)
+        table = (step // 2 + histogram.cumsum(1) - histogram) // step
+        channels[which] = table.clip(0, 255).astype(np.uint8).ravel()[levels]
+    return channels.reshape(n, 3, side, side).transpose(0, 2, 3, 1)
+
+
+def _channels(x: Patches) -> NDArray[np.uint8]:
+    """A copy, [K, 3, side · side]."""
+    return x.reshape(len(x), -1, 3).transpose(0, 2, 1).copy()
 
 
 def _brightness(x: Patches, factor: float) -> Patches:

@@ -116,6 +116,7 @@ def run_demo(out: Path, say: Callable[[str], None], data: str = "clothing-demo")
 
     def tune(name: str, classes: str, folder: Path) -> tuple[Method, Result]:
         given = {"data.name": data, "data.root": str(out / "data"), "data.classes": classes, "data.shots": show.shots}
+        given["train.val_every"] = 1  # a point of the learning curve
         say(f"\n{name}, {classes} classes …")
         method, result = train(build_config(name, overrides={**given, **show.methods[name]}), folder, [Bar()])
         say(_done(method, result))

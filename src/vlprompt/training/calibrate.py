@@ -80,13 +80,20 @@ def calibrate(
 
 
 def calibrate_trained(
-    method: Method, val: EvaluationImages, class_names: Sequence[str], say: Callable[[str], object]
+    method: Method,
+    predicted: Sequence[Tensor],
+    labels: Tensor,
+    class_names: Sequence[str],
+    say: Callable[[str], object],
 ) -> Calibration | None:
-    """What the end of training calibrates, on the val images; None where they are too few, or of other classes."""
-    if tuple(class_names) != method.class_names or not len(val.labels) or int(torch.bincount(val.labels).max()) < 2:
+    """What the end of training calibrates, on the val images; None where they are too few, or of other classes.
+
+    ``predicted`` holds the logits [n, C] of these images, where there are any.
+    """
+    if tuple(class_names) != method.class_names or not predicted or int(torch.bincount(labels).max()) < 2:
         return None
-    calibration, _ = calibrate(method, val)
-    say(described(calibration, len(val.labels), "val"))
+    calibration, _ = fit_calibration(predicted[0], labels, KEPT)
+    say(described(calibration, len(labels), "val"))
     return calibration
 
 

@@ -103,7 +103,7 @@ def save_checkpoint(run: Path, training: Training, settings: str, history: Histo
     groups = {
         "method": training.method.state_dict(),
         "extra": training.method.training_state(),
-        "optimizer": _optimizer_tensors(training.optimizer),
+        "optimizer": training.optimizer.tensors(),
         "best": history.best,
     }
     tensors = {
@@ -165,7 +165,7 @@ def load_checkpoint(run: Path, training: Training, settings: str) -> History:
             raise ArtefactError(f"{run} was begun with other class descriptions, or another prior, than it has now")
         method.load_state_dict(_group(tensors, "method"))
         method.load_training_state({k: v.to(device) for k, v in _group(tensors, "extra").items()})
-        _load_optimizer(training.optimizer, _group(tensors, "optimizer"))
+        training.optimizer.load_tensors(_group(tensors, "optimizer"))
         training.epoch, training.step, training.sums = numbers["epoch"], numbers["step"], numbers["sums"]
         training.scale = LossScale(**numbers["loss_scale"])
         return History(**numbers["history"], best=_group(tensors, "best"))
@@ -208,17 +208,3 @@ def _checksum(tensors: dict[str, Tensor], text: str) -> str:
 
 def _group(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:
     return {k.removeprefix(f"{group}."): v for k, v in tensors.items() if k.startswith(f"{group}.")}
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's tensors as PARAMETER.KEY; its other values are the configuration's."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{k}": v for i, values in state.items() for k, v in values.items() if isinstance(v, Tensor)}
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        i, _, key = name.partition(".")
-        state.setdefault(int(i), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

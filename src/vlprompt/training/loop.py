@@ -110,13 +110,19 @@ class Training:
             lr = self._rate(self.epoch + 1 - 1 / len(self.views))
             losses = {term: value / len(self.views) for term, value in self.sums.items()}
             self.method.eval()
-            log = EpochLog(self.epoch, lr, losses, self.validate())
+            log = EpochLog(self.epoch, lr, losses, self.validate() if self._validates() else None)
             self.method.train()
             self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
             for watcher in watchers:
                 watcher.epoch(log)
         self.method.eval()
         return True
+
+    def _validates(self) -> bool:
+        """Whether this epoch is measured on the val images: each is where one is chosen on them."""
+        config, done = self.config, self.epoch + 1
+        every = 1 if config.select == "val" or self.method.keeps_best else config.val_every
+        return done == config.epochs or (every > 0 and done % every == 0)
 
     def _rate(self, epoch: float) -> float:
         return learning_rate(epoch, self.config.epochs, self.optim, len(self.views))

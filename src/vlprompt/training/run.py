@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
+from torch import Tensor
 
 from vlprompt.artefact.artefact import save_artefact
 from vlprompt.backbones.backbone import Backbone
@@ -23,7 +24,7 @@ from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.names import public_name
 from vlprompt.bank.use import read_by, regions_used
 from vlprompt.config.images import choose_images, image_notes
-from vlprompt.config.schema import DataConfig, RunConfig, build_config, read_config
+from vlprompt.config.schema import DataConfig, RunConfig, TrainConfig, build_config, read_config
 from vlprompt.data.datasets import LoadedDataset, check_outside, load_dataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split, read_split, split_text, write_split
@@ -36,7 +37,7 @@ from vlprompt.prompting.text import partly_known
 from vlprompt.training.calibrate import calibrate_trained
 from vlprompt.training.checkpoints import History, Keeper, checkpoint_file, remove_unfinished
 from vlprompt.training.distributed import Processes, join_processes
-from vlprompt.training.evaluate import EvaluationImages, evaluate
+from vlprompt.training.evaluate import EvaluationImages, evaluate, predict_logits, score
 from vlprompt.training.interrupt import deferred_interrupt
 from vlprompt.training.loop import Training
 from vlprompt.training.prepare import Sources, build, describe, find_sources, finish, fit_features, prepare
@@ -106,8 +107,11 @@ def train(
         describe(method, config, dataset.split.class_names, say)
         images, val = (images_of(split.paths(part), split.labels(part), reader=reader) for part in ("train", "val"))
 
+        predicted: list[Tensor] = []  # the latest logits of the val images
+
         def val_accuracy() -> float | None:
-            return evaluate(method, val, split.class_names).accuracy if split.val else None
+            predicted[:] = [predict_logits(method, val, split.class_names)] if split.val else []
+            return score(predicted[0], val.labels, split.class_names).accuracy if split.val else None
 
         paths, labels = split.paths("train"), split.labels("train")
         begun = resume and checkpoint_file(out).exists()  # where it began from may be gone since
@@ -137,7 +141,7 @@ def train(
                 *(image_notes(config, dataset, split, reader) if processes.first else []),
                 *([unread] if unread else []),
                 *_unused(config),
-                *([*_only_warm_up(config), *_no_crops(config)] if training else []),
+                *([*_only_warm_up(config), *_no_crops(config), *_measures_all(config, method)] if training else []),
             ]:
                 say(note)
             if processes.first:
@@ -155,7 +159,10 @@ def train(
             if not training and processes.first:
                 write_atomically(out / "log.jsonl", "")
             method.eval()
-            kept = history.kept["val_accuracy"] if history.kept and not chosen else val_accuracy()
+            if chosen or history.best_epoch not in (0, len(history.rows)):
+                predicted.clear()  # they are of other prompts
+            last = None if predicted else val_accuracy()
+            kept = history.kept["val_accuracy"] if history.kept and not chosen else last
             train_accuracy = None if split.unlabelled else evaluate(method, images, split.class_names).accuracy
             trainable = sum(p.numel() for p in method.learned())
             seconds = time.monotonic() - began + history.earlier
@@ -163,7 +170,7 @@ def train(
             result = Result(str(out), len(history.rows), train_accuracy, kept, trainable, seconds, skipped, taught_by)
             if processes.first:
                 write_sealed(out / "metrics.json", vars(result), indent=2)
-                calibration = calibrate_trained(method, val, split.class_names, say)
+                calibration = calibrate_trained(method, predicted, val.labels, split.class_names, say)
                 save_artefact(method, out, about(config, dataset, result, history), calibration)
     return method.requires_grad_(False), result
 
@@ -284,6 +291,14 @@ def _no_crops(config: RunConfig) -> list[str]:
     data = config.data
     changed = data.views == "center" and data.min_scale != DataConfig.min_scale
     return [f"data.min_scale = {data.min_scale:g} has no effect: data.views = center"] * changed
+
+
+def _measures_all(config: RunConfig, method: Method) -> list[str]:
+    """A line for an interval of measurements where every epoch is measured."""
+    every = config.train.val_every
+    why = "train.select = val" if config.train.select == "val" else method.name if method.keeps_best else None
+    changed = why and every != TrainConfig.val_every
+    return [f"train.val_every = {every} has no effect: {why} measures every epoch"] * bool(changed)
 
 
 def _check_images(out: Path, split: Split) -> None:
