@@ -31,6 +31,7 @@ from tests.kit.plain import (
     small_backbone,
     write,
 )
+from vlprompt.backbones import attention as kernels
 from vlprompt.backbones.attention import packed_attention, plain_attention
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.backbones.load import load_backbone
@@ -39,7 +40,6 @@ from vlprompt.cli.listing import listing, table
 from vlprompt.config.schema import build_config
 from vlprompt.errors import BackboneError, ConfigError, DataError
 from vlprompt.methods import METHODS, Batch, Can, Method, find_method
-from vlprompt.methods.dpl import decoupled
 from vlprompt.methods.dpl.decoupled import (
     SubProcesses,
     attention_bias,
@@ -338,10 +338,8 @@ def test_image_features_equal_the_plain_ones(drawn: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("kind", "times"), [("exact", 1), ("scaled", 1), ("learned", 1), ("constant", 2)])
 def test_what_is_but_a_bias_is_one_fused_attention(kind: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    fused = decoupled.scaled_dot_product_attention
-    monkeypatch.setattr(
-        decoupled, "scaled_dot_product_attention", lambda *q, **how: calls.append(1) or fused(*q, **how)
-    )
+    fused = kernels.scaled_dot_product_attention
+    monkeypatch.setattr(kernels, "scaled_dot_product_attention", lambda *q, **how: calls.append(1) or fused(*q, **how))
     method = make(instance_to_prompt=kind, prompt_to_prompt="identity", prompt_to_instance="scaled")
     method.encode_images(make_images())
     assert len(calls) == times * LAYERS

@@ -61,7 +61,8 @@ def test_promptot_does_not_mind_which_frozen_pair_it_goes_to(tiny: Backbone) -> 
     out = method(Batch(x, y, v0))
     costs = method.costs(out, Batch(x, y, v0))
     near = (transport_plan(costs) * costs).sum()
-    assert near <= costs.diagonal().mean()  # what comparing each image with itself would cost
+    paired = costs.diagonal().mean()  # what comparing each image with itself would cost
+    assert near <= paired * (1 + 1e-6)
     changed = method.costs(out, Batch(x, y, v0))[:, order]
     torch.testing.assert_close((transport_plan(changed) * changed).sum(), near)
 
