@@ -95,7 +95,7 @@ def check_classes(backbone: Backbone, drawn: Setting) -> None:
     if drawn.images:
         bias = learned["bias"] = torch.randn(drawn.images, 32, dtype=torch.float64, requires_grad=True)
     packed = context.packed(backbone, drawn.names)
-    with patch.object(attention, "WORTH_A_CALL", attention.WORTH_A_CALL if drawn.padded else 0):
+    with patch.object(attention, "MANY_LENGTHS", 2 if drawn.padded else 99):
         fast = encode_classes(backbone.text_tower, context.prompts(bias), packed)
     same_with_gradients(fast, plain_classes(backbone, drawn.names, context, bias), learned)
 
@@ -162,13 +162,13 @@ def test_frozen_text_features_equal_the_plain_ones(texts: list[str]) -> None:
 DIFFERENT = ["dog", "cat", "forget-me-not"]
 
 
-@pytest.mark.parametrize(("times", "specific", "groups"), [(1, False, 1), (1, True, 1), (40, False, 3)])
+@pytest.mark.parametrize(("times", "specific", "groups"), [(1, False, 1), (1, True, 1), (40, False, 5)])
 def test_few_texts_of_many_lengths_are_attended_to_at_once(times: int, specific: bool, groups: int) -> None:
     """By two calls of the kernel a layer, one for the shared prefix, which the last does not need."""
-    backbone, names = small_backbone(), ["dog", "hot dog", "a big dog", "one more big dog", "a dog with a bone"] * times
+    backbone, names = small_backbone(), [" ".join(["xyz"] * n) for n in range(1, 6)] * times
     context = make_context(backbone, 3, n_classes=len(names) if specific else None)
     packed = context.packed(backbone, names)
-    assert len(packed.groups) == 3
+    assert len(packed.groups) == 5
     kernel = attention.scaled_dot_product_attention
     with patch.object(attention, "scaled_dot_product_attention", side_effect=kernel) as called:
         encode_classes(backbone.text_tower, context.prompts(), packed)
@@ -177,13 +177,13 @@ def test_few_texts_of_many_lengths_are_attended_to_at_once(times: int, specific:
 
 def test_texts_joined_later_are_the_same_padded() -> None:
     """Those with room for tokens that join inside the tower, which some layers pass over."""
-    tokens = [[1, 5, 2], [1, 5, 6, 7, 2], [1, 9, 2], [1, 5, 6, 7, 8, 9, 2]]
+    tokens = [[1, 5, 2], [1, 5, 6, 7, 2], [1, 9, 2], [1, 5, 6, 7, 8, 9, 2], [1, 8, 9, 2]]
     torch.manual_seed(0)
     for text in pack_with_room(tokens, 2):
         q, k, v = torch.randn(3, 2, len(text.tokens), 32, dtype=torch.float64)
         for queries in (q, q[:, text.pooled]) if text.groups[0].mask[-1].all() else (q,):
             padded = packed_attention(text, 2)(queries, k, v)
-            with patch.object(attention, "WORTH_A_CALL", 0):
+            with patch.object(attention, "MANY_LENGTHS", 99):
                 same("padded", padded, packed_attention(text, 2)(queries, k, v))
 
 
