@@ -155,12 +155,14 @@ def benches() -> Iterator[tuple[str, list[str]]]:
             yield where, words
 
 
+def takes_seconds(where: str, words: list[str]) -> bool:
+    """Whether a bench has the dozens of rows of a table, or a teacher whose texts another model reads."""
+    return any(word.startswith(("docs/results", "tools/", "efficientnet")) for word in (where, *words))
+
+
 @pytest.mark.parametrize(
     ("where", "words"),
-    [
-        pytest.param(w, b, id=f"{w}: {' '.join(b)}", marks=[slow] if w.startswith(("docs/results", "tools/")) else [])
-        for w, b in benches()
-    ],
+    [pytest.param(w, b, id=f"{w}: {' '.join(b)}", marks=[slow] if takes_seconds(w, b) else []) for w, b in benches()],
 )
 def test_benches_can_begin(
     vlprompt, tmp_path: Path, own_method: None, monkeypatch: pytest.MonkeyPatch, where: str, words: list[str]
