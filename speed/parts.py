@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from vlprompt.backbones.attention import padding_that_pays
 from vlprompt.backbones.packing import PackedText
 from vlprompt.backbones.towers import ImageConfig, ImageTower, Prompts, TextConfig, TextTower
 from vlprompt.training.loop import Training
@@ -81,7 +82,11 @@ class Parts:
             if out.requires_grad:
                 assert prompts is not None
                 self._watch_backward(name, out, prompts.tokens)
-            shape = text_shape(x, prompts) if isinstance(x, PackedText) else image_shape(tower.config, x, prompts)
+            shape = (
+                text_shape(tower.config, x, prompts)
+                if isinstance(x, PackedText)
+                else image_shape(tower.config, x, prompts)
+            )
             self.rows[name] = max(self.rows[name], shape.tokens)
             self.flops[name] += tower_flops(tower.config, shape, pooled_only, out.requires_grad)
             return out
@@ -125,11 +130,14 @@ def image_shape(config: Any, images: Tensor, prompts: Prompts | None) -> Shape:
     return Shape(batch * n, batch * n * n, batch, batch * n, batch * patches)
 
 
-def text_shape(text: PackedText, prompts: Prompts | None) -> Shape:
+def text_shape(config: Any, text: PackedText, prompts: Prompts | None) -> Shape:
     """Of packed texts, once for each image where prompts depend on it."""
     batch = max([1, *(len(layer) for layer in prompts.tokens if layer.ndim == 4)] if prompts else [1])
-    pairs = text.prefix**2 + sum(g.count * g.length * (text.prefix + g.length) for g in text.groups)
-    pooled_pairs = sum(g.count * (text.prefix + g.length) for g in text.groups)
+    groups = [(g.count, g.length) for g in text.groups]
+    if padding_that_pays(text, batch, config.width, text.tokens.device):
+        groups = [(len(text.order), groups[-1][1])]
+    pairs = text.prefix**2 + sum(count * length * (text.prefix + length) for count, length in groups)
+    pooled_pairs = sum(count * (text.prefix + length) for count, length in groups)
     counts = (len(text.tokens), pairs, len(text.pooled), pooled_pairs)
     return Shape(*(batch * count for count in counts))
 

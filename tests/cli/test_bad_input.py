@@ -214,7 +214,7 @@ def test_a_folder_that_may_not_be_read(refuses, here, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["cop", "photos"], ("unknown method 'cop': did you mean 'coop'?", "allowed: bayesian, clap, ")),
+        (["cop", "photos"], ("unknown method 'cop': did you mean 'coop'?", "allowed: apt, bayesian, clap, ")),
         (["coop", "photos", "--backbone", "mni"], ("no backbone 'mni': did you mean 'mini'?", "a hub id")),
         (["coop", "photos", "--backbone", "photos"], ("no backbone in photos: needs config.json",)),
         (["coop", "photos", "n_ctxt=4"], ("unknown key 'n_ctxt': did you mean 'method.n_ctx'?", "allowed keys: ")),

@@ -14,15 +14,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.bench.test_browser import BROWSER, BROWSERS, pixels, probed
+from tests.bench.test_browser import pixels, probed
 from tests.kit import TINY
+from tests.kit.browser import needs_browser
 from tests.kit.command import vlprompt
 from tests.kit.marks import slow
 from tests.kit.pictures import SHADES, draw, make_photos, paint
 from vlprompt.bench.report import plots
 from vlprompt.bench.report.document import document
-
-in_browser = pytest.mark.skipif(BROWSER is None, reason=f"no browser is installed ({', '.join(BROWSERS)})")
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +159,7 @@ def test_bad_input(photos: Path, run: Path, tmp_path: Path) -> None:
 
 
 @slow
-@in_browser
+@needs_browser
 def test_in_a_browser(page: Path, tmp_path: Path) -> None:
     shutil.copy(page, tmp_path / "page.html")
     assert probed(tmp_path / "page.html") == {"plots": 2, "faults": [], "requests": []}
@@ -170,7 +169,7 @@ def test_in_a_browser(page: Path, tmp_path: Path) -> None:
 
 
 @slow
-@in_browser
+@needs_browser
 @pytest.mark.parametrize("n", [2, 40])
 def test_charts_of_many_classes_in_a_browser(n: int, tmp_path: Path) -> None:
     names = [f"class {i} with a name that is quite long" for i in range(n)]

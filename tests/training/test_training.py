@@ -313,7 +313,7 @@ def test_values_out_of_range_are_refused(method: str, key: str, value: object) -
 def test_unknown_methods_and_presets() -> None:
     with pytest.raises(
         ConfigError,
-        match=one_line(r"unknown method 'cop': did you mean 'coop'\? \(allowed: bayesian, clap, clip_adapter, "),
+        match=one_line(r"unknown method 'cop': did you mean 'coop'\? \(allowed: apt, bayesian, clap, clip_adapter, "),
     ):
         build_config("cop")
     with pytest.raises(ConfigError, match=one_line(r"unknown preset of coop 'few-shots': did you mean 'few-shot'\?")):

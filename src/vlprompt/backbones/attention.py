@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -76,10 +77,8 @@ def packed_attention(text: PackedText, heads: int) -> Attention:
     """
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if k.device.type == "cpu" and len(text.groups) >= MANY_LENGTHS and (padding := text.padding):
-            numbers = len(k) * len(padding.rows) * k.shape[-1]
-            if numbers <= WORTH_A_CALL * (len(text.groups) - 1):
-                return _padded(text, padding, heads, q, k, v)
+        if padding := padding_that_pays(text, len(k), k.shape[-1], k.device):
+            return _padded(text, padding, heads, q, k, v)
         batch, outputs = q.shape[0], list[Tensor]()
         (k_prefix, keys), (v_prefix, values) = text.texts(k), text.texts(v)
         if pooled := q.shape[1] != k.shape[1]:
@@ -96,6 +95,13 @@ def packed_attention(text: PackedText, heads: int) -> Attention:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
     return attention
+
+
+def padding_that_pays(text: PackedText, batch: int, width: int, device: torch.device) -> Padding | None:
+    """The padding to one length that attention of ``batch`` packed rows takes, or None for one call a length."""
+    if device.type != "cpu" or len(text.groups) < MANY_LENGTHS or (padding := text.padding) is None:
+        return None
+    return padding if batch * len(padding.rows) * width <= WORTH_A_CALL * (len(text.groups) - 1) else None
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -161,11 +167,26 @@ def with_maps(heads: int, maps: list[Tensor], mask: Tensor | None = None) -> Att
     return attention
 
 
+@dataclass(frozen=True)
+class Changed:
+    """Attention of other queries, keys and values: what ``change`` makes of the block's."""
+
+    attention: Attention
+    change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """That of what they become."""
+        return self.attention(*self.change(q, k, v))
+
+
 def observed(attention: Attention, heads: int, maps: list[Tensor]) -> Attention:
     """The same attention, which also leaves its weights [B, H, K, N] in ``maps``, with their gradient.
 
-    It is asked about unit vectors, so that weights are seen whatever makes them: it must be linear in the values.
+    It is asked about unit vectors, so that weights are seen whatever makes them: it must be linear in the values, but
+    for what a :class:`Changed` does to them.
     """
+    if isinstance(attention, Changed):
+        return replace(attention, attention=observed(attention.attention, heads, maps))
 
     def attention_observed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n = k.shape[1]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vlprompt.backbones.attention import Attention, plain_attention
+from vlprompt.backbones.attention import Attention, Changed, plain_attention
 from vlprompt.backbones.backbone import unit
 from vlprompt.methods.base import LEARNS_PROMPTS, Can, Count, Method, MethodConfig
 from vlprompt.methods.registry import register
@@ -90,8 +90,8 @@ class APT(Method):
 def _with_additions(plain: Attention, key: Tensor, value: Tensor) -> Attention:
     """Attention in which the class token, which stands first, has these [D] added to its key and its value."""
 
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def change(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         k, v = (torch.cat([x[:, :1] + own.to(x.dtype), x[:, 1:]], 1) for x, own in ((k, key), (v, value)))
-        return plain(q, k, v)
+        return q, k, v
 
-    return attention
+    return Changed(plain, change)
