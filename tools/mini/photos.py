@@ -1,16 +1,17 @@
 """Photographs for the pretraining of ``mini``, and what a classifier says they show.
 
     python tools/mini/photos.py --tiny tiny-imagenet-200 --more mini-imagenet --samples imagenet-sample-images \
-        --trash dataset-resized --out pretraining
+        --thousand vipriors --trash dataset-resized --out pretraining
 
 Reads Tiny-ImageNet (120,000 images of 64 px) and, if they are given, mini-ImageNet (60,000 of 84 px), one image of each
-of ImageNet's 1,000 classes, of which many crops are taken (all three under ImageNet's terms: used for training, never
-shipped), and TrashNet (MIT).
-EfficientNet-lite0 (Apache-2.0) gives each photograph probabilities of ImageNet's classes. The ten classes of Imagenette
-are taken out of them, and out of the images, so that ``mini`` never learns those: they measure it. A second call does
-only what is missing.
+of ImageNet's 1,000 classes, of which many crops are taken, the subset of ImageNet of the VIPriors challenge, of which a
+few are (all four under ImageNet's terms: used for training, never shipped), and TrashNet (MIT).
+EfficientNet-lite0 (Apache-2.0) gives each photograph probabilities of ImageNet's classes; it sees the photograph, or
+the crop, at its own size, not at the 64 px that ``mini`` sees. The ten classes of Imagenette are taken out of them, and
+out of the images, so that ``mini`` never learns those: they measure it. A second call does only what is missing.
 
-Writes into ``OUT/photos``, for each of the sources ``train``, ``val``, ``test``, ``more``, ``samples`` and ``trash``
+Writes into ``OUT/photos``, for each of the sources ``train``, ``val``, ``test``, ``more``, ``samples``, ``thousand``
+and ``trash``
 
 * ``SOURCE-pixels.npy``: [photographs, 64, 64, 3], uint8;
 * ``SOURCE-labels.json``: a WordNet id of each, "" where there is none;
@@ -26,7 +27,8 @@ import argparse
 import io
 import json
 import multiprocessing
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,49 +37,48 @@ import torch
 from kinds import UNSEEN
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from vlprompt.backbones.lite0 import IMAGE_SIZE, kinds, load_classifier
 from vlprompt.data.images import pixel_box, random_regions
 from vlprompt.files import write_atomically
 
-SIZE, TOP, PART = 64, 20, 1000
+SIZE, TOP, PART = 64, 20, 250
 AXES, FOR_AXES = 128, 2048
 """Directions of the classifier's features that are kept, and photographs from which those are found."""
-CROPS = 32
-"""Of each sample, which cover this share of its area or more."""
+CROPS = {"samples": 32, "thousand": 4}
+"""Of each photograph, which cover this share of its area or more; of other sources the middle square is taken."""
 LEAST = 0.25
 
 
-def listed(
-    tiny: Path, more: Path | None, samples: Path | None, trash: Path | None
-) -> dict[str, list[tuple[Path, str]]]:
+def listed(options: argparse.Namespace) -> dict[str, list[tuple[Path, str]]]:
     """The photographs of each source with their labels."""
+    tiny: Path = options.tiny
     annotations = (tiny / "val" / "val_annotations.txt").read_text(encoding="ascii").splitlines()
     found = {
         "train": [(file, file.parts[-3]) for file in sorted((tiny / "train").glob("*/images/*.JPEG"))],
         "val": [(tiny / "val" / "images" / name, id_) for name, id_, *_ in (line.split("\t") for line in annotations)],
         "test": [(file, "") for file in sorted((tiny / "test" / "images").glob("*.JPEG"))],
     }
-    if more:
-        found["more"] = [
-            (file, file.parent.name) for file in sorted(more.glob("*/n*/*.jpg")) if file.parent.name not in UNSEEN
-        ]
-    if samples:
-        named = [(file, file.name.partition("_")[0]) for file in sorted(samples.glob("n*.JPEG"))]
-        found["samples"] = [(file, id_) for file, id_ in named if id_ not in UNSEEN]
-    if trash:
-        found["trash"] = [(file, "") for file in sorted(trash.glob("*/*.jpg"))]
-    return found
+    if options.more:
+        found["more"] = [(file, file.parent.name) for file in sorted(options.more.glob("*/n*/*.jpg"))]
+    if options.samples:
+        files = sorted(options.samples.glob("n*.JPEG"))
+        found["samples"] = [(file, file.name.partition("_")[0]) for file in files]
+    if options.thousand:
+        files = [file for part in ("train", "val") for file in sorted((options.thousand / part).glob("n*/*.JPEG"))]
+        found["thousand"] = [(file, file.parent.name) for file in files]
+    if options.trash:
+        found["trash"] = [(file, "") for file in sorted(options.trash.glob("*/*.jpg"))]
+    return {source: [photo for photo in photos if photo[1] not in UNSEEN] for source, photos in found.items()}
 
 
-def read(file: Path, crops: int) -> Iterator[np.ndarray]:
-    """[SIZE, SIZE, 3] uint8: the middle square, or so many crops at random."""
+def read(file: Path, crops: int, sizes: Sequence[int]) -> Iterator[tuple[np.ndarray, ...]]:
+    """The middle square, or so many crops at random: each at these sizes, [size, size, 3] uint8."""
     with Image.open(file, formats=["JPEG"]) as opened:
         image = opened.convert("RGB")
     width, height = image.size
     if crops:
-        draw = np.random.default_rng(int.from_bytes(file.name.encode()[:8]))
+        draw = np.random.default_rng(zlib.crc32(file.name.encode()))
         boxes = [pixel_box(region, width, height) for region in random_regions(draw, width, height, crops, (LEAST, 1))]
     else:
         side = min(image.size)
@@ -85,7 +86,10 @@ def read(file: Path, crops: int) -> Iterator[np.ndarray]:
         boxes = [(left, top, left + side, top + side)]
     for box in boxes:
         part = image.crop(box)
-        yield np.asarray(part if part.size == (SIZE, SIZE) else part.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+        yield tuple(
+            np.asarray(part if part.size == (size, size) else part.resize((size, size), Image.Resampling.BICUBIC))
+            for size in sizes
+        )
 
 
 def classifier_of_photos() -> tuple[Any, list[int]]:
@@ -95,24 +99,22 @@ def classifier_of_photos() -> tuple[Any, list[int]]:
 
 
 @torch.no_grad()
-def seen(classifier: Any, pixels: np.ndarray) -> Tensor:
-    """What the classifier's last convolution sees of [B, 64, 64, 3]: [B, 1280, 5, 5]."""
-    images = (torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float() - 127) / 128
-    images = F.interpolate(images, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", align_corners=False)
-    found: Tensor = classifier.extract_features(
-        images.clamp(-1, 1).to(torch.bfloat16, memory_format=torch.channels_last)
-    )
+def seen(classifier: Any, pixels: Sequence[np.ndarray]) -> Tensor:
+    """What the classifier's last convolution sees of B images [IMAGE_SIZE, IMAGE_SIZE, 3]: [B, 1280, 5, 5]."""
+    images = (torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() - 127) / 128
+    found: Tensor = classifier.extract_features(images.to(torch.bfloat16, memory_format=torch.channels_last))
     return found
 
 
-def axes_of(pixels: np.ndarray) -> np.ndarray:
+def axes_of(files: Sequence[Path]) -> np.ndarray:
     """Principal directions of the classifier's features, without those by which it knows the unseen classes.
 
     [1280 + 1, AXES]: a feature times the first rows plus the last has components of -127…127, nearly always.
     """
     classifier, hidden = classifier_of_photos()
-    rows = np.random.default_rng(0).permutation(len(pixels))[:FOR_AXES]
-    found = [seen(classifier, pixels[np.sort(rows[i : i + 64])]) for i in range(0, len(rows), 64)]
+    rows = np.sort(np.random.default_rng(0).permutation(len(files))[:FOR_AXES])
+    pixels = [view for row in rows for (view,) in read(files[row], 0, (IMAGE_SIZE,))]
+    found = [seen(classifier, pixels[i : i + 64]) for i in range(0, len(pixels), 64)]
     x = torch.cat([part.float().permute(0, 2, 3, 1).reshape(-1, part.shape[1]) for part in found])
     known = torch.linalg.qr(classifier._fc.weight[hidden].float().T).Q  # [1280, unseen]
     mean = x.mean(0)
@@ -124,25 +126,25 @@ def axes_of(pixels: np.ndarray) -> np.ndarray:
     return torch.cat([axes, -(mean @ axes)[None]]).numpy()
 
 
-def classified(part: tuple[Path, Path, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Likeliest classes, their probabilities and what the classifier sees, of the photographs ``start`` to ``stop``."""
-    file, axes_file, start, stop = part
+def looked_at(part: tuple[list[Path], int, Path]) -> tuple[np.ndarray, ...]:
+    """Pixels, likeliest classes, their probabilities and what the classifier sees, of all crops of some files."""
+    files, crops, axes_file = part
     torch.set_num_threads(1)
     classifier, hidden = classifier_of_photos()
     axes = torch.from_numpy(np.load(axes_file))
-    pixels = np.load(file, mmap_mode="r")[start:stop]
-    top, chance = np.zeros((len(pixels), TOP), np.int16), np.zeros((len(pixels), TOP), np.float16)
-    grid = np.zeros((len(pixels), 5, 5, AXES), np.int8)
-    for i in range(0, len(pixels), 64):
-        features = seen(classifier, pixels[i : i + 64])
+    views = [view for file in files for view in read(file, crops, (SIZE, IMAGE_SIZE))]
+    tops, chances, grids = [], [], []
+    for i in range(0, len(views), 64):
+        features = seen(classifier, [large for _, large in views[i : i + 64]])
         with torch.no_grad():
             logits = classifier._fc(features.mean((2, 3))).float()
         logits[:, hidden] = -torch.inf
         best = logits.softmax(-1).topk(TOP, -1)
-        top[i : i + 64], chance[i : i + 64] = best.indices.numpy(), best.values.numpy()
+        tops.append(best.indices.numpy().astype(np.int16))
+        chances.append(best.values.numpy().astype(np.float16))
         along = features.float().permute(0, 2, 3, 1) @ axes[:-1] + axes[-1]
-        grid[i : i + 64] = along.round().clamp(-127, 127).numpy()
-    return top, chance, grid
+        grids.append(along.round().clamp(-127, 127).numpy().astype(np.int8))
+    return np.stack([small for small, _ in views]), *(np.concatenate(each) for each in (tops, chances, grids))
 
 
 def write_array(file: Path, values: np.ndarray) -> None:
@@ -158,33 +160,34 @@ def main() -> None:
     parser.add_argument("--tiny", type=Path, required=True, help="folder of Tiny-ImageNet")
     parser.add_argument("--more", type=Path, help="folder of mini-ImageNet, with train/WNID/*.jpg, val/WNID/*.jpg")
     parser.add_argument("--samples", type=Path, help="folder of images n….JPEG, one a class of ImageNet")
+    parser.add_argument("--thousand", type=Path, help="folder of VIPriors' ImageNet: train/WNID/*.JPEG, val/…")
     parser.add_argument("--trash", type=Path, help="folder of TrashNet, dataset-resized")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--processes", type=int, help="that classify; default: as many as there are cores")
     options = parser.parse_args()
     folder = options.out / "photos"
     axes = folder / "axes.npy"
-    for source, photos in listed(options.tiny, options.more, options.samples, options.trash).items():
-        files = ("pixels.npy", "labels.json", "top.npy", "chance.npy", "grid.npy")
-        pixels, labels, *outputs = (folder / f"{source}-{file}" for file in files)
-        if not pixels.exists():
-            crops = CROPS if source == "samples" else 0
-            write_atomically(labels, json.dumps([label for _, label in photos for _ in range(crops or 1)]))
-            write_array(pixels, np.stack([view for file, _ in photos for view in read(file, crops)]))
-            outputs[-1].unlink(missing_ok=True)
-        shown = np.load(pixels, mmap_mode="r")
-        print(f"{source}: {len(shown)} photographs", flush=True)
+    for source, photos in listed(options).items():
+        labels, *outputs = (
+            folder / f"{source}-{file}" for file in ("labels.json", "pixels.npy", "top.npy", "chance.npy", "grid.npy")
+        )
+        crops = CROPS.get(source, 0)
+        print(f"{source}: {len(photos)} photographs", flush=True)
         if not axes.exists():
-            write_array(axes, axes_of(shown))
-        if not outputs[-1].exists():
-            parts = [(pixels, axes, i, min(i + PART, len(shown))) for i in range(0, len(shown), PART)]
-            found = []
-            with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-                for part in pool.imap(classified, parts):
-                    found.append(part)
-                    print(f"{sum(len(of_part[0]) for of_part in found)} of {len(shown)} classified", flush=True)
-            for file, values in zip(outputs, zip(*found, strict=True), strict=True):
-                write_array(file, np.concatenate(values))
+            write_array(axes, axes_of([file for file, _ in photos]))
+        if outputs[-1].exists():
+            continue
+        write_atomically(labels, json.dumps([label for _, label in photos for _ in range(crops or 1)]))
+        files = [file for file, _ in photos]
+        parts = [(files[i : i + PART], crops, axes) for i in range(0, len(files), PART)]
+        found = []
+        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+            for part in pool.imap(looked_at, parts):
+                found.append(part)
+                if len(found) % 20 == 0:
+                    print(f"{sum(len(of_part[0]) for of_part in found)} views classified", flush=True)
+        for file, values in zip(outputs, zip(*found, strict=True), strict=True):
+            write_array(file, np.concatenate(values))
 
 
 if __name__ == "__main__":
