@@ -107,9 +107,7 @@ def protocols() -> str:
     return table(("protocol", "trained on", "measured on", "shots", "preset"), rows)
 
 
-TABLES: dict[str, Callable[..., str]] = {
-    t.__name__: t for t in (official, options, training, datasets, protocols)
-}
+TABLES: dict[str, Callable[..., str]] = {t.__name__: t for t in (official, options, training, datasets, protocols)}
 
 
 # --- parts ----------------------------------------------------------------------------------------
