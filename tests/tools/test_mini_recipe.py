@@ -305,7 +305,9 @@ def test_the_table_is_what_wordnet_says():
 @slow
 def test_photographs_are_read_and_classified(tmp_path):
     photos, lite0 = of("photos"), importlib.import_module("vlprompt.backbones.lite0")
-    tiny, more, samples, trash = (tmp_path / name for name in ("tiny", "more", "samples", "trash"))
+    tiny, more, samples, thousand, trash = (
+        tmp_path / name for name in ("tiny", "more", "samples", "thousand", "trash")
+    )
     shoes = sorted((lite0.Path(lite0.__file__).parents[1] / "data" / "known" / "clothing" / "test" / "shoes").iterdir())
     names = ["train/n01443537/images/n01443537_0.JPEG", "val/images/val_0.JPEG", "test/images/test_0.JPEG"]
     for file, place in zip(shoes, [tiny / name for name in names], strict=False):
@@ -318,6 +320,9 @@ def test_photographs_are_read_and_classified(tmp_path):
     samples.mkdir()
     for file, name in zip(shoes, ("n03680355_Loafer.JPEG", "n01440764_tench.JPEG"), strict=False):
         (samples / name).write_bytes(file.read_bytes())
+    for name in ("train/n03680355/1.JPEG", "val/n03680355/2.JPEG", "train/n01440764/3.JPEG"):
+        (thousand / name).parent.mkdir(parents=True)
+        (thousand / name).write_bytes(shoes[2].read_bytes())
     (trash / "glass").mkdir(parents=True)
     (trash / "glass" / "glass1.jpg").write_bytes(shoes[3].read_bytes())
     given = (
@@ -327,6 +332,8 @@ def test_photographs_are_read_and_classified(tmp_path):
         more,
         "--samples",
         samples,
+        "--thousand",
+        thousand,
         "--trash",
         trash,
         "--out",
@@ -337,11 +344,11 @@ def test_photographs_are_read_and_classified(tmp_path):
     run(photos, *given)
     found = {file.name.partition("-")[0]: np.load(file) for file in (tmp_path / "photos").glob("*-pixels.npy")}
     assert {source: len(pixels) for source, pixels in found.items()} == {
-        "train": 1, "val": 1, "test": 1, "more": 2, "samples": photos.CROPS, "trash": 1,
+        "train": 1, "val": 1, "test": 1, "more": 2, "samples": 32, "thousand": 2 * 4, "trash": 1,
     }  # fmt: skip
     assert all(pixels.shape[1:] == (64, 64, 3) for pixels in found.values())
     labels = json.loads((tmp_path / "photos" / "samples-labels.json").read_text())
-    assert labels == ["n03680355"] * photos.CROPS, "the tench is kept unseen"
+    assert labels == ["n03680355"] * 32, "the tench is kept unseen"
     chance, top = (np.load(tmp_path / "photos" / f"train-{what}.npy") for what in ("chance", "top"))
     hidden = {i for i, kind in enumerate(lite0.kinds()) if kind.id in of("kinds").UNSEEN}
     assert not hidden & set(top.flatten().tolist())

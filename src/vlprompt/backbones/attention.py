@@ -132,7 +132,7 @@ def _padded(text: PackedText, padding: Padding, heads: int, q: Tensor, k: Tensor
 def _among_prefix(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """The shared prefix [B, P, D], whose tokens see those before them."""
     qh, kh, vh = (split_heads(t[:, None], heads) for t in (q, k, v))
-    return merge_heads(_causal(qh, kh, vh), len(q))
+    return merge_heads(_causal(qh, kh, vh), q.shape[0])
 
 
 def _behind(prefix: Tensor, texts: Tensor) -> Tensor:
