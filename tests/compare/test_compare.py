@@ -248,6 +248,9 @@ def test_the_best_is_trained_on_all_images_and_ready(done: tuple[Path, dict[str,
     assert len(predictions) == 6
     assert all("set" in p for p in predictions)
     assert not (out / "candidates" / ".shared").exists()
+    code, _, err = vlprompt("export", out, "--int8", "--out", out.parent / "small.onnx")
+    assert code == 0, err
+    assert "accuracy on 6 test images of small" in err, "the run's own split file names training images alone"
 
 
 def test_the_page_needs_nothing_else(done: tuple[Path, dict[str, Any]]) -> None:
