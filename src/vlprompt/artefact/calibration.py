@@ -122,9 +122,10 @@ def _rank(n: int, coverage: float) -> int:
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> tuple[float, str]:
-    """The temperature with the smallest cross-entropy of logits [n, C] (Guo et al., ICML 2017); 1 and why if none has.
+    """The temperature with the smallest cross-entropy of logits [n, C] (Guo et al., ICML 2017), and why if none has.
 
-    The loss is convex in s = 1 / T, and its slope, the mean of E_p[z] − z_y, rises from its value at s = 0.
+    The loss is convex in s = 1 / T, and its slope, the mean of E_p[z] − z_y, rises from its value at s = 0. Where no
+    image is told wrongly the temperature is 1; where logits say no more than chance, so high that they decide nothing.
     """
     z = logits.double()
     z = z - z.gather(1, labels[:, None])  # z_y is 0
@@ -135,7 +136,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> tuple[float, str]:
     if bool((z.amax(-1) <= 0).all()):
         return 1.0, "every held-out image is classified right: any lower temperature fits better"
     if slope(0.0) >= 0:
-        return 1.0, "the logits say no more than chance"
+        widest = (z.amax(-1) - z.amin(-1)).max().item()
+        return max(100 * widest, 1.0), "the logits say no more than chance: every class is made about as likely"
     low, high = 0.0, 1.0
     while slope(high) < 0:
         low, high = high, 2 * high
