@@ -39,11 +39,13 @@ def read_descriptions(file: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _is_text(text: object) -> bool:
+    if not isinstance(text, str) or not text.strip():
+        return False
     try:
-        check_text(text if isinstance(text, str) else "\0")
+        check_text(text)
     except ValueError:
         return False
-    return bool(str(text).strip())
+    return True
 
 
 def texts_of(descriptions: Descriptions, class_names: Sequence[str], source: str) -> list[tuple[str, ...]]:

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -313,6 +314,7 @@ def check_class_names(class_names: Iterable[str], source: str) -> None:
         seen[key] = name
 
 
+@lru_cache(1 << 16)  # training with descriptions asks for the same names at every step
 def folded(name: str) -> str:
     """A class name without what two spellings of it may differ in: case, underscores, white space, stored accents."""
     return " ".join(unicodedata.normalize("NFC", class_name(name)).casefold().split())
