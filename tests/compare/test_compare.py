@@ -250,7 +250,7 @@ def test_the_best_is_trained_on_all_images_and_ready(done: tuple[Path, dict[str,
     assert not (out / "candidates" / ".shared").exists()
     code, _, err = vlprompt("export", out, "--int8", "--out", out.parent / "small.onnx")
     assert code == 0, err
-    assert "accuracy on 6 test images of small" in err, "the run's own split file names training images alone"
+    assert "accuracy on 6 test images of small" in err, "the run's split names them"
 
 
 def test_the_page_needs_nothing_else(done: tuple[Path, dict[str, Any]]) -> None:

@@ -55,13 +55,8 @@ def measured_on(run: str, data: str | None, root: Path | None, split_file: Path 
         raise ConfigError(f"--int8 is measured on labelled images, and {run} names none: say which with --data")
     config = read_config(file)
     try:
-        name, root, own_split = config["data.name"], root or config.get("data.root"), config.get("data.split_file")
-        dataset = load_dataset(name, root, split_file or own_split)
-        if not split_file and own_split and not any(map(dataset.split.items, ("test", "val"))):
-            # The file names training images alone, as compare's does: the data set's test images are not among them.
-            whole = load_dataset(name, root)
-            dataset = whole if whole.split.items("test") else dataset
-        return dataset
+        own_root, own_split = config.get("data.root"), config.get("data.split_file")
+        return load_dataset(config["data.name"], root or own_root, split_file or own_split)
     except DataError as error:
         raise DataError(f"--int8 is measured on the run's images, or those of --data: {error}") from None
 

@@ -32,7 +32,7 @@ from vlprompt.config.images import choose_images
 from vlprompt.config.schema import RunConfig
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.reading import ImageReader
-from vlprompt.data.splits import Split, write_split
+from vlprompt.data.splits import Item, Split, write_split
 from vlprompt.documents import read_sealed, write_sealed
 from vlprompt.errors import ConfigError, Interrupted, VlpromptError
 from vlprompt.files import held as locked
@@ -130,7 +130,7 @@ def compare(
             if not work.rows:
                 first = work.left_out[0]
                 raise ConfigError(f"nothing could be compared: {first.method}: {first.reason}")
-            work.retrain(place)
+            work.retrain(place, split.test)
         except (KeyboardInterrupt, Interrupted):
             raise Interrupted(f"to continue: {SAME}") from None
         result = Comparison(
@@ -278,8 +278,11 @@ class _Work:
         shutil.rmtree(folder)
         return logits, about
 
-    def retrain(self, out: Path) -> None:
-        """Train the best method on all images, calibrated on those held out, and put the run into ``out``."""
+    def retrain(self, out: Path, test: tuple[Item, ...]) -> None:
+        """Train the best method on all images, calibrated on those held out, and put the run into ``out``.
+
+        ``test`` images are not looked at; the run's split names them for those who ask it.
+        """
         best = best_of(self.rows).method
         candidate, whole = self.candidates[best], self.held.whole
         model = digest([candidate.config.to_dict(), split_values(whole)])
@@ -287,7 +290,7 @@ class _Work:
         if (out / CONFIG).is_file() and _json(stamp) == model:
             return
         self.say(f"{best} is trained on all {len(whole.train)} images")
-        write_split(whole, split_file)
+        write_split(replace(whole, test=test), split_file)
         train(_with_split(candidate.config, split_file), folder, resume=_begun(folder), images_of=self.images)
         if int(torch.bincount(self.labels).max()) > 1:
             write_calibration(folder, fit_calibration(self.logits[best], self.labels)[0])
