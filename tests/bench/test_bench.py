@@ -349,7 +349,7 @@ def test_zero_shot_reads_the_template_of_what_is_measured(bench, vlprompt, tmp_p
         read.append((method.name, method.template))
         return predict_logits(method, *given)
 
-    monkeypatch.setattr("vlprompt.cli.evaluate.predict_logits", logits)
+    monkeypatch.setattr("vlprompt.evaluation.measure.predict_logits", logits)
     assert vlprompt("evaluate", run, "dtd", "--root", tmp_path)[0] == 0
     assert read == [("zero_shot", own[1])]
 

@@ -106,8 +106,8 @@ def evaluate(
     """
     from vlprompt.artefact.export import check_new
     from vlprompt.artefact.hub import load_model
-    from vlprompt.cli.evaluate import Asked, measure, per_image, summary
-    from vlprompt.evaluation.page import page
+    from vlprompt.cli.evaluate import per_image, summary
+    from vlprompt.evaluation.measure import Asked, measure
     from vlprompt.files import write_atomically
     from vlprompt.training.attack import find_attack
     from vlprompt.training.prepare import describe_others
@@ -124,6 +124,8 @@ def evaluate(
     with reading(method, skip_bad, max_pixels) as reader:
         measured = measure(method, folder, asked, images, reader, say)
         if html:
+            from vlprompt.evaluation.page import page
+
             write_atomically(html, page(method, folder, measured))
             say(f"page written to {html}")
     if json_output:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,13 +20,11 @@ from vlprompt.artefact.calibration import probabilities
 from vlprompt.bench.report import plots
 from vlprompt.bench.report.document import document
 from vlprompt.data.reading import ImageReader
+from vlprompt.evaluation.measure import Measured
 from vlprompt.evaluation.suspects import ALIKE, FOLDS, LEAST, doubtful_labels, near_duplicates
 from vlprompt.methods import Method
 from vlprompt.training.calibrate import images_trained_on
 from vlprompt.training.evaluate import BINS, score
-
-if TYPE_CHECKING:
-    from vlprompt.cli.evaluate import Measured
 
 SHOWN = 24
 """Pictures of a kind."""

@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 
 from vlprompt.data.reading import ImageReader
 from vlprompt.errors import DataError
+from vlprompt.methods.heads.common import place_in_class
 
 SIDE = 16
 ALIKE = 0.95
@@ -103,10 +104,7 @@ def cross_validated(features: Tensor, labels: Tensor) -> Tensor:
     """
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-    order = labels.argsort(stable=True)
-    first = torch.searchsorted(labels[order], labels[order])
-    fold = torch.empty_like(labels)
-    fold[order] = (torch.arange(len(labels)) - first) % FOLDS
+    fold = place_in_class(labels) % FOLDS
     p = torch.zeros(len(labels), int(labels.max()) + 1, dtype=torch.double)
     for k in fold.unique().tolist():
         model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")

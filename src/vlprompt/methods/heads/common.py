@@ -88,11 +88,17 @@ def folds(labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     k = min(FOLDS, int(counts[counts > 0].min()))
     if k < 2:
         return
-    place = torch.zeros_like(labels)
-    for c in range(len(counts)):
-        place[labels == c] = torch.arange(int(counts[c]), device=labels.device)
+    place = place_in_class(labels)
     for fold in range(k):
         yield place % k != fold, place % k == fold
+
+
+def place_in_class(labels: Tensor) -> Tensor:
+    """How many images of its own class stand before each, [n]."""
+    order = labels.argsort(stable=True)
+    place, ranked = torch.empty_like(labels), labels[order]
+    place[order] = torch.arange(len(labels), device=labels.device) - torch.searchsorted(ranked, ranked)
+    return place
 
 
 def chosen_on(support: Support) -> str:
