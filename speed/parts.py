@@ -82,11 +82,8 @@ class Parts:
             if out.requires_grad:
                 assert prompts is not None
                 self._watch_backward(name, out, prompts.tokens)
-            shape = (
-                text_shape(tower.config, x, prompts)
-                if isinstance(x, PackedText)
-                else image_shape(tower.config, x, prompts)
-            )
+            shape_of: Callable[..., Shape] = text_shape if isinstance(x, PackedText) else image_shape
+            shape = shape_of(tower.config, x, prompts)
             self.rows[name] = max(self.rows[name], shape.tokens)
             self.flops[name] += tower_flops(tower.config, shape, pooled_only, out.requires_grad)
             return out

@@ -27,10 +27,10 @@ from vlprompt.data.splits import Split, find_classes, in_order, read_split
 from vlprompt.documents import read_sealed, write_sealed
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.methods import Method, find_method
-from vlprompt.prompting.prior import read_prior
 from vlprompt.training.attack import AttackedImages
 from vlprompt.training.checkpoints import checkpoint_file
 from vlprompt.training.evaluate import Evaluation, evaluate
+from vlprompt.training.prepare import describe_others
 from vlprompt.training.run import Environment, Result, saved_config, train
 
 _OF_TRAINING = ("epochs", "train_accuracy", "val_accuracy", "trainable_parameters", "seconds")
@@ -82,8 +82,7 @@ def do_run(run: Run, out: Path) -> dict[str, Any]:
         for measurement in (m for m in stage.measurements if m.key not in done):
             for place in (s.folder for s in used if s.folder not in models):
                 models[place] = load_artefact(place, config.backbone, config.train.device, config.train.precision)
-                if config.data.prior:
-                    models[place].take_prior(read_prior(Path(config.data.prior)))
+                describe_others(models[place], None, Path(config.data.prior) if config.data.prior else None)
             asked = [models[s.folder] for s in used]
             began = time.monotonic()
             for method in asked:

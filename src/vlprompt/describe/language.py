@@ -112,15 +112,14 @@ class LanguageModel:
         """Raise BackboneError unless our computation of the last layer is the model's own, on a question."""
         ids, (eps, scaling) = self.prompt(question, class_name), self.numbers
         seen: list[Tensor] = []
-        hook = (
-            self.decoder()
-            .layers[-1]
-            .register_forward_pre_hook(
-                lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-            )
-        )
+        inner = self.decoder()
+
+        def keep(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            seen.append(args[0] if args else kwargs["hidden_states"])
+
+        hook = inner.layers[-1].register_forward_pre_hook(keep, with_kwargs=True)
         try:
-            expected = self.decoder()(ids, use_cache=False).last_hidden_state
+            expected = inner(ids, use_cache=False).last_hidden_state
         finally:
             hook.remove()
         x, d = seen[0], 2 * len(layer[FREQUENCIES])
