@@ -1,7 +1,7 @@
 """Random search for a method's settings on a small backbone: the same space and number of trials for every method.
 
     python tools/search.py rows --methods coop maple --trials 8 > rows.yaml
-    vlprompt bench base-to-novel --rows rows.yaml --data openmoji --allow-fewer --seeds 1 --split val --out runs/search
+    vlprompt bench base-to-novel --rows rows.yaml --data imagenette --root DATA --seeds 1 --split val --out runs/search
     python tools/search.py best rows.yaml runs/search --write
 
 Trials start from the official settings without a preset. They differ in learning rate (a factor on the official one),
@@ -78,7 +78,8 @@ def best(rows: Rows, figures: dict[str, dict[str, float | None]]) -> dict[str, d
     for name, (method, settings) in rows.items():
         hm = figures.get(name, {}).get("hm")
         if hm is not None and hm > found.get(method, {"hm": -1})["hm"]:
-            found[method] = {"settings": dict(settings), **figures[name], "name": name}
+            own = {key: value for key, value in settings.items() if key != "preset"}
+            found[method] = {"settings": own, **figures[name], "name": name}
     return found
 
 
@@ -90,10 +91,13 @@ def with_presets(text: str, found: dict[str, dict[str, Any]]) -> str:
 
 
 def read_figures(folder: Path) -> dict[str, dict[str, float | None]]:
-    """Base, novel and harmonic mean by row: of the first table that ``vlprompt report`` makes of the folder."""
+    """Base, novel and harmonic mean by row of the file: of the first table that ``vlprompt report`` makes of the folder."""
     table = to_dict(read_sections(folder))[0]
     heads = {"base": "base", "novel": "novel", "hm": "HM"}
-    return {row: {key: cells[head]["mean"] for key, head in heads.items()} for row, cells in table["rows"].items()}
+    return {
+        row.removesuffix("-transductive"): {key: cells[head]["mean"] for key, head in heads.items()}
+        for row, cells in table["rows"].items()
+    }
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ def test_the_best_has_the_highest_harmonic_mean(search):
     rows, figures = {}, {}
     for method, means in (("coop", (3.0, 5.0, 4.0)), ("maple", (0.0, None))):
         for k, hm in enumerate(means, 1):
-            rows[f"{method}-{k}"] = (method, {"lr": k})
+            rows[f"{method}-{k}"] = (method, {"preset": None, "lr": k})
             figures[f"{method}-{k}"] = {"base": 1.0, "novel": 1.0, "hm": hm}
     rows["coop-4"] = ("coop", {"lr": 4})  # has not been run
     found = search.best(rows, figures)
@@ -70,14 +70,15 @@ def test_figures_are_those_of_the_report(search, tmp_path):
     row = Row(
         "base-to-novel", "x", "coop-1", "coop", "mini", 16, 1, "x", "base", "val", 9, 60, 60, 0, 5, 8, 1, 1, "f", "1"
     )
-    (tmp_path / "results.csv").write_text(to_csv([row, replace(row, classes="novel", accuracy=30)]))
-    assert search.read_figures(tmp_path) == {"coop-1": {"base": 60, "novel": 30, "hm": pytest.approx(40)}}
+    marked = [replace(row, name="promptkd-1-transductive", classes=part) for part in ("base", "novel")]
+    (tmp_path / "results.csv").write_text(to_csv([row, replace(row, classes="novel", accuracy=30), *marked]))
+    figures = {"base": 60, "novel": 30, "hm": pytest.approx(40)}
+    assert search.read_figures(tmp_path) == {"coop-1": figures, "promptkd-1": dict.fromkeys(figures, pytest.approx(60))}
 
 
 def test_the_small_presets_are_trials(search):
     found = yaml.safe_load(search.FILE.read_text("utf-8"))
-    assert len(found) == 10
-    trials = search.rows(sorted(found), 8, 0)["rows"]
+    assert len(found) == 21
+    trials = search.rows(sorted(found), 6, 0)["rows"]
     for method, preset in found.items():
-        first = [{**trials[f"{method}-{k}"]} for k in range(1, 7)]
-        assert {"method": method, "preset": None} | preset in first
+        assert {"method": method, "preset": None} | preset in [trials[f"{method}-{k}"] for k in range(1, 7)]
