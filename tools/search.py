@@ -91,7 +91,7 @@ def with_presets(text: str, found: dict[str, dict[str, Any]]) -> str:
 
 
 def read_figures(folder: Path) -> dict[str, dict[str, float | None]]:
-    """Base, novel and harmonic mean by row of the file: of the first table that ``vlprompt report`` makes of the folder."""
+    """Base, novel and harmonic mean of the file's rows, from the first table that ``vlprompt report`` makes."""
     table = to_dict(read_sections(folder))[0]
     heads = {"base": "base", "novel": "novel", "hm": "HM"}
     return {
