@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -87,10 +88,12 @@ def own_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     """The page's method in the folder where commands run."""
     (tmp_path / OWN_FILE).write_text(OWN_METHOD, "utf-8")
     monkeypatch.chdir(tmp_path)
-    before = dict(METHODS)
+    before, modules = dict(METHODS), set(sys.modules)
     yield
     METHODS.clear()
     METHODS.update(before)
+    for module in (name for name in set(sys.modules) - modules if name.startswith("vlprompt_method_")):
+        del sys.modules[module]  # another test's rows may be of the same file, which is to be registered again
 
 
 def test_a_method_of_ones_own_is_trained_and_compared(place: Path, own_method: None, vlprompt) -> None:
