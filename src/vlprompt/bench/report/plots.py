@@ -121,6 +121,39 @@ def curves(
     return str(axes.drawing)
 
 
+def costs(points: Mapping[str, tuple[float, float]], front: Collection[str], title: str, x: str, y: str) -> str:
+    """Accuracy upwards against cost on a logarithmic axis, each point with its name; those of the front joined."""
+    places = {name: (math.log10(cost), accuracy) for name, (cost, accuracy) in points.items()}
+    low, high = (pick(cost for cost, _ in places.values()) for pick in (min, max))
+    tens = range(math.floor(low) - 1, math.ceil(high) + 1)
+    ticks = {math.log10(k) + n: f"{k * 10.0**n:g}" for n in tens for k in (1, 2, 5)}
+    left, right = low - 0.1, high + 0.1
+    shown = {place: text for place, text in ticks.items() if left <= place <= right}
+    axes = _Named((left, right), _range([accuracy for _, accuracy in places.values()]), x, y, title, shown)
+    dots = {name: axes.place(*place) for name, place in places.items()}
+    steps = sorted(dots[name] for name in front)
+    axes.drawing.path(steps, COLOURS[0], 1)
+    taken = [(px - 5, py - 5, px + 5, py + 5) for px, py in dots.values()]
+    for name in sorted(dots, key=lambda name: name not in front):  # these come first, and find room beside their dots
+        px, py = dots[name]
+        colour, wide = COLOURS[0] if name in front else GREY, LETTER * len(_short(name))
+        boxes = [
+            (x0, py + dy - 10, x0 + wide, py + dy + 2)
+            for dy in (4, -6, 14, -17, 25, -28, 36)
+            for x0 in ((px + 8, px - 8 - wide) if abs(dy - 4) < 12 else (px - wide / 2, px + 8, px - 8 - wide))
+        ]
+        box = next((b for b in boxes if b[0] > axes.LEFT and not any(_meet(b, other) for other in taken)), boxes[0])
+        taken.append(box)
+        axes.drawing.dot(px, py, colour)
+        axes.drawing.text(box[0], box[3] - 2, _short(name), colour=colour if name in front else "#555")
+    return str(axes.drawing)
+
+
+def _meet(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two boxes (left, top, right, bottom) have a place in common."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
 def stack(charts: Sequence[str]) -> str:
     """Charts below each other in one picture."""
     top, parts = 0, list[str]()
@@ -243,6 +276,12 @@ class _Axes:
         for i, name in enumerate(names):
             self.drawing.dot(self.RIGHT + 22, 36 + 18 * i, colour[name])
             self.drawing.text(self.RIGHT + 32, 40 + 18 * i, _short(name))
+
+
+class _Named(_Axes):
+    """One whose points have their names beside them, and which needs no legend."""
+
+    RIGHT = 590.0
 
 
 def _range(values: Sequence[float], least: float = 1.0) -> tuple[float, float]:
