@@ -131,22 +131,36 @@ def costs(points: Mapping[str, tuple[float, float]], front: Collection[str], tit
     shown = {place: text for place, text in ticks.items() if left <= place <= right}
     axes = _Named((left, right), _range([accuracy for _, accuracy in places.values()]), x, y, title, shown)
     dots = {name: axes.place(*place) for name, place in places.items()}
-    steps = sorted(dots[name] for name in front)
-    axes.drawing.path(steps, COLOURS[0], 1)
-    taken = [(px - 5, py - 5, px + 5, py + 5) for px, py in dots.values()]
-    for name in sorted(dots, key=lambda name: name not in front):  # these come first, and find room beside their dots
-        px, py = dots[name]
-        colour, wide = COLOURS[0] if name in front else GREY, LETTER * len(_short(name))
-        boxes = [
-            (x0, py + dy - 10, x0 + wide, py + dy + 2)
-            for dy in (4, -6, 14, -17, 25, -28, 36)
-            for x0 in ((px + 8, px - 8 - wide) if abs(dy - 4) < 12 else (px - wide / 2, px + 8, px - 8 - wide))
-        ]
-        box = next((b for b in boxes if b[0] > axes.LEFT and not any(_meet(b, other) for other in taken)), boxes[0])
+    axes.drawing.path(sorted(dots[name] for name in front), COLOURS[0], 1)
+    taken, named = [(px - 5, py - 5, px + 5, py + 5) for px, py in dots.values()], {}
+    # Those of the front come first, and find room beside their dots; then from the top.
+    for name in sorted(dots, key=lambda name: (name not in front, dots[name][1])):
+        spots = [(spot, _room_of(_short(name), *spot)) for spot in _beside(*dots[name])]
+        inside = (s for s in spots if s[1][0] > axes.LEFT and s[1][1] > axes.TOP - 12 and s[1][3] < axes.BOTTOM)
+        named[name], box = next((s for s in inside if not any(_meet(s[1], other) for other in taken)), spots[0])
         taken.append(box)
-        axes.drawing.dot(px, py, colour)
-        axes.drawing.text(box[0], box[3] - 2, _short(name), colour=colour if name in front else "#555")
+        text_x, text_y, anchor = named[name]
+        if anchor != "middle" and text_y - 4 != dots[name][1]:  # too far off to be told as its own
+            axes.drawing.line(*dots[name], text_x, text_y - 4, "#aaa")
+    for name, spot in named.items():
+        axes.drawing.dot(*dots[name], COLOURS[0] if name in front else GREY)
+        axes.drawing.text(*spot[:2], _short(name), spot[2], COLOURS[0] if name in front else "#555")
     return str(axes.drawing)
+
+
+def _beside(x: float, y: float) -> Iterable[tuple[float, float, str]]:
+    """Where a dot's name may stand, the best first: place and anchor."""
+    yield from ((x + 8, y + 4, "start"), (x - 8, y + 4, "end"), (x, y - 9, "middle"), (x, y + 17, "middle"))
+    for away in range(12, 80, 6):
+        for down in (y + 4 - away, y + 4 + away):
+            yield from ((x + away, down, "start"), (x - away, down, "end"))
+
+
+def _room_of(text: str, x: float, y: float, anchor: str) -> tuple[float, float, float, float]:
+    """The box of a text: left, top, right, bottom."""
+    wide = 1.1 * LETTER * len(text)  # of a wide typeface
+    left = x - {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor] * wide
+    return left, y - 10, left + wide, y + 3
 
 
 def _meet(a: Sequence[float], b: Sequence[float]) -> bool:
