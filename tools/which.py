@@ -33,7 +33,7 @@ from vlprompt.bench.protocols import Asked, Run, plan
 from vlprompt.bench.report import plots
 from vlprompt.bench.report.tables import MISSING, studies
 from vlprompt.bench.results import RESULTS, Row, read_results
-from vlprompt.bench.rows import fingerprint, read_rows
+from vlprompt.bench.rows import Rows, fingerprint, read_rows
 from vlprompt.config.schema import build_config
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.splits import write_split
@@ -80,12 +80,12 @@ def without_val(data: str, root: Path, out: Path) -> Path:
     return file
 
 
-def planned(rows: Path, data: Iterable[str], root: Path, out: Path, seeds: Sequence[int]) -> list[Run]:
+def planned(rows: Rows, data: Iterable[str], root: Path, out: Path, seeds: Sequence[int]) -> list[Run]:
     """The runs of the table."""
     runs = []
     for name in data:
         settings = {"data.root": str(root), "data.split_file": str(without_val(name, root, out)), "backbone": BACKBONE}
-        runs += plan(Asked("few-shot", read_rows(rows), [source(name, root)], seeds, (SHOTS,), settings))
+        runs += plan(Asked("few-shot", rows, [source(name, root)], seeds, (SHOTS,), settings))
     return runs
 
 
@@ -281,13 +281,15 @@ def arguments(about: str | None, run: str) -> tuple[argparse.ArgumentParser, arg
 def main() -> int:
     """Read the arguments and do what they say."""
     parser, runs = arguments(__doc__, "train and measure")
-    runs.add_argument("--rows", type=Path, default=ROWS)
+    rows = read_rows(ROWS)
+    runs.add_argument("--rows", nargs="+", choices=rows, default=list(rows), metavar="ROW", help="of which.yaml")
     runs.add_argument("--workers", type=int, default=1, help="runs at once, of those that are not timed")
     given = parser.parse_args()
     try:
         if given.command == "page":
             return page(given.figures, given.check)
-        return do_runs(planned(given.rows, given.data, given.root, given.out, given.seeds), given.out, given.workers)
+        rows = {name: rows[name] for name in given.rows}
+        return do_runs(planned(rows, given.data, given.root, given.out, given.seeds), given.out, given.workers)
     except VlpromptError as error:
         say(f"error: {error}")
         return 2

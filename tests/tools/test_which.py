@@ -20,11 +20,12 @@ from tests.kit.results import PLAIN
 from vlprompt.bench.bench import bench
 from vlprompt.bench.protocols import Asked, plan
 from vlprompt.bench.results import Row, to_csv
-from vlprompt.bench.rows import read_rows, result_settings
+from vlprompt.bench.rows import read_rows, result_settings, rows_of_methods
 from vlprompt.compare.plan import SHORTLIST, candidates
 from vlprompt.errors import ConfigError, DataError
 
 METHODS = ("zero_shot", "linear_probe", "coop")
+ROWS = rows_of_methods(METHODS[:2])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -145,15 +146,13 @@ def small(which: ModuleType, regret: ModuleType, tmp_path: Path, monkeypatch: py
     for module in (which, regret):
         monkeypatch.setattr(module, "BACKBONE", str(TINY))
         monkeypatch.setattr(module, "SHOTS", 4)
-    rows = tmp_path / "rows.yaml"
-    rows.write_text("rows:\n  zero_shot: {method: zero_shot}\n  linear_probe: {method: linear_probe}\n")
     return tmp_path
 
 
 def test_the_model_that_compare_leaves_is_the_benchs(which: ModuleType, regret: ModuleType, small: Path) -> None:
     """It has the same images and settings, so that the bench's figures are hindsight."""
-    methods, out, root = ["zero_shot", "linear_probe"], small / "out", small / "data"
-    runs = which.planned(small / "rows.yaml", ["clothing"], root, out, (1,))
+    methods, out, root = list(ROWS), small / "out", small / "data"
+    runs = which.planned(ROWS, ["clothing"], root, out, (1,))
     assert not bench(runs, out, skip_existing=True).failed
     given = ["clothing"], root, small / "regret", out, methods, 5.0, (1,), small / "regret.csv"
     regret.do_regret(*given)
@@ -171,7 +170,7 @@ def test_the_model_that_compare_leaves_is_the_benchs(which: ModuleType, regret: 
 
 @slow
 def test_a_training_is_timed_once_and_measured(which: ModuleType, small: Path) -> None:
-    runs = which.planned(small / "rows.yaml", ["clothing"], small / "data", small / "out", (1, 2))
+    runs = which.planned(ROWS, ["clothing"], small / "data", small / "out", (1, 2))
     stopped = small / "out" / runs[0].folder
     stopped.mkdir(parents=True)
     (stopped / "config.yaml").write_text("half of it")
