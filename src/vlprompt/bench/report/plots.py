@@ -121,6 +121,53 @@ def curves(
     return str(axes.drawing)
 
 
+def costs(points: Mapping[str, tuple[float, float]], front: Collection[str], title: str, x: str, y: str) -> str:
+    """Accuracy upwards against cost on a logarithmic axis, each point with its name; those of the front joined."""
+    places = {name: (math.log10(cost), accuracy) for name, (cost, accuracy) in points.items()}
+    low, high = (pick(cost for cost, _ in places.values()) for pick in (min, max))
+    tens = range(math.floor(low) - 1, math.ceil(high) + 1)
+    ticks = {math.log10(k) + n: f"{k * 10.0**n:g}" for n in tens for k in (1, 2, 5)}
+    left, right = low - 0.1, high + 0.1
+    shown = {place: text for place, text in ticks.items() if left <= place <= right}
+    axes = _Named((left, right), _range([accuracy for _, accuracy in places.values()]), x, y, title, shown)
+    dots = {name: axes.place(*place) for name, place in places.items()}
+    axes.drawing.path(sorted(dots[name] for name in front), COLOURS[0], 1)
+    taken, named = [(px - 5, py - 5, px + 5, py + 5) for px, py in dots.values()], {}
+    # Those of the front come first, and find room beside their dots; then from the top.
+    for name in sorted(dots, key=lambda name: (name not in front, dots[name][1])):
+        spots = [(spot, _room_of(_short(name), *spot)) for spot in _beside(*dots[name])]
+        inside = (s for s in spots if s[1][0] > axes.LEFT and s[1][1] > axes.TOP - 12 and s[1][3] < axes.BOTTOM)
+        named[name], box = next((s for s in inside if not any(_meet(s[1], other) for other in taken)), spots[0])
+        taken.append(box)
+        text_x, text_y, anchor = named[name]
+        if anchor != "middle" and text_y - 4 != dots[name][1]:  # too far off to be told as its own
+            axes.drawing.line(*dots[name], text_x, text_y - 4, "#aaa")
+    for name, spot in named.items():
+        axes.drawing.dot(*dots[name], COLOURS[0] if name in front else GREY)
+        axes.drawing.text(*spot[:2], _short(name), spot[2], COLOURS[0] if name in front else "#555")
+    return str(axes.drawing)
+
+
+def _beside(x: float, y: float) -> Iterable[tuple[float, float, str]]:
+    """Where a dot's name may stand, the best first: place and anchor."""
+    yield from ((x + 8, y + 4, "start"), (x - 8, y + 4, "end"), (x, y - 9, "middle"), (x, y + 17, "middle"))
+    for away in range(12, 80, 6):
+        for down in (y + 4 - away, y + 4 + away):
+            yield from ((x + away, down, "start"), (x - away, down, "end"))
+
+
+def _room_of(text: str, x: float, y: float, anchor: str) -> tuple[float, float, float, float]:
+    """The box of a text: left, top, right, bottom."""
+    wide = 1.1 * LETTER * len(text)  # of a wide typeface
+    left = x - {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor] * wide
+    return left, y - 10, left + wide, y + 3
+
+
+def _meet(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two boxes (left, top, right, bottom) have a place in common."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
 def stack(charts: Sequence[str]) -> str:
     """Charts below each other in one picture."""
     top, parts = 0, list[str]()
@@ -243,6 +290,12 @@ class _Axes:
         for i, name in enumerate(names):
             self.drawing.dot(self.RIGHT + 22, 36 + 18 * i, colour[name])
             self.drawing.text(self.RIGHT + 32, 40 + 18 * i, _short(name))
+
+
+class _Named(_Axes):
+    """One whose points have their names beside them, and which needs no legend."""
+
+    RIGHT = 590.0
 
 
 def _range(values: Sequence[float], least: float = 1.0) -> tuple[float, float]:
