@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from speed import bank, growth, predict, short, show, step, text
+from speed import bank, growth, job, predict, short, show, step, text
 from speed.inputs import write_figures
 from vlprompt.errors import VlpromptError
 
@@ -16,6 +16,7 @@ COMMANDS = {
     "text": text,
     "predict": predict,
     "bank": bank,
+    "job": job,
     "short": short,
     "show": show,
 }

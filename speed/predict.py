@@ -1,7 +1,8 @@
-"""One image among C classes: a tuned model with kept class features, and transformers' CLIP with kept text features.
+"""Images a second among C classes, by batch: a tuned model with kept class features, transformers' CLIP, and ONNX.
 
-Both take the same weights and run in turn in one process, from a decoded picture (with the resizing that each has) and
-from the pixels that the tower reads; the figure is the median ratio of times.
+All take the same weights and run in turn in one process. transformers keeps its text features. From decoded pictures
+each of these two resizes in its own way; from the pixels that the tower reads, ONNX files in fp32 and in 8 bits
+(onnxruntime, as many threads as torch has) take part. The figure is the median of ratios of times.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ from torch import Tensor
 from speed.inputs import machine
 from speed.parts import Clock
 from vlprompt.api import PromptedModel, build_method
+from vlprompt.artefact.export import onnx_model, quantised
 from vlprompt.backbones.backbone import unit
 from vlprompt.backbones.load import EMBEDDED, load_backbone
 from vlprompt.errors import BackboneError
 
 SIZE = 500, 375
+RATIOS = {"ours": "transformers", "onnx": "ours", "int8": "ours"}
+"""Whose rate is divided by whose."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("backbones", nargs="*", default=["mini", "random:16"], help="mini, a folder, or random:PATCH")
     parser.add_argument("--method", default="coop")
     parser.add_argument("--classes", type=int, default=100)
+    parser.add_argument("--batches", default="1,8,64", help="images at once, with commas between")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
 
@@ -48,8 +53,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             class_names = tuple(f"kind {i}" for i in range(args.classes))
             model = PromptedModel(build_method(args.method, load_backbone(str(folder)), class_names))
             environment = machine(model.backbone)
-            rows.append({"backbone": name, "classes": args.classes, **measure(model, folder, args)})
+            from transformers import CLIPModel
+
+            clip = CLIPModel.from_pretrained(str(folder), dtype=torch.float32).eval()
+            sessions = onnx_sessions(model)
+            for n in map(int, args.batches.split(",")):
+                row = {"backbone": name, "classes": args.classes, "batch": n}
+                rows.append({**row, **measure(model, clip, sessions, n, args)})
     return {"environment": environment, "rows": rows}
+
+
+def onnx_sessions(model: PromptedModel) -> dict[str, Any]:
+    """The model as ONNX files have it, in fp32 and with weights in 8 bits, in as many threads as torch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    content = onnx_model(model.method, model.class_names)
+    files = {"onnx": content, "int8": quantised(content)}
+    return {way: onnxruntime.InferenceSession(file, options) for way, file in files.items()}
 
 
 @contextmanager
@@ -74,9 +96,10 @@ def folder_of(name: str) -> Iterator[Path]:
         yield Path(made)
 
 
-def measure(model: PromptedModel, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Times of both ways, in turns, after a call that is not counted."""
-    from transformers import CLIPModel
+def measure(
+    model: PromptedModel, clip: Any, sessions: dict[str, Any], n: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Times of all ways for n images at once, in turns, after a call that is not counted."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     backbone, class_names = model.backbone, model.class_names
@@ -84,13 +107,12 @@ def measure(model: PromptedModel, folder: Path, args: argparse.Namespace) -> dic
         size={"shortest_edge": backbone.image_size},
         crop_size={"height": backbone.image_size, "width": backbone.image_size},
     )
-    clip = CLIPModel.from_pretrained(str(folder), dtype=torch.float32).eval()
     with torch.no_grad():
         t = model.method.class_features(class_names)
     rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-    picture = coarse.resize(SIZE, Image.Resampling.BICUBIC)
-    pixels = backbone.preprocess(picture)[None]
+    coarse = [Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)) for _ in range(n)]
+    pictures = [picture.resize(SIZE, Image.Resampling.BICUBIC) for picture in coarse]
+    pixels = torch.stack([backbone.preprocess(picture) for picture in pictures])
 
     @torch.no_grad()
     def theirs(pixels: Tensor) -> Tensor:
@@ -98,48 +120,57 @@ def measure(model: PromptedModel, folder: Path, args: argparse.Namespace) -> dic
         v = unit(getattr(features, "pooler_output", features))
         return (clip.logit_scale.exp() * v @ t.T).softmax(-1)
 
-    ways: dict[str, dict[str, Callable[[], Any]]] = {
+    def by_onnx(session: Any) -> Tensor:
+        return torch.from_numpy(session.run(["probabilities"], {"images": pixels.numpy()})[0])
+
+    calls: dict[str, dict[str, Callable[[], Any]]] = {
         "picture": {
-            "ours": lambda: model.predict([picture]),
-            "transformers": lambda: theirs(processor([picture], return_tensors="pt")["pixel_values"]),
+            "ours": lambda: model.predict(pictures),
+            "transformers": lambda: theirs(processor(pictures, return_tensors="pt")["pixel_values"]),
         },
         "pixels": {
             "ours": lambda: model.method.predict(pixels, class_names).softmax(-1),
             "transformers": lambda: theirs(pixels),
+            "onnx": lambda: by_onnx(sessions["onnx"]),
+            "int8": lambda: by_onnx(sessions["int8"]),
         },
     }
-    ours, other = (way() for way in ways["pixels"].values())
-    if (apart := (ours - other).abs().max().item()) > 1e-3:
-        raise BackboneError(f"the two answers differ by {apart:.2g}: this is no fair comparison")
+    answers = {way: call() for way, call in calls["pixels"].items()}
+    apart = {way: (p - answers["ours"]).abs().max().item() for way, p in answers.items() if way != "ours"}
+    if (worst := max(apart["transformers"], apart["onnx"])) > 1e-3:
+        raise BackboneError(f"the answers differ by {worst:.2g}: this is no fair comparison")
     clock, result = Clock(backbone.device, args.clock == "cpu"), {}
-    for start, both in ways.items():
-        seconds: dict[str, list[float]] = {way: [] for way in both}
+    for start, ways in calls.items():
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
         for i in range(args.rounds + 1):
-            for way, call in both.items():
+            for way, call in ways.items():
                 took = clock.seconds(call)
                 if i:
                     seconds[way].append(took)
-        ratios = sorted(a / b for a, b in zip(seconds["ours"], seconds["transformers"], strict=True))
-        quarter = len(ratios) // 4
         result[start] = {
             "median_s": {way: statistics.median(s) for way, s in seconds.items()},
-            "ratio": {"median": statistics.median(ratios), "half": [ratios[quarter], ratios[-1 - quarter]]},
+            "ratio": {fast: spread(seconds[slow], seconds[fast]) for fast, slow in RATIOS.items() if fast in ways},
         }
     return {"differ_by": apart, **result}
 
 
+def spread(slow: list[float], fast: list[float]) -> dict[str, Any]:
+    """How many times as fast: the median over rounds, and their middle half."""
+    ratios = sorted(a / b for a, b in zip(slow, fast, strict=True))
+    quarter = len(ratios) // 4
+    return {"median": statistics.median(ratios), "half": [ratios[quarter], ratios[-1 - quarter]]}
+
+
 def table(result: dict[str, Any]) -> str:
-    """A line for each row."""
-    lines = [
-        "| backbone | classes | from | ours, ms | transformers, ms | ours ÷ transformers |",
-        "|---|---|---|---|---|---|",
-    ]
+    """A line for each backbone, batch and start."""
+    ratios = [f"{fast} ÷ {slow}" for fast, slow in RATIOS.items()]
+    lines = [f"| backbone | batch | from | {' | '.join(['ours, images/s', *ratios])} |", f"|{'---|' * 7}"]
     for r in result["rows"]:
         for start in ("picture", "pixels"):
-            took, ratio = r[start]["median_s"], r[start]["ratio"]
-            low, high = ratio["half"]
-            lines.append(
-                f"| {r['backbone']} | {r['classes']} | {start} | {1000 * took['ours']:.1f} | "
-                f"{1000 * took['transformers']:.1f} | {ratio['median']:.2f} ({low:.2f}–{high:.2f}) |"
-            )
+            cells = [r["backbone"], r["batch"], start, f"{r['batch'] / r[start]['median_s']['ours']:.3g}"]
+            for way in RATIOS:
+                known = r[start]["ratio"].get(way)
+                low, high = known["half"] if known else (0, 0)
+                cells.append(f"{known['median']:.2f} ({low:.2f}–{high:.2f})" if known else "–")
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

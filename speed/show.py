@@ -1,4 +1,4 @@
-"""Tables of figures that were written before; steps of several files on one backbone make one table."""
+"""Tables of figures that were written before; rows of several files on one backbone make one table."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from speed import bank, growth, predict, step, text
+from speed import bank, growth, job, predict, step, text
 from vlprompt.errors import DataError
 
-COMMANDS: dict[str, Any] = {"step": step, "growth": growth, "text": text, "predict": predict, "bank": bank}
+COMMANDS: dict[str, Any] = {
+    "step": step,
+    "growth": growth,
+    "text": text,
+    "predict": predict,
+    "bank": bank,
+    "job": job,
+}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +35,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             command, about = COMMANDS[settings["command"]], (settings.get("backbone"), settings.get("precision"))
         except (OSError, ValueError, KeyError, TypeError):
             raise DataError(f"{file} holds no figures of python -m speed") from None
-        key = (command, *about, None if command is step else file)
+        key = (command, *about, None if command in (step, predict, job) else file)
         if key in found:
             found[key]["rows"] += result["rows"]
         else:
