@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from speed import bank, growth, job, predict, short, show, step, text
+from speed import bank, growth, heads, job, predict, short, show, step, text
 from speed.inputs import write_figures
 from vlprompt.errors import VlpromptError
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "predict": predict,
     "bank": bank,
     "job": job,
+    "heads": heads,
     "short": short,
     "show": show,
 }

@@ -70,7 +70,7 @@ def machine(backbone: Backbone) -> dict[str, Any]:
 
 def write_figures(file: Path, result: dict[str, Any], args: argparse.Namespace) -> None:
     """The figures as JSON, with the options of the command that measured them."""
-    settings = {k: v for k, v in vars(args).items() if k != "json"}
+    settings = {k: v for k, v in vars(args).items() if k not in ("json", "root")}  # paths of this machine
     write_atomically(file, json.dumps({"settings": settings, **result}, indent=2) + "\n")
 
 

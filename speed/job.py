@@ -118,9 +118,8 @@ class Watch(threading.local):
             self.lap()
             self.open.pop()
 
-    def within(self, owner: Any, attribute: str, name: str) -> None:
-        """Every call of a function is a part."""
-        function = getattr(owner, attribute)
+    def within(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """The same function, every call of which is a part."""
 
         def call(*args: Any, **more: Any) -> Any:
             with self.part(name):
@@ -129,7 +128,7 @@ class Watch(threading.local):
                 out.register_hook(self.came)
             return out
 
-        setattr(owner, attribute, call)
+        return call
 
     def came(self, gradient: Any) -> None:
         """From the first gradient of a tower's output on, a backward pass is the towers'."""
@@ -155,10 +154,9 @@ class Watch(threading.local):
 def watched() -> None:
     """``vlprompt``, whose first argument is the file for the seconds of its parts."""
     file = Path(sys.argv.pop(1))
-    from vlprompt.__main__ import main  # first of all, as the command does it
-
     import torch
 
+    from vlprompt.__main__ import main  # first of all, as the command does it
     from vlprompt.backbones.towers import ImageTower, TextTower, Tower
     from vlprompt.data.reading import ImageReader
     from vlprompt.training import checkpoints, loop, run
@@ -168,14 +166,16 @@ def watched() -> None:
     for owner, attribute, name in (
         *((run, loads, "start-up") for loads in ("load_data", "load_backbone", "find_sources", "build", "describe")),
         *((run, fits, "fit") for fits in ("prepare", "fit_features", "finish")),
-        *((loop.Training, steps, "steps") for steps in ("run",)),
+        (loop.Training, "run", "steps"),
         *((run, tells, "evaluation") for tells in ("predict_logits", "evaluate", "score", "calibrate_trained")),
         *((run, writes, "files") for writes in ("write_sealed", "save_artefact", "_describe", "image_notes")),
         (checkpoints.Keeper, "epoch", "files"),
-        *((Tower, "run", "towers"), (ImageTower, "embed", "towers")),
-        *((ImageTower, "read", "towers"), (TextTower, "read", "towers")),
+        (Tower, "run", "towers"),
+        (ImageTower, "embed", "towers"),
+        (ImageTower, "read", "towers"),
+        (TextTower, "read", "towers"),
     ):
-        watch.within(owner, attribute, name)
+        setattr(owner, attribute, watch.within(getattr(owner, attribute), name))
     torch.autograd.grad = watch.backward(torch.autograd.grad)
     ahead = ImageReader._ahead
 

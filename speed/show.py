@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from speed import bank, growth, job, predict, step, text
+from speed import bank, growth, heads, job, predict, step, text
 from vlprompt.errors import DataError
 
 COMMANDS: dict[str, Any] = {
@@ -17,6 +17,7 @@ COMMANDS: dict[str, Any] = {
     "predict": predict,
     "bank": bank,
     "job": job,
+    "heads": heads,
 }
 
 

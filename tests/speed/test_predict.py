@@ -1,4 +1,4 @@
-"""One image beside transformers: both ways answer alike, and the table says what was measured."""
+"""Images a second beside transformers and ONNX: all answer alike, and the table says what was measured."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ def arguments(*given: str) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
-def test_both_answer_alike() -> None:
+def test_all_answer_alike() -> None:
     pytest.importorskip("transformers")
-    result = predict.run(arguments("mini", "--classes", "3", "--rounds", "1"))
-    (row,) = result["rows"]
-    assert row["differ_by"] < 1e-5
-    for start in ("picture", "pixels"):
-        took = row[start]["median_s"]
-        assert row[start]["ratio"]["median"] == pytest.approx(took["ours"] / took["transformers"])
-    assert predict.table(result).count("| mini | 3 |") == 2
+    pytest.importorskip("onnxruntime")
+    result = predict.run(arguments("mini", "--classes", "3", "--batches", "1,2", "--rounds", "1"))
+    assert [row["batch"] for row in result["rows"]] == [1, 2]
+    for row in result["rows"]:
+        assert max(row["differ_by"]["transformers"], row["differ_by"]["onnx"]) < 1e-5
+        for start in ("picture", "pixels"):
+            took = row[start]["median_s"]
+            assert row[start]["ratio"]["ours"]["median"] == pytest.approx(took["transformers"] / took["ours"])
+        took = row["pixels"]["median_s"]
+        assert row["pixels"]["ratio"]["onnx"]["median"] == pytest.approx(took["ours"] / took["onnx"])
+    assert predict.table(result).count("| mini | 2 |") == 2
 
 
 def test_a_patch_size_that_there_is_not() -> None:

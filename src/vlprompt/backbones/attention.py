@@ -203,7 +203,8 @@ def packed_with_maps(text: PackedText, heads: int, maps: list[Tensor]) -> Attent
     groups = [with_maps(heads, maps, group.mask) for group in text.groups]
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        each = [[of_group[0] for of_group in text.texts(t)[1]] for t in (q, k, v)]
+        # Not of_group[0], whose backward pass fills a tensor with zeros first.
+        each = [[of_group.squeeze(0) for of_group in text.texts(t)[1]] for t in (q, k, v)]
         outputs = [attend(*of_group).flatten(0, 1) for attend, *of_group in zip(groups, *each, strict=True)]
         return torch.cat(outputs)[None]
 
