@@ -11,7 +11,7 @@ import argparse
 import sys
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -49,7 +49,7 @@ class Seen(EvaluationImages):
 
     kept: dict[tuple, Tensor] = {}
     passes: list[dict[str, float]] = []
-    watch = Watch(Counter(), threading.Lock())
+    watch = Watch(defaultdict(float), threading.Lock())
 
     def pooled(self, method: Method) -> Tensor:
         """What the tower makes of whole images, [n, D]."""

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,7 +89,7 @@ def table(result: dict[str, Any]) -> str:
 class Watch(threading.local):
     """What this thread is at: seconds of its computing go to one part at a time, the innermost that was entered."""
 
-    def __init__(self, seconds: Counter[str], lock: threading.Lock) -> None:
+    def __init__(self, seconds: defaultdict[str, float], lock: threading.Lock) -> None:
         self.seconds, self.lock = seconds, lock
         self.open: list[str] = []
         self.last = time.thread_time()
@@ -161,7 +161,7 @@ def watched() -> None:
     from vlprompt.data.reading import ImageReader
     from vlprompt.training import checkpoints, loop, run
 
-    seconds: Counter[str] = Counter(dict.fromkeys(PARTS, 0.0))
+    seconds = defaultdict(float, dict.fromkeys(PARTS, 0.0))
     watch = Watch(seconds, threading.Lock())
     for owner, attribute, name in (
         *((run, loads, "start-up") for loads in ("load_data", "load_backbone", "find_sources", "build", "describe")),
@@ -186,7 +186,7 @@ def watched() -> None:
 
         yield from ahead(reader, timed, batches)
 
-    ImageReader._ahead = read  # type: ignore[method-assign]
+    ImageReader._ahead = read  # type: ignore[method-assign, assignment]
     train = run.train
 
     def whole(*args: Any, **more: Any) -> Any:
