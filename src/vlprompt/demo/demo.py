@@ -47,6 +47,7 @@ class Show:
     """Methods that are tuned on all classes, too."""
 
 
+_SHORT = {"data.batch_size": 16, "data.min_scale": 0.6, "optim.warmup_epochs": 0, "optim.cosine_epochs": 1}
 _DRAWN = {"data.min_scale": 0.6, "optim.warmup_epochs": 0}
 SHOWS = {
     "clothing-demo": Show(
@@ -55,15 +56,15 @@ SHOWS = {
         {
             BEFORE: {},
             PROBE: {},
-            "coop": {
-                "method.n_ctx": 4,
-                "method.init": "a photo of a",
-                "data.batch_size": 16,
-                "optim.lr": 0.01,
-                "optim.warmup_epochs": 0,
-                "train.epochs": 10,
+            "coop": {**_SHORT, "method.n_ctx": 8, "optim.lr": 0.002, "train.epochs": 4},
+            "promptsrc": {
+                **_SHORT,
+                **dict.fromkeys(("method.n_ctx_text", "method.n_ctx_vision"), 2),
+                **dict.fromkeys(("method.depth_text", "method.depth_vision"), 9),
+                "method.average_mean": 3,
+                "optim.lr": 0.0075,
+                "train.epochs": 4,
             },
-            "promptsrc": {"data.batch_size": 8, "optim.lr": 0.03, "optim.warmup_epochs": 0, "train.epochs": 6},
             "drople": {"data.batch_size": 8, "optim.lr": 0.004, "optim.warmup_epochs": 0, "train.epochs": 6},
         },
         "drople",
