@@ -28,7 +28,7 @@ from vlprompt.artefact.hub import load_model, upload
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.config.images import set_white
 from vlprompt.config.schema import OF_ATTENTION_DROP, OptimConfig, RunConfig, build_config
-from vlprompt.config.teacher import Classifier
+from vlprompt.config.teacher import Classifier, let_ask_teacher
 from vlprompt.data.images import ImageSource
 from vlprompt.data.known.table import DEFAULT_TEMPLATE
 from vlprompt.data.reading import ImageReader
@@ -325,16 +325,19 @@ class PromptedModel:
         device: str = "cpu",
         precision: str = "fp32",
         revision: str | None = None,
+        teacher: str | None = None,
     ) -> PromptedModel:
         """Load a tuned model from a folder, or from a hub repository ``owner/name``.
 
         ``backbone`` says where its backbone lies if not where it was, or is the loaded one, which several models may
-        share (``device`` and ``precision`` are then its own). Raises ArtefactError if there is no such model, its files
-        are not those that were saved, or the backbone is another one.
+        share (``device`` and ``precision`` are then its own). ``teacher`` says where the teacher is now, of a model
+        that asks its own about other classes. Raises ArtefactError if there is no such model, its files are not those
+        that were saved, or the backbone is another one.
         """
         if not isinstance(name, (str, os.PathLike)):
             raise ConfigError(f"from_pretrained takes a folder or a hub id, not {_kind(name)}")
         method, folder = load_model(name, backbone, device, precision, revision)
+        let_ask_teacher(method, teacher)
         return cls(method, read_artefact_config(folder).get("about"), load_calibration(folder))
 
     def push_to_hub(

@@ -17,6 +17,7 @@ from tests.kit.pictures import make_pictures, paint
 from vlprompt.api import PromptedModel
 from vlprompt.backbones.load import load_backbone
 from vlprompt.bench import runs as runs_module
+from vlprompt.bench.figures import read_figures
 from vlprompt.bench.protocols import Asked, Measurement, Run, attack_of, plan, seen
 from vlprompt.bench.report.report import markdown, read_sections
 from vlprompt.bench.report.tables import studies, tables
@@ -180,15 +181,39 @@ def test_caches_of_earlier_tasks_vote_with_one_weight(bench, photos: Path, tmp_p
     assert by["seen-2-of-2"].calibration_error == pytest.approx(by["all"].calibration_error, abs=1e-6)
 
 
+@pytest.mark.parametrize("covariance", ["shrunk", "mean"])
+def test_means_and_scatter_of_tasks_add_up(bench, photos: Path, tmp_path: Path, covariance: str) -> None:
+    """With α given, gda's tasks side by side are gda of all classes at once, and no task keeps a sample."""
+    given = ["--methods", "gda", "--data", photos, "alpha=0.5", f"covariance={covariance}", "views=center"]
+    assert bench("class-incremental", *given, "--tasks", "3")[0] == 0
+    assert bench("few-shot", *given)[0] == 0
+    by = {r.classes: r for r in read_results(tmp_path / "out" / "results.csv")}
+    assert by["seen-3-of-3"].name == "gda"
+    assert by["seen-3-of-3"].accuracy == by["all"].accuracy
+    assert by["seen-3-of-3"].calibration_error == pytest.approx(by["all"].calibration_error, abs=1e-5)
+    run = tmp_path / "out" / "class-incremental" / "photos" / "gda" / "backbone" / "shots_2" / "seed_1"
+    kept = load_file(run / "task_2" / "prompts.safetensors")
+    assert {name: len(kept[name]) for name in ("support", "mu", "n")} == {"support": 0, "mu": 2, "n": 1}
+    model = PromptedModel.from_pretrained(run / "task_2")
+    before = read_figures(run)
+    (run / "figures.json").unlink()
+    assert bench("class-incremental", *given, "--tasks", "3", "--skip-existing")[0] == 0
+    for a, b in zip(before["measured"], read_figures(run)["measured"], strict=True):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+    with pytest.raises(DataError, match=r"^gda knows its own 2 classes alone"):
+        model.predict([photos / "test" / "red" / "0.png"], ["pink", "grey"])
+
+
 class StoppedError(BaseException):
     """What stands for a kill."""
 
 
-@pytest.mark.parametrize("method", ["coop", "task_res"])
+@pytest.mark.parametrize("method", ["coop", "task_res", "promptkd"])
 def test_a_stopped_bench_of_tasks_goes_on_to_the_same_table(
     bench, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     given = ["--methods", method, "--data", photos, "--tasks", "3", "epochs=2"]
+    given += ["--teacher", TINY, "setting=inductive"] if method == "promptkd" else []
     assert bench("class-incremental", *given, out=tmp_path / "whole")[0] == 0
     original, calls = runs_module.train, 0
 
@@ -295,11 +320,9 @@ REFUSED = {
     "class-incremental --tasks 2 --methods coop --eps 1/255": "--eps 1/255: it is of robustness, not of class-inc",
     "few-shot --tasks 2 --methods coop": "--tasks 2: it is of class-incremental, not of few-shot",
     "few-shot --methods coop task=1/2": "data.task = 1/2: the protocol and what is asked of bench decide it (None)",
-    "class-incremental --tasks 2 --methods gda": "method 'gda' fits what all its classes share",
     "class-incremental --tasks 2 --methods coop class_specific=true": "'coop' learns pieces of each class that it does",
     "class-incremental --tasks 2 --methods pouf learn=head": "method 'pouf' learns pieces of each class",
     "class-incremental --tasks 2 --methods promptkd --teacher T": "'promptkd' learns from images of all classes",
-    "class-incremental --tasks 2 --methods promptkd --teacher T setting=inductive": "keeps its teacher's features",
     "class-incremental --tasks 2 --methods coop --shots 9": "too few for 9 shots",
     "robustness --methods coop --eps 0": "--eps 0 (allowed: a number above 0, at most 1, as 0.01 or 1/255)",
     "robustness --methods coop --eps 8": "--eps 8 (allowed: a number above 0, at most 1",
@@ -359,11 +382,11 @@ def test_data_with_too_few_classes_is_refused(vlprompt, tmp_path: Path) -> None:
 
 
 def test_methods_that_keep_rows_say_so() -> None:
-    """Prompts and adapters serve new classes; of heads with a row for each class all but gda answer side by side."""
+    """Prompts and adapters serve new classes; heads with a row for each class answer side by side."""
     joined = {name for name, cls in METHODS.items() if Can.JOIN_CLASSES in cls.Config().can}
     assert joined == {
         "linear_probe", "task_res", "clap", "zs_lp", "lp_plus_plus", "ss_text", "ss_text_plus", "tip_adapter",
-        "tip_adapter_f",
+        "tip_adapter_f", "gda",
     }  # fmt: skip
 
 
@@ -376,7 +399,7 @@ def test_every_method_is_asked_in_tasks_or_refused_by_name(bench, photos: Path, 
     given += ["epochs=1"] if METHODS[name].official.get("train.epochs") else []
     code, _, err = bench("class-incremental", *given)
     refused = f"class-incremental cannot ask row '{name}" in err
-    assert (code, refused) == ((2, True) if name in ("gda", "promptkd") else (0, False)), err
+    assert (code, refused) == ((2, True) if name == "promptkd" else (0, False)), err
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

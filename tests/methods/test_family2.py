@@ -7,21 +7,24 @@ import json
 import math
 from functools import partial
 from pathlib import Path
-from shutil import copyfile
+from shutil import copyfile, copytree
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from tests.kit.command import vlprompt
 from tests.kit.pictures import CLASSES
 from tests.kit.runs import TEACHER, arguments, check_stopped, configured, described, prompts
-from vlprompt.artefact.artefact import load_artefact
+from vlprompt.api import PromptedModel
+from vlprompt.artefact.artefact import load_artefact, read_artefact_config
 from vlprompt.artefact.export import export_classes
 from vlprompt.backbones.attack import Pixels, pgd
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.bench.protocols import Asked, plan
 from vlprompt.config.schema import build_config
+from vlprompt.config.teacher import let_ask_teacher
 from vlprompt.errors import ArtefactError, ConfigError, DataError, VlpromptError
 from vlprompt.methods import METHODS, Batch, Method, find_method
 from vlprompt.methods.pouf import mutual_information, transport
@@ -251,9 +254,69 @@ def test_promptkd_keeps_its_teachers_classes(pictures: Path, teacher_run: Path, 
         DataError, match=r"^promptkd keeps its teacher's features of 3 classes, and has none of 'otter'"
     ):
         again.predict(x, ("otter", "cat"))
+    let_ask_teacher(again)
+    assert torch.equal(again.predict(x, ("otter", "cat")), novel)
     assert "transductive" in (tmp_path / "whole" / "README.md").read_text("utf-8")
     with pytest.raises(ArtefactError, match="cannot export promptkd"):
         export_classes(again, CLASSES, tmp_path / "x.safetensors")
+
+
+def test_promptkd_asks_its_teacher_about_new_names(pictures: Path, teacher_run: Path, tmp_path: Path) -> None:
+    """Through save and reload; wherever the teacher lies now, and with none but the one that it had."""
+    teacher, run, picture = tmp_path / "teacher", tmp_path / "run", pictures / "train" / "cat" / "0.png"
+    copytree(teacher_run, teacher)
+    given = ["--teacher", teacher, "setting=inductive", "--classes", "base", "--epochs", "1"]
+    done = vlprompt(*arguments("promptkd", pictures, run, *given))
+    assert done.code == 0, done.err
+    ask = ("predict", run, picture, "--class-names", "otter,cat", "--json")
+    first = vlprompt(*ask)
+    assert first.code == 0, first.err
+    method = load_artefact(run)
+    v = method.encode_images(method.backbone.preprocess(Image.open(picture))[None])
+    expected = method.logits(v, load_artefact(teacher).class_features(("otter", "cat")))
+    best = ("otter", "cat")[expected.argmax()]
+    assert json.loads(first.out)["predictions"][0]["top"][0]["class"] == best
+    assert vlprompt("evaluate", run, pictures, "--split", "val", "--json").code == 0
+    moved = teacher.rename(tmp_path / "moved")
+    assert vlprompt("predict", run, picture).code == 0
+    lost = vlprompt(*ask)
+    assert lost.code == 2
+    assert f"promptkd was taught by '{teacher}', and asks it about other classes than its own: " in lost.err
+    assert lost.err.endswith("say where it lies with --teacher (in Python: teacher=)\n")
+    assert vlprompt(*ask, "--teacher", moved).out == first.out
+    wrong = vlprompt(*ask, "--teacher", "mini")
+    assert (wrong.code, "'mini' is another model (--teacher" in wrong.err) == (2, True)
+    model = PromptedModel.from_pretrained(run, teacher=str(moved))
+    torch.testing.assert_close(model.logits([picture], ["otter", "cat"]), expected)
+    exported = vlprompt("export", run, "--class-names", "otter,cat", "--out", tmp_path / "x.onnx", "--teacher", moved)
+    assert exported.code == 0, exported.err
+    model.save_pretrained(tmp_path / "copy")
+    assert read_artefact_config(tmp_path / "copy")["teacher"]["name"] == str(teacher)
+    unasked = vlprompt("predict", teacher_run, picture, "--teacher", moved)
+    assert unasked.err == f"error: teacher = {moved}: this model, of method 'ivlp', asks no teacher about classes\n"
+
+
+def test_promptkd_goes_on_with_its_own_classes(pictures: Path, teacher_run: Path, tmp_path: Path) -> None:
+    """A run that begins with another's prompts takes its projection, and not its classes, as many as they are."""
+    given = {"teacher.backbone": str(teacher_run), "setting": "inductive", "train.epochs": 1}
+    first, _ = train(configured(pictures, "promptkd", **given, **{"data.task": "1/2"}), tmp_path / "first")
+    given |= {
+        "data.task": "2/2",
+        "train.warm_start": str(tmp_path / "first"),
+        "optim.lr": 1e-12,
+        "optim.warmup_lr": 1e-12,
+    }
+    second, _ = train(configured(pictures, "promptkd", **given), tmp_path / "second")
+    assert set(first.class_names) | set(second.class_names) == set(CLASSES)
+    teacher = load_artefact(teacher_run)
+    torch.testing.assert_close(second.vectors, teacher.class_features(second.class_names))
+    torch.testing.assert_close(second.projection[0].weight, first.projection[0].weight)
+
+
+def test_what_has_no_class_features_teaches_no_promptkd(pictures: Path, tmp_path: Path) -> None:
+    train(configured(pictures, "gda"), tmp_path / "gda")
+    with pytest.raises(ConfigError, match=r"^teacher.backbone = .*: gda has no class features of its own$"):
+        train(configured(pictures, "promptkd", **{"teacher.backbone": str(tmp_path / "gda")}), tmp_path / "run")
 
 
 def test_promptkd_reads_no_labels(tiny: Backbone) -> None:

@@ -29,7 +29,7 @@ from vlprompt.documents import MOST_JSON, check_text, fitted, parse_json, read_t
 from vlprompt.errors import ArtefactError, BackboneError, ConfigError, one_line, unknown
 from vlprompt.files import write_atomically
 from vlprompt.methods import Method, find_method, method_names
-from vlprompt.methods.base import Template
+from vlprompt.methods.base import TeacherEntry, Template
 from vlprompt.methods.registry import GROUP, checksum, file_of
 from vlprompt.version import __version__
 
@@ -76,6 +76,7 @@ class ArtefactConfig(TypedDict):
     white: NotRequired[Annotated[float, Gt(0), Lt(float("inf"))]]
     descriptions: NotRequired[dict[str, list[str]]]
     backbone: BackboneEntry
+    teacher: NotRequired[TeacherEntry]
     prompts: PromptsEntry
     about: dict[str, str]
     calibration: NotRequired[dict[str, Any]]
@@ -91,10 +92,10 @@ def save_artefact(
 ) -> None:
     """Write a tuned model into ``folder``; ``about`` (data, options, metrics) goes into its model card.
 
-    A backbone in a folder is noted with its whole path, or where the model is for others (``public``) by name alone.
-    Whenever the process is killed, the folder holds the model before or the new one, whole.
+    A backbone or teacher in a folder is noted with its whole path, or where the model is for others (``public``) by
+    name alone. Whenever the process is killed, the folder holds the model before or the new one, whole.
     """
-    backbone = method.backbone
+    backbone, named = method.backbone, public_name if public else whole_name
     state = {k: v.detach().float().cpu().contiguous() for k, v in method.inference_state().items()}
     prompts = save(state)
     about = {key: str(value) for key, value in (about or {}).items()}
@@ -109,10 +110,11 @@ def save_artefact(
         **({} if method.white is None else {"white": method.white}),
         **_descriptions(method),
         "backbone": {
-            "name": (public_name if public else whole_name)(backbone.name),
+            "name": named(backbone.name),
             "fingerprint": backbone.fingerprint,
             "licence": backbone.licence,
         },
+        **({} if (t := method.teacher) is None else {"teacher": {**t, "name": named(t["name"])}}),
         "prompts": {"sha256": sha256(prompts).hexdigest(), "shapes": {k: list(v.shape) for k, v in state.items()}},
         "about": about,
         **({"calibration": calibration.to_dict()} if calibration else {}),
@@ -155,7 +157,7 @@ def load_artefact(
         loaded = _load_backbone(backbone, config["backbone"], folder, device, precision)
         method = cls(loaded, class_names, options, template)
         method.white = config.get("white")
-        method.descriptions = config.get("descriptions")
+        method.descriptions, method.teacher = config.get("descriptions"), config.get("teacher")
     except (KeyError, TypeError, ValueError, SafetensorError, OSError, ConfigError) as error:
         raise _unreadable_error(folder, error) from None
     try:

@@ -30,7 +30,7 @@ def row_name(name: str, config: RunConfig) -> str:
     """
     cls = find_method(config.method)
     joined = config.data.task is not None and Can.JOIN_CLASSES in config.options.can
-    keeps = joined and issubclass(cls, Head) and bool(cls.grown)
+    keeps = joined and issubclass(cls, Head) and cls.remembers
     marks = {"-transductive": config.options.transductive, "-memory": keeps}
     return name + "".join(mark for mark, there in marks.items() if there and mark not in name)
 

@@ -46,12 +46,10 @@ def carried(config: RunConfig) -> bool:
 
 
 def side_by_side(methods: Sequence[Method], images: EvaluationImages, class_names: Sequence[str]) -> Evaluation:
-    """Score models of some classes each among the classes of all, in this order; they take the first's ``shared``."""
-    first = methods[0]
-    shared = first.shared if isinstance(first, Head) else ()
-    for method in methods[1:]:
-        for name in shared:
-            method.get_buffer(name).copy_(first.get_buffer(name))
+    """Score models of some classes each among the classes of all, in this order."""
+    heads = [method for method in methods if isinstance(method, Head)]
+    for head in heads:
+        head.join(heads)
     logits = torch.cat([predict_logits(method, images, method.class_names) for method in methods], 1)
     return score(logits, images.labels, class_names)
 
@@ -81,8 +79,6 @@ def _why_not_in_tasks(config: RunConfig, method: Method, backbone: Backbone) -> 
         )
     if cls.fit_features is not Method.fit_features or cls.finish is not Method.finish:
         return "fits what all its classes share to the images of all at once, and keeps no sums to add a task's to"
-    if cls.take_teacher is not Method.take_teacher:
-        return "keeps its teacher's features of the classes that it learns: the next task's would take their place"
     more = cls(backbone, ("a", "b", "c"), config.options)
     two, three = ({name: tensor.shape for name, tensor in m.state_dict().items()} for m in (method, more))
     own = next((name for name in three if two.get(name) != three[name]), None)

@@ -26,6 +26,7 @@ from vlprompt.cli.options import (
     OtherBackbone,
     OtherDescriptions,
     OtherPrior,
+    OtherTeacher,
     Precision,
     Root,
     RunFolder,
@@ -78,6 +79,7 @@ def evaluate(
     split_file: SplitFile = None,
     descriptions: OtherDescriptions = None,
     prior: OtherPrior = None,
+    teacher: OtherTeacher = None,
     skip_bad: SkipBad = False,
     max_pixels: MaxPixels = None,
     backbone: OtherBackbone = None,
@@ -120,7 +122,7 @@ def evaluate(
     asked = Asked(data, root, split_file, classes, split, among, skip_bad, under)
     images = asked.dataset()  # before the model is loaded, which takes longer
     method, folder = load_model(run, backbone, device, precision)
-    describe_others(method, descriptions, prior)
+    describe_others(method, descriptions, prior, teacher)
     with reading(method, skip_bad, max_pixels) as reader:
         measured = measure(method, folder, asked, images, reader, say)
         if html:
@@ -204,6 +206,7 @@ def predict(
     class_names_file: ClassNamesFile = None,
     descriptions: OtherDescriptions = None,
     prior: OtherPrior = None,
+    teacher: OtherTeacher = None,
     skip_bad: SkipBad = False,
     max_pixels: MaxPixels = None,
     backbone: OtherBackbone = None,
@@ -241,7 +244,7 @@ def predict(
         raise ConfigError("--json and --csv exclude each other")
     paths = find_images(images, say)
     method, folder = load_model(run, backbone, device, precision)
-    describe_others(method, descriptions, prior)
+    describe_others(method, descriptions, prior, teacher)
     calibration = load_calibration(folder)
     names = read_class_names(class_names, class_names_file) or method.class_names
     check_sets(run, calibration, names == method.class_names, sets, by_class)
@@ -263,6 +266,7 @@ def export(
     class_names_file: ClassNamesFile = None,
     descriptions: OtherDescriptions = None,
     prior: OtherPrior = None,
+    teacher: OtherTeacher = None,
     backbone: OtherBackbone = None,
     format_: Annotated[
         Literal["onnx", "safetensors"] | None,
@@ -320,7 +324,7 @@ def export(
         raise ConfigError(f"{option} says what --int8 is measured on: give both, or neither")
     images = measured_on(run, data, root, split_file) if int8 else None
     method, folder = load_model(run, backbone)
-    describe_others(method, descriptions, prior)
+    describe_others(method, descriptions, prior, teacher)
     names = given or method.class_names
     if names != method.class_names and (note := partly_known(method.backbone, names)):
         say(note)

@@ -88,6 +88,14 @@ OtherPrior = Annotated[
         "--prior", help="File of `vlprompt describe` about other classes, of a model with one.", rich_help_panel=DATA
     ),
 ]
+OtherTeacher = Annotated[
+    str | None,
+    typer.Option(
+        "--teacher",
+        help="Where the teacher is now, of a model that asks its own about other classes, if it has moved.",
+        rich_help_panel=MODEL,
+    ),
+]
 ValFraction = Annotated[float | None, configured("data.val_fraction", DATA)]
 DrawSeed = Annotated[int, typer.Option("--seed", help="Decides which few images --shots draws.", rich_help_panel=DATA)]
 TrainBackbone = Annotated[str | None, configured("backbone", MODEL)]

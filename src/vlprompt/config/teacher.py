@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +20,9 @@ from vlprompt.config.schema import RunConfig, TeacherConfig
 from vlprompt.data.images import Preprocess
 from vlprompt.data.known.table import DEFAULT_TEMPLATE
 from vlprompt.data.splits import find_classes, names_in_file
-from vlprompt.errors import ConfigError
+from vlprompt.errors import ConfigError, VlpromptError
+from vlprompt.methods import Method
+from vlprompt.methods.base import TeacherEntry
 from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.prompting.text import fill
 
@@ -43,6 +46,7 @@ class Tuned:
     def __init__(self, folder: str, device: torch.device | str, precision: str) -> None:
         path = Path(folder).expanduser()
         self.name, self.method = folder, load_artefact(path, device=str(device), precision=precision)
+        let_ask_teacher(self.method)
         self.template, self.logit_scale = self.method.template, self.method.backbone.logit_scale
         self.preprocess = self.method.backbone.preprocess
         config = read_artefact_config(path)
@@ -155,22 +159,14 @@ class Teacher:
         self.fingerprint = sha256(repr(decides).encode()).hexdigest()
         """SHA-256 over what decides the probabilities."""
 
-    @torch.no_grad()
-    def class_vectors(self, class_names: Sequence[str]) -> Tensor | None:
-        """Normalised features [C, E] of classes in its own space; None of what classifies by other means.
+    @property
+    def entry(self) -> TeacherEntry:
+        """As a model that it taught names it."""
+        return {"name": self.name, "fingerprint": self.model.fingerprint, "template": self.template}
 
-        Raises ConfigError for a tuned model whose class features depend on the image, or are several of each class.
-        """
-        if isinstance(self.model, Tuned):
-            method = self.model.method
-            if method.image_dependent or (found := method.class_features(tuple(class_names))).ndim != 2:
-                raise ConfigError(f"teacher.backbone = {self.name}: {method.name} has no class features of its own")
-            return found
-        if isinstance(self.model, Lite0):
-            return self.model.encode_texts(fill(self.template, class_names))
-        if isinstance(self.model, Backbone):
-            return frozen_class_features(self.model, class_names, [self.template])
-        return None
+    def class_vectors(self, class_names: Sequence[str]) -> Tensor | None:
+        """As the function below."""
+        return class_vectors(self.model, class_names, self.template)
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
@@ -179,3 +175,47 @@ class Teacher:
             assert self.class_features is not None
             return (self.logit_scale * self.model.encode_images(images) @ self.class_features.T).softmax(-1)
         return self.model.probabilities(images, self.class_names)
+
+
+@torch.no_grad()
+def class_vectors(model: TeacherModel, class_names: Sequence[str], template: str) -> Tensor | None:
+    """A teacher's normalised features [C, E] of classes in its own space; None of what classifies by other means.
+
+    Raises ConfigError for a tuned model whose class features depend on the image, are several of each class, or are no
+    directions (a head's rows).
+    """
+    if isinstance(model, Tuned):
+        method = model.method
+        found = None if method.image_dependent else method.class_features(tuple(class_names))
+        if found is None or found.ndim != 2 or (found.float().norm(dim=-1) - 1).abs().max() > 0.01:
+            raise ConfigError(f"teacher.backbone = {model.name}: {method.name} has no class features of its own")
+        return found
+    if isinstance(model, Lite0):
+        return model.encode_texts(fill(template, class_names))
+    return frozen_class_features(model, class_names, [template]) if isinstance(model, Backbone) else None
+
+
+def let_ask_teacher(method: Method, name: str | None = None) -> None:
+    """Let a tuned model ask its teacher about other classes than its own; it is loaded when it is first asked.
+
+    ``name`` says where the teacher is, if not where it was. Raises ConfigError for the name of one that is not asked;
+    asking raises it where the teacher cannot be loaded, or is another.
+    """
+    if (entry := method.teacher) is None:
+        if name is not None:
+            raise ConfigError(f"teacher = {name}: this model, of method '{method.name}', asks no teacher about classes")
+        return
+    device, dtype = method.backbone.device, method.backbone.dtype
+
+    @cache
+    def teacher() -> NamedModel:
+        what = f"{method.name} was taught by '{entry['name']}', and asks it about other classes than its own"
+        try:
+            model = load_teacher_model(name or entry["name"]).to(device, dtype)
+        except VlpromptError as error:
+            raise ConfigError(f"{what}: {error}; say where it lies with --teacher (in Python: teacher=)") from None
+        if model.fingerprint != entry["fingerprint"]:
+            raise ConfigError(f"{what}: '{model.name}' is another model (--teacher; in Python: teacher=)")
+        return model
+
+    method.ask_teacher = lambda names: class_vectors(teacher(), names, entry["template"])

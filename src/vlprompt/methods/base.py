@@ -13,6 +13,7 @@ from annotated_types import Ge, Le, MinLen
 from pydantic import AfterValidator, BeforeValidator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from typing_extensions import TypedDict  # pydantic's, before Python 3.12
 
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.backbones.towers import Prompts
@@ -84,8 +85,8 @@ class Can(Flag):
     EXPORT_CLASSES = auto()
     """Its logits are scale · v · tᵀ + bias, v the plain backbone's normalised image features."""
     JOIN_CLASSES = auto()
-    """A class's logit reads nothing that is kept for other classes, but for numbers that a head names as ``shared``:
-    models of some classes each answer side by side."""
+    """A class's logit reads nothing that is kept for other classes, but for what a head takes over in ``join``: models
+    of some classes each answer side by side."""
 
 
 LEARNS_PROMPTS = Can.SPLIT_BATCHES | Can.SPLIT_TEXTS | Can.REPLAY_STEPS | Can.DROP_ATTENTION
@@ -144,6 +145,18 @@ class Support:
     """Normalised features [m, E] and labels [m] of the val images."""
 
 
+class TeacherEntry(TypedDict):
+    """The teacher that a tuned model asks about other classes than its own."""
+
+    name: str
+    fingerprint: str
+    template: str
+
+
+ClassVectors = Callable[[Sequence[str]], Tensor | None]
+"""A teacher's class features [C, E'] of class names; None if it has none."""
+
+
 class TokenMaps(NamedTuple):
     """A row of what ``vlprompt explain`` draws: a map of an image's tokens after each of some blocks."""
 
@@ -196,6 +209,8 @@ class Method(nn.Module):
     """Whether the epoch with the best val accuracy is kept wherever there are val images, as with ``select=val``."""
     images_per_class: float = 1.0
     """Training images of a class, on average, once training is prepared."""
+    in_tasks: bool = False
+    """Whether its classes are one of several tasks', once training is prepared."""
     log_prior: Tensor | None = None
     """What training adds to the logits, [C]: logit adjustment (Menon et al., ICLR 2021)."""
     reads_labels: ClassVar[bool] = True
@@ -213,6 +228,12 @@ class Method(nn.Module):
     """Whether it reads class names in the data set's template; learned text contexts stand in its place."""
     descriptions: Descriptions | None = None
     """Texts of each of its classes, and maybe of others, if any were given."""
+    teacher: TeacherEntry | None = None
+    """The teacher that it asks about other classes than its own, if it asks one."""
+    ask_teacher: ClassVectors | None = None
+    """What it asks; None where the teacher is not at hand."""
+    of_its_classes: ClassVar[frozenset[str]] = frozenset()
+    """Tensors that its class names alone decide: a run that begins with another's prompts has its own."""
     text_chunk: int | None = None
     """Classes whose texts are encoded at once, to need less memory; all if not given."""
 
@@ -389,8 +410,8 @@ class Method(nn.Module):
         assert batch.images is not None
         return self.encode_images(batch.images)
 
-    def take_teacher(self, class_vectors: Callable[[Sequence[str]], Tensor | None]) -> None:
-        """Before training, for what else it takes of a teacher: its class features [C, E'], None if it has none."""
+    def take_teacher(self, class_vectors: ClassVectors, teacher: TeacherEntry | None = None) -> None:
+        """Before training, for what else it takes of a teacher: its class features."""
 
     def names_of(self, classes: Tensor | slice) -> tuple[str, ...]:
         """The names of all classes, or of those given as indices [K]."""

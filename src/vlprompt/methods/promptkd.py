@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -14,7 +14,7 @@ from vlprompt.backbones.backbone import unit
 from vlprompt.backbones.towers import Prompts
 from vlprompt.data.batches import Batch
 from vlprompt.errors import DataError, first_few
-from vlprompt.methods.base import Can, Count, Method, MethodConfig, Output, Weight
+from vlprompt.methods.base import Can, ClassVectors, Count, Method, MethodConfig, Output, TeacherEntry, Weight
 from vlprompt.methods.registry import register
 from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.prompting.visual import VisualPrompts
@@ -34,6 +34,7 @@ class PromptKD(Method):
     paper, year = "Li et al., CVPR", 2024
     learns = "visual prompts and a projection to a teacher's class features, without labels (transductive)"
     needs = frozenset({"teacher_probabilities"})
+    of_its_classes = frozenset({"vectors"})
     official = {
         "optim.name": "sgd",
         "optim.lr": 0.005,
@@ -79,7 +80,6 @@ class PromptKD(Method):
         """Create prompts and projection; the teacher's width is not known yet."""
         self.visual = VisualPrompts(self.backbone, self.config.n_ctx, self.config.depth)
         self.seed = int(torch.randint(2**31, ()))
-        self.encode_names: Callable[[Sequence[str]], Tensor] | None = None
         self.keep(torch.zeros(0, self.backbone.embed_dim))
 
     def keep(self, vectors: Tensor) -> None:
@@ -92,12 +92,12 @@ class PromptKD(Method):
         self.projection = nn.Sequential(first, nn.BatchNorm1d(width), nn.ReLU(), second)
         self.to(self.backbone.device)
 
-    def take_teacher(self, class_vectors: Callable[[Sequence[str]], Tensor | None]) -> None:
+    def take_teacher(self, class_vectors: ClassVectors, teacher: TeacherEntry | None = None) -> None:
         """Its class features in place of the student's, if it has any."""
         vectors = class_vectors(self.class_names)
         if vectors is not None:
             self.keep(vectors.clone())
-            self.encode_names = lambda names: vectors if (new := class_vectors(names)) is None else new
+            self.teacher, self.ask_teacher = teacher, class_vectors
 
     def visual_prompts(self) -> Prompts:
         """The learned tokens."""
@@ -111,17 +111,18 @@ class PromptKD(Method):
         return unit(self.projection(v.to(next(self.projection.parameters()).dtype)))
 
     def class_features(self, class_names: Sequence[str], image_features: Tensor | None = None) -> Tensor:
-        """[C, E'], those that are kept; of other names from the teacher while it is there."""
+        """[C, E'], those that are kept; with other names among them, all from the teacher."""
         if not len(self.vectors):
             return frozen_class_features(self.backbone, class_names, [self.template])
         row = {name: c for c, name in enumerate(self.class_names)}
         if new := [name for name in class_names if name not in row]:
-            if self.encode_names is None:
+            found = self.ask_teacher(tuple(class_names)) if self.ask_teacher else None
+            if found is None:
                 raise DataError(
                     f"promptkd keeps its teacher's features of {len(row)} classes, and has none of "
-                    f"{first_few([repr(name) for name in new])}: teach it all classes"
+                    f"{first_few([repr(name) for name in new])}: they are asked of the teacher, which is not at hand"
                 )
-            return self.encode_names(tuple(class_names)).to(self.vectors)
+            return found.to(self.vectors)
         return self.vectors[[row[name] for name in class_names]]
 
     def supervision(self, out: Output, batch: Batch) -> dict[str, Tensor]:

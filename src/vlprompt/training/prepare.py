@@ -16,7 +16,7 @@ from vlprompt.bank.records import Bank
 from vlprompt.bank.use import bank_views, find_bank
 from vlprompt.bank.views import BankViews
 from vlprompt.config.schema import RunConfig
-from vlprompt.config.teacher import Classifier, Teacher, find_teacher
+from vlprompt.config.teacher import Classifier, Teacher, find_teacher, let_ask_teacher
 from vlprompt.data.batches import TrainingViews, evaluation_batches
 from vlprompt.data.descriptions import check_descriptions, read_descriptions, with_other
 from vlprompt.data.images import ImageSource
@@ -103,11 +103,13 @@ def describe(method: Method, config: RunConfig, known: Sequence[str], say: Calla
     method.backbone.encode_texts([text for texts in method.texts_of(names) for text in texts])
 
 
-def describe_others(method: Method, descriptions: Path | None, prior: Path | None) -> None:
-    """Give a tuned model the texts of other classes than its own, over those that it has, and questions about them.
+def describe_others(method: Method, descriptions: Path | None, prior: Path | None, teacher: str | None = None) -> None:
+    """Give a tuned model what it needs for other classes than its own: texts, over those that it has, questions about
+    them, and its ``teacher``, if that has moved.
 
     Raises ConfigError for a model that reads none.
     """
+    let_ask_teacher(method, teacher)
     if prior is not None:
         method.take_prior(read_prior(prior))
     if descriptions is None:
@@ -142,9 +144,10 @@ def prepare(
     if lacking := sorted(method.needs - PROVIDED - set(extra or {})):
         raise ConfigError(f"method '{name}' needs '{lacking[0]}' of every image, which nothing here provides")
     method.images_per_class = len(labels) / len(method.class_names)
+    method.in_tasks = config.data.task is not None
     _set_prior(config, method, torch.tensor(labels))
     if sources.teacher:
-        method.take_teacher(sources.teacher.class_vectors)
+        method.take_teacher(sources.teacher.class_vectors, sources.teacher.entry)
     if not method.trains:
         if config.data.balanced:
             raise ConfigError(f"method '{name}' takes no training steps: it draws no images (data.balanced)")

@@ -32,6 +32,7 @@ def start_from(method: Method, name: str) -> None:
     state, own = read_prompts(folder, saved["prompts"]), method.state_dict()
     if set(state) != set(own) and checkpoint_file(folder).is_file():
         state = read_method_state(folder)
+    state |= {key: own[key] for key in method.of_its_classes}
     if not method.takes_new_classes and find_classes(method.class_names, saved["class_names"]) != [
         *range(len(saved["class_names"]))
     ]:

@@ -26,6 +26,8 @@ class Head(Method):
     """Tensors whose first size the training images decide."""
     shared: ClassVar[tuple[str, ...]] = ()
     """Numbers that weigh all classes alike: one value for all models that answer side by side."""
+    remembers: ClassVar[bool] = False
+    """Whether it keeps a feature of every training image where classes arrive in tasks."""
 
     @property
     def takes_new_classes(self) -> bool:
@@ -37,12 +39,17 @@ class Head(Method):
         """It makes texts of its own classes' names."""
         return True
 
+    def join(self, models: Sequence[Head]) -> None:
+        """Before it answers beside models of other classes, itself among these: take what they share, of the first."""
+        for name in self.shared:
+            self.get_buffer(name).copy_(models[0].get_buffer(name))
+
     def load_inference_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over tensors whose size the training images decided."""
         for name in self.grown:
             own = getattr(self, name)
-            if state[name].shape[1:] == own.shape[1:]:
-                new = torch.zeros_like(state[name], device=own.device)
+            if name in state and (own is None or state[name].shape[1:] == own.shape[1:]):
+                new = torch.zeros_like(state[name], device=self.backbone.device)
                 setattr(self, name, nn.Parameter(new) if isinstance(own, nn.Parameter) else new)
         super().load_inference_state(state)
 

@@ -34,12 +34,16 @@ class GDA(Head):
     New class names: each takes the ``k`` nearest samples of the known classes and ``text_copies`` of its text feature
     for its mean, and their spread around the text for its covariance; the mean of the new classes' P is P. Known names
     keep their row; officially known and new are never scored together, here they may be.
+
+    Where classes arrive in tasks, no sample is kept: means, counts and scatter are, and add up, so that the tasks'
+    models side by side are the model of all classes at once, but for α, which is the first task's.
     """
 
     paper, year, learns = "Wang et al., ICLR", 2024, "class means and a covariance"
     official = {"data.views": 10, "data.min_scale": 0.5}
     presets = {"base-to-novel": {"method.covariance": "mean"}, "imagenet": {"data.min_scale": 0.08}}
-    grown = ("support",)
+    grown = ("support", "mu", "scatter", "n")
+    shared = ("alpha",)
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
@@ -57,9 +61,11 @@ class GDA(Head):
         @property
         def can(self) -> Can:
             """There are no steps."""
-            return Can.USE_FROZEN_FEATURES
+            return Can.USE_FROZEN_FEATURES | Can.JOIN_CLASSES
 
     support: Tensor
+    mu: Tensor | None
+    """The classes' means [C, E], in tasks alone, as the next two: their ``scatter`` [E, E], of n samples [1]."""
     w: Tensor
     b: Tensor
     alpha: Tensor
@@ -67,7 +73,8 @@ class GDA(Head):
     def build(self) -> None:
         """A classifier that says nothing until fitted."""
         c, e = len(self.class_names), self.backbone.embed_dim
-        self.register_buffer("support", torch.zeros(0, e))
+        for name in self.grown:
+            self.register_buffer(name, torch.zeros(0, e) if name == "support" else None)
         self.register_buffer("w", torch.zeros(c, e))
         self.register_buffer("b", torch.zeros(c))
         self.register_buffer("alpha", torch.tensor(START if self.config.alpha is None else float(self.config.alpha)))
@@ -75,32 +82,54 @@ class GDA(Head):
     @property
     def takes_new_classes(self) -> bool:
         """By its rule for them, if it keeps its samples."""
-        return self.config.k > 0
+        return self.config.k > 0 and self.mu is None
 
     def fit_features(self, features: Tensor, labels: Tensor) -> None:
         """W and b, from views [V, n, E] or whole images [n, E]."""
         with_images(self, labels)
         views = unit(as_views(features))
-        if self.config.k:
-            self.support = views.flatten(0, -2)
-        w, b = self.classifier(views.flatten(0, -2), labels.repeat(len(views)))
+        x, y = views.flatten(0, -2), labels.repeat(len(views))
+        if self.in_tasks:
+            mu, scatter = self.sums(x, y)
+            self.mu, self.scatter, self.n = mu.float(), scatter.float(), torch.tensor([float(len(x))]).to(x.device)
+        elif self.config.k:
+            self.support = x
+        w, b = self.classifier(x, y)
+        self.w.copy_(w)
+        self.b.copy_(b)
+
+    def join(self, models: Sequence[Head]) -> None:
+        """Also the scatter of all their classes' samples."""
+        super().join(models)
+        assert self.mu is not None
+        n, scatter = (torch.stack([m.get_buffer(name).double() for m in models]).sum(0) for name in ("n", "scatter"))
+        c = sum(len(model.class_names) for model in models)
+        w, b = _discriminant(self.mu.double(), self.precision(scatter, int(n), c), c)
         self.w.copy_(w)
         self.b.copy_(b)
 
     def classifier(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """W [C, E] and b [C] of normalised samples x [N, E] of classes y [N]; computed in float64."""
+        mu, scatter = self.sums(x, y)
+        return _discriminant(mu, self.precision(scatter, len(x), len(mu)), len(mu))
+
+    def sums(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The classes' means [C, E], and the sum over samples, or over the classes' covariances, [E, E]."""
         c, e, x64 = len(self.class_names), x.shape[1], x.double()
         n = torch.bincount(y, minlength=c)
         mu = torch.zeros(c, e, dtype=torch.double, device=x.device).index_add(0, y, x64) / n[:, None]
         around = x64 - mu[y]
+        if self.config.covariance == "mean":
+            around = around / (n - 1).clamp(min=1).sqrt()[y, None]
+        return mu, around.T @ around
+
+    def precision(self, scatter: Tensor, n: int, c: int) -> Tensor:
+        """P [E, E], from the sum over n samples of c classes."""
+        e = len(scatter)
         if self.config.covariance == "shrunk":
-            scatter = around.T @ around  # (n − 1) S
-            p = _inverse(scatter, scatter.trace() / max(len(x) - 1, 1), e)
-        else:
-            weighted = around / (n - 1).clamp(min=1).sqrt()[y, None]
-            # What a pseudo-inverse in fp32, as the official one, takes for zero.
-            p = torch.linalg.pinv(weighted.T @ weighted / c, rtol=e * torch.finfo(torch.float32).eps, hermitian=True)
-        return _discriminant(mu, p)
+            return _inverse(scatter, scatter.trace() / max(n - 1, 1), e)  # (n − 1) S
+        # What a pseudo-inverse in fp32, as the official one, takes for zero.
+        return torch.linalg.pinv(scatter / c, rtol=e * torch.finfo(torch.float32).eps, hermitian=True)
 
     def new_classifier(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """W [K, E] and b [K] of new classes, from their text features t [K, E]."""
@@ -114,7 +143,7 @@ class GDA(Head):
         for near, text in zip(x, t, strict=True):
             around = near - text
             p += _inverse(scatter := around.T @ around, scatter.trace() / (k - 1), t.shape[1])
-        return _discriminant(mu, p / len(t))
+        return _discriminant(mu, p / len(t), len(t))
 
     def class_features(self, class_names: Sequence[str], image_features: Tensor | None = None) -> Tensor:
         """Rows 100 t + α W, with α b behind: [C, E + 1], of any class names."""
@@ -164,7 +193,7 @@ def _inverse(scatter: Tensor, shrinkage: Tensor, e: int) -> Tensor:
     return e * torch.linalg.pinv(scatter + shrinkage * torch.eye(e).to(scatter), hermitian=True)
 
 
-def _discriminant(mu: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """W [C, E] and b [C] of means [C, E] and a shared inverse covariance [E, E], all classes as probable."""
+def _discriminant(mu: Tensor, p: Tensor, c: int) -> tuple[Tensor, Tensor]:
+    """W [C, E] and b [C] of means [C, E] and a shared inverse covariance [E, E], each of c classes as probable."""
     w = mu @ p
-    return w, -log(len(mu)) - (w * mu).sum(-1) / 2
+    return w, -log(c) - (w * mu).sum(-1) / 2

@@ -51,6 +51,7 @@ class TipAdapter(Head):
     }
     grown = ("keys", "labels")
     shared = ("alpha", "beta")
+    remembers = True
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
