@@ -351,6 +351,9 @@ def test_a_folder_in_use_is_left_alone(small: Path, done: tuple[Path, dict[str, 
     ended = compared(small, tmp_path)
     assert (ended.code, "is already in use, and holds no comparison" in ended.err) == (2, True)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    inside = compared(small, small / "train" / "compared")
+    assert (inside.code, inside.err.count("\n"), "is inside the data set" in inside.err) == (2, 1, True)
+    assert not (small / "train" / "compared").exists()
     other = make_photos(tmp_path / "other", train=3)
     ended = compared(other, done[0])
     assert (ended.code, "holds a comparison of other images or settings" in ended.err) == (2, True)

@@ -240,6 +240,8 @@ def test_gda_knows_its_own_classes_among_new_ones(tiny: Backbone) -> None:
     own = method.class_features(NAMES)
     rows = method.class_features(("otter", "dog", "heron"))
     assert torch.equal(rows[1], own[1])
+    # In other letters it is the same class, whose row belongs to it; its text is read as it is written.
+    assert torch.equal(method.class_features(("otter", "Sea_horse", "Dog"))[1:, -1], own[[2, 1], -1])
     w, b = method.new_classifier(method.text_features(("otter", "heron")))
     t = method.text_features(("otter", "heron"))
     expected = torch.cat([100 * t + method.alpha * w, method.alpha * b[:, None]], 1).float()

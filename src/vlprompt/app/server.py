@@ -118,7 +118,8 @@ def _told(request: Request, error: Exception) -> Response:
     """An error as one line for the page; those that are not the user's go to standard error too."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
-        return JSONResponse({"error": f"{'.'.join(map(str, first['loc']))}: {first['msg']}"}, 400)
+        where = ".".join(map(str, first["loc"])) or "the question"
+        return JSONResponse({"error": f"{where}: {first['msg']}"}, 400)
     if isinstance(error, VlpromptError):
         return JSONResponse({"error": str(error)}, 415 if isinstance(error, PictureError) else 400)
     what = "out of memory" if memory_is_full(error) else f"{type(error).__name__}: {first_line(error)}"

@@ -30,7 +30,7 @@ from vlprompt.compare.plan import SHORTLIST, Candidate, Costs, Held, candidates,
 from vlprompt.compare.rows import LeftOut, Row, best_of, ranked, reason_for, row_of
 from vlprompt.config.images import choose_images
 from vlprompt.config.schema import RunConfig
-from vlprompt.data.datasets import load_dataset
+from vlprompt.data.datasets import check_outside, load_dataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Item, Split, write_split
 from vlprompt.documents import read_sealed, write_sealed
@@ -109,13 +109,14 @@ def compare(
     }  # fmt: skip
     tried = candidates(methods, settings)
     dataset = load_dataset(data, root, split_file)
+    place = Path(out) if out is not None else Path("runs") / f"{dataset.name}-compare"
+    check_outside(place, dataset)
     with ImageReader() as reader:
         split, _ = choose_images(tried[0].config, dataset, reader, say)
     if shots is not None:
         split = replace(split, train=split.few_shot(shots, seed).train)
     held = hold_out(dataset, split)
     loaded = load_backbone(backbone, device, precision)
-    place = Path(out) if out is not None else Path("runs") / f"{dataset.name}-compare"
     plan = {"images": digest(split_values(split)), "backbone": loaded.fingerprint, "precision": precision, "seed": seed}
     with _folder(place, plan) as inside:
         costs = Costs(loaded, dataset.template, held)

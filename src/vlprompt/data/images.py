@@ -214,9 +214,9 @@ class Preprocess:
             raise DataError(unknown("resize", self.resize, ("shortest", "squash")))
         if self.interpolation not in _FILTERS:
             raise DataError(unknown("interpolation", self.interpolation, _FILTERS))
-        if self.image_size < 1 or len(self.mean) != 3 or len(self.std) != 3:
+        if self.image_size < 1 or len(self.mean) != 3 or len(self.std) != 3 or 0 in self.std:
             raise DataError(
-                f"preprocessing needs a positive image_size and three values for mean and std, "
+                f"preprocessing needs a positive image_size and three values for mean and std, none of std zero, "
                 f"not {self.image_size}, {self.mean} and {self.std}"
             )
         # Configuration files give lists; equal settings must compare and print alike.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vlprompt.backbones.backbone import unit
 from vlprompt.backbones.towers import Prompts
 from vlprompt.data.batches import Batch
+from vlprompt.data.splits import find_classes
 from vlprompt.errors import DataError, first_few
 from vlprompt.methods.base import Can, ClassVectors, Count, Method, MethodConfig, Output, TeacherEntry, Weight
 from vlprompt.methods.registry import register
@@ -114,16 +115,16 @@ class PromptKD(Method):
         """[C, E'], those that are kept; with other names among them, all from the teacher."""
         if not len(self.vectors):
             return frozen_class_features(self.backbone, class_names, [self.template])
-        row = {name: c for c, name in enumerate(self.class_names)}
-        if new := [name for name in class_names if name not in row]:
+        rows = find_classes(class_names, self.class_names)
+        if new := [name for name, c in zip(class_names, rows, strict=True) if c is None]:
             found = self.ask_teacher(tuple(class_names)) if self.ask_teacher else None
             if found is None:
                 raise DataError(
-                    f"promptkd keeps its teacher's features of {len(row)} classes, and has none of "
+                    f"promptkd keeps its teacher's features of {len(self.class_names)} classes, and has none of "
                     f"{first_few([repr(name) for name in new])}: they are asked of the teacher, which is not at hand"
                 )
             return found.to(self.vectors)
-        return self.vectors[[row[name] for name in class_names]]
+        return self.vectors[rows]
 
     def supervision(self, out: Output, batch: Batch) -> dict[str, Tensor]:
         """What the teacher says, a mean over images and classes."""

@@ -12,6 +12,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from vlprompt.backbones.backbone import unit
+from vlprompt.data.splits import find_classes
 from vlprompt.errors import DataError
 from vlprompt.methods.base import Can, Count, MethodConfig, Support, Weight
 from vlprompt.methods.heads.common import Head, as_views, folds, text_of, with_images
@@ -152,8 +153,8 @@ class GDA(Head):
             return self._rows(t, self.w, self.b)
         if not self.takes_new_classes:
             self.check_classes(class_names)
-        known = {name: c for c, name in enumerate(self.class_names)}
-        rows = torch.tensor([known.get(name, -1) for name in class_names], device=t.device)
+        found = find_classes(class_names, self.class_names)
+        rows = torch.tensor([-1 if c is None else c for c in found], device=t.device)
         w, b = self.w[rows], self.b[rows]
         if (new := rows < 0).any():
             new_w, new_b = self.new_classifier(t[new])
