@@ -86,7 +86,10 @@ def test_pixels_are_those_of_transformers(tmp_path: Path, base: dict, own: dict)
         ({"size": 32.5}, "size = 32.5"),
         ({"do_center_crop": False}, "size = {'shortest_edge': 32} (allowed: height and width 32 with do_center_crop ="),
         ({"do_center_crop": "no"}, "do_center_crop = no (allowed: true or false)"),
-        ({"image_std": [0.1, 0.2, 0]}, "three values for mean and std, none of std zero"),
+        (
+            {"image_std": [0.1, 0.2, 0]},
+            "preprocessing needs a positive image_size and three values for mean and std, none of std",
+        ),
         ({"image_mean": [0.1, 0.2]}, "preprocessing needs a positive image_size and three values for mean and std"),
         ({"image_std": ["a", 1, 1]}, "could not convert string to float: 'a'"),
         ({"image_processor_type": "BitImageProcessor"}, "image_processor_type = BitImageProcessor (allowed: CLIPImage"),
