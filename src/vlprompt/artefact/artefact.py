@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
 from annotated_types import Gt, Lt
-from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -26,7 +25,7 @@ from vlprompt.backbones.load import load_backbone, whole_name
 from vlprompt.backbones.names import public_name
 from vlprompt.data.files import content_hash
 from vlprompt.data.splits import MOST_CLASSES
-from vlprompt.documents import MOST_JSON, check_text, fitted, parse_json, read_text, unsealed, write_sealed
+from vlprompt.documents import MOST_JSON, check_text, fitted, parse_json, read_text, reader, unsealed, write_sealed
 from vlprompt.errors import ArtefactError, BackboneError, ConfigError, one_line, unknown
 from vlprompt.files import write_atomically
 from vlprompt.methods import Method, find_method, method_names
@@ -148,7 +147,7 @@ def load_artefact(
     config = read_artefact_config(folder)
     try:
         cls = _find_method(config, folder, files)
-        options = TypeAdapter(cls.Config).validate_python(config["settings"])
+        options = reader(cls.Config).validate_python(config["settings"])
         if extra := set(config["settings"]) - set(asdict(options)):  # pydantic passes them over
             raise ConfigError(unknown(f"setting of {cls.name}", min(extra), asdict(options)))
         class_names, template = _class_names(config["class_names"]), fitted(Template, config["template"])
