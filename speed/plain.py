@@ -32,15 +32,15 @@ def plain(backbone: Backbone, longest: bool = False) -> Iterator[None]:
     Texts are padded to the backbone's context length or, with ``longest``, to the longest of them (DroPLe's code).
     """
 
-    def padded(tokens: Sequence[Sequence[int]], *slots: Any, share: bool = True, **how: Any) -> PackedText:
+    def padded(tokens: Sequence[Sequence[int]], *slots: Any, share_prefix: bool = True, **how: Any) -> PackedText:
         n = max(map(len, tokens)) if longest else backbone.context_length
-        if share:  # any text after its end: a causal tower's end token does not see it
+        if share_prefix:  # any text after its end: a causal tower's end token does not see it
             full = [[*ids, *[0] * (n - len(ids))] for ids in tokens]
-            text = pack(full, *slots, share=False, **how)
+            text = pack(full, *slots, share_prefix=False, **how)
             ends = [c * n + len(ids) - 1 for c, ids in enumerate(tokens)]
             return replace(text, pooled=torch.tensor(ends))
         # Who asked for texts that share nothing has an attention function of its own: padding is no text of it.
-        text = Padded(**vars(pack(tokens, *slots, share=False, **how)))
+        text = Padded(**vars(pack(tokens, *slots, share_prefix=False, **how)))
         rows = (0, max(n * len(tokens) - len(text.tokens), 0))
         return replace(text, tokens=pad(text.tokens, rows), positions=pad(text.positions, rows))
 

@@ -73,7 +73,7 @@ class OneBatch:
         """One batch in an epoch."""
         return 1
 
-    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0, shard: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
         """The batch."""
         yield self.views
 

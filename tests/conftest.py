@@ -22,6 +22,17 @@ from tests.kit.pictures import make_photos, make_pictures
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests in the background ignores it
 
+SYNC = os.fsync, os.sync
+# A run of three epochs waits for the disk 28 times; files of a test need not outlive a power cut.
+os.fsync = os.sync = lambda *given: None
+
+
+@pytest.fixture
+def syncs(monkeypatch):
+    """Files are written to the disk, as outside of tests."""
+    monkeypatch.setattr(os, "fsync", SYNC[0])
+    monkeypatch.setattr(os, "sync", SYNC[1])
+
 
 @pytest.fixture(scope="session")
 def tiny():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,10 +88,14 @@ def checksum(content: object) -> str:
     return sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+reader: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
+"""What reads plain values as a type; kept, as to make one takes a millisecond or two."""
+
+
 def fitted(kind: type[T], content: Any) -> T:
     """Plain values as a type; raises ValueError that names the first that does not fit."""
     try:
-        return TypeAdapter(kind).validate_python(content)
+        return reader(kind).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

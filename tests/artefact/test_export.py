@@ -18,7 +18,7 @@ from tests.backbones.test_backbones import write_siglip
 from tests.backbones.test_more_towers import resnet as resnet  # a fixture
 from tests.kit import REPOSITORY, TINY
 from tests.kit.command import vlprompt
-from tests.kit.marks import slow
+from tests.kit.marks import image_sides, slow
 from tests.kit.pictures import draw, pictures
 from tests.kit.runs import arguments
 from vlprompt.api import PromptedModel, build_method
@@ -40,10 +40,13 @@ MORE = {
     "coop": {"class_specific": True},
 }
 """Options under which a method goes another way."""
-SLOW = [("cocoop", {}), ("bayesian", MORE["bayesian"])]
-"""Their files hold the text tower too."""
+FAST = [
+    *((name, {}) for name in image_sides() if name != "cocoop"),
+    *((name, MORE[name]) for name in ("dpl", "drople")),
+]
+"""All but those whose file holds the text tower too, and those whose graph another has."""
 CASES = [
-    pytest.param(name, options, id="-".join([name, *options]), marks=slow if (name, options) in SLOW else ())
+    pytest.param(name, options, id="-".join([name, *options]), marks=slow if (name, options) not in FAST else ())
     for name, options in [*((name, {}) for name in sorted(METHODS)), *MORE.items()]
 ]
 

@@ -149,7 +149,7 @@ class TCP(Method):
 
     def class_features(self, class_names: Sequence[str], image_features: Tensor | None = None) -> Tensor:
         own = self.net(frozen_class_features(self.backbone, class_names, [self.template])).unflatten(-1, (2, -1))
-        texts = self.context.packed(self.backbone, class_names, share=False)
+        texts = self.context.packed(self.backbone, class_names, share_prefix=False)
         return encode_classes(self.backbone.text_tower, Prompts([self.context.vectors, own]), texts)
 
 
@@ -205,7 +205,7 @@ def test_class_dependent_tokens_of_texts_that_share_theirs_are_refused() -> None
     shared = pack(tokens.ids, tokens.slots)
     with pytest.raises(ConfigError, match=r"prompts \[4, 2, 32\] differ between texts that share theirs"):
         encode_classes(backbone.text_tower, prompts, shared)
-    ways = [pack(tokens.ids, tokens.slots, class_specific=True), pack(tokens.ids, tokens.slots, share=False)]
+    ways = [pack(tokens.ids, tokens.slots, class_specific=True), pack(tokens.ids, tokens.slots, share_prefix=False)]
     features = [encode_classes(backbone.text_tower, prompts, texts) for texts in ways]
     torch.testing.assert_close(*features, rtol=0, atol=1e-9)
     parts = [pack(tokens.ids[i : i + 3], tokens.slots[i : i + 3], class_specific=True) for i in (0, 3)]
@@ -215,7 +215,7 @@ def test_class_dependent_tokens_of_texts_that_share_theirs_are_refused() -> None
 def test_the_hook_comes_before_the_tokens_of_its_block() -> None:
     backbone, seen = small_backbone(), []
     context = TextContext(backbone, 2, depth=3).double()
-    texts = context.packed(backbone, NAMES, share=False)
+    texts = context.packed(backbone, NAMES, share_prefix=False)
 
     def hook(i: int, x: Tensor) -> Tensor:
         seen.append(i)

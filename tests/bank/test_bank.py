@@ -30,13 +30,14 @@ from vlprompt.bank.build import build_bank
 from vlprompt.bank.config import bank_config
 from vlprompt.bank.manifest import SHARD_IMAGES, BankSettings, Features, Labels, describe, read_manifest
 from vlprompt.bank.records import FLOOR, Bank, top_k, verify
-from vlprompt.bank.regions import Crops, content_hash, restored, stored
+from vlprompt.bank.regions import Crops, restored, stored
 from vlprompt.bank.views import BankViews
 from vlprompt.config.schema import OptimConfig, TrainConfig
 from vlprompt.config.teacher import Teacher
 from vlprompt.data.augment import augment_patches
 from vlprompt.data.batches import Batch
 from vlprompt.data.datasets import load_dataset
+from vlprompt.data.files import content_hash
 from vlprompt.data.images import load_image, pixel_box, random_regions
 from vlprompt.data.reading import ImageReader
 from vlprompt.errors import ArtefactError, ConfigError, DataError, Interrupted
@@ -894,7 +895,7 @@ class ByHand:
     def __len__(self) -> int:
         return len(self.made)
 
-    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)):
+    def epoch(self, epoch: int, start: int = 0, shard: tuple[int, int] = (0, 1)):
         for step in range(len(self) * epoch, len(self) * (epoch + 1)):
             images, labels, seconds, records = [], [], [], []
             for i, region, turn in self.made._samples(step):

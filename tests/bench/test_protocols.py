@@ -15,7 +15,7 @@ from tests.kit import TINY
 from tests.kit.marks import slow
 from tests.kit.pictures import make_pictures, paint
 from vlprompt.api import PromptedModel
-from vlprompt.backbones.load import load_backbone
+from vlprompt.backbones.backbone import Backbone
 from vlprompt.bench import runs as runs_module
 from vlprompt.bench.figures import read_figures
 from vlprompt.bench.protocols import Asked, Measurement, Run, attack_of, plan, seen
@@ -403,9 +403,8 @@ def test_every_method_is_asked_in_tasks_or_refused_by_name(bench, photos: Path, 
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_every_method_can_be_attacked(name: str) -> None:
-    backbone, config = load_backbone(str(TINY)), METHODS[name].Config()
-    assert why_not_attacked(METHODS[name](backbone, ("a", "b"), config)) == ""
+def test_every_method_can_be_attacked(name: str, tiny: Backbone) -> None:
+    assert why_not_attacked(METHODS[name](tiny, ("a", "b"), METHODS[name].Config())) == ""
 
 
 def test_averages_of_tasks_are_over_the_seeds_that_have_them_all() -> None:

@@ -20,6 +20,7 @@ import yaml
 from tests.kit import TINY, sealed
 from tests.kit.checks import tree
 from tests.kit.command import Done, environment, python, vlprompt
+from tests.kit.marks import sweep
 from tests.kit.pictures import SHADES
 from tests.kit.runs import RUN_FILES
 from vlprompt import __version__
@@ -527,9 +528,10 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize(("module", "start"), [
-    ("typer", "main"), ("torch", "main"), ("PIL", "main"), ("torch", "script"), ("typer", "script")
-])  # fmt: skip
+@pytest.mark.parametrize(("module", "start"), sweep(
+    [("typer", "main"), ("torch", "main"), ("PIL", "main"), ("torch", "script"), ("typer", "script")],
+    ("torch", "main"), ("typer", "script"),
+))  # fmt: skip
 def test_an_interrupt_while_modules_are_imported(photos: Path, tmp_path: Path, module: str, start: str) -> None:
     (tmp_path / module).mkdir()
     (tmp_path / module / "__init__.py").write_text(INTERRUPTS)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.kit.marks import image_sides, sweep
 from tests.kit.pictures import make_pictures
 from tests.kit.plain import small_backbone
 from vlprompt.artefact.artefact import load_artefact, save_artefact, write_calibration
@@ -88,7 +89,7 @@ def test_other_kinds_of_dropout(kind, tiny, tmp_path, picture):
     assert (edge == 255).all(), "a long title stays within the margin"
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sweep(sorted(METHODS), *image_sides()))
 def test_every_method_is_explained(name, tiny, tmp_path, picture, vlprompt):
     run, out = saved(tiny, tmp_path / "run", name), tmp_path / "out.png"
     code, text, err = vlprompt("explain", run, picture, "--out", out, "--json")

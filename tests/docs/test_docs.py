@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer.main
 from PIL import Image
 
 from tests.kit import REPOSITORY
+from tests.kit.command import tree
 from tests.kit.hub import Hub
 from tests.kit.marks import slow
 from vlprompt.cli import app
@@ -130,7 +130,7 @@ def test_there_are_commands_on_every_page_that_should_have_some() -> None:
 
 @pytest.mark.parametrize(("page", "words"), [pytest.param(p, w, id=f"{name(p)}: {' '.join(w)}") for p, w in commands()])
 def test_commands_are_valid(page: Path, words: list[str], own_method: None) -> None:
-    command, rest = typer.main.get_command(app), words
+    command, rest = tree(app), words
     while hasattr(command, "resolve_command"):  # a group of commands
         _, command, rest = command.resolve_command(command.make_context("vlprompt", rest[:1]), rest)
     given = command.make_context(words[0], rest).params  # raises for unknown options, bad values, what is missing

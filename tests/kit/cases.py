@@ -27,6 +27,8 @@ FOLDERS = {
 
 FAMILY = ("bayesian", "comma", "lasp", "mmrl", "tcp")
 """Folders of cases that tests/methods/test_family_golden.py checks."""
+TAUGHT = ("fdbpl", "kdpl", "promptkd")
+"""Folders of cases with a teacher, which the reduced set lacks."""
 
 OFFICIAL_NAMES = [  # official name → (our parameter, index into it)
     (r"prompt_learner\.ctx", "context.vectors", None),
@@ -128,8 +130,15 @@ def find_cases(only: Sequence[str] | None = None) -> list:
     """Every case of both folders, as pytest parameters; of some methods, or of all that are not the family's."""
     import pytest
 
+    from tests.kit.marks import slow
+
+    def marks(file: Path) -> tuple[pytest.MarkDecorator, ...]:
+        """The whole set has teachers of its own; its other cases are the reduced set's, in a larger vocabulary."""
+        twice = (FOLDERS["reduced"] / file.parent.name / file.name).is_file() and file.parent.name not in TAUGHT
+        return (slow,) if twice and FOLDERS["full"] in file.parents else ()
+
     return [
-        pytest.param(Case(file), id=f"{where}-{file.parent.name}-{file.stem}")
+        pytest.param(Case(file), id=f"{where}-{file.parent.name}-{file.stem}", marks=marks(file))
         for where, folder in FOLDERS.items()
         for file in sorted(folder.glob("*/*.json"))
         if (file.parent.name in only if only is not None else file.parent.name not in FAMILY)

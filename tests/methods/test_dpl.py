@@ -458,7 +458,7 @@ def states(method: Method, names: Sequence[str]) -> list[Tensor]:
         seen.append(x[0])
         return x
 
-    packed, tower = method.context.packed(method.backbone, names, share=False), method.backbone.text_tower
+    packed, tower = method.context.packed(method.backbone, names, share_prefix=False), method.backbone.text_tower
     attention = text_attention(tower, packed, SubProcesses())
     tower(packed, method.context.prompts(), attention, keep)
     return seen[1:]  # before a block is after the one before it
@@ -470,7 +470,7 @@ def test_prompts_read_the_words_of_their_class() -> None:
     after_first = states(method, ("dog", "cat"))[0]
     prompts = after_first[packed.slots].unflatten(0, (2, -1))
     same_place = make(**EXACT, text="context")
-    packed = same_place.context.packed(same_place.backbone, ("dog", "cat"), share=False)
+    packed = same_place.context.packed(same_place.backbone, ("dog", "cat"), share_prefix=False)
     in_context = states(same_place, ("dog", "cat"))[0][packed.slots].unflatten(0, (2, -1))
     assert (prompts[0] - prompts[1]).abs().amax(-1).gt(1e-3).all()
     assert torch.equal(in_context[0], in_context[1])  # a causal context is blind to the class

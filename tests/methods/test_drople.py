@@ -96,7 +96,7 @@ def test_attention_with_maps_is_plain_attention(causal: bool) -> None:
 
 
 def test_packed_attention_with_maps_is_packed_attention() -> None:
-    text = pack([[1, 2, 3], [1, 2, 3, 4, 5], [1, 9, 3], [1, 2, 3, 4, 5, 6]], share=False)
+    text = pack([[1, 2, 3], [1, 2, 3, 4, 5], [1, 9, 3], [1, 2, 3, 4, 5, 6]], share_prefix=False)
     q, k, v = (torch.randn(1, len(text.tokens), 8, dtype=torch.double) for _ in range(3))
     maps: list[Tensor] = []
     close(packed_with_maps(text, 2, maps)(q, k, v), packed_attention(text, 2)(q, k, v), 1e-12)
@@ -106,7 +106,7 @@ def test_packed_attention_with_maps_is_packed_attention() -> None:
 
 def test_rows_of_packed_texts() -> None:
     texts = [[1, 2, 3], [1, 7, 8, 4, 5], [1, 9, 3]]
-    packed = pack(texts, share=False)
+    packed = pack(texts, share_prefix=False)
     rows, mask = packed.rows(torch.tensor([1, 2, 0, 1]))
     assert [packed.tokens[r[m]].tolist() for r, m in zip(rows, mask, strict=True)] == [texts[c] for c in (1, 2, 0, 1)]
     assert packed.tokens[rows[1]].tolist() == [1, 9, 3, 3, 3]
@@ -120,7 +120,7 @@ def test_rows_of_packed_texts() -> None:
 def test_hooks_of_the_towers(double: Backbone, tower: str) -> None:
     method = make(double)
     heads = double.text_tower.config.heads
-    text = method.context.packed(double, NAMES, share=False)
+    text = method.context.packed(double, NAMES, share_prefix=False)
 
     def run(attention: Any = None, before_block: Any = None) -> Tensor:
         if tower == "image":
@@ -196,7 +196,7 @@ def test_probabilities_do_not_depend_on_the_other_classes_and_images(double: Bac
         alone = make(double, [name], **settings)
         alone._texts(alone.class_names, torch.zeros(1).long())
         for i, (_, p) in enumerate(draws):
-            order = list(together.context.packed(double, NAMES, share=False).order.argsort())
+            order = list(together.context.packed(double, NAMES, share_prefix=False).order.argsort())
             close(texts[i].unflatten(1, (len(NAMES), -1))[0, order.index(c)], p[0])
         draws.clear()
     together._images(images)
@@ -223,7 +223,7 @@ def test_what_is_hit(tiny: Backbone, draws: list) -> None:
         assert [rows.tolist() for rows, _ in draws] == [[*range(1, patches + 1)], [*range(1, patches + 5)]]
         draws.clear()
         method._texts(method.class_names, torch.zeros(1).long())
-        text = method.context.packed(tiny, NAMES, share=False)
+        text = method.context.packed(tiny, NAMES, share_prefix=False)
         positions = [sorted({int(text.positions[r]) for r in rows}) for rows, _ in draws]
         # Before the last prompted layer only noise on the start token is carried on; zero spares it always.
         assert positions == ([[0], [0], [0, 1, 2, 3, 4]] if mode == "gaussian" else [[1, 2, 3, 4]])
@@ -342,7 +342,7 @@ def test_tokens_that_the_next_block_replaces_need_no_dropout(double: Backbone) -
     with torch.no_grad():
         alone = [
             double.text_tower(
-                method.context.packed(double, (name,), share=False), method.context.prompts(), None, zero_context
+                method.context.packed(double, (name,), share_prefix=False), method.context.prompts(), None, zero_context
             )[0, 0]
             for name in NAMES
         ]
@@ -377,7 +377,7 @@ def test_what_the_shared_tokens_see_one_image_and_text_at_a_time(double: Backbon
                 lambda i, x, b=b: states.setdefault(("image", b, i - 1), x)[:],
             )  # fmt: skip
             double.text_tower(
-                method.context.packed(double, (NAMES[label],), share=False), method.context.prompts(), None,
+                method.context.packed(double, (NAMES[label],), share_prefix=False), method.context.prompts(), None,
                 lambda i, x, b=b: states.setdefault(("text", b, i - 1), x)[:],
             )  # fmt: skip
         for i in range(method.aligned):
@@ -421,7 +421,7 @@ def test_probabilities_of_a_text_from_the_papers_formulas(name: str, double: Bac
     assert shared is not None
     with torch.no_grad():
         method._texts(method.class_names, torch.zeros(1).long())
-        text = method.context.packed(double, (name,), share=False)
+        text = method.context.packed(double, (name,), share_prefix=False)
         tower(text, method.context.prompts(), None, lambda i, x: states.append(x[0]) or x)
         del states[0]  # before the first block
         x = states[i - 1].clone()

@@ -15,6 +15,7 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from tests.kit.command import vlprompt
+from tests.kit.marks import image_sides, sweep
 from tests.kit.pictures import CLASSES
 from tests.kit.runs import TEACHER, arguments, check_stopped, configured, described, prompts
 from vlprompt.api import PromptedModel
@@ -174,7 +175,7 @@ def test_fap_saves_both_towers_prompts_and_no_maps(tiny: Backbone, tmp_path: Pat
     assert shapes == {"context.vectors": (2, text), "folded_text": (2, 2, text), "folded_image": (3, 2, image)}
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sweep(sorted(METHODS), *image_sides()))
 def test_every_method_can_be_attacked(name: str, tiny: Backbone) -> None:
     method, pixels = make(tiny, name), Pixels(tiny.preprocess)
     x = pixels.read(torch.rand(5, 3, tiny.image_size, tiny.image_size, generator=torch.Generator().manual_seed(5)))

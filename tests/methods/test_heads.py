@@ -18,7 +18,7 @@ from vlprompt.api import build_method, fit
 from vlprompt.artefact.artefact import load_artefact
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.config.schema import OptimConfig, build_config
-from vlprompt.data.batches import TrainingViews, epoch_order
+from vlprompt.data.batches import TrainingViews, epoch_order, fold_of
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.errors import BackboneError, ConfigError, DataError, Interrupted
@@ -213,6 +213,18 @@ def test_folds_hold_every_image_out_once() -> None:
         assert set(labels[fit_on].tolist()) == {0, 1}
     assert not list(folds(torch.tensor([0, 0, 1])))
     assert len(list(folds(torch.arange(3).repeat(9)))) == 5
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([1, 0, 1, 1, 0, 0, 1], [0, 0, 1, 2, 1, 2, 0]),  # every class begins at the first fold
+        ([0, 1, 2, 2], [0, 1, 2, 0]),  # but of small ones where the last ended: no fold is empty
+        ([2, 0, 1, 1, 1, 1, 2], [1, 0, 1, 2, 0, 1, 2]),
+    ],
+)
+def test_images_of_a_class_are_spread_over_the_folds(labels: list[int], expected: list[int]) -> None:
+    assert fold_of(torch.tensor(labels), 3).tolist() == expected
 
 
 def blobs(n: int, e: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -124,7 +124,7 @@ def test_sharing_the_prefix_changes_nothing(drawn: Setting) -> None:
     backbone, context = small_backbone(), drawn.context(small_backbone())
     texts = class_tokens(backbone, drawn.names, drawn.n_ctx, drawn.words, drawn.position)
     shared, alone = (
-        pack(texts.ids, texts.slots, class_specific=drawn.class_specific, share=share) for share in (True, False)
+        pack(texts.ids, texts.slots, class_specific=drawn.class_specific, share_prefix=share) for share in (True, False)
     )
     assert shared.prefix >= 1
     assert alone.prefix == 0

@@ -363,7 +363,7 @@ def can_mount() -> bool:
 
 
 @pytest.mark.skipif(not can_mount(), reason="only who may mount can cut the power; the sync calls are counted above")
-def test_a_power_cut_leaves_whole_outputs(pictures: Path, tmp_path: Path) -> None:
+def test_a_power_cut_leaves_whole_outputs(syncs: None, pictures: Path, tmp_path: Path) -> None:
     """What a disk holds at the moment that a run, and a bank, are finished: a copy of it, taken while it is mounted."""
     disk, copy, place = tmp_path / "disk.img", tmp_path / "copy.img", tmp_path / "mounted"
     with disk.open("wb") as stream:

@@ -87,11 +87,11 @@ def same(logits: Tensor) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_unchanged_logits_give_the_fused_kernel_s_attention(share: bool) -> None:
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_unchanged_logits_give_the_fused_kernel_s_attention(share_prefix: bool) -> None:
     """Of packed texts, pooled rows and images, in float64, with gradients."""
     tower, heads = small_backbone().text_tower, 2
-    text = pack([[1, 5, 6, 7], [1, 5, 2], [1, 5, 9, 3]], share=share)
+    text = pack([[1, 5, 6, 7], [1, 5, 2], [1, 5, 9, 3]], share_prefix=share_prefix)
     x = torch.randn(1, len(text.tokens), tower.config.width, dtype=torch.double, requires_grad=True)
     attentions = (packed_attention(text, heads), x), (packed_attention(text, heads), x[:, text.pooled])
     for attention, q in (*attentions, (plain_attention(heads), x)):

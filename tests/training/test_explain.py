@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
-from tests.kit.marks import slow
+from tests.kit.marks import image_sides, slow, sweep
 from tests.kit.plain import plain_block, plain_norm, small_backbone, write
 from vlprompt import load_backbone
 from vlprompt.backbones.attention import observed, plain_attention
@@ -103,7 +103,7 @@ def test_an_attention_is_observed_as_it_is() -> None:
     assert scaled_dot_product_attention(qh, kh, kh).shape == qh.shape
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sweep(sorted(METHODS), *image_sides()))
 def test_every_method_has_it(name: str, tiny: Backbone) -> None:
     method, image = built(tiny, name), an_image(tiny)
     if name in ("linear_probe", "lp_plus_plus"):

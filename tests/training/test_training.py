@@ -121,7 +121,7 @@ class Steps:
     def __len__(self) -> int:
         return 2
 
-    def epoch(self, epoch: int, start: int, share: tuple[int, int]) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int, shard: tuple[int, int]) -> Iterator[Batch]:
         yield from [Batch(torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.long))] * 2
 
 

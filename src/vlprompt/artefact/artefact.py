@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
 from annotated_types import Gt, Lt
-from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -24,13 +23,14 @@ from vlprompt.artefact.card import model_card
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone, whole_name
 from vlprompt.backbones.names import public_name
+from vlprompt.data.files import content_hash
 from vlprompt.data.splits import MOST_CLASSES
-from vlprompt.documents import MOST_JSON, check_text, fitted, parse_json, read_text, unsealed, write_sealed
+from vlprompt.documents import MOST_JSON, check_text, fitted, parse_json, read_text, reader, unsealed, write_sealed
 from vlprompt.errors import ArtefactError, BackboneError, ConfigError, one_line, unknown
 from vlprompt.files import write_atomically
 from vlprompt.methods import Method, find_method, method_names
 from vlprompt.methods.base import TeacherEntry, Template
-from vlprompt.methods.registry import GROUP, checksum, file_of
+from vlprompt.methods.registry import GROUP, file_of
 from vlprompt.version import __version__
 
 FORMAT_VERSION = 3
@@ -149,7 +149,7 @@ def load_artefact(
     config = read_artefact_config(folder)
     try:
         cls = _find_method(config, folder, files)
-        options = TypeAdapter(cls.Config).validate_python(config["settings"])
+        options = reader(cls.Config).validate_python(config["settings"])
         if extra := set(config["settings"]) - set(asdict(options)):  # pydantic passes them over
             raise ConfigError(unknown(f"setting of {cls.name}", min(extra), asdict(options)))
         class_names, template = _class_names(config["class_names"]), fitted(Template, config["template"])
@@ -204,7 +204,7 @@ def write_calibration(folder: Path, calibration: Calibration) -> None:
 def _method_file(method: Method) -> dict[str, Any]:
     """The file that the method was loaded from, if it is no package's."""
     file = file_of(type(method))
-    return {"method_file": {"path": str(file), "sha256": checksum(file)}} if file else {}
+    return {"method_file": {"path": str(file), "sha256": content_hash(file)}} if file else {}
 
 
 def _descriptions(method: Method) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def _find_method(config: ArtefactConfig, folder: Path, files: bool) -> type[Meth
             f"{'not run for a downloaded model' if not files else 'not there'}: load it first with "
             f'find_method("…/{file.name}"), or install it under the entry point group {GROUP}'
         )
-    if checksum(file) != source["sha256"]:
+    if content_hash(file) != source["sha256"]:
         warnings.warn(f"{file} has changed since {folder} was tuned with it", stacklevel=3)
     return find_method(str(file))
 

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor
 
+from vlprompt.documents import reader
 from vlprompt.errors import ConfigError
 from vlprompt.methods import Method
 from vlprompt.methods.zero_shot import frozen_class_features
@@ -59,7 +59,7 @@ class Calibration:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Calibration:
         """The calibration of :meth:`to_dict`; raises ValueError for others."""
-        return TypeAdapter(Calibration).validate_python(dict(values))
+        return reader(Calibration).validate_python(dict(values))
 
     def logits(self, method: Method, logits: Tensor, class_names: Sequence[str]) -> Tensor:
         """Calibrated logits [n, C] in float64: of class names not tuned on too, by distance-aware calibration."""

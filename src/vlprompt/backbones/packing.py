@@ -102,7 +102,7 @@ def pack(
     *,
     causal: bool = True,
     class_specific: bool = False,
-    share: bool = True,
+    share_prefix: bool = True,
 ) -> PackedText:
     """Pack texts, each a list of token ids from its first token to the one that is pooled.
 
@@ -111,7 +111,7 @@ def pack(
     all tokens from every token: its texts come padded to one length, and no prefix is shared.
     """
     where = [dict(zip(s, range(len(s)), strict=True)) for s in slots] if slots else [{} for _ in tokens]
-    prefix = _shared_prefix(tokens, where, class_specific) if causal and share else 0
+    prefix = _shared_prefix(tokens, where, class_specific) if causal and share_prefix else 0
 
     # One length a group: its attention is one dense product under one mask, with nothing padded.
     by_length: dict[int, list[int]] = {}
@@ -152,7 +152,7 @@ def pack_with_room(tokens: Sequence[Sequence[int]], n: int) -> tuple[PackedText,
     count the slots.
     """
     slots = range(1, 1 + n)
-    after = pack([[ids[0]] * (1 + n) + [*ids[1:]] for ids in tokens], [slots] * len(tokens), share=False)
+    after = pack([[ids[0]] * (1 + n) + [*ids[1:]] for ids in tokens], [slots] * len(tokens), share_prefix=False)
     after = replace(after, positions=(after.positions - n).clamp(min=0))
     groups = []
     for group in after.groups:

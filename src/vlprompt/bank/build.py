@@ -14,10 +14,10 @@ import numpy as np
 from vlprompt.bank.config import BankConfig
 from vlprompt.bank.manifest import MANIFEST, BankSettings, Manifest, differences, read_manifest, shard_file
 from vlprompt.bank.records import open_shard
-from vlprompt.bank.regions import content_hash
 from vlprompt.bank.towers import Towers, load_towers
 from vlprompt.config.images import choose_images, image_notes
 from vlprompt.data.datasets import check_outside, load_dataset
+from vlprompt.data.files import content_hash
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split
 from vlprompt.errors import ConfigError, DataError
@@ -190,10 +190,10 @@ def _opening(manifest: Manifest, images: int, part: tuple[int, int]) -> str:
     t, kept = s.teacher, [f"features of {s.features.name}"] if s.features else []
     if t:
         kept.insert(0, f"the {t.top_k} most probable of {len(t.class_names)} classes to {t.name}")
-    share = f" (part {part[0]}/{part[1]})" if part[1] > 1 else ""
+    which = f" (part {part[0]}/{part[1]})" if part[1] > 1 else ""
     return (
         f"{s.regions} regions of each image: {' and '.join(kept)}; {s.bytes_per_image:,} bytes an image\n"
-        f"{images} of {all_images} images to do{share}"
+        f"{images} of {all_images} images to do{which}"
     )
 
 

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlprompt.bank.manifest import MANIFEST, Manifest, read_manifest, shard_file
-from vlprompt.bank.regions import content_hash
-from vlprompt.data.files import missing_error
+from vlprompt.data.files import content_hash, missing_error
 from vlprompt.errors import DataError, one_line
 
 SHARDS_OPEN = 256  # files mapped at once, well below what systems allow

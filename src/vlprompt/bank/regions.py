@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from hashlib import file_digest
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 from annotated_types import Ge, Gt, Le, Lt
 from numpy.typing import NDArray
 
-from vlprompt.data.files import missing_error
 from vlprompt.data.images import random_regions
-from vlprompt.errors import DataError
 
 _ONE = 65535  # stands for 1 in stored regions
 
@@ -56,14 +52,3 @@ def stored(regions: NDArray[np.float64]) -> NDArray[np.uint16]:
 def restored(regions: NDArray[np.uint16]) -> NDArray[np.float64]:
     """Stored regions as :data:`vlprompt.data.images.Region`."""
     return regions / _ONE
-
-
-def content_hash(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal; raises DataError if it cannot be read."""
-    try:
-        with file.open("rb") as stream:
-            return file_digest(stream, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise missing_error("file", file) from None
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}") from None

@@ -72,9 +72,9 @@ class BankViews:
         """Views in every batch."""
         return self.images_at_once * self.regions_per_image
 
-    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
-        """Batches of one epoch, from batch ``start`` on; ``share`` as in :class:`TrainingViews`."""
-        k, n = share
+    def epoch(self, epoch: int, start: int = 0, shard: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+        """Batches of one epoch, from batch ``start`` on; ``shard`` as in :class:`TrainingViews`."""
+        k, n = shard
         steps = range(epoch * len(self) + start, (epoch + 1) * len(self))
         pieces = [np.array_split(self._samples(step), n)[k] for step in steps]
         made: Iterator[dict[str, Any]] = repeat({"images": None})

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import EMBEDDED
 from vlprompt.compare.clock import Clock
 from vlprompt.config.presets import presets_of
 from vlprompt.config.schema import RunConfig, build_config
-from vlprompt.data.batches import batches_of, evaluation_batches
+from vlprompt.data.batches import batches_of, evaluation_batches, fold_of
 from vlprompt.data.datasets import LoadedDataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split, in_order, ranked_by_class
@@ -111,16 +112,14 @@ def hold_out(dataset: LoadedDataset, split: Split) -> Held:
             f"data set '{dataset.name}': class '{split.class_names[fewest]}' has {n} image{'' if n == 1 else 's'} to "
             "train on; to hold some out, every class needs two"
         )
-    k = min(FOLDS, n)
-    groups = defaultdict(list)
-    for items in ranked.values():
-        for i, item in enumerate(items):
-            groups[i % k].append(item)
-    folds = []
-    for fold in range(k):
-        rest = [item for other in range(k) if other != fold for item in groups[other]]
-        folds.append(replace(whole, train=in_order(rest), val=in_order(groups[fold])))
-    return Held(whole, tuple(folds), f"{k} stratified folds of {len(whole.train)} training images")
+    k, items = min(FOLDS, n), [item for group in ranked.values() for item in group]
+    placed = list(zip(items, fold_of(torch.tensor([item.label for item in items]), k).tolist(), strict=True))
+
+    def fold(held: int) -> Split:
+        train, val = ([item for item, at in placed if (at == held) == out] for out in (False, True))
+        return replace(whole, train=in_order(train), val=in_order(val))
+
+    return Held(whole, tuple(map(fold, range(k))), f"{k} stratified folds of {len(items)} training images")
 
 
 def digest(value: Any) -> str:

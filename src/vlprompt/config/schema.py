@@ -15,14 +15,14 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import numpy as np
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ValidationError
 
 from vlprompt.backbones.load import whole_name
 from vlprompt.config.presets import presets_of
 from vlprompt.data.images import White
 from vlprompt.data.known.table import find_dataset
 from vlprompt.data.splits import Classes
-from vlprompt.documents import check_text, checksum, parse_yaml, read_yaml
+from vlprompt.documents import check_text, checksum, parse_yaml, read_yaml, reader
 from vlprompt.errors import ConfigError, one_line, printable, unknown
 from vlprompt.methods import Can, MethodConfig, find_method
 from vlprompt.methods.base import Template
@@ -515,7 +515,7 @@ def checked(cls: type, values: Mapping[str, Any], prefix: str, problems: list[st
     assert is_dataclass(cls)
     hints = get_type_hints(cls)
     try:
-        checked = TypeAdapter(cls).validate_python({k: _as_written(v, hints[k]) for k, v in values.items()})
+        checked = reader(cls).validate_python({k: _as_written(v, hints[k]) for k, v in values.items()})
     except ValidationError as error:
         problems += _one_line_each(error, prefix)
         return None
@@ -529,7 +529,7 @@ def _checked_top(values: Mapping[str, Any], problems: list[str]) -> dict[str, An
     checked = {}
     for key, value in values.items():
         try:
-            checked[key] = TypeAdapter(hints[key]).validate_python(_as_written(value, plain[key]))
+            checked[key] = reader(hints[key]).validate_python(_as_written(value, plain[key]))
             problems += _strange(key, checked[key])
         except ValidationError as error:
             problems += _one_line_each(error, key)

@@ -20,6 +20,9 @@ from vlprompt.data.augment import augment_patches
 from vlprompt.data.images import ImageSource, Preprocess, Region, random_regions
 from vlprompt.data.reading import ImageReader
 
+FOLDS = 5
+"""Of a cross-validation, unless said otherwise."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -125,6 +128,18 @@ def epoch_order(labels: Tensor, seed: int, epoch: int, balanced: bool) -> NDArra
     return rng.permutation(np.concatenate(drawn))[:n]
 
 
+def fold_of(labels: Tensor, k: int = FOLDS) -> Tensor:
+    """Each image's fold in a cross-validation, [n]: the images of a class take turns, in their order.
+
+    A class begins where the last one of fewer than k images ended, so that small classes fill all folds alike.
+    """
+    counts, order = torch.bincount(labels), labels.argsort(stable=True)
+    large = counts * (counts >= k)  # behind these the next class begins where they did
+    fold = torch.empty_like(labels)
+    fold[order] = (torch.arange(len(labels), device=labels.device) - (large.cumsum(0) - large)[labels[order]]) % k
+    return fold
+
+
 class TrainingViews:
     """The images in a new order in every epoch: a new random resized crop and flip of each, or its ``center``.
 
@@ -174,18 +189,18 @@ class TrainingViews:
         """Images in every batch but a last incomplete one: the batch size, or all there are if they are fewer."""
         return min(self.batch_size, len(self.images))
 
-    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0, shard: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
         """Batches of one epoch, from batch ``start`` on.
 
         Teacher images come with a ``teacher`` that reads images of another size or scale, second views with a
         ``patch_size`` in pixels, and of ``extra`` [n, …] the rows of the batch's images.
 
-        ``share=(k, n)`` gives the k-th of n nearly equal pieces of every batch, one for each of n processes. Where the
+        ``shard=(k, n)`` gives the k-th of n nearly equal pieces of every batch, one for each of n processes. Where the
         last batch has fewer images than there are processes, those that have none are given its first one.
         """
         order = epoch_order(self.labels, self.seed, epoch, self.balanced)
         whole = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(start, len(self))]
-        k, n = share
+        k, n = shard
         constant = {name: compute() for name, compute in self.constant.items()}
         batches = [np.array_split(batch, n)[k] if k < len(batch) else batch[:1] for batch in whole]
         made: Iterable[tuple[NDArray, dict[str, Any]]] = ((batch, {"images": None}) for batch in batches)

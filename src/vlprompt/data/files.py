@@ -192,12 +192,22 @@ def _head(file: Path) -> bytes | None:
         return None
 
 
-def _content(file: Path) -> bytes | None:
+def _content(file: Path) -> str | None:
+    try:
+        return content_hash(file)
+    except DataError:
+        return None
+
+
+def content_hash(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal; raises DataError if it cannot be read."""
     try:
         with file.open("rb") as stream:
-            return file_digest(stream, "sha256").digest()
-    except OSError:
-        return None
+            return file_digest(stream, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise missing_error("file", file) from None
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}") from None
 
 
 def missing_error(what: str, path: Path) -> DataError:

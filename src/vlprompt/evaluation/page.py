@@ -19,9 +19,10 @@ from vlprompt.artefact.artefact import load_calibration
 from vlprompt.artefact.calibration import probabilities
 from vlprompt.bench.report import plots
 from vlprompt.bench.report.document import document
+from vlprompt.data.batches import FOLDS
 from vlprompt.data.reading import ImageReader
 from vlprompt.evaluation.measure import Measured
-from vlprompt.evaluation.suspects import ALIKE, FOLDS, LEAST, doubtful_labels, near_duplicates
+from vlprompt.evaluation.suspects import ALIKE, LEAST, doubtful_labels, near_duplicates
 from vlprompt.methods import Method
 from vlprompt.training.calibrate import images_trained_on
 from vlprompt.training.evaluate import BINS, score

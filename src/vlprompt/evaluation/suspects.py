@@ -13,17 +13,17 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vlprompt.data.batches import fold_of
 from vlprompt.data.reading import ImageReader
 from vlprompt.errors import DataError
-from vlprompt.methods.heads.common import place_in_class
 
 SIDE = 16
 ALIKE = 0.95
 """Correlation of thumbnails from which on images are near-duplicates: copies that were saved anew, made smaller or
 brighter have 0.97 and more, the most alike of 89 and 80 clothing photographs that come along 0.92."""
 AT_ONCE = 512
-FOLDS, LEAST = 5, 3
-"""Of the cross-validation, and how many images of a class it takes."""
+LEAST = 3
+"""How many images of a class the cross-validation takes."""
 
 
 class Pair(NamedTuple):
@@ -100,11 +100,11 @@ def doubtful_labels(features: Tensor, labels: Tensor) -> Doubts:
 def cross_validated(features: Tensor, labels: Tensor) -> Tensor:
     """Probabilities [n, C] of features [n, E], each from a linear discriminant (LDA, shrunk) on the other folds.
 
-    Of each class, which has two images at least, the j-th is in fold j mod 5.
+    Every class has two images at least.
     """
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-    fold = place_in_class(labels) % FOLDS
+    fold = fold_of(labels)
     p = torch.zeros(len(labels), int(labels.max()) + 1, dtype=torch.double)
     for k in fold.unique().tolist():
         model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")

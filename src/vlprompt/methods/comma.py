@@ -147,7 +147,7 @@ class COMMA(MaPLe):
             own = class_tokens(self.backbone, names, self.context.n_ctx, self.context.words)
             given = (own.ids, own.slots), (self.backbone.tokenize(fill(self.template, names)), None)
             filled = (([[*i, *[PAD] * (self.backbone.context_length - len(i))] for i in ids], s) for ids, s in given)
-            learned, frozen = (pack(ids, slots, share=False).to(self.backbone.device) for ids, slots in filled)
+            learned, frozen = (pack(ids, slots, share_prefix=False).to(self.backbone.device) for ids, slots in filled)
             ends = torch.tensor([len(ids) - 1 for ids in own.ids], device=self.backbone.device)
             self._padded = key, (learned, frozen, ends)
         return self._padded[1]

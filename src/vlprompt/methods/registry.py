@@ -11,6 +11,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TypeVar
 
+from vlprompt.data.files import content_hash
 from vlprompt.errors import ConfigError, one_line, unknown
 from vlprompt.methods.base import Method
 
@@ -70,12 +71,7 @@ def source_of(method: Method) -> str:
 
 def file_fingerprint(name: str) -> str | None:
     """Twelve hexadecimal digits that stand for what is in a method's file now; None for a method of a package."""
-    return checksum(Path(name).expanduser())[:12] if is_file(name) else None
-
-
-def checksum(file: Path) -> str:
-    """SHA-256 of a file."""
-    return sha256(file.read_bytes()).hexdigest()
+    return content_hash(Path(name).expanduser())[:12] if is_file(name) else None
 
 
 _FILES: dict[type[Method], Path] = {}

@@ -86,7 +86,7 @@ class TCP(Method):
         c, tower, own = self.config, self.backbone.text_tower, self.class_tokens(class_names)
         later, n = [None] * (c.layer - 1), self.text_chunk or len(class_names)
         # Each text has states of its own from the class tokens on, so none are shared.
-        parts = self.context.packed_parts(self.backbone, class_names, n, share=False)
+        parts = self.context.packed_parts(self.backbone, class_names, n, share_prefix=False)
         if c.mixes:
             (texts,) = parts
             taken = texts.slots[texts.source % c.n_ctx < MOST]

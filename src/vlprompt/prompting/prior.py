@@ -62,8 +62,8 @@ def decode(x: Tensor, layer: Mapping[str, Tensor], past: Past, eps: float, scali
     known = torch.arange(past.keys.shape[2], device=x.device) < past.lengths[:, None]
     causal = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
     mask = torch.cat([known[:, None].expand(-1, n, -1), causal.expand(len(known), -1, -1)], -1)[:, None]
-    share = q.shape[1] // keys.shape[1]
-    keys, values = keys.repeat_interleave(share, 1), values.repeat_interleave(share, 1)
+    repeats = q.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
     a = scaled_dot_product_attention(q, keys, values, attn_mask=mask)
     x = x + _linear(a.transpose(1, 2).flatten(2), layer, O)
     h = _rms_norm(x, layer[NORM_2], eps)
@@ -130,7 +130,7 @@ class Prior:
                         for name in class_names
                     ]
                 for name, past in zip(class_names, found, strict=True):
-                    if checksum(past._asdict()) != self.checksums[place[folded(name)]]:
+                    if tensors_checksum(past._asdict()) != self.checksums[place[folded(name)]]:
                         raise ValueError(f"it is damaged: what it has of '{name}' is not what was saved")
             except (SafetensorError, OSError, ValueError) as error:
                 raise DataError(f"cannot read prior {self.file}: {one_line(error)}") from None
@@ -145,10 +145,10 @@ class Prior:
 
 def fingerprint(layer: Mapping[str, Tensor], questions: Sequence[str], eps: float, scaling: float) -> str:
     """SHA-256 over what decides a prior, but for its classes."""
-    return sha256(json.dumps([list(questions), eps, scaling, checksum(layer)]).encode()).hexdigest()
+    return sha256(json.dumps([list(questions), eps, scaling, tensors_checksum(layer)]).encode()).hexdigest()
 
 
-def checksum(tensors: Mapping[str, Tensor]) -> str:
+def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over tensors and their names."""
     digest = sha256()
     for name in sorted(tensors):
@@ -165,7 +165,7 @@ def write_prior(prior: Prior, pasts: Sequence[Past]) -> None:
         tensors |= {f"past.{i}.{what}": t.cpu().contiguous() for what, t in past._asdict().items()}
     known = ("model", "questions", "class_names", "eps", "scaling", "fingerprint")
     numbers = {"format_version": FORMAT_VERSION} | {key: getattr(prior, key) for key in known}
-    numbers["checksums"] = [checksum(past._asdict()) for past in pasts]
+    numbers["checksums"] = [tensors_checksum(past._asdict()) for past in pasts]
     write_atomically(prior.file, save(tensors, {"prior": json.dumps(sealed(numbers))}))
 
 

@@ -150,31 +150,31 @@ class TextContext(nn.Module):
         first = self.vectors if bias is None else self.vectors + bias[:, None, None]
         return Prompts([first, *(() if self.deep is None else self.deep)], self.mode)
 
-    def packed(self, backbone: Backbone, class_names: Sequence[str], share: bool = True) -> PackedText:
+    def packed(self, backbone: Backbone, class_names: Sequence[str], share_prefix: bool = True) -> PackedText:
         """The classes' texts, tokenised and packed once for each of the last few lists of names.
 
-        Without ``share`` every text has tokens of its own from the first on: for states that differ between texts, and
-        attention functions that know of no shared prefix.
+        Without ``share_prefix`` every text has tokens of its own from the first on: for states that differ between
+        texts, and attention functions that know of no shared prefix.
         """
-        return self.packed_parts(backbone, class_names, len(class_names), share)[0]
+        return self.packed_parts(backbone, class_names, len(class_names), share_prefix)[0]
 
     def packed_parts(
-        self, backbone: Backbone, class_names: Sequence[str], at_once: int, share: bool = True
+        self, backbone: Backbone, class_names: Sequence[str], at_once: int, share_prefix: bool = True
     ) -> list[PackedText]:
         """The same in parts of ``at_once`` classes, the last of which may hold fewer."""
-        key = tuple(class_names), at_once, share, backbone.device
+        key = tuple(class_names), at_once, share_prefix, backbone.device
         if key not in self._packed:
             if len(self._packed) == LISTS_KEPT:
                 del self._packed[next(iter(self._packed))]
             parts = [class_names[i : i + at_once] for i in range(0, len(class_names), at_once)]
-            self._packed[key] = [self.pack(backbone, part, share).to(backbone.device) for part in parts]
+            self._packed[key] = [self.pack(backbone, part, share_prefix).to(backbone.device) for part in parts]
         return self._packed[key]
 
-    def pack(self, backbone: Backbone, class_names: Sequence[str], share: bool) -> PackedText:
+    def pack(self, backbone: Backbone, class_names: Sequence[str], share_prefix: bool) -> PackedText:
         """The classes' texts, packed anew."""
         tokens = class_tokens(backbone, class_names, self.n_ctx, self.words, self.position, self.end)
         causal, specific = backbone.text_tower.config.causal, self.class_specific
-        return pack(tokens.ids, tokens.slots, causal=causal, class_specific=specific, share=share)
+        return pack(tokens.ids, tokens.slots, causal=causal, class_specific=specific, share_prefix=share_prefix)
 
 
 class JoiningTexts:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlprompt.artefact.calibration import Calibration, check_share, fit_calibration
 from vlprompt.config.schema import read_config
+from vlprompt.data.batches import fold_of
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.files import same_files
 from vlprompt.data.splits import find_classes, read_split
@@ -18,7 +19,6 @@ from vlprompt.errors import DataError, VlpromptError, first_few
 from vlprompt.methods import Method
 from vlprompt.training.evaluate import EvaluationImages, predict_logits, score
 
-FOLDS = 5
 KEPT = 0.95
 COVERAGE = 0.9
 
@@ -125,12 +125,10 @@ def report(calibration: Calibration, worth: Worth, part: str) -> str:
 
 def cross_validated(logits: Tensor, labels: Tensor, coverage: float) -> tuple[Tensor, Tensor, Tensor]:
     """Calibrated logits and both kinds of sets, [n, C] each, of every image from a calibration on the other folds."""
-    # Of each class, the images take turns.
-    fold = torch.empty_like(labels)
-    fold[labels.argsort(stable=True)] = torch.arange(len(labels)) % FOLDS
+    fold = fold_of(labels)
     calibrated = torch.empty(logits.shape, dtype=torch.double)
     sets, by_class = torch.empty(logits.shape, dtype=torch.bool), torch.empty(logits.shape, dtype=torch.bool)
-    for k in range(min(FOLDS, len(labels))):
+    for k in fold.unique().tolist():
         fitted, _ = fit_calibration(logits[fold != k], labels[fold != k])
         calibrated[fold == k] = logits[fold == k].double() / fitted.temperature
         p = calibrated[fold == k].softmax(-1)

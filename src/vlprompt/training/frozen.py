@@ -62,11 +62,11 @@ class FrozenViews:
             tell(k + 1, self.n_views)
         return torch.stack(views)
 
-    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
-        """Batches of one epoch, from batch ``start`` on; ``share`` as in :class:`TrainingViews`."""
+    def epoch(self, epoch: int, start: int = 0, shard: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+        """Batches of one epoch, from batch ``start`` on; ``shard`` as in :class:`TrainingViews`."""
         features = self._features(epoch)
         labels = self.labels.repeat(len(features) // len(self.labels))
-        order, (k, n) = epoch_order(labels, self.seed, epoch, self.balanced), share
+        order, (k, n) = epoch_order(labels, self.seed, epoch, self.balanced), shard
         for i in range(start, len(self)):
             drawn = order[i * self.batch_size : (i + 1) * self.batch_size]
             rows = torch.from_numpy(np.array_split(drawn, n)[k] if k < len(drawn) else drawn[:1])

@@ -21,7 +21,7 @@ from vlprompt.methods import Method
 from vlprompt.training.attention_drop import check_attention, losses_of
 from vlprompt.training.distributed import Processes
 from vlprompt.training.frozen import FrozenViews
-from vlprompt.training.recorded import Gradients, Recorded, Terms
+from vlprompt.training.graphs import Gradients, Graphs, Terms
 from vlprompt.training.schedule import build_optimizer, learning_rate
 from vlprompt.training.watchers import EpochLog, Watcher
 
@@ -70,7 +70,7 @@ class Training:
         self.optimizer = build_optimizer(method, optim)
         self.scaled = method.backbone.dtype == torch.float16
         self.scale = LossScale(2.0**16 if self.scaled else 1.0)
-        self.recorded = self._recorded() if config.graphs else None
+        self.graphs = self._graphs() if config.graphs else None
         self.epoch = 0
         """Epochs done."""
         self.step = 0
@@ -138,9 +138,9 @@ class Training:
         # Not carried from step to step: a run that goes on from a checkpoint draws what it would have drawn.
         seed = np.random.SeedSequence([self.views.seed, self.epoch, self.step, self.processes.rank])
         of_parts = [part for part in batch.map(lambda t: t.to(device)).parts(parts) if len(part.labels)]
-        if self.recorded:
+        if self.graphs:
             for part in of_parts:
-                self.recorded.prepare(part)
+                self.graphs.prepare(part)
         # Not torch.manual_seed: where no GPU is used it formats a traceback, at every step, for one that may come.
         torch.default_generator.manual_seed(drawn := int(seed.generate_state(1, np.uint64)[0]))
         if device.type == "cuda":
@@ -148,7 +148,7 @@ class Training:
         terms: Terms = {}
         gradients: Gradients = {}
         for part in of_parts:
-            new_terms, new_gradients = (self.recorded or self._compute)(part)
+            new_terms, new_gradients = (self.graphs or self._compute)(part)
             for term, value in new_terms.items():
                 terms[term] = terms.get(term, 0) + value
             for name, new in new_gradients.items():
@@ -178,13 +178,13 @@ class Training:
             gradients = self.method.gradients({term: self.scale.value * value for term, value in losses.items()})
         return {term: value.detach().double() for term, value in losses.items()}, gradients
 
-    def _recorded(self) -> Recorded:
+    def _graphs(self) -> Graphs:
         """Raises ConfigError where a step cannot be recorded: it changes, or there is no GPU to record it on."""
         if self.method.backbone.device.type != "cuda":
             raise ConfigError(f"train.graphs needs a GPU (train.device = {self.config.device})")
         if self.scaled:
             raise ConfigError("train.graphs records no fp16 steps, whose loss scale changes (allowed: fp32, bf16)")
-        return Recorded(self._compute)
+        return Graphs(self._compute)
 
     def _batch(self, views: Batch) -> Batch:
         """The views with what the method needs about them: what did not come with them is computed."""

@@ -177,13 +177,13 @@ class SentencePrompts(TextContext):
         super().__init__(backbone, n_ctx, words, depth=depth, mode=mode)
         self.template, self.read_only = template, read_only
 
-    def pack(self, backbone: Backbone, class_names: Sequence[str], share: bool = False) -> PackedText:
+    def pack(self, backbone: Backbone, class_names: Sequence[str], share_prefix: bool = False) -> PackedText:
         """Each class's sentence, and after it its learned tokens; never shared, as these read the whole sentence."""
         check_known(backbone, class_names)
         sentences = backbone.tokenize(fill(self.template, class_names))
         ids = [[*sentence, *[0] * self.n_ctx] for sentence in sentences]
         slots = [list(range(len(sentence), len(sentence) + self.n_ctx)) for sentence in sentences]
-        packed = pack(ids, slots, share=False)
+        packed = pack(ids, slots, share_prefix=False)
         causal = backbone.text_tower.config.causal
         return replace(
             packed,

@@ -136,6 +136,6 @@ class DPL(Method):
         c, tower = self.config, self.backbone.text_tower
         if c.branches == "visual":
             return frozen_class_features(self.backbone, class_names, [c.template or self.template])
-        packed = self.context.packed(self.backbone, class_names, share=False)
+        packed = self.context.packed(self.backbone, class_names, share_prefix=False)
         attention = text_attention(tower, packed, self._sub_processes(c.scale_text), self.log_odds_text)
         return encode_classes(tower, self.context.prompts(), packed, attention=attention)

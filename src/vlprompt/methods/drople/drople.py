@@ -222,7 +222,7 @@ class DroPLe(IVLP):
         # Without a shared prefix: noise on the start token is each class's own, and so is all that reads it.
         prior, n_prior = self.prior, 0
         if prior is None:
-            text, prompts = self.context.packed(self.backbone, class_names, share=False), self.context.prompts()
+            text, prompts = self.context.packed(self.backbone, class_names, share_prefix=False), self.context.prompts()
         else:
             text, n_prior = prior.packed(self.backbone, self.context, class_names), prior.n_tokens
             prompts = prior.prompts(self.backbone, self.context, class_names, prior.draw())

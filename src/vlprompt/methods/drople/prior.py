@@ -114,7 +114,7 @@ class LanguagePrior(nn.Module):
             ids = [[*own[:-1], *own[:1] * n, own[-1]] for own in texts.ids]
             ends = [len(own) - 1 for own in texts.ids]
             slots = [[*before, *range(end, end + n)] for before, end in zip(texts.slots, ends, strict=True)]
-            text = pack(ids, slots, class_specific=True, share=False)
+            text = pack(ids, slots, class_specific=True, share_prefix=False)
             at_most = torch.cat([torch.full((g.count * g.length,), g.length - 1 - n) for g in text.groups])
             self._packed[key] = replace(text, positions=text.positions.minimum(at_most)).to(backbone.device)
         return self._packed[key]

@@ -153,18 +153,18 @@ class CLIPLoRA(Method):
         tower, lora = self.backbone.text_tower, self.textual
         if lora is None:
             return frozen_class_features(self.backbone, class_names, [self.template])
-        text = self._packed(tuple(class_names), share=not (self.training and lora.p))
+        text = self._packed(tuple(class_names), share_prefix=not (self.training and lora.p))
         if not self.training:
             return unit(functional_call(tower, lora.weights(tower), (text,))[0])
         with lora.beside(tower):
             x = tower.run(tower.embed(text), text=text)
         return unit(tower.read(x[:, text.pooled])[0, text.order])
 
-    def _packed(self, class_names: tuple[str, ...], share: bool) -> PackedText:
+    def _packed(self, class_names: tuple[str, ...], share_prefix: bool) -> PackedText:
         """The classes' texts; with dropout none shares its first tokens with others."""
         check_known(self.backbone, class_names)
         ids, causal = self.backbone.tokenize(fill(self.template, class_names)), self.backbone.text_tower.config.causal
-        return pack(ids, causal=causal, share=share).to(self.backbone.device)
+        return pack(ids, causal=causal, share_prefix=share_prefix).to(self.backbone.device)
 
     def logits(self, image_features: Tensor, class_features: Tensor) -> Tensor:
         """100 · v · tᵀ."""

@@ -8,12 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from vlprompt.data.batches import FOLDS, fold_of
 from vlprompt.errors import DataError
 from vlprompt.methods.base import Method, Support
 from vlprompt.methods.zero_shot import frozen_class_features
 from vlprompt.prompting.text import check_known, fill
-
-FOLDS = 5
 
 
 class Head(Method):
@@ -89,23 +88,15 @@ def with_images(method: Method, labels: Tensor) -> Tensor:
 def folds(labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Images to fit on and to choose on, [n] of booleans each; no folds if a class has one image.
 
-    Of each class, the j-th image is held out in fold j mod k; k is FOLDS, or the images of the smallest class.
+    There are FOLDS, or as many as the smallest class has images.
     """
     counts = torch.bincount(labels)
     k = min(FOLDS, int(counts[counts > 0].min()))
     if k < 2:
         return
-    place = place_in_class(labels)
-    for fold in range(k):
-        yield place % k != fold, place % k == fold
-
-
-def place_in_class(labels: Tensor) -> Tensor:
-    """How many images of its own class stand before each, [n]."""
-    order = labels.argsort(stable=True)
-    place, ranked = torch.empty_like(labels), labels[order]
-    place[order] = torch.arange(len(labels), device=labels.device) - torch.searchsorted(ranked, ranked)
-    return place
+    fold = fold_of(labels, k)
+    for held in range(k):
+        yield fold != held, fold == held
 
 
 def chosen_on(support: Support) -> str:

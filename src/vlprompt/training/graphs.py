@@ -16,14 +16,14 @@ Compute = Callable[[Batch], tuple[Terms, Gradients]]
 """What a batch, or a part of one, gives: the loss terms, and the gradients of each objective."""
 
 
-class _Recording(NamedTuple):
+class _Graph(NamedTuple):
     inputs: Batch
     graph: torch.cuda.CUDAGraph
     terms: Terms
     gradients: Gradients
 
 
-class Recorded:
+class Graphs:
     """``compute`` as CUDA graphs: the same kernels in the same order.
 
     There is one for each shape of its input and each size of the whole batch, by which it weighs a part. It must not
@@ -33,16 +33,16 @@ class Recorded:
 
     def __init__(self, compute: Compute) -> None:
         self.compute = compute
-        self._recordings: dict[tuple, _Recording] = {}
+        self._graphs: dict[tuple, _Graph] = {}
 
     def prepare(self, batch: Batch) -> None:
         """Record what a batch of this shape needs, unless that is done; draws random numbers."""
-        if (key := _key(batch)) in self._recordings:
+        if (key := _key(batch)) in self._graphs:
             return
         with torch.cuda.device(batch.labels.device):  # streams and graphs are the current GPU's, which may be another
-            self._recordings[key] = self._record(batch)
+            self._graphs[key] = self._capture(batch)
 
-    def _record(self, batch: Batch) -> _Recording:
+    def _capture(self, batch: Batch) -> _Graph:
         inputs = batch.map(torch.clone)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -53,11 +53,11 @@ class Recorded:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             terms, gradients = self.compute(inputs)
-        return _Recording(inputs, graph, terms, gradients)
+        return _Graph(inputs, graph, terms, gradients)
 
     def __call__(self, batch: Batch) -> tuple[Terms, Gradients]:
         """What ``compute`` would give, for a batch of a shape that is prepared."""
-        inputs, graph, terms, gradients = self._recordings[_key(batch)]
+        inputs, graph, terms, gradients = self._graphs[_key(batch)]
         new = batch.tensors()
         for name, there in inputs.tensors().items():
             there.copy_(new[name])
