@@ -270,8 +270,17 @@ def test_a_row_with_a_preset_of_its_own() -> None:
         plan(Asked("few-shot", {"a": ("coop", {"preset": "fewshot"})}, ["x"], [1]))
 
 
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """Methods of files are forgotten afterwards."""
+    before = set(METHODS)
+    yield
+    for name in METHODS.keys() - before:
+        del sys.modules[METHODS.pop(name).__module__]
+
+
 @pytest.mark.parametrize("file", ABLATIONS, ids=lambda f: f.stem)
-def test_ablations_are_settings_that_the_methods_know(file: Path) -> None:
+def test_ablations_are_settings_that_the_methods_know(file: Path, forgotten: None) -> None:
     rows = read_rows(file)
     assert any(name.startswith(file.stem.split("-")[0]) for name in METHODS)
     assert len({json.dumps(row) for row in rows.values()}) == len(rows) > 3  # no row twice
