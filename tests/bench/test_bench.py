@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -270,8 +271,17 @@ def test_a_row_with_a_preset_of_its_own() -> None:
         plan(Asked("few-shot", {"a": ("coop", {"preset": "fewshot"})}, ["x"], [1]))
 
 
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """Methods of files are forgotten afterwards."""
+    before = set(METHODS)
+    yield
+    for name in METHODS.keys() - before:
+        del sys.modules[METHODS.pop(name).__module__]
+
+
 @pytest.mark.parametrize("file", ABLATIONS, ids=lambda f: f.stem)
-def test_ablations_are_settings_that_the_methods_know(file: Path) -> None:
+def test_ablations_are_settings_that_the_methods_know(file: Path, forgotten: None) -> None:
     rows = read_rows(file)
     assert any(name.startswith(file.stem.split("-")[0]) for name in METHODS)
     assert len({json.dumps(row) for row in rows.values()}) == len(rows) > 3  # no row twice
