@@ -172,7 +172,8 @@ def test_benches_can_begin(
 ) -> None:
     """Their runs can be planned and, with the data set that is everywhere, have images enough."""
     given = [word.replace(f"./{OWN_FILE}", str(tmp_path / OWN_FILE)) for word in words]
-    given = ["mini" if word in ("mini-teacher", "drawn") else word for word in given]  # of earlier commits, as a page says
+    gone = ("mini-teacher", "drawn")  # of earlier commits, as the page says
+    given = ["mini" if word in gone else word for word in given]
     given += ["--out", str(tmp_path / "out")]
     if words[words.index("--data") + 1] != "openmoji":
         given.append("--dry-run")
