@@ -6,21 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from speed import bank, growth, heads, job, predict, short, show, step, text
+from speed import short, show
 from speed.inputs import write_figures
 from vlprompt.errors import VlpromptError
 
-COMMANDS = {
-    "step": step,
-    "growth": growth,
-    "text": text,
-    "predict": predict,
-    "bank": bank,
-    "job": job,
-    "heads": heads,
-    "short": short,
-    "show": show,
-}
+COMMANDS = {**show.COMMANDS, "short": short, "show": show}
 
 
 def main() -> int:
@@ -36,7 +26,7 @@ def main() -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.arguments(sub)
-        if module not in (short, show):
+        if name in show.COMMANDS:
             sub.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     args = parser.parse_args()
     module = COMMANDS[args.command]

@@ -19,6 +19,7 @@ COMMANDS: dict[str, Any] = {
     "job": job,
     "heads": heads,
 }
+"""Those that measure, and whose figures may be shown again."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
