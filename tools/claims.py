@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,16 +18,15 @@ from pathlib import Path
 from statistics import mean, variance
 
 import yaml
+from pages import REPOSITORY, marks, rewrite, write_changed
 from scipy.special import stdtr
 
 from vlprompt.bench.report.tables import Cell, Difference, Table, studies, tables
 from vlprompt.bench.results import Row, read_results
-from vlprompt.files import write_atomically
 
-REPOSITORY = Path(__file__).parents[1]
 RESULTS, PAGE = REPOSITORY / "docs" / "results", REPOSITORY / "docs" / "claims.md"
 HYPOTHESES = REPOSITORY / "tools" / "tables" / "claims.yaml"
-MARKED = re.compile(r"(<!-- claims: (.+?) -->\n).*?(<!-- end of claims -->)", re.DOTALL)
+MARKED = marks("claims", "end of claims")
 SYSTEMS = {"drople": "DroPLe", "fdbpl": "FDBPL", "dpl": "DPL"}
 LEVEL = 0.05
 
@@ -175,12 +173,12 @@ def write_page(text: str, hypotheses: Sequence[Hypothesis], results: Path = RESU
             n, above = (tested[h].n, tested[h].above) if h in tested else (0, "")
             yield f"| {what} | {data} | {n} | {line(h)} | {above} |"
 
-    def write(found: re.Match[str]) -> str:
-        if found[2] not in ("summary", *(h.table for h in known)):
-            raise KeyError(found[2])
-        return found[1] + "\n".join(summary() if found[2] == "summary" else table(found[2])) + f"\n{found[3]}"
+    def content(name: str) -> str:
+        if name not in ("summary", *(h.table for h in known)):
+            raise KeyError(name)
+        return "\n".join(summary() if name == "summary" else table(name))
 
-    return MARKED.sub(write, text)
+    return rewrite(text, MARKED, content)
 
 
 def cells(h: Hypothesis, tested: Tested | None, corrected: str) -> str:
@@ -211,12 +209,7 @@ def main() -> int:
     check, hypotheses, text = parser.parse_args().check, read_hypotheses(), PAGE.read_text("utf-8")
     for told in filter(None, map(missing, hypotheses)):
         print(told, file=sys.stderr)
-    written = write_page(text, hypotheses)
-    if written != text:
-        print(PAGE.relative_to(REPOSITORY))
-        if not check:
-            write_atomically(PAGE, written)
-    return int(check and written != text)
+    return write_changed({PAGE: write_page(text, hypotheses)}, check)
 
 
 if __name__ == "__main__":

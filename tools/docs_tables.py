@@ -9,12 +9,13 @@ A table is named by its kind and, for some kinds, by methods: ``options coop``, 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from pages import REPOSITORY, marks, rewrite, table, write_changed
 
 from vlprompt.bench.protocols import PROTOCOLS
 from vlprompt.cli.fields import read_fields
@@ -24,20 +25,19 @@ from vlprompt.data.known.table import DATASETS
 from vlprompt.errors import ConfigError
 from vlprompt.methods import METHODS, Method
 
-REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
-MARKED = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = marks("table", "end")
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 
 
 def write_tables(page: str) -> str:
     """A page's text with its tables as the code has them; raises KeyError for a table that there is not."""
 
-    def write(found: re.Match[str]) -> str:
-        kind, *names = found[2].split()
-        return f"{found[1]}{TABLES[kind](*names)}\n{found[3]}"
+    def content(named: str) -> str:
+        kind, *names = named.split()
+        return TABLES[kind](*names)
 
-    return MARKED.sub(write, page)
+    return rewrite(page, MARKED, content)
 
 
 def official() -> str:
@@ -168,22 +168,12 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = tuple(head)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ("---",) * len(head), *rows))
-
-
 def main() -> int:
     """Rewrite the pages, or with ``--check`` name those that would change."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing")
     check = parser.parse_args().check
-    changed = [page for page in PAGES if write_tables(text := page.read_text("utf-8")) != text]
-    for page in changed:
-        print(page.relative_to(REPOSITORY))
-        if not check:
-            page.write_text(write_tables(page.read_text("utf-8")), "utf-8")
-    return int(check and bool(changed))
+    return write_changed({page: write_tables(page.read_text("utf-8")) for page in PAGES}, check)
 
 
 if __name__ == "__main__":

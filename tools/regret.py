@@ -18,22 +18,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from which import (
-    BACKBONE,
-    PAGE,
-    REPOSITORY,
-    SHOTS,
-    arguments,
-    markdown,
-    marked,
-    read_csv,
-    read_table,
-    say,
-    source,
-    without_val,
-    write_changed,
-    write_csv,
-)
+from pages import REPOSITORY, write_changed
+from pages import table as markdown
+from which import BACKBONE, PAGE, SHOTS, arguments, marked, read_csv, read_table, say, source, without_val, write_csv
 
 from vlprompt.artefact.artefact import load_artefact
 from vlprompt.bench.results import Row

@@ -15,7 +15,6 @@ import argparse
 import csv
 import io
 import os
-import re
 import resource
 import shutil
 import statistics
@@ -26,6 +25,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
+
+from pages import REPOSITORY, marks, rewrite, table, write_changed
 
 from vlprompt.backbones.load import load_backbone
 from vlprompt.bench.bench import bench
@@ -41,7 +42,6 @@ from vlprompt.errors import DataError, VlpromptError
 from vlprompt.files import write_atomically
 from vlprompt.methods import find_method
 
-REPOSITORY = Path(__file__).parents[1]
 ROWS = REPOSITORY / "tools" / "tables" / "which.yaml"
 PAGE, PLOT = REPOSITORY / "docs" / "compare.md", REPOSITORY / "docs" / "which.svg"
 FIGURES, COST = REPOSITORY / "docs" / "results" / "which", "cost.csv"
@@ -174,7 +174,7 @@ class Which:
                 line += [str(self.study.figure(name, (d,), "all")) for d in data]
                 line += [minutes_text(panels[panel][name][0]) if name in panels[panel] else MISSING]
             lines.append([*line, ", ".join(panel for panel in PANELS if name in fronts[panel])])
-        return markdown([*head, "on the front of"], lines)
+        return table([*head, "on the front of"], lines)
 
     def plot(self) -> str:
         """A panel for each number of classes, as SVG."""
@@ -205,8 +205,8 @@ def minutes_text(minutes: float) -> str:
 def page(figures: Path, check: bool) -> int:
     """Write the page and the plot, or with ``check`` only name those that would change."""
     which = Which(figures)
-    table = f"{which.table(list(read_rows(ROWS)))}\n\n![Accuracy against CPU minutes]({PLOT.name})"
-    return write_changed({PAGE: marked(PAGE.read_text("utf-8"), "which", table), PLOT: which.plot()}, check)
+    content = f"{which.table(list(read_rows(ROWS)))}\n\n![Accuracy against CPU minutes]({PLOT.name})"
+    return write_changed({PAGE: marked(PAGE.read_text("utf-8"), "which", content), PLOT: which.plot()}, check)
 
 
 # --- files, which tools/regret.py reads and writes too ------------------------------------------------
@@ -238,22 +238,7 @@ def write_csv(file: Path, values: Iterable[T], kind: type[T]) -> None:
 
 def marked(text: str, name: str, content: str) -> str:
     """A page's text with ``content`` between its marks."""
-    marks = re.compile(rf"(<!-- figures: {name} -->\n).*?(<!-- end figures -->)", re.DOTALL)
-    return marks.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
-
-
-def write_changed(files: Mapping[Path, str], check: bool) -> int:
-    """Name the files whose content is another, and write them unless they are only checked; 1 if a check finds any."""
-    changed = [file for file, text in files.items() if not file.is_file() or file.read_text("utf-8") != text]
-    for file in changed:
-        print(file)
-        if not check:
-            write_atomically(file, files[file])
-    return int(check and bool(changed))
-
-
-def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+    return rewrite(text, marks("figures", "end figures", name), lambda found: content)
 
 
 def say(text: str) -> None:

@@ -48,7 +48,7 @@ def test_a_changed_page_is_found_and_not_written(claims, monkeypatch, tmp_path, 
     changed.write_text(page.read_text("utf-8").replace(" hypotheses, of which ", " hypotheses; "), "utf-8")
     before = changed.read_text("utf-8")
     monkeypatch.setattr(claims, "PAGE", changed)
-    monkeypatch.setattr(claims, "REPOSITORY", tmp_path)
+    monkeypatch.setattr("pages.REPOSITORY", tmp_path)
     for words, code in ((["--check"], 1), ([], 0), (["--check"], 0)):
         monkeypatch.setattr(sys, "argv", ["claims.py", *words])
         assert (claims.main(), changed.read_text("utf-8") == before) == (code, words == ["--check"] and code == 1)

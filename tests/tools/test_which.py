@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.kit import REPOSITORY, TINY
+from tests.kit import TINY
 from tests.kit.marks import slow
 from tests.kit.pictures import make_photos
 from tests.kit.results import PLAIN
@@ -26,14 +24,6 @@ from vlprompt.errors import ConfigError, DataError
 
 METHODS = ("zero_shot", "linear_probe", "coop")
 ROWS = rows_of_methods(METHODS[:2])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tools() -> Iterator[None]:
-    """The tools import each other by name, as when they are run."""
-    sys.path.insert(0, str(REPOSITORY / "tools"))
-    yield
-    sys.path.remove(str(REPOSITORY / "tools"))
 
 
 @pytest.fixture
