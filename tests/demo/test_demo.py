@@ -23,7 +23,7 @@ from tests.kit.known import needs_openmoji
 from tests.kit.command import vlprompt
 from tests.kit.pictures import write_pictures
 from vlprompt import cli
-from vlprompt.bench.report import plots
+from vlprompt.bench.report.axes import Axes, step_of
 from vlprompt.config.schema import build_config
 from vlprompt.data.datasets import load_dataset
 from vlprompt.data.known import openmoji, table
@@ -285,7 +285,7 @@ def test_curves_stay_within_their_panels(curve: Curve, tmp_path: Path):
     draw_curves(tmp_path / "curves.svg", {"coop": curve, "maple": curve}, {"zero_shot": 12.0})
     _, *panels = ElementTree.parse(tmp_path / "curves.svg").getroot().iter(f"{SVG}svg")
     assert len(panels) == 2
-    axes = plots._Axes
+    axes = Axes
     for panel, values, levels in zip(panels, curve, (0, 1), strict=True):
         lines = [[*map(float, re.split("[ ,]", line.get("points")))] for line in panel.iter(f"{SVG}polyline")]
         drawn = [line for line in lines if len(line) == 2 * len(values)]
@@ -301,4 +301,4 @@ def test_curves_stay_within_their_panels(curve: Curve, tmp_path: Path):
 
 @pytest.mark.parametrize(("span", "step"), [(4.0, 1.0), (5.9, 1.0), (1.2, 0.2), (35.0, 10.0)])
 def test_grid_lines_stand_at_round_numbers(span: float, step: float):
-    assert plots._step(span) == pytest.approx(step)
+    assert step_of(span) == pytest.approx(step)

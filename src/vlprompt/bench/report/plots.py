@@ -4,47 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from html import escape
+
+from vlprompt.bench.report.axes import LETTER, WIDTH, Axes, Drawing, NamedAxes, short_name, step_of, wide_range
 
 COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c6d31", "#444444", "#b80058",
     "#7fbf7b", "#1b2a6b", "#f781bf", "#a8c800", "#00bcc8", "#9e9ac8", "#666600", "#ff7f7f", "#5e3c1e", "#4040ff",
 )  # fmt: skip
 GREY = "#999999"
-WIDTH, LETTER = 680, 6.6  # pixels; a letter is about so wide
 SHOWN = 20  # classes at either end of a long list of gains
-
-
-class _Drawing:
-    """Shapes on a sheet."""
-
-    def __init__(self, height: float, title: str) -> None:
-        self.height, self.parts = height, [f"<title>{escape(title)}</title>"]
-
-    def line(self, x1: float, y1: float, x2: float, y2: float, colour: str = "#ccc", width: float = 1) -> None:
-        self.parts.append(
-            f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" stroke-width="{width}"/>'
-        )
-
-    def path(self, points: Sequence[tuple[float, float]], colour: str, width: float = 2, dash: str = "") -> None:
-        joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        dashed = f' stroke-dasharray="{dash}"' if dash else ""
-        self.parts.append(f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="{width}"{dashed}/>')
-
-    def box(self, x: float, y: float, width: float, height: float, colour: str) -> None:
-        self.parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{colour}"/>')
-
-    def dot(self, x: float, y: float, colour: str) -> None:
-        self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
-
-    def text(self, x: float, y: float, text: str, anchor: str = "start", colour: str = "#222") -> None:
-        """A line of text, on a white rim that keeps it apart from lines below it."""
-        place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}"'
-        self.parts.append(f'<text {place} stroke="#fff" stroke-width="3" paint-order="stroke">{escape(text)}</text>')
-
-    def __str__(self) -> str:
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height:.0f}" width="{WIDTH}"'
-        return f'{head} font-family="sans-serif" font-size="12" role="img">{"".join(self.parts)}</svg>'
 
 
 def colours(names: Sequence[str], reference: str) -> dict[str, str]:
@@ -56,11 +24,11 @@ def colours(names: Sequence[str], reference: str) -> dict[str, str]:
 def bars(values: Mapping[str, float], colour: Mapping[str, str], title: str) -> str:
     """Horizontal bars from zero, in percent."""
     left, row = _room(values), 24
-    drawing = _Drawing(row * len(values) + 10, title)
+    drawing = Drawing(row * len(values) + 10, title)
     scale = (WIDTH - left - 60) / max(*values.values(), 1e-9)
     for i, (name, value) in enumerate(values.items()):
         y = row * i + 5
-        drawing.text(left - 8, y + 14, _short(name), "end")
+        drawing.text(left - 8, y + 14, short_name(name), "end")
         drawing.box(left, y + 2, value * scale, row - 6, colour[name])
         drawing.text(left + value * scale + 6, y + 14, f"{value:.2f}")
     return str(drawing)
@@ -68,12 +36,16 @@ def bars(values: Mapping[str, float], colour: Mapping[str, str], title: str) -> 
 
 def base_and_novel(points: Mapping[str, tuple[float, float]], colour: Mapping[str, str], title: str) -> str:
     """Base accuracy to the right, novel accuracy upwards, with lines of equal harmonic mean."""
-    axes = _Axes(
-        _range([x for x, _ in points.values()]), _range([y for _, y in points.values()]), "base, %", "novel, %", title
+    axes = Axes(
+        wide_range([x for x, _ in points.values()]),
+        wide_range([y for _, y in points.values()]),
+        "base, %",
+        "novel, %",
+        title,
     )
     (x0, x1), (y0, y1) = axes.x_range, axes.y_range
     low, high = (2 * x * y / (x + y) if x + y else 0.0 for x, y in ((x0, y0), (x1, y1)))
-    step, named, left = _step(high - low), list[tuple[float, float]](), axes.place(x0, y0)[0]
+    step, named, left = step_of(high - low), list[tuple[float, float]](), axes.place(x0, y0)[0]
     for k in range(math.ceil(max(low, step / 2) / step), math.floor(high / step) + 1):
         mean = k * step
         curve = [(x, mean * x / (2 * x - mean)) for x in (x0 + (x1 - x0) * i / 60 for i in range(61)) if 2 * x > mean]
@@ -104,8 +76,8 @@ def curves(
     logarithmic, percent = "epoch" not in x_label, "%" in y_label
     places = {n: math.log2(n) if logarithmic else n for n in steps}
     shown = steps if logarithmic else steps[:: math.ceil(len(steps) / 10)]
-    axes = _Axes(
-        (min(places.values()) - 0.2, max(places.values()) + 0.2), _range(ends, 1.0 if percent else 0.0), x_label,
+    axes = Axes(
+        (min(places.values()) - 0.2, max(places.values()) + 0.2), wide_range(ends, 1.0 if percent else 0.0), x_label,
         y_label, title, {places[n]: str(n) for n in shown},
     )  # fmt: skip
     for level in levels.values():
@@ -129,13 +101,13 @@ def costs(points: Mapping[str, tuple[float, float]], front: Collection[str], tit
     ticks = {math.log10(k) + n: f"{k * 10.0**n:g}" for n in tens for k in (1, 2, 5)}
     left, right = low - 0.1, high + 0.1
     shown = {place: text for place, text in ticks.items() if left <= place <= right}
-    axes = _Named((left, right), _range([accuracy for _, accuracy in places.values()]), x, y, title, shown)
+    axes = NamedAxes((left, right), wide_range([accuracy for _, accuracy in places.values()]), x, y, title, shown)
     dots = {name: axes.place(*place) for name, place in places.items()}
     axes.drawing.path(sorted(dots[name] for name in front), COLOURS[0], 1)
     taken, named = [(px - 5, py - 5, px + 5, py + 5) for px, py in dots.values()], {}
     # Those of the front come first, and find room beside their dots; then from the top.
     for name in sorted(dots, key=lambda name: (name not in front, dots[name][1])):
-        spots = [(spot, _room_of(_short(name), *spot)) for spot in _beside(*dots[name])]
+        spots = [(spot, _room_of(short_name(name), *spot)) for spot in _beside(*dots[name])]
         inside = (s for s in spots if s[1][0] > axes.LEFT and s[1][1] > axes.TOP - 12 and s[1][3] < axes.BOTTOM)
         named[name], box = next((s for s in inside if not any(_meet(s[1], other) for other in taken)), spots[0])
         taken.append(box)
@@ -144,7 +116,7 @@ def costs(points: Mapping[str, tuple[float, float]], front: Collection[str], tit
             axes.drawing.line(*dots[name], text_x, text_y - 4, "#aaa")
     for name, spot in named.items():
         axes.drawing.dot(*dots[name], COLOURS[0] if name in front else GREY)
-        axes.drawing.text(*spot[:2], _short(name), spot[2], COLOURS[0] if name in front else "#555")
+        axes.drawing.text(*spot[:2], short_name(name), spot[2], COLOURS[0] if name in front else "#555")
     return str(axes.drawing)
 
 
@@ -186,7 +158,7 @@ def gains(values: Mapping[str, float], title: str) -> str:
     if left_out:
         ranked = ranked[:SHOWN] + ranked[-SHOWN:]
     left, row = _room(name for name, _ in ranked), 16
-    drawing = _Drawing(row * (len(ranked) + (left_out > 0)) + 10, title)
+    drawing = Drawing(row * (len(ranked) + (left_out > 0)) + 10, title)
     largest = max(*(abs(value) for _, value in ranked), 1e-9)
     half = (WIDTH - left - 110) / 2
     middle = left + 50 + half
@@ -194,7 +166,7 @@ def gains(values: Mapping[str, float], title: str) -> str:
     for i, (name, value) in enumerate(ranked):
         y = row * (i + (left_out > 0 and i >= SHOWN)) + 5
         length = abs(value) / largest * half
-        drawing.text(left - 8, y + 11, _short(name), "end")
+        drawing.text(left - 8, y + 11, short_name(name), "end")
         drawing.box(middle - (length if value < 0 else 0), y + 2, length, row - 4, COLOURS[1 if value < 0 else 0])
         place = middle + (length + 5 if value >= 0 else -length - 5)
         drawing.text(place, y + 11, f"{value:+.1f}".replace("-", "−"), "start" if value >= 0 else "end")
@@ -205,11 +177,11 @@ def gains(values: Mapping[str, float], title: str) -> str:
 
 def matrix(names: Sequence[str], counts: Mapping[tuple[int, int], int], title: str) -> str:
     """Images by class (rows) and predicted class (columns), both numbered: right ones blue, mistakes orange."""
-    rows = [f"{_short(name)}  {i}" for i, name in enumerate(names, 1)]
+    rows = [f"{short_name(name)}  {i}" for i, name in enumerate(names, 1)]
     left, top, high = 16 + LETTER * max(map(len, rows)), 24, 20
     wide = min((WIDTH - left - 4) / len(names), 44)
     every = math.ceil(20 / wide)  # column numbers do not fit closer
-    drawing = _Drawing(top + high * len(names) + 8, title)
+    drawing = Drawing(top + high * len(names) + 8, title)
     totals = [sum(n for (row, _), n in counts.items() if row == i) for i in range(len(names))]
     for i, name in enumerate(rows):
         drawing.text(left - 6, top + high * i + 14, name, "end")
@@ -233,7 +205,7 @@ def _tint(colour: str, strength: float) -> str:
 
 def reliability(bins: Mapping[str, Sequence[tuple[float, float, int]]], colour: Mapping[str, str], title: str) -> str:
     """Of each model its bins: mean confidence, share right (± its standard error), images; the first's as grey bars."""
-    axes = _Axes((0.0, 1.0), (0.0, 1.0), "probability of the predicted class", "share right", title)
+    axes = Axes((0.0, 1.0), (0.0, 1.0), "probability of the predicted class", "share right", title)
     first = next(iter(bins.values()))
     for confidence, _, n in first:
         x, y = axes.place(confidence, 0.2 * n / max(n for *_, n in first))
@@ -250,74 +222,5 @@ def reliability(bins: Mapping[str, Sequence[tuple[float, float, int]]], colour: 
     return str(axes.drawing)
 
 
-class _Axes:
-    """A frame with ticks, and room for a legend at its right."""
-
-    TOP, BOTTOM, LEFT, RIGHT = 28.0, 324.0, 56.0, 470.0
-
-    def __init__(
-        self,
-        x_range: tuple[float, float],
-        y_range: tuple[float, float],
-        x_label: str,
-        y_label: str,
-        title: str,
-        x_ticks: Mapping[float, str] | None = None,
-    ) -> None:
-        self.x_range, self.y_range = x_range, y_range
-        self.drawing = drawing = _Drawing(366, title)
-        for value in _ticks(*y_range):
-            _, y = self.place(x_range[0], value)
-            drawing.line(self.LEFT, y, self.RIGHT, y, "#eee")
-            drawing.text(self.LEFT - 6, y + 4, f"{value:g}", "end")
-        for value, text in (x_ticks or {v: f"{v:g}" for v in _ticks(*x_range)}).items():
-            x, _ = self.place(value, y_range[0])
-            drawing.line(x, self.BOTTOM, x, self.BOTTOM + 4, "#222")
-            drawing.text(x, self.BOTTOM + 18, text, "middle")
-        drawing.line(self.LEFT, self.BOTTOM, self.RIGHT, self.BOTTOM, "#222")
-        drawing.line(self.LEFT, self.TOP, self.LEFT, self.BOTTOM, "#222")
-        drawing.text((self.LEFT + self.RIGHT) / 2, self.BOTTOM + 36, x_label, "middle")
-        drawing.text(self.LEFT - 48, 12, y_label)
-
-    def place(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point lies on the sheet."""
-        (x0, x1), (y0, y1) = self.x_range, self.y_range
-        right = self.LEFT + (x - x0) / (x1 - x0) * (self.RIGHT - self.LEFT)
-        return right, self.BOTTOM - (y - y0) / (y1 - y0) * (self.BOTTOM - self.TOP)
-
-    def legend(self, names: Collection[str], colour: Mapping[str, str]) -> None:
-        self.drawing.height = max(self.drawing.height, 42 + 18 * len(names))
-        for i, name in enumerate(names):
-            self.drawing.dot(self.RIGHT + 22, 36 + 18 * i, colour[name])
-            self.drawing.text(self.RIGHT + 32, 40 + 18 * i, _short(name))
-
-
-class _Named(_Axes):
-    """One whose points have their names beside them, and which needs no legend."""
-
-    RIGHT = 590.0
-
-
-def _range(values: Sequence[float], least: float = 1.0) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    room = max((high - low) * 0.12, least or 0.05 * high or 1.0)
-    return max(low - room, 0.0), high + room
-
-
-def _step(span: float) -> float:
-    """A round distance of ticks, about six to a span."""
-    power = 10.0 ** math.floor(math.log10(span / 6))
-    return next(power * k for k in (1, 2, 5, 10) if power * k >= span / 6)
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    step = _step(high - low)
-    return [round(k * step, 6) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
 def _room(names: Iterable[str]) -> float:
-    return 20 + LETTER * max((len(_short(name)) for name in names), default=0)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 28 else f"{name[:27]}…"
+    return 20 + LETTER * max((len(short_name(name)) for name in names), default=0)
