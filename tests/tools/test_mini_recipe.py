@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
@@ -614,6 +615,72 @@ def test_half_of_the_mean_feature_of_photographs_goes(pretraining, settings, tra
     run(centre, settings, "--data", pretraining, "--out", tmp_path)
     assert file.read_bytes() == whole
     assert "centred already" in capsys.readouterr().out
+
+
+def test_kinds_lie_where_a_linear_discriminant_says():
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    nearest = of("nearest")
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.arange(4).repeat_interleave(50)
+    features = torch.randn(4, 6, generator=rng)[labels] + torch.randn(200, 6, generator=rng) @ torch.diag(
+        torch.tensor([0.1, 0.5, 1.0, 1.0, 2.0, 3.0])
+    )
+    found = nearest.discriminants(features, labels, 4)
+    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=nearest.SHRUNK).fit(features.numpy(), labels.numpy())
+    expected = torch.from_numpy(theirs.coef_).float()  # of means as they are: the mean's own direction goes
+    expected = normalize(expected - expected.mean(0), dim=-1)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+    kinds = normalize(torch.randn(4, 8, generator=rng), dim=-1)
+    towards = nearest.nearby(kinds, kinds, found)
+    assert ((towards @ found.T).argmax(-1) == torch.arange(4)).all(), "a kind's own name points to it most"
+    weights = (nearest.SHARPNESS * kinds[:1] @ kinds.T).exp()
+    torch.testing.assert_close(towards[:1], normalize(weights @ found, dim=-1))
+
+
+def test_the_text_tower_learns_where_the_nearest_kinds_lie(
+    pretraining, settings, trained, tmp_path, monkeypatch, capsys
+):
+    nearest = of("nearest")
+    before = tmp_path / "before"
+    run(of("export"), settings, "--out", trained, "--to", before)
+    for folder, places in (("thousand", "n1 n2 n3 n4"), ("tiny", "n2/images n3/images n4/images")):
+        for i, place in enumerate(places.split()):
+            for j in range(4):
+                pixels = np.random.default_rng(10 * i + j).integers(0, 60, (40, 40, 3)) + 60 * int(place[1])
+                (tmp_path / folder / place).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / folder / place / f"{j}.JPEG")
+    write(tmp_path / "data.noun", WORDNET.replace("00000001", "00001930"))
+    monkeypatch.setattr(nearest, "WORDNET", tmp_path)
+    monkeypatch.setattr(nearest, "UNSEEN", ("n1",))
+    monkeypatch.setattr(nearest, "HELD_OUT", 1)
+    monkeypatch.setattr(nearest, "EACH", 3)
+    monkeypatch.setattr(nearest, "RECIPE", nearest.RECIPE | {"warmup": 2})
+    monkeypatch.setattr(nearest, "STEPS", 60)
+    monkeypatch.setattr(nearest, "BATCH", 16)
+    given = (
+        *(before, "--data", pretraining, "--out", tmp_path / "state", "--to", tmp_path / "after"),
+        *("--photographs", tmp_path / "thousand", tmp_path / "tiny"),
+    )
+    run(nearest, *given)
+    features, _ = nearest.features_of(load_backbone(before), [tmp_path / "thousand"], tmp_path / "few.safetensors")
+    assert len(features) == 9, "three of each kind but the one that is kept unseen"
+    assert len(load_file(tmp_path / "state" / "features.safetensors")["features"]) == 18
+
+    found = [json.loads(line.split(" ", 2 if "step" in line else 1)[-1].replace("'", '"'))
+             for line in capsys.readouterr().out.splitlines() if "{" in line]  # fmt: skip
+    assert found[-1]["kinds"] > found[0]["kinds"], "nearer to where they shall point"
+    weights, others = (load_file(folder / "model.safetensors") for folder in (before, tmp_path / "after"))
+    assert weights.keys() == others.keys()
+    changed = {name for name in weights if not torch.equal(weights[name], others[name])}
+    assert changed
+    assert all(name.startswith("text_") for name in changed), "the image tower stays as it was"
+    assert load_backbone(tmp_path / "after").encode_texts(["a cat"]).isfinite().all()
+
+    whole = (tmp_path / "after" / "model.safetensors").read_bytes()
+    run(nearest, *given)
+    assert (tmp_path / "after" / "model.safetensors").read_bytes() == whole
 
 
 def test_figures_go_into_the_card(tmp_path):
