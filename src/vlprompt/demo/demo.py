@@ -47,7 +47,8 @@ class Show:
     """Methods that are tuned on all classes, too."""
 
 
-_SHORT = {"data.batch_size": 16, "data.min_scale": 0.6, "optim.warmup_epochs": 0, "optim.cosine_epochs": 1}
+_STEADY = {"data.batch_size": 16, "optim.warmup_epochs": 0, "optim.cosine_epochs": 1}
+_SHORT = {**_STEADY, "data.min_scale": 0.6}
 _DRAWN = {"data.min_scale": 0.6, "optim.warmup_epochs": 0}
 SHOWS = {
     "clothing-demo": Show(
@@ -56,16 +57,22 @@ SHOWS = {
         {
             BEFORE: {},
             PROBE: {},
-            "coop": {**_SHORT, "method.n_ctx": 8, "optim.lr": 0.002, "train.epochs": 4},
+            "coop": {**_SHORT, "method.n_ctx": 2, "optim.lr": 0.006, "train.epochs": 4},
             "promptsrc": {
                 **_SHORT,
-                **dict.fromkeys(("method.n_ctx_text", "method.n_ctx_vision"), 2),
-                **dict.fromkeys(("method.depth_text", "method.depth_vision"), 9),
-                "method.average_mean": 3,
-                "optim.lr": 0.0075,
-                "train.epochs": 4,
+                **dict.fromkeys(("method.n_ctx_text", "method.n_ctx_vision"), 8),
+                **dict.fromkeys(("method.depth_text", "method.depth_vision"), 12),
+                "method.average_mean": 6,
+                "optim.lr": 0.025,
+                "train.epochs": 8,
             },
-            "drople": {"data.batch_size": 8, "optim.lr": 0.004, "optim.warmup_epochs": 0, "train.epochs": 6},
+            "drople": {
+                **dict.fromkeys(("method.n_ctx_text", "method.n_ctx_vision"), 4),
+                **dict.fromkeys(("method.depth_text", "method.depth_vision"), 6),
+                **_STEADY,
+                "optim.lr": 0.0006,
+                "train.epochs": 8,
+            },
         },
         "drople",
         (BEFORE, PROBE, "coop"),
