@@ -43,8 +43,10 @@ def accuracy(backbone: Backbone, dataset: LoadedDataset) -> float:
 
 def test_the_card_tells_the_truth(mini: Backbone, openmoji: LoadedDataset) -> None:
     assert accuracy(mini, openmoji) == pytest.approx(FIGURES["openmoji_classes_test"], abs=0.6)  # two pictures
-    assert FIGURES["openmoji_classes_test"] > 60
     assert FIGURES["openmoji_names"] > 35
+    # What it was made to reach on what it was never trained on.
+    least = {"openmoji_classes": 58, "caltech101": 30, "imagenette": 50, "clothing": 28, "caltech101_base_probe": 75}
+    assert {name: FIGURES[name] for name, figure in least.items() if FIGURES[name] < figure} == {}
 
 
 def test_it_names_single_pictures(mini: Backbone, openmoji: LoadedDataset) -> None:
