@@ -50,6 +50,13 @@ def listed_kinds(data: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
     return [kind for kind in placed if not kind["unseen"]], [kind for kind in placed if kind["unseen"]]
 
 
+def read_texts(data: Path) -> tuple[list[str], dict[str, int], Tensor]:
+    """What ``embed.py`` wrote: all texts, the first place of each, and their sentence embeddings [texts, 384]."""
+    texts: list[str] = json.loads((data / "texts.json").read_text(encoding="utf-8"))
+    row = {text: i for i, text in reversed(list(enumerate(texts)))}
+    return texts, row, torch.from_numpy(np.load(data / "texts.npy")).float()
+
+
 def kind_embeddings(kinds: Sequence[dict[str, Any]], row: Mapping[str, int], embeddings: Tensor) -> Tensor:
     """Sentence embeddings of kinds, [kinds, 384], from those of all texts; ``row`` says where a text's is."""
     asked = [Kind(kind["id"], kind["text"], tuple(kind["names"]), kind["gloss"]) for kind in kinds]
@@ -67,8 +74,7 @@ class Names(nn.Module):
     def __init__(self, data: Path, dim: int, width: int) -> None:
         super().__init__()
         captions = json.loads((data / "captions.json").read_text(encoding="utf-8"))
-        texts: list[str] = json.loads((data / "texts.json").read_text(encoding="utf-8"))
-        row = {text: i for i, text in reversed(list(enumerate(texts)))}
+        texts, row, embeddings = read_texts(data)
         unicode_groups = sorted({c["subgroup"] for c in captions if c["subgroup"]})
         class_of = {group: name for name, groups in SUBGROUPS.items() for group in groups}
         tags = sorted({tag for c in captions for tag in c["tags"]})
@@ -82,7 +88,6 @@ class Names(nn.Module):
             "kinds": [row[kind["names"][0]] for kind in kinds],
             "above": [row[noun] for noun in above],
         }
-        embeddings = torch.from_numpy(np.load(data / "texts.npy")).float()
         self.embeddings: Tensor
         rows = [i for of_part in self.parts.values() for i in of_part]
         shown = embeddings[rows]

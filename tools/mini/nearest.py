@@ -19,23 +19,19 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
-import random
-import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from evaluate import image_features
 from export import hugging_face, rescaled
 from kinds import UNSEEN, WORDNET, line_above, synsets
-from names import kind_embeddings, listed_kinds
+from names import kind_embeddings, listed_kinds, read_texts
 from safetensors.torch import load_file, save
-from steps import EPS, Training, draw_by_weight, processes
-from text import CHUNKS, encode, padded, tokenized, unscaled_tower
-from tokenizer import TEMPLATES, counts
+from steps import EPS, Training, processes
+from text import CHUNKS, apart, drawn_batches, encode, everyday, padded, tokenized, unscaled_tower
+from tokenizer import counts
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
@@ -124,8 +120,7 @@ def weights_of(texts: Sequence[str], data: Path) -> tuple[Tensor, Tensor]:
     weights = torch.ones(len(texts))
     for i, text in enumerate(texts):
         if part_of[i] in ("things", "other"):
-            words = re.findall(r"[a-z]+", text.lower())
-            weights[i] = 0.2 + math.log1p(min((met[word] for word in words), default=0))
+            weights[i] = everyday(text, met)
     for part, share in SHARES.items():
         rows = torch.tensor([of == part for of in part_of])
         weights[rows] *= share / weights[rows].sum()
@@ -147,9 +142,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     features, ids = features_of(backbone, options.photographs, options.out / "features.safetensors")
 
-    texts: list[str] = json.loads((options.data / "texts.json").read_text(encoding="utf-8"))
-    row = {text: i for i, text in reversed(list(enumerate(texts)))}
-    embeddings = torch.from_numpy(np.load(options.data / "texts.npy")).float()
+    texts, row, embeddings = read_texts(options.data)
     kinds, _ = listed_kinds(options.data)
     place = {kind["id"]: i for i, kind in enumerate(kinds)}
     labels = torch.tensor([place[id_] for id_ in ids])
@@ -174,16 +167,8 @@ def main() -> None:
 
     @lru_cache(1)
     def chunks(number: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Tokens, ends and indices of ``CHUNKS`` batches, each of texts of nearly one length."""
         seed = (SEED * 1_000_003 + number) * 64 + rank
-        draw = random.Random(seed)
-        rows = draw_by_weight(ends, size * CHUNKS, torch.Generator().manual_seed(seed))
-        written = [draw.choice(TEMPLATES).format(texts[i]) if draw.random() < 0.5 else texts[i] for i in rows.tolist()]
-        tokens = tokenized(tokenizer, written, context)
-        order = sorted(range(len(rows)), key=lambda i: len(tokens[i]))
-        batches = [order[i * size : (i + 1) * size] for i in range(CHUNKS)]
-        draw.shuffle(batches)
-        return [(*padded([tokens[i] for i in chosen]), rows[chosen]) for chosen in batches]
+        return drawn_batches(texts, ends, tokenizer, context, size, seed)
 
     def aims_of(ids: Tensor, at: Tensor, rows: Tensor) -> Tensor:
         with torch.no_grad():
@@ -196,10 +181,8 @@ def main() -> None:
 
         def loss_of(low: TextTower) -> Tensor:
             found = F.normalize(encode(low, ids, at).float(), dim=-1)
-            same = (rows[:, None] == rows) & ~torch.eye(len(rows), dtype=torch.bool, device=device)
-            scores = (30 * found @ aims.T).masked_fill(same, -math.inf)
             far = (1 - (found * aims).sum(-1)).mean()
-            return 8 * far + F.cross_entropy(scores, torch.arange(len(rows), device=device))
+            return 8 * far + apart(found, aims, rows, 30)
 
         return loss_of
 

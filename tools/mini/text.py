@@ -11,7 +11,6 @@ At the end ``OUT/names.safetensors`` says where the text tower points for every 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import re
@@ -21,13 +20,12 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from embed import embed
 from image import STATE as IMAGE_STATE
 from image import attention_of
-from names import Names, kind_embeddings, listed_kinds
+from names import Names, kind_embeddings, listed_kinds, read_texts
 from safetensors.torch import load_file, save
 from steps import EPS, Training, draw_by_weight, noise, part, processes, scaled
 from tokenizer import TEMPLATES, counts
@@ -110,9 +108,7 @@ class Texts:
     """Of the texts drawn."""
 
     def __init__(self, data: Path, names: Names) -> None:
-        self.texts: list[str] = json.loads((data / "texts.json").read_text(encoding="utf-8"))
-        row = {text: i for i, text in reversed(list(enumerate(self.texts)))}
-        embeddings = torch.from_numpy(np.load(data / "texts.npy")).float()
+        self.texts, row, embeddings = read_texts(data)
         kinds, unseen = listed_kinds(data)
         with torch.no_grad():
             self.directions = F.normalize(names.mapped(embeddings), dim=-1)
@@ -151,8 +147,7 @@ class Texts:
         weights = torch.ones(len(self.texts))
         others = [i for i, share in enumerate(sort) if share == "other"]
         for i in others:
-            said = re.findall(r"[a-z]+", self.texts[i].lower())
-            weights[i] = 0.2 + math.log1p(min((words[word] for word in said), default=0))
+            weights[i] = everyday(self.texts[i], words)
         validation = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))[:VALIDATION]
         self.validation = torch.tensor(others)[validation]
         weights[self.validation] = 0
@@ -161,9 +156,10 @@ class Texts:
             weights[rows] *= drawn / max(float(weights[rows].sum()), 1e-9)
         self.ends = weights.double().cumsum(0)
 
-    def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """n texts at random, by weight: indices."""
-        return draw_by_weight(self.ends, n, generator)
+
+def everyday(text: str, met: Counter[str]) -> float:
+    """How often a text that no picture shows is drawn, by the rarest of its words."""
+    return 0.2 + math.log1p(min((met[word] for word in re.findall(r"[a-z]+", text.lower())), default=0))
 
 
 def tokenized(tokenizer: Tokenizer, texts: list[str], context: int) -> list[list[int]]:
@@ -179,6 +175,31 @@ def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Tokens [B, L], filled up with zeros, and the position of each end [B]."""
     longest = max(map(len, rows))
     return torch.tensor([r + [0] * (longest - len(r)) for r in rows]), torch.tensor([len(r) - 1 for r in rows])
+
+
+def drawn_batches(
+    texts: Sequence[str], ends: Tensor, tokenizer: Tokenizer, context: int, size: int, seed: int
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Tokens, ends and indices of ``CHUNKS`` batches, each of texts of nearly one length, half of them in a template.
+
+    ``ends`` are the cumulative weights by which texts are drawn.
+    """
+    draw = random.Random(seed)
+    rows = draw_by_weight(ends, size * CHUNKS, torch.Generator().manual_seed(seed))
+    written = [draw.choice(TEMPLATES).format(texts[i]) if draw.random() < 0.5 else texts[i] for i in rows.tolist()]
+    tokens = tokenized(tokenizer, written, context)
+    order = sorted(range(len(rows)), key=lambda i: len(tokens[i]))
+    batches = [order[i * size : (i + 1) * size] for i in range(CHUNKS)]
+    draw.shuffle(batches)
+    return [(*padded([tokens[i] for i in chosen]), rows[chosen]) for chosen in batches]
+
+
+def apart(features: Tensor, aims: Tensor, labels: Tensor, scale: float) -> Tensor:
+    """Cross entropy of each text's features [B, E] with its own aim [B, E], among those of the batch's other texts."""
+    scores = scale * features @ aims.T
+    same = labels[:, None] == labels
+    scores = scores.masked_fill(same & ~torch.eye(len(same), dtype=torch.bool, device=same.device), -math.inf)
+    return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
 
 
 def main() -> None:
@@ -210,19 +231,8 @@ def main() -> None:
 
     @lru_cache(1)
     def chunks(number: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Tokens, ends and indices of ``CHUNKS`` batches."""
         seed = (settings["seed"] * 1_000_003 + number) * 64 + rank
-        draw = random.Random(seed)
-        rows = texts.draw(size * CHUNKS, torch.Generator().manual_seed(seed))
-        written = [
-            draw.choice(TEMPLATES).format(texts.texts[i]) if draw.random() < 0.5 else texts.texts[i]
-            for i in rows.tolist()
-        ]
-        tokens = tokenized(tokenizer, written, config.context_length)
-        order = sorted(range(len(rows)), key=lambda i: len(tokens[i]))
-        batches = [order[i * size : (i + 1) * size] for i in range(CHUNKS)]
-        draw.shuffle(batches)
-        return [(*padded([tokens[i] for i in chosen]), rows[chosen]) for chosen in batches]
+        return drawn_batches(texts.texts, texts.ends, tokenizer, config.context_length, size, seed)
 
     def batch(step: int) -> Callable[[TextTower], Tensor]:
         ids, ends, labels = (t.to(device) for t in chunks(step // CHUNKS)[step % CHUNKS])
@@ -230,11 +240,8 @@ def main() -> None:
         def loss_of(low: TextTower) -> Tensor:
             features = F.normalize(encode(low, ids, ends).float(), dim=-1)
             aims = directions[labels]
-            scores = 20 * features @ aims.T
-            same = labels[:, None] == labels
-            scores = scores.masked_fill(same & ~torch.eye(len(same), dtype=torch.bool, device=device), -math.inf)
             far = (1 - (features * aims).sum(-1)).mean()
-            loss = 4 * far + F.cross_entropy(scores, torch.arange(len(scores), device=device))
+            loss = 4 * far + apart(features, aims, labels, 20)
             place = which[labels]  # names of pictures are told apart from all others, not from those of a batch
             of_all = 50 * features[place >= 0] @ shown.T
             return loss + F.cross_entropy(of_all, place[place >= 0], reduction="sum") / len(labels)
