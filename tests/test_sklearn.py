@@ -138,6 +138,7 @@ def test_a_backbone_by_name_is_loaded_by_fit(data):
     assert classifier.model_.backbone.name == str(TINY)
 
 
+@slow
 def test_cross_val_score(tiny, data):
     X, y = data
     scores = cross_val_score(coop(tiny).set_params(epochs=8), X, y, cv=3)

@@ -200,6 +200,7 @@ def test_command(run: Path, photos: Path, tmp_path: Path) -> None:
     assert out.read_bytes() == before
 
 
+@slow
 def test_int8_tells_what_it_costs(run: Path, photos: Path, tmp_path: Path) -> None:
     out, plain = tmp_path / "small.onnx", tmp_path / "plain.onnx"
     code, _, err = vlprompt("export", run, "--int8", "--input", "uint8", "--out", out)

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.kit import TINY
+from tests.kit.marks import slow
 from tests.kit.pictures import make_pictures
 from tests.kit.runs import configured
 from vlprompt.backbones import lite0
@@ -47,12 +48,14 @@ def test_its_kinds_are_imagenets() -> None:
     assert all(kind.names and kind.gloss for kind in listed)
 
 
+@slow  # the sentence encoder alone takes seconds
 def test_it_reads_what_it_was_trained_on(model: Lite0) -> None:
     pixels = np.array([[[0] * 3, [127] * 3, [255] * 3]], np.uint8)  # three pixels in a row
     shown = model.preprocess.tensor(pixels)
     torch.testing.assert_close(shown[0, 0], torch.tensor([-127.0, 0.0, 128.0]) / 128)
 
 
+@slow
 def test_folding_changes_nothing(model: Lite0, shoes: torch.Tensor) -> None:
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -63,6 +66,7 @@ def test_folding_changes_nothing(model: Lite0, shoes: torch.Tensor) -> None:
     torch.testing.assert_close(model.class_probabilities(shoes[:2]), expected, rtol=1e-3, atol=1e-5)
 
 
+@slow
 def test_it_sees_shoes(model: Lite0, shoes: torch.Tensor) -> None:
     p = model.class_probabilities(shoes)
     torch.testing.assert_close(p.sum(-1), torch.ones(len(p)))
@@ -70,6 +74,7 @@ def test_it_sees_shoes(model: Lite0, shoes: torch.Tensor) -> None:
     assert sum(best in worn for best in p.argmax(-1).tolist()) > len(shoes) / 2
 
 
+@slow
 def test_its_directions_mix_the_names_of_the_likeliest(model: Lite0, shoes: torch.Tensor) -> None:
     found = model.encode_images(shoes[:3])
     p = model.class_probabilities(shoes[:3])
@@ -79,6 +84,7 @@ def test_its_directions_mix_the_names_of_the_likeliest(model: Lite0, shoes: torc
         torch.testing.assert_close(row, F.normalize(mixed, dim=-1), rtol=1e-4, atol=1e-5)
 
 
+@slow
 def test_a_teacher_takes_any_names(model: Lite0, shoes: torch.Tensor) -> None:
     teacher = Teacher(model, CLOTHES, "{}", model.logit_scale)
     p = teacher.probabilities(shoes)
@@ -88,6 +94,7 @@ def test_a_teacher_takes_any_names(model: Lite0, shoes: torch.Tensor) -> None:
     assert Teacher(model, ["cat", "dog"], "{}", 12.0).fingerprint != teacher.fingerprint
 
 
+@slow
 def test_it_tells_photographs_of_clothes_apart(model: Lite0) -> None:
     split = load_dataset("clothing-demo").split
     teacher = Teacher(model, split.class_names, "{}", model.logit_scale)
@@ -107,6 +114,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         load_teacher_model("efficientnet-lite")
 
 
+@slow
 def test_it_teaches_online_and_through_a_bank(vlprompt, tmp_path: Path, model: Lite0) -> None:
     pictures = make_pictures(tmp_path / "pictures")
     said: list[str] = []

@@ -49,6 +49,7 @@ def test_the_card_tells_the_truth(mini: Backbone, openmoji: LoadedDataset) -> No
     assert {name: FIGURES[name] for name, figure in least.items() if FIGURES[name] < figure} == {}
 
 
+@slow
 def test_it_names_single_pictures(mini: Backbone, openmoji: LoadedDataset) -> None:
     shown = {picture.codepoints: picture.name for picture in pictures()}
     files = openmoji.split.paths("test")

@@ -828,6 +828,7 @@ def test_workers_that_are_interrupted_go_on(
         assert len(read_results(tmp_path / "out" / "results.csv")) == 6
 
 
+@slow
 def test_runs_end_with_the_bench_that_started_them(photos: Path, tmp_path: Path, own_sources) -> None:
     """Killed, it can tell them nothing: a new bench may take over the folder, and nobody may write to it any more."""
     given = ["bench", "base-to-novel", "--methods", "coop", "--seeds", "1,2", "--shots", "2", "--data", str(photos)]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.kit import TINY
-from tests.kit.marks import slow
+from tests.kit.marks import slow, sweep
 from tests.kit.pictures import make_pictures, paint
 from vlprompt.api import PromptedModel
 from vlprompt.backbones.backbone import Backbone
@@ -208,7 +208,7 @@ class StoppedError(BaseException):
     """What stands for a kill."""
 
 
-@pytest.mark.parametrize("method", ["coop", "task_res", "promptkd"])
+@pytest.mark.parametrize("method", sweep(["coop", "task_res", "promptkd"], "task_res"))
 def test_a_stopped_bench_of_tasks_goes_on_to_the_same_table(
     bench, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from tests.kit import SHARED, TINY
 from tests.kit.checks import fails
+from tests.kit.marks import sweep
 from tests.kit.pictures import draw
 from vlprompt.config.images import choose_images, run_split
 from vlprompt.config.schema import build_config
@@ -71,8 +72,9 @@ def test_a_runs_split_is_read_back_exactly(photos, tmp_path):
 
 @pytest.mark.parametrize(
     "given",
-    [(), ("--shots", 2, "--seed", 3), ("--shots", 2, "--classes", "base"), ("--shots", 4, "--imbalance", 4),
-     ("--imbalance", 2), ("--classes", "novel", "--val-fraction", 0.5)],
+    sweep([[], ["--shots", 2, "--seed", 3], ["--shots", 2, "--classes", "base"], ["--shots", 4, "--imbalance", 4],
+           ["--imbalance", 2], ["--classes", "novel", "--val-fraction", 0.5]], ["--shots", 2, "--classes", "base"],
+          ["--shots", 4, "--imbalance", 4]),
 )  # fmt: skip
 def test_a_split_that_is_published_is_that_of_a_run(vlprompt, photos, tmp_path, given):
     """The file is a run's, byte for byte; and a run that is given the file is the same run."""

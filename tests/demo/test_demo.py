@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from tests.kit.marks import slow
+from tests.kit.marks import slow, sweep
 from tests.kit.known import needs_openmoji
 from tests.kit.command import vlprompt
 from tests.kit.pictures import write_pictures
@@ -56,7 +56,7 @@ class Ran(NamedTuple):
         return " ".join(self.text.split())
 
 
-@pytest.fixture(scope="module", params=list(demo.SHOWS))
+@pytest.fixture(scope="module", params=sweep(demo.SHOWS, "openmoji"))
 def ran(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     """The demo on four of the classes, with one epoch a method."""
     data, place = request.param, tmp_path_factory.mktemp("place")

@@ -26,6 +26,7 @@ from vlprompt.data.splits import PARTS, Item, Split
 from vlprompt.methods import METHODS, Method
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+LONG = ("docs/compare.md", "docs/python-api.md")  # pages whose code trains for seconds
 PRECISE = ("train", "evaluate", "bench")
 PLACEHOLDERS = {"METHOD": "coop", "SEED": "1"}
 COLOURS = {"forget-me-not": (90, 120, 240), "otter": (120, 90, 60), "red_rose": (220, 40, 60)}
@@ -67,7 +68,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, id=name(p), marks=slow if name(p) in LONG else ()) for p in PAGES if blocks(p, "python")],
+)
 def test_python_runs(page: Path, place: Path) -> None:
     before = set(METHODS), set(DATASETS)
     namespace = {"__name__": "page"}

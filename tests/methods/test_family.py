@@ -12,6 +12,7 @@ from torch.nn.functional import cosine_similarity
 
 from tests.kit import TINY
 from tests.kit.cases import FAMILY
+from tests.kit.marks import sweep
 from tests.kit.pictures import write_pictures
 from tests.kit.plain import plain_block, plain_norm, same_with_gradients, small_backbone, write
 from tests.kit.runs import check_stopped, configured
@@ -39,7 +40,7 @@ def images(backbone: Backbone, n: int = 5) -> torch.Tensor:
     return torch.randn(n, 3, backbone.image_size, backbone.image_size, dtype=backbone.dtype, generator=generator)
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", sweep(FAMILY, "lasp", "mmrl"))
 def test_a_stopped_run_resumes_to_the_same_bits(name: str, pictures: Path, tmp_path: Path) -> None:
     fewer = {"method.samples": 2} if name == "bayesian" else {}
     config = configured(pictures, name, **{"train.epochs": 2}, **fewer)

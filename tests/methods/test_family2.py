@@ -15,7 +15,7 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from tests.kit.command import vlprompt
-from tests.kit.marks import image_sides, sweep
+from tests.kit.marks import image_sides, slow, sweep
 from tests.kit.pictures import CLASSES
 from tests.kit.runs import TEACHER, arguments, check_stopped, configured, described, prompts
 from vlprompt.api import PromptedModel
@@ -262,6 +262,7 @@ def test_promptkd_keeps_its_teachers_classes(pictures: Path, teacher_run: Path, 
         export_classes(again, CLASSES, tmp_path / "x.safetensors")
 
 
+@slow
 def test_promptkd_asks_its_teacher_about_new_names(pictures: Path, teacher_run: Path, tmp_path: Path) -> None:
     """Through save and reload; wherever the teacher lies now, and with none but the one that it had."""
     teacher, run, picture = tmp_path / "teacher", tmp_path / "run", pictures / "train" / "cat" / "0.png"

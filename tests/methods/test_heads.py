@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.kit import TINY
+from tests.kit.marks import sweep
 from tests.kit.pictures import make_pictures
 from tests.kit.runs import StopsAfter, configured, log, prompts
 from tests.methods.test_heads_golden import Given
@@ -135,7 +136,7 @@ def test_what_the_tower_pools_is_what_it_projects(tiny: Backbone) -> None:
 # --- runs -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", HEADS)
+@pytest.mark.parametrize("method", sweep(HEADS, "clap", "clip_lora", "prolip", "tip_adapter_f"))
 def test_a_run_trains_saves_and_resumes_to_the_same_bits(method: str, pictures: Path, tmp_path: Path) -> None:
     given = {} if method in ("clip_lora", "ss_text", "ss_text_plus") else {"data.views": 2}
     config = configured(pictures, method, **given)

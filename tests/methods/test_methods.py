@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.kit.marks import sweep
 from vlprompt.artefact.artefact import load_artefact, save_artefact
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.config.schema import build_config, config_of, parse_yaml
@@ -66,6 +67,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in 
     "prolip, number": ("prolip", {"lam": 0.1}),
     "fdbpl_coop, hinge": ("fdbpl_coop", {"pcd": "hinge"}),
 }
+OTHER_WAYS = (
+    "coop, class-specific", "dpl, constant weight", "drople, uniform", "ivlp, language-only", "lasp, groups",
+    "pouf, head", "vpt, shallow", "zero_shot, several templates",
+)  # fmt: skip
+"""Of the variants those that are tried every time."""
 FROM_FROZEN = {"clap", "zs_lp", "task_res", "prolip", "tip_adapter_f"}  # begin at frozen features, or zero
 STEPS, IMAGES = 3, 28
 
@@ -113,7 +119,7 @@ class Tuned:
     labels: Tensor
 
 
-@pytest.fixture(scope="module", params=list(VARIANTS))
+@pytest.fixture(scope="module", params=sweep(VARIANTS, *METHODS, *OTHER_WAYS))
 def tuned(request: pytest.FixtureRequest, tiny: Backbone) -> Tuned:
     name, settings = VARIANTS[request.param]
     method = make(tiny, name, **settings)

@@ -13,6 +13,7 @@ from scipy.optimize import linprog
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from tests.kit.marks import sweep
 from tests.kit.plain import N_IMAGES, plain_norm, same_with_gradients, small_backbone
 from tests.kit.runs import check_stopped, configured, prompts
 from vlprompt.backbones.backbone import Backbone, unit
@@ -202,7 +203,9 @@ def test_apt_of_zeros_is_zero_shot(tiny: Backbone) -> None:
 # --- runs and settings ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "more"), [("plot", {}), ("plot", {"method.transport": "unbalanced"}), ("apt", {})])
+@pytest.mark.parametrize(
+    ("name", "more"), sweep([("plot", {}), ("plot", {"method.transport": "unbalanced"}), ("apt", {})], ("apt", {}))
+)
 def test_a_stopped_run_resumes_to_the_same_bits(name: str, more: dict, pictures: Path, tmp_path: Path) -> None:
     config = configured(pictures, name, **{"train.epochs": 2}, **more)
     train(config, tmp_path / "whole")

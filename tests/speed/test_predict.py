@@ -7,6 +7,7 @@ import argparse
 import pytest
 
 from speed import predict
+from tests.kit.marks import slow
 from vlprompt.errors import BackboneError
 
 
@@ -16,6 +17,7 @@ def arguments(*given: str) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
+@slow
 def test_all_answer_alike() -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("onnxruntime")

@@ -78,7 +78,7 @@ def test_figures_are_those_of_the_report(search, tmp_path):
 
 def test_the_small_presets_are_trials(search):
     found = yaml.safe_load(search.FILE.read_text("utf-8"))
-    assert len(found) == 21
+    assert len(found) == 26
     trials = search.rows(sorted(found), 6, 0)["rows"]
     for method, preset in found.items():
         assert {"method": method, "preset": None} | preset in [trials[f"{method}-{k}"] for k in range(1, 7)]

@@ -181,7 +181,10 @@ def test_consistency_compares_two_passes(tiny: Backbone, monkeypatch: pytest.Mon
 # --- runs -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "kind"), [("coop", "mask"), ("vpt", "blur"), ("ivlp", "consistency")])
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    sweep([("coop", "mask"), ("vpt", "blur"), ("ivlp", "consistency")], ("vpt", "blur")),
+)
 def test_a_stopped_run_resumes_to_the_same_bits(method: str, kind: str, pictures: Path, tmp_path: Path) -> None:
     config = configured(pictures, method, **{"train.epochs": 2, "train.attention_drop": kind})
     train(config, tmp_path / "whole")

@@ -85,6 +85,7 @@ def test_two_processes_equal_one(pictures, tmp_path):
         close(tmp_path / method, alone(method, pictures, tmp_path / f"{method} alone"))
 
 
+@slow
 def test_torchrun_starts_them(pictures, tmp_path):
     # resumed in one process: how many there are decides nothing
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vlprompt"]

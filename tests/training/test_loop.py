@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from tests.kit import TINY, sealed
+from tests.kit.marks import sweep
 from tests.kit.pictures import CLASSES, make_pictures
 from tests.kit.runs import configured, log, prompts
 from vlprompt.artefact.artefact import load_artefact, load_calibration
@@ -55,8 +57,7 @@ def move(job: Training) -> torch.Tensor:
     return job.method.context.vectors.detach() - before
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("method", ["coop", "prograd"])
+@pytest.mark.parametrize(("method", "parts"), sweep(product(["coop", "prograd"], [1, 3]), ("prograd", 3)))
 def test_fp16_towers_keep_small_gradients(method, parts, pictures):
     right = move(training(method, pictures, "fp32"))
 
@@ -139,10 +140,10 @@ def val_logits(pictures: Path, run: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return predict_logits(load_artefact(run), images, split.class_names), images.labels
 
 
-@pytest.mark.parametrize(("given", "measured"), [
+@pytest.mark.parametrize(("given", "measured"), sweep([
     ({}, [7]), ({"train.val_every": 0}, [7]), ({"train.val_every": 1}, range(1, 8)), ({"train.val_every": 8}, [7]),
     ({"train.val_every": 3}, [3, 6, 7]), ({"train.select": "val"}, range(1, 8)),
-])  # fmt: skip
+], ({"train.val_every": 3}, [3, 6, 7]), ({"train.select": "val"}, range(1, 8))))  # fmt: skip
 def test_val_images_are_measured_every_so_many_epochs_and_at_the_end(given, measured, pictures, tmp_path, monkeypatch):
     """They are predicted then and no other time, and what is trained is the same."""
     from vlprompt.training import run

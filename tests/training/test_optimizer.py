@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tests.kit import TINY, command
+from tests.kit.marks import sweep
 from vlprompt.config.schema import OptimConfig
 from vlprompt.training.schedule import Optimizer
 
@@ -107,7 +108,7 @@ def test_state_of_other_parameters_is_refused():
         both.optimizer.load_tensors({"5.momentum_buffer": torch.zeros(3)})
 
 
-@pytest.mark.parametrize("method", ["coop", "drople"])
+@pytest.mark.parametrize("method", sweep(["coop", "drople"], "drople"))
 def test_training_does_not_import_the_compiler(method, photos, tmp_path):
     run = f"""
 import sys
