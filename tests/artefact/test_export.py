@@ -18,7 +18,7 @@ from tests.backbones.test_backbones import write_siglip
 from tests.backbones.test_more_towers import resnet as resnet  # a fixture
 from tests.kit import REPOSITORY, TINY
 from tests.kit.command import vlprompt
-from tests.kit.marks import image_sides, slow
+from tests.kit.marks import slow
 from tests.kit.pictures import draw, pictures
 from tests.kit.runs import arguments
 from vlprompt.api import PromptedModel, build_method
@@ -40,11 +40,12 @@ MORE = {
     "coop": {"class_specific": True},
 }
 """Options under which a method goes another way."""
-FAST = [
-    *((name, {}) for name in image_sides() if name != "cocoop"),
-    *((name, MORE[name]) for name in ("dpl", "drople")),
-]
-"""All but those whose file holds the text tower too, and those whose graph another has."""
+OWN_GRAPHS = (
+    "apt", "clip_adapter", "clip_lora", "comma", "dpl", "drople", "gda", "linear_probe", "mmrl", "plot", "prolip",
+    "promptkd", "tip_adapter",
+)  # fmt: skip
+FAST = [*((name, {}) for name in OWN_GRAPHS), *((name, MORE[name]) for name in ("dpl", "drople"))]
+"""Those whose graph is least like another's."""
 CASES = [
     pytest.param(name, options, id="-".join([name, *options]), marks=slow if (name, options) not in FAST else ())
     for name, options in [*((name, {}) for name in sorted(METHODS)), *MORE.items()]

@@ -109,7 +109,7 @@ def whole(request, pictures, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("n", sweep([1, 2, 3, 5], 1, 3))
+@pytest.mark.parametrize("n", sweep([1, 2, 3, 5], 3))
 def test_an_interrupt_within_an_epoch_loses_nothing(n, whole, tmp_path):
     config = saved_config(whole)
     with pytest.raises(Interrupted, match=r"vlprompt train --resume"):
