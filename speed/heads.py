@@ -30,8 +30,8 @@ from vlprompt.training import run as runs
 from vlprompt.training.evaluate import Crop, EvaluationImages
 
 METHODS = (
-    "linear_probe", "ss_text", "tip_adapter", "tip_adapter_f", "gda", "zs_lp", "clap", "lp_plus_plus", "task_res",
-    "clip_adapter", "prolip",
+    "linear_probe", "ss_text", "ss_text_plus", "tip_adapter", "tip_adapter_f", "gda", "zs_lp", "clap", "lp_plus_plus",
+    "task_res", "clip_adapter", "prolip",
 )  # fmt: skip
 
 
