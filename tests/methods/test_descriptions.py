@@ -193,6 +193,28 @@ def test_novel_classes_of_a_bench_have_the_files_texts(tmp_path: Path) -> None:
     assert {m["classes"] for m in figures["measured"]} == {"base", "novel"}
 
 
+def test_a_bench_looks_at_texts_before_its_first_run(tmp_path: Path) -> None:
+    photos, out = make_photos(tmp_path / "photos"), tmp_path / "bench"
+    base, novel = sorted(SHADES)[:2], sorted(SHADES)[2]
+
+    def refused(methods: str, file: Path) -> str:
+        given = ["--methods", methods, "--data", photos, "--shots", "1", "--seeds", "1", "--out", out]
+        code, _, err = vlprompt(
+            "bench", "base-to-novel", *given, "--backbone", TINY, "epochs=1", f"data.descriptions={file}"
+        )
+        assert (code, out.exists(), err.count("\n")) == (2, False, 1), err
+        return err
+
+    assert "error: cannot read descriptions " in refused("zero_shot", tmp_path / "not-there.json")
+    file = written(tmp_path, json.dumps({name: [f"{name}, a thing"] for name in base}))
+    assert f"zero_shot reads class descriptions (--descriptions FILE), and has no texts of '{novel}'" in refused(
+        "zero_shot", file
+    )
+    assert f"have no texts of '{base[1]}'" in refused("drople", written(tmp_path, json.dumps({base[0]: ["a thing"]})))
+    every = written(tmp_path, json.dumps({name: [f"{name}, a thing"] for name in SHADES}))
+    assert "method 'coop' reads no descriptions" in refused("zero_shot,coop", every)
+
+
 # --- what is trained ------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from typing_extensions import TypedDict
 
+from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import check_device, load_backbone
 from vlprompt.bank.use import find_bank
 from vlprompt.bench import launch, on_ray
@@ -30,6 +31,7 @@ from vlprompt.documents import read_sealed, write_sealed
 from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError, first_few, one_line
 from vlprompt.files import held, in_use, write_error
 from vlprompt.methods import find_method
+from vlprompt.training.prepare import describe
 
 PLANNED, LOCK = "planned.json", ".lock"
 Say = Callable[[str], None]
@@ -100,7 +102,7 @@ def bench(
     for data in {run.config.data.name: run.config.data for run in runs}.values():
         check_outside(out, load(data.name, data.root, data.split_file))
     elsewhere = engine == "ray" and bool(todo)
-    check_models(todo, elsewhere)
+    check_models(todo, elsewhere, load)
     with on_ray.connected() if elsewhere else nullcontext():
         ended = _begin(todo, out, elsewhere, workers, say)
         try:
@@ -200,11 +202,11 @@ def check_data(runs: Sequence[Run], load: Load = load_dataset) -> None:
         seen |= {images, asked}
 
 
-def check_models(runs: Sequence[Run], elsewhere: bool = False) -> None:
+def check_models(runs: Sequence[Run], elsewhere: bool = False, load: Load = load_dataset) -> None:
     """Load each backbone and teacher, and build each row's method, once before the first run: an error is that of all.
 
-    Raises what these raise, and ConfigError for a bank or a teacher of a row that takes no training steps. Runs that
-    are done ``elsewhere`` may have devices that are not here.
+    Raises what these raise, of class descriptions and priors too, and ConfigError for a bank or a teacher of a row
+    that takes no training steps. Runs that are done ``elsewhere`` may have devices that are not here.
     """
     seen = set[object]()
     for run in runs:
@@ -222,15 +224,31 @@ def check_models(runs: Sequence[Run], elsewhere: bool = False) -> None:
             config.options,
             config.data.bank,
             config.taught,
+            config.data if config.data.descriptions or config.data.prior else None,
         )
         if asked not in seen:
             backbone = load_backbone(*asked[:3])
             with torch.random.fork_rng(devices=[]):
                 method = find_method(config.method)(backbone, ("a", "b"), config.options)
                 check_method(run, method, backbone)
+                if asked[-1]:
+                    check_texts(run, backbone, load)
             if not method.trains and (given := config.data.bank or config.teacher.backbone):
                 raise ConfigError(f"row '{run.name}' takes no training steps: it does nothing with {given}")
             seen.add(asked)
+
+
+def check_texts(run: Run, backbone: Backbone, load: Load = load_dataset) -> None:
+    """Raise what a run would for class descriptions and priors: files that cannot be read, classes without texts."""
+    data = run.config.data
+    known = load(data.name, data.root, data.split_file)
+    for stage in stages(run, Path()):
+        names = run_split(stage.config, known).class_names
+        method = find_method(stage.config.method)(backbone, names, stage.config.options)
+        describe(method, stage.config, known.split.class_names, lambda told: None)
+        if method.keeps_descriptions and method.descriptions is not None:
+            for m in stage.measurements:
+                method.texts_of(measured_split(stage.config, m, load).class_names)
 
 
 def gaps(runs: Sequence[Run], load: Load = load_dataset) -> list[str]:
