@@ -193,26 +193,30 @@ def test_novel_classes_of_a_bench_have_the_files_texts(tmp_path: Path) -> None:
     assert {m["classes"] for m in figures["measured"]} == {"base", "novel"}
 
 
-def test_a_bench_looks_at_texts_before_its_first_run(tmp_path: Path) -> None:
+def test_a_bench_looks_at_files_before_its_first_run(tmp_path: Path) -> None:
     photos, out = make_photos(tmp_path / "photos"), tmp_path / "bench"
     base, novel = sorted(SHADES)[:2], sorted(SHADES)[2]
 
-    def refused(methods: str, file: Path) -> str:
+    def refused(methods: str, *settings: str) -> str:
         given = ["--methods", methods, "--data", photos, "--shots", "1", "--seeds", "1", "--out", out]
-        code, _, err = vlprompt(
-            "bench", "base-to-novel", *given, "--backbone", TINY, "epochs=1", f"data.descriptions={file}"
-        )
+        code, _, err = vlprompt("bench", "base-to-novel", *given, "--backbone", TINY, "epochs=1", *settings)
         assert (code, out.exists(), err.count("\n")) == (2, False, 1), err
         return err
 
-    assert "error: cannot read descriptions " in refused("zero_shot", tmp_path / "not-there.json")
-    file = written(tmp_path, json.dumps({name: [f"{name}, a thing"] for name in base}))
-    assert f"zero_shot reads class descriptions (--descriptions FILE), and has no texts of '{novel}'" in refused(
-        "zero_shot", file
-    )
-    assert f"have no texts of '{base[1]}'" in refused("drople", written(tmp_path, json.dumps({base[0]: ["a thing"]})))
-    every = written(tmp_path, json.dumps({name: [f"{name}, a thing"] for name in SHADES}))
-    assert "method 'coop' reads no descriptions" in refused("zero_shot,coop", every)
+    def texts(*names: str) -> str:
+        return f"data.descriptions={written(tmp_path, json.dumps({name: [f'{name}, a thing'] for name in names}))}"
+
+    assert "error: cannot read descriptions " in refused("zero_shot", f"data.descriptions={tmp_path / 'gone.json'}")
+    lacking = f"zero_shot reads class descriptions (--descriptions FILE), and has no texts of '{novel}'"
+    assert lacking in refused("zero_shot", texts(*base))
+    assert f"have no texts of '{base[1]}'" in refused("drople", texts(base[0]))
+    assert "method 'coop' reads no descriptions" in refused("zero_shot,coop", texts(*SHADES))
+    nowhere = tmp_path / "gone"
+    names = f"teacher.class_names_file={nowhere}"
+    assert "error: cannot read class names from " in refused("coop", f"teacher.backbone={TINY}", names)
+    assert "error: no tuned model in " in refused("coop", f"train.warm_start={nowhere}")
+    says = f"error: row 'zero_shot' takes no training steps: it does nothing with {nowhere}"
+    assert says in refused("zero_shot,coop", f"train.warm_start={nowhere}")
 
 
 # --- what is trained ------------------------------------------------------------------------------

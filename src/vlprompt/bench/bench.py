@@ -25,13 +25,16 @@ from vlprompt.bench.runs import Load, check_same, finished, measured_dataset, me
 from vlprompt.bench.shared import SHARED
 from vlprompt.bench.stages import check_method, stages
 from vlprompt.config.images import run_split
+from vlprompt.config.schema import RunConfig
 from vlprompt.config.teacher import load_teacher_model, teacher_name
 from vlprompt.data.datasets import check_outside, load_dataset
+from vlprompt.data.splits import names_in_file
 from vlprompt.documents import read_sealed, write_sealed
 from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError, first_few, one_line
 from vlprompt.files import held, in_use, write_error
 from vlprompt.methods import find_method
 from vlprompt.training.prepare import describe
+from vlprompt.training.warm_start import start_from
 
 PLANNED, LOCK = "planned.json", ".lock"
 Say = Callable[[str], None]
@@ -205,8 +208,9 @@ def check_data(runs: Sequence[Run], load: Load = load_dataset) -> None:
 def check_models(runs: Sequence[Run], elsewhere: bool = False, load: Load = load_dataset) -> None:
     """Load each backbone and teacher, and build each row's method, once before the first run: an error is that of all.
 
-    Raises what these raise, of class descriptions and priors too, and ConfigError for a bank or a teacher of a row
-    that takes no training steps. Runs that are done ``elsewhere`` may have devices that are not here.
+    Raises what these raise, what the files do that a run reads beside images, and ConfigError for a bank, a teacher or
+    prompts to begin with of a row that takes no training steps. Runs that are done ``elsewhere`` may have devices that
+    are not here.
     """
     seen = set[object]()
     for run in runs:
@@ -224,7 +228,7 @@ def check_models(runs: Sequence[Run], elsewhere: bool = False, load: Load = load
             config.options,
             config.data.bank,
             config.taught,
-            config.data if config.data.descriptions or config.data.prior else None,
+            replace(config, seed=config.seed if config.data.task else 0) if reads_files(config) else None,
         )
         if asked not in seen:
             backbone = load_backbone(*asked[:3])
@@ -232,23 +236,33 @@ def check_models(runs: Sequence[Run], elsewhere: bool = False, load: Load = load
                 method = find_method(config.method)(backbone, ("a", "b"), config.options)
                 check_method(run, method, backbone)
                 if asked[-1]:
-                    check_texts(run, backbone, load)
-            if not method.trains and (given := config.data.bank or config.teacher.backbone):
+                    check_files(run, backbone, load)
+            if not method.trains and (given := config.data.bank or config.teacher.backbone or config.train.warm_start):
                 raise ConfigError(f"row '{run.name}' takes no training steps: it does nothing with {given}")
             seen.add(asked)
 
 
-def check_texts(run: Run, backbone: Backbone, load: Load = load_dataset) -> None:
-    """Raise what a run would for class descriptions and priors: files that cannot be read, classes without texts."""
+def reads_files(config: RunConfig) -> bool:
+    """Whether a run reads files of the user's beside images."""
+    data = config.data
+    return any((data.descriptions, data.prior, config.teacher.class_names_file, config.train.warm_start))
+
+
+def check_files(run: Run, backbone: Backbone, load: Load = load_dataset) -> None:
+    """Raise what a run would for these: they cannot be read, or lack a class, or do not fit the method."""
     data = run.config.data
     known = load(data.name, data.root, data.split_file)
-    for stage in stages(run, Path()):
-        names = run_split(stage.config, known).class_names
-        method = find_method(stage.config.method)(backbone, names, stage.config.options)
-        describe(method, stage.config, known.split.class_names, lambda told: None)
+    for config in (stage.config for stage in stages(run, Path())):
+        names = run_split(config, known).class_names
+        if file := config.teacher.class_names_file:
+            names = names_in_file(Path(file))
+        method = find_method(config.method)(backbone, names, config.options)
+        describe(method, config, known.split.class_names, lambda told: None)
+        if config.train.warm_start and method.trains:
+            start_from(method, config.train.warm_start)
         if method.keeps_descriptions and method.descriptions is not None:
-            for m in stage.measurements:
-                method.texts_of(measured_split(stage.config, m, load).class_names)
+            for m in run.measurements:
+                method.texts_of(measured_split(config, m, load).class_names)
 
 
 def gaps(runs: Sequence[Run], load: Load = load_dataset) -> list[str]:
