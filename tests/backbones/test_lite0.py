@@ -48,7 +48,6 @@ def test_its_kinds_are_imagenets() -> None:
     assert all(kind.names and kind.gloss for kind in listed)
 
 
-@slow  # the sentence encoder alone takes seconds
 def test_it_reads_what_it_was_trained_on(model: Lite0) -> None:
     pixels = np.array([[[0] * 3, [127] * 3, [255] * 3]], np.uint8)  # three pixels in a row
     shown = model.preprocess.tensor(pixels)
@@ -56,6 +55,17 @@ def test_it_reads_what_it_was_trained_on(model: Lite0) -> None:
 
 
 @slow
+def test_where_its_kinds_point_is_written_down(model: Lite0) -> None:
+    torch.testing.assert_close(model.names, lite0.directions(kinds(), model.embed), rtol=0, atol=1e-6)
+
+
+def test_another_encoder_leads_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = kinds()[:4]
+    monkeypatch.setattr(lite0, "kinds", lambda: few)
+    monkeypatch.setattr(lite0, "sentence_encoder", lambda: lambda texts: torch.eye(384)[[len(t) for t in texts]])
+    assert torch.equal(lite0.kind_directions.__wrapped__(), lite0.directions(few, lite0.sentence_encoder()))
+
+
 def test_folding_changes_nothing(model: Lite0, shoes: torch.Tensor) -> None:
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -66,7 +76,6 @@ def test_folding_changes_nothing(model: Lite0, shoes: torch.Tensor) -> None:
     torch.testing.assert_close(model.class_probabilities(shoes[:2]), expected, rtol=1e-3, atol=1e-5)
 
 
-@slow
 def test_it_sees_shoes(model: Lite0, shoes: torch.Tensor) -> None:
     p = model.class_probabilities(shoes)
     torch.testing.assert_close(p.sum(-1), torch.ones(len(p)))
@@ -74,7 +83,6 @@ def test_it_sees_shoes(model: Lite0, shoes: torch.Tensor) -> None:
     assert sum(best in worn for best in p.argmax(-1).tolist()) > len(shoes) / 2
 
 
-@slow
 def test_its_directions_mix_the_names_of_the_likeliest(model: Lite0, shoes: torch.Tensor) -> None:
     found = model.encode_images(shoes[:3])
     p = model.class_probabilities(shoes[:3])
@@ -84,7 +92,6 @@ def test_its_directions_mix_the_names_of_the_likeliest(model: Lite0, shoes: torc
         torch.testing.assert_close(row, F.normalize(mixed, dim=-1), rtol=1e-4, atol=1e-5)
 
 
-@slow
 def test_a_teacher_takes_any_names(model: Lite0, shoes: torch.Tensor) -> None:
     teacher = Teacher(model, CLOTHES, "{}", model.logit_scale)
     p = teacher.probabilities(shoes)

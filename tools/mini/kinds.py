@@ -7,7 +7,8 @@ WordNet 3.0's noun offsets are ImageNet's ids. Writes ``kinds.json``: a list, in
 ``{"id", "text", "names", "gloss", "above", "unseen"}``. ``text`` is the first of the names, with what it is one of
 where the name alone mostly means something else ("crane, wading bird"); ``above`` are the names of what it is one of,
 the nearest first; ``unseen`` marks the ten classes of Imagenette, which ``mini`` never learns, since they measure it.
-``--table`` writes the teacher's own table, ``src/vlprompt/backbones/kinds.tsv``, whose ids it keeps.
+``--table`` writes the teacher's own table, ``src/vlprompt/backbones/kinds.tsv``, whose ids it keeps;
+``directions.py`` then writes where they point.
 """
 
 from __future__ import annotations
