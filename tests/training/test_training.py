@@ -318,8 +318,8 @@ def test_unknown_methods_and_presets() -> None:
         build_config("cop")
     with pytest.raises(ConfigError, match=one_line(r"unknown preset of coop 'few-shots': did you mean 'few-shot'\?")):
         build_config("coop", "few-shots")
-    with pytest.raises(ConfigError, match=one_line(r"method 'coprompt' has no presets \(asked for 'few-shot'\)")):
-        build_config("coprompt", "few-shot")
+    with pytest.raises(ConfigError, match=one_line(r"method 'clap' has no presets \(asked for 'few-shot'\)")):
+        build_config("clap", "few-shot")
     with pytest.raises(ConfigError, match=one_line(r"method.name = maple: the command asks for 'coop'")):
         build_config("coop", file={"method.name": "maple"})
 
