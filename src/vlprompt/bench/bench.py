@@ -28,12 +28,11 @@ from vlprompt.config.images import run_split
 from vlprompt.config.schema import RunConfig
 from vlprompt.config.teacher import load_teacher_model, teacher_name
 from vlprompt.data.datasets import check_outside, load_dataset
-from vlprompt.data.splits import names_in_file
 from vlprompt.documents import read_sealed, write_sealed
 from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError, first_few, one_line
 from vlprompt.files import held, in_use, write_error
 from vlprompt.methods import find_method
-from vlprompt.training.prepare import describe
+from vlprompt.training.prepare import build, describe, find_sources
 from vlprompt.training.warm_start import start_from
 
 PLANNED, LOCK = "planned.json", ".lock"
@@ -254,9 +253,9 @@ def check_files(run: Run, backbone: Backbone, load: Load = load_dataset) -> None
     known = load(data.name, data.root, data.split_file)
     for config in (stage.config for stage in stages(run, Path())):
         names = run_split(config, known).class_names
-        if file := config.teacher.class_names_file:
-            names = names_in_file(Path(file))
-        method = find_method(config.method)(backbone, names, config.options)
+        template = config.data.template or known.template
+        sources = find_sources(config, names, template, backbone)
+        method = build(config, sources, backbone, template, names)
         describe(method, config, known.split.class_names, lambda told: None)
         if config.train.warm_start and method.trains:
             start_from(method, config.train.warm_start)
