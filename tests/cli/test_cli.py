@@ -546,6 +546,24 @@ def test_an_interrupt_while_modules_are_imported(photos: Path, tmp_path: Path, m
     assert {path.name for path in tmp_path.iterdir()} == {module}
 
 
+WAITING = """
+import os, sys
+import vlprompt.cli
+from vlprompt.__main__ import main
+vlprompt.cli.main = lambda: print(os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    ids=["default", "count", "policy"],
+)
+def test_how_threads_wait_is_set_before_pytorch_and_left_to_the_user(given: dict[str, str], expected: str) -> None:
+    assert python("-c", WAITING, **given).stdout == f"{expected} False\n"
+
+
 def test_an_error_in_a_process_of_its_own(tmp_path: Path) -> None:
     done = python("-m", "vlprompt", "train", "cop", "x", cwd=tmp_path)
     assert done.returncode == 2
