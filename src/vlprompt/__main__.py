@@ -16,8 +16,8 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have it ignored
         signal.signal(signal.SIGINT, interrupt)
     if "OMP_WAIT_POLICY" not in os.environ:
-        # PyTorch's threads wait for each other spinning. Where other work has one of the cores, that keeps the thread they
-        # wait for from another: docs/performance.md.
+        # PyTorch's threads wait for each other spinning, which, where other work has a core, keeps the one they
+        # wait for off the others: docs/performance.md.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from vlprompt.cli import main as run
 

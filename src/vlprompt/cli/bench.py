@@ -85,7 +85,11 @@ def bench(
         typer.Option(help="Instead of --methods: YAML file of names, each with settings.", rich_help_panel=MODEL),
     ] = None,
     only: Annotated[
-        ListOf, typer.Option(help="Rows of --rows to run, separated by commas; default: all.", rich_help_panel=MODEL)
+        ListOf,
+        typer.Option(
+            help="Rows of --rows to run, separated by commas (a name with commas: an --only of its own); default: all.",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     backbone: TrainBackbone = None,
     teacher: Annotated[
