@@ -15,6 +15,7 @@ from tests.kit import TINY
 from tests.kit.marks import slow, sweep
 from tests.kit.pictures import make_pictures, paint
 from vlprompt.api import PromptedModel
+from vlprompt.artefact.artefact import load_artefact
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.bench import runs as runs_module
 from vlprompt.bench.figures import read_figures
@@ -27,6 +28,7 @@ from vlprompt.data.datasets import load_dataset
 from vlprompt.data.splits import Item, Split
 from vlprompt.errors import DataError
 from vlprompt.methods import METHODS, Can
+from vlprompt.methods.heads.common import Searched
 from vlprompt.training.attack import Attack
 from vlprompt.training.run import saved_config, train
 from vlprompt.training.watchers import EachEpoch, EpochLog
@@ -202,6 +204,29 @@ def test_means_and_scatter_of_tasks_add_up(bench, photos: Path, tmp_path: Path, 
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
     with pytest.raises(DataError, match=r"^gda knows its own 2 classes alone"):
         model.predict([photos / "test" / "red" / "0.png"], ["pink", "grey"])
+
+
+@pytest.mark.parametrize(("name", "options", "points"), [("gda", (), 7), ("tip_adapter", ("steps_beta=3",), 60)])
+def test_what_weighs_all_classes_is_chosen_on_all_tasks(
+    bench, photos: Path, tmp_path: Path, name: str, options: tuple[str, ...], points: int
+) -> None:
+    """Not by the first task alone, where all points may be equally good; a task whose images cannot say has no say."""
+    assert (
+        bench("class-incremental", "--methods", name, "--data", photos, "--tasks", "3", "views=center", *options)[0]
+        == 0
+    )
+    row = name + "-memory" * (name == "tip_adapter")
+    run = tmp_path / "out" / "class-incremental" / "photos" / row / "backbone" / "shots_2" / "seed_1"
+    heads = [load_artefact(run / f"task_{t}") for t in (1, 2, 3)]
+    assert all(isinstance(head, Searched) and len(head.right) == points for head in heads)
+    tied, decides = torch.full((points,), 4), torch.arange(points) % 5
+    heads[0].right, heads[1].right, heads[2].right = tied, None, decides
+    for head in heads:
+        head.join(heads)
+    expected = heads[0].points()[4]  # the first of those that five points apart are as good
+    assert [head.alpha.item() for head in heads] == pytest.approx([expected[-1]] * 3)
+    if name == "tip_adapter":
+        assert [head.beta.item() for head in heads] == pytest.approx([expected[0]] * 3)
 
 
 class StoppedError(BaseException):

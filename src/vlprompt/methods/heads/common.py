@@ -23,8 +23,6 @@ class Head(Method):
     fixes_views = True
     grown: ClassVar[tuple[str, ...]] = ()
     """Tensors whose first size the training images decide."""
-    shared: ClassVar[tuple[str, ...]] = ()
-    """Numbers that weigh all classes alike: one value for all models that answer side by side."""
     remembers: ClassVar[bool] = False
     """Whether it keeps a feature of every training image where classes arrive in tasks."""
 
@@ -39,9 +37,7 @@ class Head(Method):
         return True
 
     def join(self, models: Sequence[Head]) -> None:
-        """Before it answers beside models of other classes, itself among these: take what they share, of the first."""
-        for name in self.shared:
-            self.get_buffer(name).copy_(models[0].get_buffer(name))
+        """Before it answers beside models of other classes, itself among these: take over what they all share."""
 
     def load_inference_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over tensors whose size the training images decided."""
@@ -69,6 +65,32 @@ class Head(Method):
             return self.backbone.encode_texts(fill(self.template, self.class_names), normalise=False)
 
         return self.backbone.remember((self.class_names, self.template, "raw text"), compute)
+
+
+class Searched(Head):
+    """A head with numbers that weigh all its classes alike, which are searched on a grid, on images held out."""
+
+    right: Tensor | None
+    """Where classes arrive in tasks: how many images held out each point of the grid tells right, [points]."""
+
+    def points(self) -> Sequence[tuple[float, ...]]:
+        """The grid."""
+        raise NotImplementedError
+
+    def take(self, point: tuple[float, ...]) -> None:
+        """Weigh the classes so."""
+        raise NotImplementedError
+
+    def choose(self, right: Tensor) -> None:
+        """Take the first of the points that tell the most images right, [points]."""
+        self.take(self.points()[right.tolist().index(right.max())])
+        if self.in_tasks:
+            self.right = right
+
+    def join(self, models: Sequence[Head]) -> None:
+        """Choose again, on what the held-out images of all say, each told from the classes of its own model."""
+        if told := [model.right for model in models if isinstance(model, Searched) and model.right is not None]:
+            self.choose(torch.stack(told).sum(0))
 
 
 def as_views(features: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from vlprompt.backbones.backbone import unit
 from vlprompt.data.splits import find_classes
 from vlprompt.errors import DataError
 from vlprompt.methods.base import Can, Count, MethodConfig, Support, Weight
-from vlprompt.methods.heads.common import Head, as_views, folds, text_of, with_images
+from vlprompt.methods.heads.common import Head, Searched, as_views, folds, text_of, with_images
 from vlprompt.methods.registry import register
 
 SCALE = 100.0
@@ -24,7 +24,7 @@ START = 0.1
 
 
 @register("gda")
-class GDA(Head):
+class GDA(Searched):
     """logits = 100 v · t + α (v W + b) with W = P μᵀ, b_c = log(1/C) − μ_c P μ_c / 2, whatever the classes' sizes.
 
     Official code: mrflogs/ICLR24. Every one of 10 views is a sample; μ_c is the mean of a class. ``shrunk`` is its
@@ -37,14 +37,14 @@ class GDA(Head):
     keep their row; officially known and new are never scored together, here they may be.
 
     Where classes arrive in tasks, no sample is kept: means, counts and scatter are, and add up, so that the tasks'
-    models side by side are the model of all classes at once, but for α, which is the first task's.
+    models side by side are the model of all classes at once, but for α: the best for the held-out images of all tasks,
+    each told from the classes of its own.
     """
 
     paper, year, learns = "Wang et al., ICLR", 2024, "class means and a covariance"
     official = {"data.views": 10, "data.min_scale": 0.5}
     presets = {"base-to-novel": {"method.covariance": "mean"}, "imagenet": {"data.min_scale": 0.08}}
-    grown = ("support", "mu", "scatter", "n")
-    shared = ("alpha",)
+    grown = ("support", "mu", "scatter", "n", "right")
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
@@ -168,6 +168,14 @@ class GDA(Head):
         """[B, C]"""
         return image_features @ class_features[:, :-1].T + class_features[:, -1]
 
+    def points(self) -> Sequence[tuple[float, ...]]:
+        """α."""
+        return [(alpha,) for alpha in GRID]
+
+    def take(self, point: tuple[float, ...]) -> None:
+        """α."""
+        self.alpha.fill_(point[0])
+
     def finish(self, support: Support) -> str | None:
         """Choose α."""
         if self.config.alpha is not None:
@@ -183,9 +191,9 @@ class GDA(Head):
                 w, b = self.classifier(x[:, fit].flatten(0, 1), support.labels[fit].repeat(len(x)))
                 v, y = support.whole[held], support.labels[held]
                 parts.append((v @ t.T, v @ w.to(v.dtype).T + b.to(v.dtype), y))
-        right = [sum(int(((text + alpha * own).argmax(-1) == y).sum()) for text, own, y in parts) for alpha in GRID]
         if parts:
-            self.alpha.fill_(GRID[right.index(max(right))])
+            right = [[((text + a * own).argmax(-1) == y).sum() for text, own, y in parts] for a in GRID]
+            self.choose(torch.stack([torch.stack(counts).sum() for counts in right]))
         return text_of({"alpha": self.alpha.item()}, support)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Annotated
 
 import torch
@@ -13,7 +15,7 @@ from torch.nn.functional import one_hot
 
 from vlprompt.backbones.backbone import unit
 from vlprompt.methods.base import Can, Count, MethodConfig, Support, Weight
-from vlprompt.methods.heads.common import Head, as_views, folds, text_of
+from vlprompt.methods.heads.common import Searched, as_views, folds, text_of
 from vlprompt.methods.registry import register
 
 SCALE = 100.0
@@ -35,12 +37,13 @@ STARTS = {  # α to start with, and how far β and α are searched
 
 
 @register("tip_adapter")
-class TipAdapter(Head):
+class TipAdapter(Searched):
     """logits = 100 v · t + α exp(−β (1 − v · K)) V: keys K of the training images, values V their labels, one-hot.
 
     Official code: gaopengcuhk/Tip-Adapter. Keys are features averaged over 10 views, then normalised. α and β are
     searched on a grid, as there on the whole val split (there on the test images of ImageNet); where there is none, by
-    cross-validation; else they stay. New class names are not taken: there is nothing of them in the cache.
+    cross-validation; else they stay. Where classes arrive in tasks, they are the best for the held-out images of all
+    tasks, each told from the classes of its own. New class names are not taken: the cache has nothing of them.
     """
 
     paper, year, learns = "Zhang et al., ECCV", 2022, "nothing: a cache of training features"
@@ -49,8 +52,7 @@ class TipAdapter(Head):
         name: {"method.alpha": alpha, "method.most_beta": beta, "method.most_alpha": most}
         for name, (alpha, beta, most) in STARTS.items()
     }
-    grown = ("keys", "labels")
-    shared = ("alpha", "beta")
+    grown = ("keys", "labels", "right")
     remembers = True
 
     @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class TipAdapter(Head):
         """An empty cache."""
         self.register_buffer("keys", torch.zeros(0, self.backbone.embed_dim))
         self.register_buffer("labels", torch.zeros(0))
+        self.register_buffer("right", None)
         self.register_buffer("alpha", torch.tensor(float(self.config.alpha)))
         self.register_buffer("beta", torch.tensor(float(self.config.beta)))
 
@@ -121,20 +124,27 @@ class TipAdapter(Head):
             self._search(near, v[held], y[held])
         return text_of({"alpha": self.alpha.item(), "beta": self.beta.item()}, support)
 
+    def points(self) -> Sequence[tuple[float, ...]]:
+        """β and α, all α of a β after each other."""
+        c = self.config
+        betas = (0.1 + i * (c.most_beta - 0.1) / c.steps_beta for i in range(c.steps_beta))
+        alphas = [0.1 + j * (c.most_alpha - 0.1) / c.steps_alpha for j in range(c.steps_alpha)]
+        return [(beta, alpha) for beta in betas for alpha in alphas]
+
+    def take(self, point: tuple[float, ...]) -> None:
+        """β and α."""
+        self.beta.fill_(point[0])
+        self.alpha.fill_(point[1])
+
     @torch.no_grad()
     def _search(self, near: Sequence[tuple[Tensor, Tensor]], v: Tensor, y: Tensor) -> None:
-        """The first of the best on the grid for images v [m, E], near to some caches of keys with these labels."""
-        c = self.config
-        text, most = SCALE * v @ self.text_features(self.class_names).T, -1
-        values = [self.values(labels) for _, labels in near]
-        for beta in (0.1 + i * (c.most_beta - 0.1) / c.steps_beta for i in range(c.steps_beta)):
+        """Choose on images v [m, E], near to some caches of keys with these labels."""
+        text = SCALE * v @ self.text_features(self.class_names).T
+        values, right = [self.values(labels) for _, labels in near], []
+        for beta, points in groupby(self.points(), itemgetter(0)):
             votes = torch.cat([(beta * s - beta).exp_() @ own for (s, _), own in zip(near, values, strict=True)])
-            for alpha in (0.1 + j * (c.most_alpha - 0.1) / c.steps_alpha for j in range(c.steps_alpha)):
-                right = int(((text + alpha * votes).argmax(-1) == y).sum())
-                if right > most:
-                    most = right
-                    self.alpha.fill_(alpha)
-                    self.beta.fill_(beta)
+            right += [((text + alpha * votes).argmax(-1) == y).sum() for _, alpha in points]
+        self.choose(torch.stack(right))
 
 
 @register("tip_adapter_f")
