@@ -12,7 +12,8 @@ from shutil import copyfile, copytree
 import pytest
 import torch
 from PIL import Image
-from torch.nn.functional import cross_entropy
+from torch import Tensor
+from torch.nn.functional import cross_entropy, softplus
 
 from tests.kit.command import vlprompt
 from tests.kit.marks import image_sides, slow, sweep
@@ -30,7 +31,7 @@ from vlprompt.errors import ArtefactError, ConfigError, DataError, VlpromptError
 from vlprompt.methods import METHODS, Batch, Method, find_method
 from vlprompt.methods.pouf import mutual_information, transport
 from vlprompt.methods.promptot import transport_plan
-from vlprompt.training.attack import Attack, attacked, find_attack
+from vlprompt.training.attack import Attack, attacked, find_attack, margins
 from vlprompt.training.run import train
 
 NAMES = ("violin", "steam train", "yellow kite", "lamp", "old boot")
@@ -192,6 +193,35 @@ def test_every_method_can_be_attacked(name: str, tiny: Backbone) -> None:
     after = method.predict(changed, NAMES)
     assert cross_entropy(after[1:], labels[1:]) > cross_entropy(logits[1:], labels[1:])
     assert torch.equal(attacked(method, x, labels, NAMES, Attack(eps=8 / 255, steps=4)), changed)
+
+
+def test_an_attack_steps_as_on_the_cross_entropy(tiny: Backbone) -> None:
+    """And goes on where the gradient of that is rounded to 0, as with logits of gda."""
+    logits = torch.tensor([[3.0, 1.0, 2.0], [900.0, 100.0, -300.0]], requires_grad=True)
+    labels = torch.tensor([0, 0])
+    far = margins(logits, labels)
+    torch.testing.assert_close(softplus(far), cross_entropy(logits, labels, reduction="none"))
+    (masked,) = torch.autograd.grad(cross_entropy(logits, labels), logits, retain_graph=True)
+    (gradient,) = torch.autograd.grad(far.sum(), logits)
+    assert not masked[1].any()
+    assert gradient[1].tolist() == [-1, 1, 0]
+    method, pixels = make(tiny, "vpt").eval(), Pixels(tiny.preprocess)
+    x = torch.rand(4, 3, tiny.image_size, tiny.image_size, generator=torch.Generator().manual_seed(5))
+    labels = method.predict(pixels.read(x), NAMES).argmax(-1)
+
+    def loss(changed: Tensor) -> Tensor:
+        return cross_entropy(method.logits(method.encode_images(pixels.read(changed)), t), labels)
+
+    t = method.class_features(NAMES).detach()
+    start = (2 * torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) - 1) / 255
+    expected = x + pgd(x, loss, start, 1 / 255, 1 / 255, 1)
+    found = pixels.of(attacked(method, pixels.read(x), labels, NAMES, Attack(steps=1)))
+    assert (expected - found).abs().lt(1e-5).float().mean() > 0.999  # signs of gradients of about 0 apart
+
+
+def test_no_image_of_a_single_class_is_changed(tiny: Backbone) -> None:
+    method, x = make(tiny, "coop").eval(), torch.rand(2, 3, tiny.image_size, tiny.image_size)
+    assert torch.equal(attacked(method, x, torch.tensor([0, 0]), ("otter",), Attack(steps=1)), x)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from inspect import unwrap
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from vlprompt.backbones.attack import LEVEL, Pixels, pgd
 from vlprompt.errors import ConfigError, unknown
@@ -82,14 +81,14 @@ def attacked(
     device, names = method.backbone.device, tuple(class_names)
     images, labels = images.to(device), labels.to(device)
     right = method.predict(images, names).argmax(-1) == labels  # keeps the class features, too
-    if not right.any():
+    if not right.any() or len(names) == 1:
         return images
     pixels = Pixels(method.backbone.preprocess)
     x, y = pixels.of(images[right]), labels[right]
     with_gradient = unwrap(type(method).predict)  # what a method does to images or logits is attacked as well
 
     def loss(changed: Tensor) -> Tensor:
-        return cross_entropy(with_gradient(method, pixels.read(changed), names), y, reduction="sum")
+        return margins(with_gradient(method, pixels.read(changed), names), y).sum()
 
     generator = torch.Generator().manual_seed(seed)
     noise = (2 * torch.rand(x.shape, generator=generator) - 1).to(x)
@@ -97,3 +96,15 @@ def attacked(
     changed = images.clone()
     changed[right] = pixels.read(x + delta)
     return changed
+
+
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """How far the other classes of logits [B, C] are above the label's, log Σ exp z_k − z_y over k ≠ y: [B].
+
+    The cross-entropy is softplus of it, so that each image's gradient points the same way. But this one stays where the
+    cross-entropy's is rounded to 0: with logits some hundred apart, as of ``gda``, a model would look robust (gradient
+    masking, Carlini and Wagner, S&P 2017).
+    """
+    own = labels[:, None]
+    others = logits.scatter(1, own, float("-inf")).logsumexp(-1)
+    return others - logits.gather(1, own)[:, 0]
