@@ -82,15 +82,18 @@ class Searched(Head):
         raise NotImplementedError
 
     def choose(self, right: Tensor) -> None:
-        """Take the first of the points that tell the most images right, [points]."""
-        self.take(self.points()[right.tolist().index(right.max())])
+        """Take the first of the points that tell the most images right, [points]; in tasks, remember what they told."""
+        self._take_first_of_best(right)
         if self.in_tasks:
             self.right = right
 
     def join(self, models: Sequence[Head]) -> None:
         """Choose again, on what the held-out images of all say, each told from the classes of its own model."""
         if told := [model.right for model in models if isinstance(model, Searched) and model.right is not None]:
-            self.choose(torch.stack(told).sum(0))
+            self._take_first_of_best(torch.stack(told).sum(0))
+
+    def _take_first_of_best(self, right: Tensor) -> None:
+        self.take(self.points()[right.tolist().index(right.max())])
 
 
 def as_views(features: Tensor) -> Tensor:

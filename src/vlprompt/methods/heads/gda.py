@@ -192,8 +192,8 @@ class GDA(Searched):
                 v, y = support.whole[held], support.labels[held]
                 parts.append((v @ t.T, v @ w.to(v.dtype).T + b.to(v.dtype), y))
         if parts:
-            right = [[((text + a * own).argmax(-1) == y).sum() for text, own, y in parts] for a in GRID]
-            self.choose(torch.stack([torch.stack(counts).sum() for counts in right]))
+            text, own, y = (torch.cat(each) for each in zip(*parts, strict=True))
+            self.choose(torch.stack([((text + alpha * own).argmax(-1) == y).sum() for alpha in GRID]))
         return text_of({"alpha": self.alpha.item()}, support)
 
 
