@@ -690,17 +690,18 @@ def test_verify_names_the_first_bad_file(vlprompt, pictures, bank, tmp_path) -> 
     )
 
 
+HOLDS = r"regions-00001.npy does not hold what manifest.json says: found .*"
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda f: f.write_bytes(f.read_bytes()[:-7]), r"cannot read .*regions-00001.npy: "),
-        (lambda f: f.write_bytes(b""), r"cannot read .*regions-00001.npy: "),
+        (lambda f: f.write_bytes(f.read_bytes()[:-7]), HOLDS),
+        (lambda f: f.write_bytes(b""), HOLDS),
         (lambda f: f.unlink(), r"file of the region bank .*regions-00001.npy does not exist"),
-        (
-            lambda f: np.save(f, np.zeros((8, REGIONS))),
-            r"regions-00001.npy does not hold what manifest.json says: found",
-        ),
-        (lambda f: np.save(f, np.array([{}]), allow_pickle=True), r"cannot read .*regions-00001.npy: "),
+        (lambda f: np.save(f, np.zeros((8, REGIONS))), HOLDS),
+        (lambda f: np.save(f, np.array([{}]), allow_pickle=True), HOLDS),
+        (lambda f: (f.unlink(), f.mkdir()), r"cannot read .*regions-00001.npy: "),
     ],
 )
 def test_a_damaged_file_is_found_before_training(change, says, pictures, bank, tmp_path) -> None:

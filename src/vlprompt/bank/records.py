@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlprompt.bank.manifest import MANIFEST, Manifest, read_manifest, shard_file
+from vlprompt.data.arrays import open_array
 from vlprompt.data.files import content_hash, missing_error
 from vlprompt.errors import DataError, one_line
 
@@ -122,14 +123,13 @@ def open_shard(folder: Path, manifest: Manifest, i: int) -> NDArray[np.void]:
     """The i-th file of a bank, mapped: [images, regions]; raises DataError if it, or a part of it, is not there."""
     file, shape = shard_file(folder, i), (manifest.shards[i].images, manifest.settings.regions)
     try:
-        records = np.load(file, mmap_mode="r", allow_pickle=False)
+        return open_array(file, manifest.settings.record, shape)
     except FileNotFoundError:
         raise missing_error("file of the region bank", file) from None
-    except Exception as error:  # NumPy reads the head of a file as Python's parser does: almost anything is raised
+    except OSError as error:
         raise DataError(f"cannot read {file}: {one_line(error)}") from None
-    if records.dtype != manifest.settings.record or records.shape != shape:
-        raise DataError(f"{file} does not hold what {MANIFEST} says: found {list(records.shape)} {records.dtype}")
-    return records
+    except ValueError as error:
+        raise DataError(f"{file} does not hold what {MANIFEST} says: found {one_line(error)}") from None
 
 
 def top_k(p: Tensor, k: int) -> tuple[NDArray[np.int64], NDArray[np.float16], NDArray[np.float16]]:

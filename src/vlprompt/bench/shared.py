@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from PIL import Image
 from torch import Tensor
 
+from vlprompt.data.arrays import head, open_array
 from vlprompt.data.batches import evaluation_batches
 from vlprompt.data.images import load_image
 from vlprompt.data.reading import ImageReader
@@ -100,9 +101,9 @@ def decoded_once(folder: Path) -> Callable[..., Image.Image]:
 
     def decode(path: Path, **how: Any) -> Image.Image:
         file = folder / f"image-{_digest([*_identity(path), *how.items()])}.npy"
-        kept = _read(file)
+        kept = _read(file, np.uint8)
         if kept is not None:
-            return Image.fromarray(kept)
+            return Image.fromarray(np.array(kept))
         image = load_image(path, **how)
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -125,22 +126,22 @@ def computed_once(
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with alone(file.with_suffix(".lock")):  # without locks, work is done twice at worst
-            kept = _read(file, "r")
+            kept = _read(file, dtype, shape)
             if kept is None:
                 if shutil.disk_usage(file.parent).free < _FREE * math.prod(shape) * dtype.itemsize:
                     return None
                 _write(file, shape, dtype, compute())
-                kept = _read(file, "r")
+                kept = _read(file, dtype, shape)
         return kept
     except OSError:
         return None
 
 
-def _read(file: Path, mapped: Literal["r"] | None = None) -> NDArray | None:
+def _read(file: Path, dtype: DTypeLike, shape: tuple[int, ...] | None = None) -> NDArray | None:
     """The array in a file; None if there is none, or not the whole of it, as a machine that went down may leave it."""
     try:
-        return np.load(file, mmap_mode=mapped, allow_pickle=False)
-    except Exception:  # NumPy reads the head of a file as Python's parser does
+        return open_array(file, dtype, shape)
+    except (OSError, ValueError):
         return None
 
 
@@ -149,8 +150,7 @@ def _write(file: Path, shape: tuple[int, ...], dtype: np.dtype, parts: Iterable[
     unfinished = unfinished_name(file)
     try:
         with unfinished.open("wb") as stream:
-            header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(stream, header)
+            stream.write(head(dtype, shape))
             for part in parts:
                 stream.write(np.ascontiguousarray(part, dtype).data)
             stream.flush()
