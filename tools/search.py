@@ -1,12 +1,19 @@
 """Random search for a method's settings on a small backbone: the same space and number of trials for every method.
 
     python tools/search.py rows --methods coop maple --trials 8 > rows.yaml
-    vlprompt bench base-to-novel --rows rows.yaml --data imagenette --root DATA --seeds 1 --split val --out runs/search
-    python tools/search.py best rows.yaml runs/search --write
+    vlprompt bench base-to-novel --rows rows.yaml --data imagenette --root DATA --seeds 1 --split val --out runs/first
+    vlprompt bench base-to-novel --rows rows.yaml --data openmoji --only \
+        "$(python tools/search.py next rows.yaml runs/first runs/second)" --seeds 1 --split val --allow-fewer \
+        --skip-existing --out runs/second                                   # until `next` names no more rows
+    python tools/search.py best rows.yaml runs/first runs/second --write
 
 Trials start from the official settings without a preset. They differ in learning rate (a factor on the official one),
-epochs, smallest crop and, where the method has them, number of prompt tokens and depth; all have batches of 16. The
-best has the highest harmonic mean on validation images; ``--write`` makes it the method's preset ``mini``.
+epochs, smallest crop and, where the method has them, number of prompt tokens and depth; all have batches of 16.
+
+The trials of a method are gone through in the order of their harmonic means on the first data set's validation images,
+until one loses at most two points to the frozen model on those of the second, which has other pictures and more
+classes. Of those gone through, that with the highest mean over both is taken. ``--write`` makes it the method's preset
+``mini``.
 """
 
 from __future__ import annotations
@@ -32,6 +39,9 @@ BATCH = 16
 SCALES = (0.08, 0.6)
 TOKENS = (2, 4, 8)
 DEPTHS = (3, 6, 9, 12)
+Figures = dict[str, dict[str, float]]
+HARM = 2.0  # points of the harmonic mean that a preset may lose to the frozen model on the second data set
+FROZEN = "zero_shot"
 AVERAGED = 0.75  # PromptSRC's average of prompts is centred at this part of the training
 
 
@@ -64,7 +74,8 @@ def rows(methods: list[str], trials: int, seed: int) -> dict[str, Any]:
     columns = [values * -(-trials // len(values)) for values in (RATES, EPOCHS, SCALES, TOKENS, DEPTHS)]
     points = list(zip(*(draw.sample(column, trials) for column in columns), strict=True))
     return {
-        "rows": {
+        "rows": {FROZEN: {"method": FROZEN}}
+        | {
             f"{method}-{k}": {"method": method, "preset": None} | trial(method, *point)
             for method in methods
             for k, point in enumerate(points, 1)
@@ -72,15 +83,27 @@ def rows(methods: list[str], trials: int, seed: int) -> dict[str, Any]:
     }
 
 
-def best(rows: Rows, figures: dict[str, dict[str, float | None]]) -> dict[str, dict[str, Any]]:
-    """Each method's row with the highest harmonic mean, and its figures, of ``base``, ``novel`` and ``hm`` by row."""
+def search(rows: Rows, first: Figures, second: Figures) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Each method's trial that is taken, with its settings and figures, and the rows still to run for the others.
+
+    ``first`` and ``second`` are the figures of the two data sets.
+    """
     found: dict[str, dict[str, Any]] = {}
-    for name, (method, settings) in rows.items():
-        hm = figures.get(name, {}).get("hm")
-        if hm is not None and hm > found.get(method, {"hm": -1})["hm"]:
-            own = {key: value for key, value in settings.items() if key != "preset"}
-            found[method] = {"settings": own, **figures[name], "name": name}
-    return found
+    missing = [] if FROZEN in second else [FROZEN]
+    least = second.get(FROZEN, {"hm": 0})["hm"] - HARM
+    for method in dict.fromkeys(method for method, _ in rows.values() if method != FROZEN):
+        trials = [name for name, (of, _) in rows.items() if of == method and name in first]
+        trials.sort(key=lambda name: -first[name]["hm"])
+        # Up to the first that does no harm, or is not known to.
+        last = next((name for name in trials if name not in second or second[name]["hm"] >= least), None)
+        tried = trials if last is None else trials[: trials.index(last) + 1]
+        if last is not None and last not in second:
+            missing.append(last)
+        elif tried:
+            taken = max(tried, key=lambda name: first[name]["hm"] + second[name]["hm"])
+            settings = {key: value for key, value in rows[taken][1].items() if key != "preset"}
+            found[method] = {"settings": settings, "first": first[taken], "second": second[taken], "name": taken}
+    return found, missing
 
 
 def with_presets(text: str, found: dict[str, dict[str, Any]]) -> str:
@@ -90,13 +113,16 @@ def with_presets(text: str, found: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*head, yaml.safe_dump(dict(sorted(presets.items())), sort_keys=False)])
 
 
-def read_figures(folder: Path) -> dict[str, dict[str, float | None]]:
-    """Base, novel and harmonic mean of the file's rows, from the first table that ``vlprompt report`` makes."""
+def read_figures(folder: Path) -> Figures:
+    """Base, novel and harmonic mean of the rows that have been run, from the table that ``vlprompt report`` makes."""
+    if not (folder / "results.csv").exists():
+        return {}
     table = to_dict(read_sections(folder))[0]
     heads = {"base": "base", "novel": "novel", "hm": "HM"}
     return {
         row.removesuffix("-transductive"): {key: cells[head]["mean"] for key, head in heads.items()}
         for row, cells in table["rows"].items()
+        if cells["HM"]["mean"] is not None
     }
 
 
@@ -108,18 +134,26 @@ def main() -> None:
     write.add_argument("--methods", nargs="+", required=True, choices=sorted(METHODS), metavar="METHOD")
     write.add_argument("--trials", type=int, default=8)
     write.add_argument("--seed", type=int, default=0)
-    choose = commands.add_parser("best", help="print the best trial of each method")
-    choose.add_argument("rows", type=Path, help="the file of trials")
-    choose.add_argument("folder", type=Path, help="of the bench")
+    following = commands.add_parser("next", help="print the rows to run on the second data set, for `bench --only`")
+    choose = commands.add_parser("best", help="print the trial of each method that is taken")
+    for command in (following, choose):
+        command.add_argument("rows", type=Path, help="the file of trials")
+        command.add_argument("first", type=Path, help="the bench on the first data set")
+        command.add_argument("second", type=Path, help="the bench on the second")
     choose.add_argument("--write", action="store_true", help=f"write them into {FILE.name}, too")
     args = parser.parse_args()
     if args.command == "rows":
         print(yaml.safe_dump(rows(args.methods, args.trials, args.seed), sort_keys=False), end="")
-    else:
-        found = best(read_rows(args.rows), read_figures(args.folder))
-        print(yaml.safe_dump(found, sort_keys=False), end="")
-        if args.write:
-            write_atomically(FILE, with_presets(FILE.read_text("utf-8"), found))
+        return
+    found, missing = search(read_rows(args.rows), read_figures(args.first), read_figures(args.second))
+    if args.command == "next":
+        print(",".join(missing))
+        return
+    print(yaml.safe_dump(found, sort_keys=False), end="")
+    if missing:
+        parser.error(f"not yet run on the second data set: {', '.join(missing)}")
+    if args.write:
+        write_atomically(FILE, with_presets(FILE.read_text("utf-8"), found))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ def search():
 def test_trials_are_the_same_points_for_every_method(search):
     methods = ["coop", "maple", "promptsrc"]
     rows = search.rows(methods, 8, 0)["rows"]
+    assert rows.pop("zero_shot") == {"method": "zero_shot"}
     assert len(rows) == 24
     assert search.rows(methods, 8, 0) == search.rows(methods, 8, 0) != search.rows(methods, 8, 1)
     official = {method: build_config(method).optim.lr for method in methods}
@@ -40,22 +41,37 @@ def test_trials_are_the_same_points_for_every_method(search):
 
 
 def test_rows_are_settings_that_training_takes(search):
-    for name, row in search.rows(["coop", "dpl", "drople", "fdbpl_coop", "kdpl_maple"], 3, 0)["rows"].items():
+    rows = search.rows(["coop", "dpl", "drople", "fdbpl_coop", "kdpl_maple"], 3, 0)["rows"]
+    del rows["zero_shot"]
+    for name, row in rows.items():
         settings = {key: value for key, value in row.items() if key not in ("method", "preset")}
         config = build_config(name.rsplit("-", 1)[0], overrides=settings)
         assert config.train.epochs == settings["train.epochs"]
 
 
-def test_the_best_has_the_highest_harmonic_mean(search):
-    rows, figures = {}, {}
-    for method, means in (("coop", (3.0, 5.0, 4.0)), ("maple", (0.0, None))):
-        for k, hm in enumerate(means, 1):
-            rows[f"{method}-{k}"] = (method, {"preset": None, "lr": k})
-            figures[f"{method}-{k}"] = {"base": 1.0, "novel": 1.0, "hm": hm}
-    rows["coop-4"] = ("coop", {"lr": 4})  # has not been run
-    found = search.best(rows, figures)
-    assert {method: line["name"] for method, line in found.items()} == {"coop": "coop-2", "maple": "maple-1"}
-    assert found["coop"]["settings"] == {"lr": 2}
+def figures(**hm: float) -> dict[str, dict[str, float]]:
+    return {name: {"base": value, "novel": value, "hm": value} for name, value in hm.items()}
+
+
+def test_trials_are_gone_through_until_one_does_no_harm_on_the_second_data_set(search):
+    rows = {name: (name[0], {"preset": None, "lr": name}) for name in ("a1", "a2", "a3", "b1", "b2", "c1", "d1")}
+    rows |= {"zero_shot": ("zero_shot", {})}
+    first = figures(a1=50, a2=70, a3=60, b1=70, b2=70, c1=40)  # d1 has not been run
+    assert search.search(rows, first, {}) == ({}, ["zero_shot", "a2", "b1", "c1"])
+    second = figures(zero_shot=66, a2=63.9, b1=64)
+    found, missing = search.search(rows, first, second)
+    assert list(found) == ["b"]
+    assert missing == ["a3", "c1"]
+    second |= figures(a3=10, c1=3)
+    found, missing = search.search(rows, first, second)
+    assert (list(found), missing) == (["b", "c"], ["a1"])
+    second |= figures(a1=5)  # all three lose more than two points: the highest mean over both
+    found, missing = search.search(rows, first, second)
+    assert {method: line["name"] for method, line in found.items()} == {"a": "a2", "b": "b1", "c": "c1"}
+    assert missing == []
+    assert found["a"] == {"settings": {"lr": "a2"}, "first": first["a2"], "second": second["a2"], "name": "a2"}
+    assert search.search(rows, first, second | figures(a1=83))[0]["a"]["name"] == "a2"
+    assert search.search(rows, first, second | figures(a1=84))[0]["a"]["name"] == "a1"
 
 
 def test_the_best_are_written_as_presets(search):
@@ -72,8 +88,9 @@ def test_figures_are_those_of_the_report(search, tmp_path):
     )
     marked = [replace(row, name="promptkd-1-transductive", classes=part) for part in ("base", "novel")]
     (tmp_path / "results.csv").write_text(to_csv([row, replace(row, classes="novel", accuracy=30), *marked]))
-    figures = {"base": 60, "novel": 30, "hm": pytest.approx(40)}
-    assert search.read_figures(tmp_path) == {"coop-1": figures, "promptkd-1": dict.fromkeys(figures, pytest.approx(60))}
+    parts = {"base": 60, "novel": 30, "hm": pytest.approx(40)}
+    assert search.read_figures(tmp_path) == {"coop-1": parts, "promptkd-1": dict.fromkeys(parts, pytest.approx(60))}
+    assert search.read_figures(tmp_path / "not yet") == {}
 
 
 def test_the_small_presets_are_trials(search):
