@@ -92,14 +92,13 @@ def search(rows: Rows, first: Figures, second: Figures) -> tuple[dict[str, dict[
     missing = [] if FROZEN in second else [FROZEN]
     least = second.get(FROZEN, {"hm": 0})["hm"] - HARM
     for method in dict.fromkeys(method for method, _ in rows.values() if method != FROZEN):
-        trials = [name for name, (of, _) in rows.items() if of == method and name in first]
-        trials.sort(key=lambda name: -first[name]["hm"])
+        trials = sorted((name for name, (of, _) in rows.items() if of == method), key=lambda name: -first[name]["hm"])
         # Up to the first that does no harm, or is not known to.
         last = next((name for name in trials if name not in second or second[name]["hm"] >= least), None)
         tried = trials if last is None else trials[: trials.index(last) + 1]
         if last is not None and last not in second:
             missing.append(last)
-        elif tried:
+        else:
             taken = max(tried, key=lambda name: first[name]["hm"] + second[name]["hm"])
             settings = {key: value for key, value in rows[taken][1].items() if key != "preset"}
             found[method] = {"settings": settings, "first": first[taken], "second": second[taken], "name": taken}
@@ -145,7 +144,10 @@ def main() -> None:
     if args.command == "rows":
         print(yaml.safe_dump(rows(args.methods, args.trials, args.seed), sort_keys=False), end="")
         return
-    found, missing = search(read_rows(args.rows), read_figures(args.first), read_figures(args.second))
+    trials, first = read_rows(args.rows), read_figures(args.first)
+    if absent := [name for name in trials if name not in first and name != FROZEN]:
+        parser.error(f"not yet run on the first data set: {', '.join(absent)}")
+    found, missing = search(trials, first, read_figures(args.second))
     if args.command == "next":
         print(",".join(missing))
         return

@@ -54,9 +54,9 @@ def figures(**hm: float) -> dict[str, dict[str, float]]:
 
 
 def test_trials_are_gone_through_until_one_does_no_harm_on_the_second_data_set(search):
-    rows = {name: (name[0], {"preset": None, "lr": name}) for name in ("a1", "a2", "a3", "b1", "b2", "c1", "d1")}
+    rows = {name: (name[0], {"preset": None, "lr": name}) for name in ("a1", "a2", "a3", "b1", "b2", "c1")}
     rows |= {"zero_shot": ("zero_shot", {})}
-    first = figures(a1=50, a2=70, a3=60, b1=70, b2=70, c1=40)  # d1 has not been run
+    first = figures(a1=50, a2=70, a3=60, b1=70, b2=70, c1=40)
     assert search.search(rows, first, {}) == ({}, ["zero_shot", "a2", "b1", "c1"])
     second = figures(zero_shot=66, a2=63.9, b1=64)
     found, missing = search.search(rows, first, second)
@@ -91,6 +91,24 @@ def test_figures_are_those_of_the_report(search, tmp_path):
     parts = {"base": 60, "novel": 30, "hm": pytest.approx(40)}
     assert search.read_figures(tmp_path) == {"coop-1": parts, "promptkd-1": dict.fromkeys(parts, pytest.approx(60))}
     assert search.read_figures(tmp_path / "not yet") == {}
+
+
+def test_nothing_is_taken_before_every_trial_has_been_run(search, tmp_path, monkeypatch, capsys):
+    (tmp_path / "rows.yaml").write_text(yaml.safe_dump(search.rows(["coop"], 2, 0)))
+    row = Row(
+        "base-to-novel", "x", "coop-1", "coop", "mini", 16, 1, "x", "base", "val", 9, 60, 60, 0, 5, 8, 1, 1, "f", "1"
+    )
+    for folder, names in (("first", ["coop-1"]), ("whole", ["coop-1", "coop-2"]), ("second", ["zero_shot"])):
+        (tmp_path / folder).mkdir()
+        run = [replace(row, name=name, classes=part) for name in names for part in ("base", "novel")]
+        (tmp_path / folder / "results.csv").write_text(to_csv(run))
+    for first, says in (("first", "first data set: coop-2"), ("whole", "second data set: coop-1")):
+        given = ["search.py", "best", tmp_path / "rows.yaml", tmp_path / first, tmp_path / "second", "--write"]
+        monkeypatch.setattr("sys.argv", list(map(str, given)))
+        with pytest.raises(SystemExit) as ended:
+            search.main()
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.endswith(f"error: not yet run on the {says}\n")
 
 
 def test_the_small_presets_are_trials(search):
