@@ -44,7 +44,7 @@ OWN_GRAPHS = (
     "apt", "clip_adapter", "clip_lora", "comma", "dpl", "drople", "gda", "linear_probe", "mmrl", "plot", "prolip",
     "promptkd", "tip_adapter",
 )  # fmt: skip
-FAST = [*((name, {}) for name in OWN_GRAPHS), *((name, MORE[name]) for name in ("dpl", "drople"))]
+FAST = [(name, {}) for name in OWN_GRAPHS]
 """Those whose graph is least like another's."""
 CASES = [
     pytest.param(name, options, id="-".join([name, *options]), marks=slow if (name, options) not in FAST else ())

@@ -41,6 +41,7 @@ def accuracy(backbone: Backbone, dataset: LoadedDataset) -> float:
     return score(method, dataset.split)
 
 
+@slow
 def test_the_card_tells_the_truth(mini: Backbone, openmoji: LoadedDataset) -> None:
     assert accuracy(mini, openmoji) == pytest.approx(FIGURES["openmoji_classes_test"], abs=0.6)  # two pictures
     assert FIGURES["openmoji_names"] > 35

@@ -20,7 +20,7 @@ import yaml
 from tests.kit import TINY, sealed
 from tests.kit.checks import tree
 from tests.kit.command import Done, environment, python, vlprompt
-from tests.kit.marks import sweep
+from tests.kit.marks import slow, sweep
 from tests.kit.pictures import SHADES
 from tests.kit.runs import RUN_FILES
 from vlprompt import __version__
@@ -327,6 +327,7 @@ def test_predict_prints_tables(photos: Path, run: Path, tmp_path: Path) -> None:
     assert plain.out == f"{image}\n  {100 * top[0]['probability']:5.1f} %  {top[0]['class']}\n"
 
 
+@slow
 def test_json_can_be_printed_in_any_encoding(photos: Path, run: Path) -> None:
     image = photos / "test" / "red" / "1.png"
     done = python(

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.kit.command import python, vlprompt
+from tests.kit.marks import slow
 from tests.kit.pictures import draw
 from vlprompt.config.images import choose_images, image_notes
 from vlprompt.config.schema import build_config
@@ -519,6 +520,7 @@ def test_names_that_are_not_utf_8(tmp_path):
         read_split(tmp_path / "split.json", tmp_path)
 
 
+@slow
 def test_a_terminal_that_cannot_print_a_name(tmp_path):
     for i in range(4):
         draw(tmp_path / "photos" / ("café", "tea")[i % 2] / f"{i}.png", i)

@@ -109,6 +109,7 @@ def test_coprompt_without_adapters_is_maple(tiny: Backbone) -> None:
     torch.testing.assert_close(method.eval().predict(images(tiny), NAMES), maple.eval().predict(images(tiny), NAMES))
 
 
+@slow
 def test_coprompt_resumes_with_descriptions(pictures: Path, tmp_path: Path) -> None:
     config = configured(pictures, "coprompt", **{"data.descriptions": str(described(tmp_path))})
     said: list[str] = []

@@ -8,9 +8,11 @@ import pytest
 
 from speed import heads, job
 from tests.kit import TINY
+from tests.kit.marks import slow
 from vlprompt.errors import VlpromptError
 
 
+@slow
 def test_the_parts_of_a_run(photos) -> None:
     row = job.one("coop", str(photos), ["--backbone", str(TINY), "--epochs", "1"])
     for part in ("start-up", "images", "steps: towers", "steps", "evaluation: towers", "files"):
@@ -30,6 +32,7 @@ def test_heads_share_a_pass(photos) -> None:
     assert heads.table(result).count("| `clap` |") == 1
 
 
+@slow
 def test_a_run_that_fails_says_why(tmp_path) -> None:
     with pytest.raises(VlpromptError, match="nowhere"):
         job.one("coop", str(tmp_path / "nowhere"), [])
