@@ -39,10 +39,11 @@ BATCH = 16
 SCALES = (0.08, 0.6)
 TOKENS = (2, 4, 8)
 DEPTHS = (3, 6, 9, 12)
-Figures = dict[str, dict[str, float]]
 HARM = 2.0  # points of the harmonic mean that a preset may lose to the frozen model on the second data set
 FROZEN = "zero_shot"
 AVERAGED = 0.75  # PromptSRC's average of prompts is centred at this part of the training
+Figures = dict[str, dict[str, float]]
+"""Of each row: base, novel and hm."""
 
 
 def trial(method: str, rate: float, epochs: int, scale: float, tokens: int, depth: int) -> dict[str, Any]:
@@ -93,15 +94,15 @@ def search(rows: Rows, first: Figures, second: Figures) -> tuple[dict[str, dict[
     least = second.get(FROZEN, {"hm": 0})["hm"] - HARM
     for method in dict.fromkeys(method for method, _ in rows.values() if method != FROZEN):
         trials = sorted((name for name, (of, _) in rows.items() if of == method), key=lambda name: -first[name]["hm"])
-        # Up to the first that does no harm, or is not known to.
-        last = next((name for name in trials if name not in second or second[name]["hm"] >= least), None)
-        tried = trials if last is None else trials[: trials.index(last) + 1]
-        if last is not None and last not in second:
-            missing.append(last)
-        else:
-            taken = max(tried, key=lambda name: first[name]["hm"] + second[name]["hm"])
-            settings = {key: value for key, value in rows[taken][1].items() if key != "preset"}
-            found[method] = {"settings": settings, "first": first[taken], "second": second[taken], "name": taken}
+        for n, name in enumerate(trials, 1):
+            if name not in second:
+                missing.append(name)
+                break
+            if second[name]["hm"] >= least or n == len(trials):
+                taken = max(trials[:n], key=lambda name: first[name]["hm"] + second[name]["hm"])
+                settings = {key: value for key, value in rows[taken][1].items() if key != "preset"}
+                found[method] = {"settings": settings, "first": first[taken], "second": second[taken], "name": taken}
+                break
     return found, missing
 
 

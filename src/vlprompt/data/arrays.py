@@ -34,15 +34,14 @@ def open_array(file: Path, dtype: DTypeLike, shape: tuple[int, ...] | None = Non
         text = stream.read(int.from_bytes(start[8:], "little"))
         size = stream.seek(0, io.SEEK_END)
     if shape is None:
-        found = re.search(rb"'shape': \(([\d, ]*)\)", text)
-        shape = tuple(int(n) for n in found[1].split(b",") if n.strip()) if found else ()
+        sizes = re.search(rb"'shape': \(([\d, ]*)\)", text)
+        shape = tuple(int(n) for n in sizes[1].split(b",") if n.strip()) if sizes else ()
     expected = head(dtype, shape)
     # NumPy fills heads up with spaces, in earlier versions with fewer.
-    if start[:8] != expected[:8] or text.strip() != expected[_START:].strip():
-        raise ValueError(
-            f"{text.strip().decode('latin1') or 'no array'} instead of {expected[_START:].strip().decode()}"
-        )
+    found, wanted = (part.strip().decode("latin1") for part in (text, expected[_START:]))
+    if start[:8] != expected[:8] or found != wanted:
+        raise ValueError(f"{found or 'no array'} instead of {wanted}")
     begins = _START + len(text)
     if size != begins + math.prod(shape) * np.dtype(dtype).itemsize:
-        raise ValueError(f"{size} bytes, which are not those of {text.strip().decode()}")
+        raise ValueError(f"{size} bytes, which are not those of {found}")
     return np.memmap(file, dtype, "r", begins, shape)
