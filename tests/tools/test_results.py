@@ -1,0 +1,133 @@
+"""Tables of the documentation are those of the committed figures, and a bench's figures get there without loss."""
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.kit import REPOSITORY
+from vlprompt.bench.results import Row, read_results, to_csv
+
+FILE = REPOSITORY / "tools" / "results.py"
+PAGES = [page for page in sorted((REPOSITORY / "docs").rglob("*.md")) if "<!-- results: " in page.read_text("utf-8")]
+ROW = Row(
+    "few-shot", "pets", "coop", "coop", "mini", 16, 1,
+    "pets", "all", "test", 10, 50.0, 50.0, 0.1, 4, 8, 1.0, 1.0, "a", "1",
+)  # fmt: skip
+
+
+@pytest.fixture
+def results(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("results", FILE)
+    module = sys.modules["results"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+def figures(folder: Path, *rows: Row, name: str = "of.csv") -> None:
+    (folder / name).write_text(to_csv(rows), "utf-8")
+
+
+def seeds(row: Row, *accuracies: float) -> list[Row]:
+    return [replace(row, seed=seed, accuracy=float(a)) for seed, a in enumerate(accuracies, 1)]
+
+
+# --- the pages ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_tables_are_those_of_the_figures(page, results, monkeypatch):
+    """Otherwise: python tools/results.py."""
+    monkeypatch.setattr(results, "RESULTS", REPOSITORY / "docs" / "results")
+    text = page.read_text("utf-8")
+    assert text.count("<!-- results: ") == text.count("<!-- end of results -->") == len(results.MARKED.findall(text))
+    assert results.write_tables(text) == text
+
+
+def test_results_has_tables():
+    assert REPOSITORY / "docs" / "results.md" in PAGES
+
+
+# --- a table --------------------------------------------------------------------------------------
+
+
+def test_a_table_has_its_rows_in_order_without_seconds(results, tmp_path):
+    zero, tip = replace(ROW, name="zero_shot"), replace(ROW, name="tip_adapter-memory")
+    figures(tmp_path, *seeds(ROW, 40, 50, 60), *seeds(replace(ROW, name="dpl"), 1, 2, 3))
+    figures(tmp_path, *seeds(zero, 45, 45, 45), *seeds(tip, 70), name="more.csv")
+    named = "{of: [of.csv, more.csv], protocol: few-shot, data: pets, rows: [tip_adapter, zero_shot, coop]}"
+    assert results.write_table(named).splitlines() == [
+        "| method | 16 shots | 16 shots − zero_shot |",
+        "| --- | --- | --- |",
+        "| tip_adapter-memory | **70.00 (1 of 3 seeds)** | +25.00 |",
+        "| zero_shot | 45.00 ± 0.00 | – |",
+        "| coop | 50.00 ± 10.00 | +5.00 ± 10.00 (p = 0.478) |",
+    ]
+
+
+def test_rows_may_be_a_file_of_tools_and_need_not_all_be_measured(results, tmp_path):
+    figures(tmp_path, *seeds(ROW, 40), *seeds(replace(ROW, name="zero_shot"), 45))
+    lines = results.write_table("{of: of.csv, protocol: few-shot, data: pets, rows: tables/mini.yaml}").splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| zero_shot", "| coop"]
+
+
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        ("{of: of.csv, protocol: few-shot, data: cats}", "0 tables"),
+        ("{of: of.csv, protocol: long-tail, data: pets}", "0 tables"),
+        ("{of: of.csv, protocol: few-shot, data: pets, rows: [coop, cop]}", "has no cop:"),
+    ],
+)
+def test_a_table_that_the_figures_do_not_make_is_refused(results, tmp_path, named, told):
+    figures(tmp_path, *seeds(ROW, 40, 50, 60))
+    with pytest.raises(ValueError, match=told):
+        results.write_table(named)
+
+
+def test_figures_of_two_backbones_are_not_one_table(results, tmp_path):
+    figures(tmp_path, ROW, replace(ROW, backbone="large"))
+    with pytest.raises(ValueError, match="2 tables"):
+        results.write_table("{of: of.csv, protocol: few-shot, data: pets}")
+
+
+def test_a_bad_mark_ends_in_one_line_and_changes_nothing(results, tmp_path, monkeypatch, capsys):
+    figures(tmp_path, ROW)
+    page = tmp_path / "page.md"
+    before = "<!-- results: {of: of.csv, protocol: few-shot, data: cats} -->\n<!-- end of results -->\n"
+    page.write_text(before, "utf-8")
+    monkeypatch.setattr(results, "PAGES", [page])
+    monkeypatch.setattr(sys, "argv", ["results.py"])
+    with pytest.raises(SystemExit, match="2"):
+        results.main()
+    assert capsys.readouterr().err.splitlines()[-1].startswith("results.py: error: 0 tables (allowed: one): {of")
+    assert page.read_text("utf-8") == before
+
+
+# --- a bench's figures ----------------------------------------------------------------------------
+
+
+def test_take_replaces_the_same_runs_and_keeps_the_others(results, tmp_path, capsys):
+    bench, file = tmp_path / "bench", tmp_path / "of.csv"
+    bench.mkdir()
+    tail = [replace(ROW, protocol="long-tail", classes=classes) for classes in ("all", "few")]
+    figures(tmp_path, *seeds(ROW, 40, 50, 60), *tail)
+    # Measured again: seed 2, and the long tail, whose groups are other ones now.
+    again = [replace(ROW, seed=2, accuracy=55.0), replace(tail[0], accuracy=70.0)]
+    figures(bench, *again, replace(ROW, name="dpl"), name="results.csv")
+    results.take(bench, file)
+    first, _, third = seeds(ROW, 40, 50, 60)
+    assert read_results(file) == [first, again[0], third, replace(ROW, name="dpl"), again[1]]
+    assert capsys.readouterr().out == f"{file}: 3 runs taken, 2 of them in the place of others\n"
+    before = file.read_bytes()
+    results.take(bench, file)
+    assert file.read_bytes() == before
+
+
+def test_take_begins_a_file(results, tmp_path):
+    figures(tmp_path, ROW, name="results.csv")
+    results.take(tmp_path, tmp_path / "new.csv")
+    assert read_results(tmp_path / "new.csv") == [ROW]
