@@ -683,6 +683,49 @@ def test_the_text_tower_learns_where_the_nearest_kinds_lie(
     assert (tmp_path / "after" / "model.safetensors").read_bytes() == whole
 
 
+def test_the_scale_is_the_one_that_labels_were_drawn_with():
+    torch.manual_seed(0)
+    cosines = normalize(torch.randn(4000, 16), dim=-1) @ normalize(torch.randn(10, 16), dim=-1).T
+    labels = torch.multinomial((20 * cosines).softmax(-1), 1)[:, 0]
+    assert of("scale").best_scale(cosines, labels) == pytest.approx(20, rel=0.05)
+
+
+def test_a_backbone_gets_the_scale_of_photographs_it_never_saw(trained, settings, tmp_path, monkeypatch, capsys):
+    folder, tiny, module = tmp_path / "backbone", tmp_path / "tiny-imagenet-200", of("scale")
+    run(of("export"), settings, "--out", trained, "--to", folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    kinds = {"n01440764": "tench, Tinca tinca", "n02123394": "Persian cat", "n04146614": "school bus, bus"}
+    write(tiny / "wnids.txt", "\n".join(kinds))
+    write(tiny / "words.txt", "\n".join(f"{key}\t{names}" for key, names in kinds.items()))
+    (tiny / "val" / "images").mkdir(parents=True)
+    for i, key in enumerate(kinds):
+        Image.new("RGB", (64, 64), (80 * i, 100, 50)).save(tiny / "val" / "images" / f"val_{i}.JPEG")
+        (tiny / "train" / key / "images").mkdir(parents=True)
+    write(
+        tiny / "val" / "val_annotations.txt",
+        "\n".join(f"val_{i}.JPEG\t{key}\t0\t0\t1\t1" for i, key in enumerate(kinds)),
+    )
+    asked = {}
+
+    def best(cosines, labels):
+        asked.update(cosines=cosines, labels=labels.tolist())
+        return 27.0
+
+    monkeypatch.setattr(module, "best_scale", best)
+    run(module, folder, "--tiny", tiny)
+    # Imagenette's tench is neither among the images nor among the names.
+    texts = load_backbone(str(folder)).encode_texts(["a photo of a Persian cat.", "a photo of a school bus."])
+    features = of("evaluate").image_features(
+        load_backbone(str(folder)), [tiny / "val" / "images" / f"val_{i}.JPEG" for i in (1, 2)]
+    )
+    assert asked["labels"] == [0, 1]
+    torch.testing.assert_close(asked["cosines"], features @ texts.T)
+    after = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert {name for name in after if after[name] != before[name]} == {"model.safetensors"}
+    assert load_backbone(str(folder)).logit_scale == pytest.approx(27, rel=1e-2)
+    assert capsys.readouterr().out.endswith("-> 27.0\n")
+
+
 def test_figures_go_into_the_card(tmp_path):
     evaluate = of("evaluate")
     card = tmp_path / "README.md"
