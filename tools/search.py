@@ -1,35 +1,34 @@
 """Random search for a method's settings on a small backbone: the same space and number of trials for every method.
 
-    python tools/search.py rows --methods coop maple --trials 8 > rows.yaml
-    vlprompt bench base-to-novel --rows rows.yaml --data imagenette --root DATA --seeds 1 --split val --out runs/first
-    vlprompt bench base-to-novel --rows rows.yaml --data openmoji --only \
-        "$(python tools/search.py next rows.yaml runs/first runs/second)" --seeds 1 --split val --allow-fewer \
-        --skip-existing --out runs/second                                   # until `next` names no more rows
-    python tools/search.py best rows.yaml runs/first runs/second --write
+    python tools/search.py rows --methods coop maple --trials 6 > rows.yaml
+    vlprompt bench base-to-novel --rows rows.yaml --data imagenette,openmoji --root DATA --seeds 1 --split val \
+        --allow-fewer --out runs/search
+    python tools/search.py best rows.yaml runs/search --write
 
 Trials start from the official settings without a preset. They differ in learning rate (a factor on the official one),
-epochs, smallest crop and, where the method has them, number of prompt tokens and depth; all have batches of 16.
-
-The trials of a method are gone through in the order of their harmonic means on the first data set's validation images,
-until one loses at most two points to the frozen model on those of the second, which has other pictures and more
-classes. Of those gone through, that with the highest mean over both is taken. ``--write`` makes it the method's preset
-``mini``.
+epochs, smallest crop and, where the method has them, number of prompt tokens and depth; all have batches of 16. Of each
+method the trial with the highest harmonic mean is taken, the mean over the data sets. ``--write`` makes it the method's
+preset ``mini``.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import yaml
 
-from vlprompt.bench.report.report import read_sections, to_dict
+from vlprompt.bench.report.tables import Cell, studies, tables
+from vlprompt.bench.results import RESULTS, read_results
 from vlprompt.bench.rows import Rows, read_rows
 from vlprompt.config.presets import FILE
 from vlprompt.config.schema import build_config
+from vlprompt.errors import VlpromptError
 from vlprompt.files import write_atomically
 from vlprompt.methods import METHODS
 
@@ -39,11 +38,10 @@ BATCH = 16
 SCALES = (0.08, 0.6)
 TOKENS = (2, 4, 8)
 DEPTHS = (3, 6, 9, 12)
-HARM = 2.0  # points of the harmonic mean that a preset may lose to the frozen model on the second data set
 FROZEN = "zero_shot"
 AVERAGED = 0.75  # PromptSRC's average of prompts is centred at this part of the training
-Figures = dict[str, dict[str, float]]
-"""Of each row: base, novel and hm."""
+Figures = dict[str, dict[str, dict[str, float]]]
+"""Of each data set and row: base, novel and hm."""
 
 
 def trial(method: str, rate: float, epochs: int, scale: float, tokens: int, depth: int) -> dict[str, Any]:
@@ -84,26 +82,27 @@ def rows(methods: list[str], trials: int, seed: int) -> dict[str, Any]:
     }
 
 
-def search(rows: Rows, first: Figures, second: Figures) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Each method's trial that is taken, with its settings and figures, and the rows still to run for the others.
+def search(rows: Rows, figures: Figures) -> dict[str, dict[str, Any]]:
+    """Each method's trial with the highest mean of harmonic means, with its settings and figures.
 
-    ``first`` and ``second`` are the figures of the two data sets.
+    Raises ValueError for trials that a data set lacks.
     """
-    found: dict[str, dict[str, Any]] = {}
-    missing = [] if FROZEN in second else [FROZEN]
-    least = second.get(FROZEN, {"hm": 0})["hm"] - HARM
-    for method in dict.fromkeys(method for method, _ in rows.values() if method != FROZEN):
-        trials = sorted((name for name, (of, _) in rows.items() if of == method), key=lambda name: -first[name]["hm"])
-        for n, name in enumerate(trials, 1):
-            if name not in second:
-                missing.append(name)
-                break
-            if second[name]["hm"] >= least or n == len(trials):
-                taken = max(trials[:n], key=lambda name: first[name]["hm"] + second[name]["hm"])
-                settings = {key: value for key, value in rows[taken][1].items() if key != "preset"}
-                found[method] = {"settings": settings, "first": first[taken], "second": second[taken], "name": taken}
-                break
-    return found, missing
+    for data, known in figures.items():
+        if absent := [name for name in rows if name not in known and name != FROZEN]:
+            raise ValueError(f"not yet run on {data}: {', '.join(absent)}")
+    best: dict[str, str] = {}
+    for name, (method, _) in rows.items():
+        if name != FROZEN and (method not in best or _mean(figures, name) > _mean(figures, best[method])):
+            best[method] = name
+    return {
+        method: {"name": name, "settings": {key: value for key, value in rows[name][1].items() if key != "preset"}}
+        | {data: known[name] for data, known in figures.items()}
+        for method, name in best.items()
+    }
+
+
+def _mean(figures: Figures, name: str) -> float:
+    return mean(known[name]["hm"] for known in figures.values())
 
 
 def with_presets(text: str, found: dict[str, dict[str, Any]]) -> str:
@@ -113,17 +112,17 @@ def with_presets(text: str, found: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*head, yaml.safe_dump(dict(sorted(presets.items())), sort_keys=False)])
 
 
-def read_figures(folder: Path) -> Figures:
-    """Base, novel and harmonic mean of the rows that have been run, from the table that ``vlprompt report`` makes."""
-    if not (folder / "results.csv").exists():
-        return {}
-    table = to_dict(read_sections(folder))[0]
-    heads = {"base": "base", "novel": "novel", "hm": "HM"}
-    return {
-        row.removesuffix("-transductive"): {key: cells[head]["mean"] for key, head in heads.items()}
-        for row, cells in table["rows"].items()
-        if cells["HM"]["mean"] is not None
-    }
+def read_figures(benches: Sequence[Path]) -> Figures:
+    """Base, novel and harmonic mean of the rows run on each data set, as ``vlprompt report`` has them."""
+    rows = [row for bench in benches for row in read_results(bench / RESULTS)]
+    figures: Figures = {}
+    for table in (table for study in studies(rows) for table in tables(study) if len(table.data) == 1):
+        for name, cells in table.lines.items():
+            means = [cell.mean for cell in cells[:3] if isinstance(cell, Cell) and cell.mean is not None]
+            if len(means) == 3:
+                own = dict(zip(("base", "novel", "hm"), means, strict=True))
+                figures.setdefault(table.data[0], {})[name.removesuffix("-transductive")] = own
+    return figures
 
 
 def main() -> None:
@@ -134,27 +133,21 @@ def main() -> None:
     write.add_argument("--methods", nargs="+", required=True, choices=sorted(METHODS), metavar="METHOD")
     write.add_argument("--trials", type=int, default=8)
     write.add_argument("--seed", type=int, default=0)
-    following = commands.add_parser("next", help="print the rows to run on the second data set, for `bench --only`")
     choose = commands.add_parser("best", help="print the trial of each method that is taken")
-    for command in (following, choose):
-        command.add_argument("rows", type=Path, help="the file of trials")
-        command.add_argument("first", type=Path, help="the bench on the first data set")
-        command.add_argument("second", type=Path, help="the bench on the second")
+    choose.add_argument("rows", type=Path, help="the file of trials")
+    choose.add_argument(
+        "benches", type=Path, nargs="+", help="the bench of them, or several on other data sets or rows"
+    )
     choose.add_argument("--write", action="store_true", help=f"write them into {FILE.name}, too")
     args = parser.parse_args()
     if args.command == "rows":
         print(yaml.safe_dump(rows(args.methods, args.trials, args.seed), sort_keys=False), end="")
         return
-    trials, first = read_rows(args.rows), read_figures(args.first)
-    if absent := [name for name in trials if name not in first and name != FROZEN]:
-        parser.error(f"not yet run on the first data set: {', '.join(absent)}")
-    found, missing = search(trials, first, read_figures(args.second))
-    if args.command == "next":
-        print(",".join(missing))
-        return
+    try:
+        found = search(read_rows(args.rows), read_figures(args.benches))
+    except (VlpromptError, ValueError) as error:
+        parser.error(str(error))
     print(yaml.safe_dump(found, sort_keys=False), end="")
-    if missing:
-        parser.error(f"not yet run on the second data set: {', '.join(missing)}")
     if args.write:
         write_atomically(FILE, with_presets(FILE.read_text("utf-8"), found))
 

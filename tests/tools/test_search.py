@@ -53,25 +53,18 @@ def figures(**hm: float) -> dict[str, dict[str, float]]:
     return {name: {"base": value, "novel": value, "hm": value} for name, value in hm.items()}
 
 
-def test_trials_are_gone_through_until_one_does_no_harm_on_the_second_data_set(search):
-    rows = {name: (name[0], {"preset": None, "lr": name}) for name in ("a1", "a2", "a3", "b1", "b2", "c1")}
+def test_the_trial_with_the_highest_mean_over_data_sets_is_taken(search):
+    rows = {name: (name[0], {"preset": None, "lr": name}) for name in ("a1", "a2", "b1", "b2")}
     rows |= {"zero_shot": ("zero_shot", {})}
-    first = figures(a1=50, a2=70, a3=60, b1=70, b2=70, c1=40)
-    assert search.search(rows, first, {}) == ({}, ["zero_shot", "a2", "b1", "c1"])
-    second = figures(zero_shot=66, a2=63.9, b1=64)
-    found, missing = search.search(rows, first, second)
-    assert list(found) == ["b"]
-    assert missing == ["a3", "c1"]
-    second |= figures(a3=10, c1=3)
-    found, missing = search.search(rows, first, second)
-    assert (list(found), missing) == (["b", "c"], ["a1"])
-    second |= figures(a1=5)  # all three lose more than two points: the highest mean over both
-    found, missing = search.search(rows, first, second)
-    assert {method: line["name"] for method, line in found.items()} == {"a": "a2", "b": "b1", "c": "c1"}
-    assert missing == []
-    assert found["a"] == {"settings": {"lr": "a2"}, "first": first["a2"], "second": second["a2"], "name": "a2"}
-    assert search.search(rows, first, second | figures(a1=83))[0]["a"]["name"] == "a2"
-    assert search.search(rows, first, second | figures(a1=84))[0]["a"]["name"] == "a1"
+    known = {"x": figures(a1=50, a2=70, b1=60, b2=60), "y": figures(a1=83, a2=62, b1=40, b2=30)}
+    found = search.search(rows, known)
+    assert {method: line["name"] for method, line in found.items()} == {"a": "a1", "b": "b1"}
+    assert found["a"] == {"name": "a1", "settings": {"lr": "a1"}, "x": known["x"]["a1"], "y": known["y"]["a1"]}
+    known["y"] |= figures(a1=81)
+    assert search.search(rows, known)["a"]["name"] == "a2"
+    del known["y"]["b2"]
+    with pytest.raises(ValueError, match="not yet run on y: b2"):
+        search.search(rows, known)
 
 
 def test_the_best_are_written_as_presets(search):
@@ -82,33 +75,31 @@ def test_the_best_are_written_as_presets(search):
     assert changed.splitlines()[:2] == text.splitlines()[:2]
 
 
+ROW = Row("base-to-novel", "x", "coop-1", "coop", "mini", 16, 1, "x", "base", "val", 9, 60, 60, 0, 5, 8, 1, 1, "f", "1")
+
+
 def test_figures_are_those_of_the_report(search, tmp_path):
-    row = Row(
-        "base-to-novel", "x", "coop-1", "coop", "mini", 16, 1, "x", "base", "val", 9, 60, 60, 0, 5, 8, 1, 1, "f", "1"
-    )
-    marked = [replace(row, name="promptkd-1-transductive", classes=part) for part in ("base", "novel")]
-    (tmp_path / "results.csv").write_text(to_csv([row, replace(row, classes="novel", accuracy=30), *marked]))
+    marked = [replace(ROW, name="promptkd-1-transductive", classes=part) for part in ("base", "novel")]
+    other = [replace(row, data="y", measured_on="y") for row in marked]
+    for folder, rows in (("a", [ROW, replace(ROW, classes="novel", accuracy=30), *marked]), ("b", [*other, *marked])):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "results.csv").write_text(to_csv(rows))
     parts = {"base": 60, "novel": 30, "hm": pytest.approx(40)}
-    assert search.read_figures(tmp_path) == {"coop-1": parts, "promptkd-1": dict.fromkeys(parts, pytest.approx(60))}
-    assert search.read_figures(tmp_path / "not yet") == {}
+    level = dict.fromkeys(parts, pytest.approx(60))
+    read = search.read_figures([tmp_path / "a", tmp_path / "b"])
+    assert read == {"x": {"coop-1": parts, "promptkd-1": level}, "y": {"promptkd-1": level}}
 
 
 def test_nothing_is_taken_before_every_trial_has_been_run(search, tmp_path, monkeypatch, capsys):
     (tmp_path / "rows.yaml").write_text(yaml.safe_dump(search.rows(["coop"], 2, 0)))
-    row = Row(
-        "base-to-novel", "x", "coop-1", "coop", "mini", 16, 1, "x", "base", "val", 9, 60, 60, 0, 5, 8, 1, 1, "f", "1"
-    )
-    for folder, names in (("first", ["coop-1"]), ("whole", ["coop-1", "coop-2"]), ("second", ["zero_shot"])):
-        (tmp_path / folder).mkdir()
-        run = [replace(row, name=name, classes=part) for name in names for part in ("base", "novel")]
-        (tmp_path / folder / "results.csv").write_text(to_csv(run))
-    for first, says in (("first", "first data set: coop-2"), ("whole", "second data set: coop-1")):
-        given = ["search.py", "best", tmp_path / "rows.yaml", tmp_path / first, tmp_path / "second", "--write"]
-        monkeypatch.setattr("sys.argv", list(map(str, given)))
-        with pytest.raises(SystemExit) as ended:
-            search.main()
-        assert ended.value.code == 2
-        assert capsys.readouterr().err.endswith(f"error: not yet run on the {says}\n")
+    (tmp_path / "results.csv").write_text(to_csv([ROW, replace(ROW, classes="novel")]))
+    given = ["search.py", "best", tmp_path / "rows.yaml", tmp_path, "--write"]
+    monkeypatch.setattr("sys.argv", list(map(str, given)))
+    before = search.FILE.read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        search.main()
+    assert capsys.readouterr().err.endswith("error: not yet run on x: coop-2\n")
+    assert search.FILE.read_bytes() == before
 
 
 def test_the_small_presets_are_trials(search):
