@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from vlprompt.bench.report.report import read_sections, to_dict
-from vlprompt.bench.rows import Rows, read_rows
+from vlprompt.bench.rows import Rows, read_rows, unmarked
 from vlprompt.config.presets import FILE
 from vlprompt.config.schema import build_config
 from vlprompt.files import write_atomically
@@ -120,7 +120,7 @@ def read_figures(folder: Path) -> Figures:
     table = to_dict(read_sections(folder))[0]
     heads = {"base": "base", "novel": "novel", "hm": "HM"}
     return {
-        row.removesuffix("-transductive"): {key: cells[head]["mean"] for key, head in heads.items()}
+        unmarked(row): {key: cells[head]["mean"] for key, head in heads.items()}
         for row, cells in table["rows"].items()
         if cells["HM"]["mean"] is not None
     }
