@@ -25,7 +25,7 @@ from pages import REPOSITORY, marks, rewrite, table, write_changed
 
 from vlprompt.bench.report.tables import Cell, studies, tables
 from vlprompt.bench.results import Row, read_results, to_csv
-from vlprompt.bench.rows import read_rows
+from vlprompt.bench.rows import read_rows, unmarked
 from vlprompt.errors import VlpromptError
 from vlprompt.files import write_atomically
 
@@ -61,9 +61,9 @@ def write_table(named: str) -> str:
     rows = [row for file in files for row in read(file) if row.protocol == shown.protocol]
     if names:
         place = {name: i for i, name in enumerate(names)}
-        rows = sorted((row for row in rows if plain(row.name) in place), key=lambda row: place[plain(row.name)])
+        rows = sorted((row for row in rows if unmarked(row.name) in place), key=lambda row: place[unmarked(row.name)])
         # Rows that a file of figures lacks are left out, but names that are given are all to be there.
-        if missing := [] if isinstance(shown.rows, str) else place.keys() - {plain(row.name) for row in rows}:
+        if missing := [] if isinstance(shown.rows, str) else place.keys() - {unmarked(row.name) for row in rows}:
             raise ValueError(f"{shown.of} has no {', '.join(sorted(missing))}: {named}")
     found = [t for study in studies(rows) for t in tables(study, shown.reference) if t.data == (shown.data,)]
     if len(found) != 1:
@@ -75,11 +75,6 @@ def write_table(named: str) -> str:
         if not isinstance(cells[0], Cell) or cells[0].mean is not None
     }
     return table(("method", *made.head[:kept]), ([name, *cells] for name, cells in lines.items()))
-
-
-def plain(name: str) -> str:
-    """Without the mark that a bench adds to rows of another setting."""
-    return name.removesuffix("-transductive").removesuffix("-memory")
 
 
 def write_tables(text: str) -> str:

@@ -25,7 +25,7 @@ import yaml
 
 from vlprompt.bench.report.tables import Cell, studies, tables
 from vlprompt.bench.results import RESULTS, read_results
-from vlprompt.bench.rows import Rows, read_rows
+from vlprompt.bench.rows import Rows, read_rows, unmarked
 from vlprompt.config.presets import FILE
 from vlprompt.config.schema import build_config
 from vlprompt.errors import VlpromptError
@@ -121,7 +121,7 @@ def read_figures(benches: Sequence[Path]) -> Figures:
             means = [cell.mean for cell in cells[:3] if isinstance(cell, Cell) and cell.mean is not None]
             if len(means) == 3:
                 own = dict(zip(("base", "novel", "hm"), means, strict=True))
-                figures.setdefault(table.data[0], {})[name.removesuffix("-transductive")] = own
+                figures.setdefault(table.data[0], {})[unmarked(name)] = own
     return figures
 
 

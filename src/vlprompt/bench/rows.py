@@ -22,6 +22,8 @@ from vlprompt.methods.registry import file_fingerprint
 
 Rows = Mapping[str, tuple[str, Mapping[str, Any]]]
 """Names, each with a method (its name or file) and settings."""
+MARKS = ("-transductive", "-memory")
+"""What ``row_name`` adds, in this order."""
 
 
 def row_name(name: str, config: RunConfig) -> str:
@@ -31,8 +33,15 @@ def row_name(name: str, config: RunConfig) -> str:
     cls = find_method(config.method)
     joined = config.data.task is not None and Can.JOIN_CLASSES in config.options.can
     keeps = joined and issubclass(cls, Head) and cls.remembers
-    marks = {"-transductive": config.options.transductive, "-memory": keeps}
-    return name + "".join(mark for mark, there in marks.items() if there and mark not in name)
+    marks = zip(MARKS, (config.options.transductive, keeps), strict=True)
+    return name + "".join(mark for mark, there in marks if there and mark not in name)
+
+
+def unmarked(name: str) -> str:
+    """The row that was given, of its name in tables."""
+    for mark in reversed(MARKS):
+        name = name.removesuffix(mark)
+    return name
 
 
 def rows_of_methods(methods: Sequence[str]) -> Rows:
