@@ -1,6 +1,7 @@
 """The search for settings: every method is given the same points, and the best on validation images is taken."""
 
 import importlib.util
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,9 @@ import yaml
 
 from tests.kit import REPOSITORY
 from vlprompt.bench.results import Row, to_csv
+from vlprompt.bench.rows import read_rows
 from vlprompt.config.schema import build_config
+from vlprompt.demo.demo import SHOWS
 
 FILE = REPOSITORY / "tools" / "search.py"
 
@@ -102,9 +105,23 @@ def test_nothing_is_taken_before_every_trial_has_been_run(search, tmp_path, monk
     assert search.FILE.read_bytes() == before
 
 
-def test_the_small_presets_are_trials(search):
-    found = yaml.safe_load(search.FILE.read_text("utf-8"))
-    assert len(found) == 26
-    trials = search.rows(sorted(found), 6, 0)["rows"]
-    for method, preset in found.items():
-        assert {"method": method, "preset": None} | preset in [trials[f"{method}-{k}"] for k in range(1, 7)]
+def test_the_small_presets_are_what_the_committed_search_found(search, tmp_path):
+    shutil.copy(REPOSITORY / "docs" / "results" / "search.csv", tmp_path / "results.csv")
+    presets = yaml.safe_load(search.FILE.read_text("utf-8"))
+    (tmp_path / "rows.yaml").write_text(yaml.safe_dump(search.rows(sorted(presets), 6, 0)))
+    found = search.search(read_rows(tmp_path / "rows.yaml"), search.read_figures([tmp_path]))
+    assert {method: line["settings"] for method, line in found.items()} == presets
+    assert all(set(line) == {"name", "settings", "imagenette", "openmoji"} for line in found.values())
+
+
+def test_the_demo_has_the_best_trials_on_the_validation_images_of_its_data(search, tmp_path):
+    for data, file in (("clothing-demo", "search-demo.csv"), ("openmoji", "search.csv")):
+        (tmp_path / data).mkdir()
+        shutil.copy(REPOSITORY / "docs" / "results" / file, tmp_path / data / "results.csv")
+        tuned = {name: given for name, given in SHOWS[data].methods.items() if "optim.lr" in given}
+        (tmp_path / "rows.yaml").write_text(yaml.safe_dump(search.rows(list(tuned), 6, 0)))
+        figures = search.read_figures([tmp_path / data])
+        found = search.search(read_rows(tmp_path / "rows.yaml"), {data: figures[data.removesuffix("-demo")]})
+        assert len(found) == len(tuned) >= 2
+        for name, given in tuned.items():
+            assert build_config(name, overrides=given) == build_config(name, overrides=found[name]["settings"])

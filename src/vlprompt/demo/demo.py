@@ -49,7 +49,14 @@ class Show:
 
 _STEADY = {"data.batch_size": 16, "optim.warmup_epochs": 0, "optim.cosine_epochs": 1}
 _SHORT = {**_STEADY, "data.min_scale": 0.6}
-_DRAWN = {"data.min_scale": 0.6, "optim.warmup_epochs": 0}
+
+
+def _branches(n_ctx: int, depth: int) -> dict[str, int]:
+    """Prompts of both branches: ``n_ctx`` tokens at each of ``depth`` blocks."""
+    tokens = dict.fromkeys(("method.n_ctx_text", "method.n_ctx_vision"), n_ctx)
+    return tokens | dict.fromkeys(("method.depth_text", "method.depth_vision"), depth)
+
+
 SHOWS = {
     "clothing-demo": Show(
         "photograph",
@@ -57,41 +64,32 @@ SHOWS = {
         {
             BEFORE: {},
             PROBE: {},
-            "coop": {**_SHORT, "method.n_ctx": 2, "optim.lr": 0.006, "train.epochs": 4},
+            "coop": {**_SHORT, "method.n_ctx": 8, "optim.lr": 0.002, "train.epochs": 4},
             "promptsrc": {
-                **_SHORT,
-                **dict.fromkeys(("method.n_ctx_text", "method.n_ctx_vision"), 8),
-                **dict.fromkeys(("method.depth_text", "method.depth_vision"), 12),
-                "method.average_mean": 6,
-                "optim.lr": 0.025,
-                "train.epochs": 8,
-            },
-            "drople": {
-                **dict.fromkeys(("method.n_ctx_text", "method.n_ctx_vision"), 4),
-                **dict.fromkeys(("method.depth_text", "method.depth_vision"), 6),
                 **_STEADY,
-                "optim.lr": 0.0006,
+                **_branches(4, 6),
+                "method.average_mean": 6,
+                "optim.lr": 0.0075,
                 "train.epochs": 8,
             },
+            "drople": {**_STEADY, **_branches(8, 12), "optim.lr": 0.002, "train.epochs": 8},
         },
         "drople",
         (BEFORE, PROBE, "coop"),
     ),
-    # Little is left of a drawing in a crop of a twelfth of it, and official epochs would take minutes.
     "openmoji": Show(
         "picture",
         8,
         {
             BEFORE: {},
-            "coop": {
-                "method.n_ctx": 4,
-                "method.init": "a photo of a",
-                "data.batch_size": 16,
-                "optim.lr": 0.001,
-                "train.epochs": 5,
-                **_DRAWN,
+            "coop": {**_STEADY, "method.n_ctx": 2, "optim.lr": 0.0006, "train.epochs": 8},
+            "promptsrc": {
+                **_SHORT,
+                **_branches(2, 9),
+                "method.average_mean": 3,
+                "optim.lr": 0.0075,
+                "train.epochs": 4,
             },
-            "promptsrc": {"data.batch_size": 8, "train.epochs": 4, **_DRAWN},
         },
         "promptsrc",
         (),
