@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
+import docs_tables
 import numpy as np
 import pytest
 from PIL import Image
@@ -240,23 +240,15 @@ def documents(cls: type[Method]) -> bool:
     return f"<!-- table: options {cls.name} -->" in method_page(cls.name).read_text("utf-8")
 
 
-@pytest.fixture(scope="module")
-def docs_tables():
-    spec = importlib.util.spec_from_file_location("docs_tables", REPOSITORY / "tools" / "docs_tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_tables_are_those_of_the_code(page: Path, docs_tables) -> None:
+def test_tables_are_those_of_the_code(page: Path) -> None:
     """Otherwise: python tools/docs_tables.py."""
     text = page.read_text("utf-8")
     assert text.count("<!-- table: ") == text.count("<!-- end -->") == len(docs_tables.MARKED.findall(text))
     assert docs_tables.write_tables(text) == text
 
 
-def test_changed_tables_are_found(docs_tables) -> None:
+def test_changed_tables_are_found() -> None:
     page = method_page("coop").read_text("utf-8")
     changed = page.replace("| `n_ctx` | 16 |", "| `n_ctx` | 17 |")
     assert changed != page == docs_tables.write_tables(changed)

@@ -1,9 +1,9 @@
 """The page of claims: its tables are those of the figures, its statistic is right, its rows exist."""
 
-import importlib.util
 import sys
 from dataclasses import replace
 
+import claims
 import pytest
 import yaml
 from scipy import stats
@@ -15,34 +15,23 @@ from vlprompt.bench.rows import read_rows
 from vlprompt.config.presets import presets_of
 from vlprompt.methods import METHODS
 
-FILE = REPOSITORY / "tools" / "claims.py"
-
-
-@pytest.fixture(scope="module")
-def claims():
-    spec = importlib.util.spec_from_file_location("claims", FILE)
-    module = sys.modules["claims"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 # --- the page -------------------------------------------------------------------------------------
 
 
-def test_tables_are_those_of_the_figures(claims, monkeypatch):
+def test_tables_are_those_of_the_figures(monkeypatch):
     """Otherwise: python tools/claims.py."""
     monkeypatch.setattr(sys, "argv", ["claims.py", "--check"])
     assert claims.main() == 0
 
 
-def test_every_table_is_on_the_page(claims):
+def test_every_table_is_on_the_page():
     marks = [found[1] for found in claims.MARKED.findall(claims.PAGE.read_text("utf-8"))]
     assert marks == ["summary", *dict.fromkeys(h.table for h in claims.read_hypotheses())]
     with pytest.raises(KeyError, match="no such"):
         claims.write_page("<!-- claims: no such -->\n<!-- end of claims -->", claims.read_hypotheses())
 
 
-def test_a_changed_page_is_found_and_not_written(claims, monkeypatch, tmp_path, capsys):
+def test_a_changed_page_is_found_and_not_written(monkeypatch, tmp_path, capsys):
     page = claims.REPOSITORY / "docs" / "claims.md"
     changed = tmp_path / "claims.md"
     changed.write_text(page.read_text("utf-8").replace(" hypotheses, of which ", " hypotheses; "), "utf-8")
@@ -56,7 +45,7 @@ def test_a_changed_page_is_found_and_not_written(claims, monkeypatch, tmp_path, 
     assert changed.read_text("utf-8") == page.read_text("utf-8")
 
 
-def test_rows_are_those_of_their_files(claims):
+def test_rows_are_those_of_their_files():
     for h in claims.read_hypotheses():
         assert {h.a, h.b} <= read_rows(REPOSITORY / h.rows).keys(), h.claim
 
@@ -70,7 +59,7 @@ def test_pieces_of_fdbpl_have_the_settings_of_the_whole():
 # --- the statistic --------------------------------------------------------------------------------
 
 
-def test_one_data_set_is_a_paired_t_test(claims):
+def test_one_data_set_is_a_paired_t_test():
     pairs = [1.0, 2.0, 6.0]  # mean 3, variance 7, standard error √(7 / 3)
     tested = claims.compare({"d": pairs})
     assert (tested.n, tested.mean, tested.error) == (3, 3, pytest.approx(1.527525))
@@ -79,7 +68,7 @@ def test_one_data_set_is_a_paired_t_test(claims):
     assert claims.compare({"d": pairs}, -1).p == pytest.approx(stats.ttest_1samp(pairs, -1).pvalue)
 
 
-def test_several_data_sets_count_the_same_and_lend_no_spread(claims):
+def test_several_data_sets_count_the_same_and_lend_no_spread():
     """By hand: variances 1 and 4 of three pairs each, so √(1/3 + 4/3) / 2 and (5/3)² / ((1/9 + 16/9) / 2) degrees."""
     pairs = {"c": [1.0, 2.0, 3.0], "d": [10.0, 12.0, 14.0]}
     tested = claims.compare(pairs)
@@ -92,14 +81,14 @@ def test_several_data_sets_count_the_same_and_lend_no_spread(claims):
     assert claims.compare({"d": [2.0, 2.0]}).p is None
 
 
-def test_holm(claims):
+def test_holm():
     assert claims.holm([0.01, 0.04, None, 0.03]) == pytest.approx([0.04, 0.09, 1, 0.09])
 
 
 # --- from figures to lines ------------------------------------------------------------------------
 
 
-def test_a_page_of_figures(claims, tmp_path):
+def test_a_page_of_figures(tmp_path):
     values = {"a": [(80, 50), (82, 52), (84, 51)], "b": [(70, 50), (70, 50), (71, 48)]}
     both = [("base", 0), ("novel", 1)]
     rows = [
@@ -134,7 +123,7 @@ def test_a_page_of_figures(claims, tmp_path):
     assert "| C is above: `c` − `b`, base | 0 of 3 data sets | 0 | – | – | – | not measured |  |" in lines
 
 
-def test_what_is_missing_is_named(claims, tmp_path, monkeypatch):
+def test_what_is_missing_is_named(tmp_path, monkeypatch):
     h = claims.Hypothesis("dpl x", "A is above", "a", "b", "none.csv", "", "few-shot", "1 shot", ("clothing", "dtd"))
     told = "not measured: A is above: none.csv lacks few-shot, 1 shot, of 'a' on clothing, dtd; 'b' on clothing, dtd"
     assert claims.missing(h) == told

@@ -1,16 +1,15 @@
 """Tables of the documentation are those of the committed figures, and a bench's figures get there without loss."""
 
-import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import results
 
 from tests.kit import REPOSITORY
 from vlprompt.bench.results import Row, read_results, to_csv
 
-FILE = REPOSITORY / "tools" / "results.py"
 PAGES = [page for page in sorted((REPOSITORY / "docs").rglob("*.md")) if "<!-- results: " in page.read_text("utf-8")]
 ROW = Row(
     "few-shot", "pets", "coop", "coop", "mini", 16, 1,
@@ -18,13 +17,10 @@ ROW = Row(
 )  # fmt: skip
 
 
-@pytest.fixture
-def results(monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location("results", FILE)
-    module = sys.modules["results"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
-    return module
+@pytest.fixture(autouse=True)
+def _folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    results.read.cache_clear()
 
 
 def figures(folder: Path, *rows: Row, name: str = "of.csv") -> None:
@@ -39,7 +35,7 @@ def seeds(row: Row, *accuracies: float) -> list[Row]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_tables_are_those_of_the_figures(page, results, monkeypatch):
+def test_tables_are_those_of_the_figures(page, monkeypatch):
     """Otherwise: python tools/results.py."""
     monkeypatch.setattr(results, "RESULTS", REPOSITORY / "docs" / "results")
     text = page.read_text("utf-8")
@@ -54,7 +50,7 @@ def test_results_has_tables():
 # --- a table --------------------------------------------------------------------------------------
 
 
-def test_a_table_has_its_rows_in_order_without_seconds(results, tmp_path):
+def test_a_table_has_its_rows_in_order_without_seconds(tmp_path):
     zero, tip = replace(ROW, name="zero_shot"), replace(ROW, name="tip_adapter-memory")
     figures(tmp_path, *seeds(ROW, 40, 50, 60), *seeds(replace(ROW, name="dpl"), 1, 2, 3))
     figures(tmp_path, *seeds(zero, 45, 45, 45), *seeds(tip, 70), name="more.csv")
@@ -68,7 +64,7 @@ def test_a_table_has_its_rows_in_order_without_seconds(results, tmp_path):
     ]
 
 
-def test_rows_may_be_a_file_of_tools_and_need_not_all_be_measured(results, tmp_path):
+def test_rows_may_be_a_file_of_tools_and_need_not_all_be_measured(tmp_path):
     figures(tmp_path, *seeds(ROW, 40), *seeds(replace(ROW, name="zero_shot"), 45))
     lines = results.write_table("{of: of.csv, protocol: few-shot, data: pets, rows: tables/mini.yaml}").splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| zero_shot", "| coop"]
@@ -82,19 +78,19 @@ def test_rows_may_be_a_file_of_tools_and_need_not_all_be_measured(results, tmp_p
         ("{of: of.csv, protocol: few-shot, data: pets, rows: [coop, cop]}", "has no cop:"),
     ],
 )
-def test_a_table_that_the_figures_do_not_make_is_refused(results, tmp_path, named, told):
+def test_a_table_that_the_figures_do_not_make_is_refused(tmp_path, named, told):
     figures(tmp_path, *seeds(ROW, 40, 50, 60))
     with pytest.raises(ValueError, match=told):
         results.write_table(named)
 
 
-def test_figures_of_two_backbones_are_not_one_table(results, tmp_path):
+def test_figures_of_two_backbones_are_not_one_table(tmp_path):
     figures(tmp_path, ROW, replace(ROW, backbone="large"))
     with pytest.raises(ValueError, match="2 tables"):
         results.write_table("{of: of.csv, protocol: few-shot, data: pets}")
 
 
-def test_a_bad_mark_ends_in_one_line_and_changes_nothing(results, tmp_path, monkeypatch, capsys):
+def test_a_bad_mark_ends_in_one_line_and_changes_nothing(tmp_path, monkeypatch, capsys):
     figures(tmp_path, ROW)
     page = tmp_path / "page.md"
     before = "<!-- results: {of: of.csv, protocol: few-shot, data: cats} -->\n<!-- end of results -->\n"
@@ -110,7 +106,7 @@ def test_a_bad_mark_ends_in_one_line_and_changes_nothing(results, tmp_path, monk
 # --- a bench's figures ----------------------------------------------------------------------------
 
 
-def test_take_replaces_the_same_runs_and_keeps_the_others(results, tmp_path, capsys):
+def test_take_replaces_the_same_runs_and_keeps_the_others(tmp_path, capsys):
     bench, file = tmp_path / "bench", tmp_path / "of.csv"
     bench.mkdir()
     tail = [replace(ROW, protocol="long-tail", classes=classes) for classes in ("all", "few")]
@@ -127,7 +123,7 @@ def test_take_replaces_the_same_runs_and_keeps_the_others(results, tmp_path, cap
     assert file.read_bytes() == before
 
 
-def test_take_begins_a_file(results, tmp_path):
+def test_take_begins_a_file(tmp_path):
     figures(tmp_path, ROW, name="results.csv")
     results.take(tmp_path, tmp_path / "new.csv")
     assert read_results(tmp_path / "new.csv") == [ROW]

@@ -1,10 +1,10 @@
 """The search for settings: every method is given the same points, and the best on validation images is taken."""
 
-import importlib.util
 import shutil
 from dataclasses import replace
 
 import pytest
+import search
 import yaml
 
 from tests.kit import REPOSITORY
@@ -13,18 +13,8 @@ from vlprompt.bench.rows import read_rows
 from vlprompt.config.schema import build_config
 from vlprompt.demo.demo import SHOWS
 
-FILE = REPOSITORY / "tools" / "search.py"
 
-
-@pytest.fixture(scope="module")
-def search():
-    spec = importlib.util.spec_from_file_location("search", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_trials_are_the_same_points_for_every_method(search):
+def test_trials_are_the_same_points_for_every_method():
     methods = ["coop", "maple", "promptsrc"]
     rows = search.rows(methods, 8, 0)["rows"]
     assert rows.pop("zero_shot") == {"method": "zero_shot"}
@@ -43,7 +33,7 @@ def test_trials_are_the_same_points_for_every_method(search):
     assert len({str(rows[f"promptsrc-{k}"]) for k in range(1, 9)}) == 8
 
 
-def test_rows_are_settings_that_training_takes(search):
+def test_rows_are_settings_that_training_takes():
     rows = search.rows(["coop", "dpl", "drople", "fdbpl_coop", "kdpl_maple"], 3, 0)["rows"]
     del rows["zero_shot"]
     for name, row in rows.items():
@@ -56,7 +46,7 @@ def figures(**hm: float) -> dict[str, dict[str, float]]:
     return {name: {"base": value, "novel": value, "hm": value} for name, value in hm.items()}
 
 
-def test_the_trial_with_the_highest_mean_over_data_sets_is_taken(search):
+def test_the_trial_with_the_highest_mean_over_data_sets_is_taken():
     rows = {name: (name[0], {"preset": None, "lr": name}) for name in ("a1", "a2", "b1", "b2")}
     rows |= {"zero_shot": ("zero_shot", {})}
     known = {"x": figures(a1=50, a2=70, b1=60, b2=60), "y": figures(a1=83, a2=62, b1=40, b2=30)}
@@ -70,7 +60,7 @@ def test_the_trial_with_the_highest_mean_over_data_sets_is_taken(search):
         search.search(rows, known)
 
 
-def test_the_best_are_written_as_presets(search):
+def test_the_best_are_written_as_presets():
     text = search.FILE.read_text("utf-8")
     assert search.with_presets(text, {}) == text
     changed = search.with_presets(text, {"coop": {"settings": {"optim.lr": 0.5}}})
@@ -81,7 +71,7 @@ def test_the_best_are_written_as_presets(search):
 ROW = Row("base-to-novel", "x", "coop-1", "coop", "mini", 16, 1, "x", "base", "val", 9, 60, 60, 0, 5, 8, 1, 1, "f", "1")
 
 
-def test_figures_are_those_of_the_report(search, tmp_path):
+def test_figures_are_those_of_the_report(tmp_path):
     marked = [replace(ROW, name="promptkd-1-transductive", classes=part) for part in ("base", "novel")]
     other = [replace(row, data="y", measured_on="y") for row in marked]
     for folder, rows in (("a", [ROW, replace(ROW, classes="novel", accuracy=30), *marked]), ("b", [*other, *marked])):
@@ -93,7 +83,7 @@ def test_figures_are_those_of_the_report(search, tmp_path):
     assert read == {"x": {"coop-1": parts, "promptkd-1": level}, "y": {"promptkd-1": level}}
 
 
-def test_nothing_is_taken_before_every_trial_has_been_run(search, tmp_path, monkeypatch, capsys):
+def test_nothing_is_taken_before_every_trial_has_been_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "rows.yaml").write_text(yaml.safe_dump(search.rows(["coop"], 2, 0)))
     (tmp_path / "results.csv").write_text(to_csv([ROW, replace(ROW, classes="novel")]))
     given = ["search.py", "best", tmp_path / "rows.yaml", tmp_path, "--write"]
@@ -105,7 +95,7 @@ def test_nothing_is_taken_before_every_trial_has_been_run(search, tmp_path, monk
     assert search.FILE.read_bytes() == before
 
 
-def test_the_small_presets_are_what_the_committed_search_found(search, tmp_path):
+def test_the_small_presets_are_what_the_committed_search_found(tmp_path):
     shutil.copy(REPOSITORY / "docs" / "results" / "search.csv", tmp_path / "results.csv")
     presets = yaml.safe_load(search.FILE.read_text("utf-8"))
     (tmp_path / "rows.yaml").write_text(yaml.safe_dump(search.rows(sorted(presets), 6, 0)))
@@ -114,7 +104,7 @@ def test_the_small_presets_are_what_the_committed_search_found(search, tmp_path)
     assert all(set(line) == {"name", "settings", "imagenette", "openmoji"} for line in found.values())
 
 
-def test_the_demo_has_the_best_trials_on_the_validation_images_of_its_data(search, tmp_path):
+def test_the_demo_has_the_best_trials_on_the_validation_images_of_its_data(tmp_path):
     for data, file in (("clothing-demo", "search-demo.csv"), ("openmoji", "search.csv")):
         (tmp_path / data).mkdir()
         shutil.copy(REPOSITORY / "docs" / "results" / file, tmp_path / data / "results.csv")
