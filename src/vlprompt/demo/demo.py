@@ -57,6 +57,7 @@ def _branches(n_ctx: int, depth: int) -> dict[str, int]:
     return tokens | dict.fromkeys(("method.depth_text", "method.depth_vision"), depth)
 
 
+_PROMPTSRC = {**_SHORT, **_branches(2, 9), "method.average_mean": 3, "optim.lr": 0.0075, "train.epochs": 4}
 SHOWS = {
     "clothing-demo": Show(
         "photograph",
@@ -65,13 +66,7 @@ SHOWS = {
             BEFORE: {},
             PROBE: {},
             "coop": {**_SHORT, "method.n_ctx": 8, "optim.lr": 0.002, "train.epochs": 4},
-            "promptsrc": {
-                **_STEADY,
-                **_branches(4, 6),
-                "method.average_mean": 6,
-                "optim.lr": 0.0075,
-                "train.epochs": 8,
-            },
+            "promptsrc": _PROMPTSRC,
             "drople": {**_STEADY, **_branches(8, 12), "optim.lr": 0.002, "train.epochs": 8},
         },
         "drople",
@@ -82,14 +77,8 @@ SHOWS = {
         8,
         {
             BEFORE: {},
-            "coop": {**_STEADY, "method.n_ctx": 2, "optim.lr": 0.0006, "train.epochs": 8},
-            "promptsrc": {
-                **_SHORT,
-                **_branches(2, 9),
-                "method.average_mean": 3,
-                "optim.lr": 0.0075,
-                "train.epochs": 4,
-            },
+            "coop": {**_STEADY, "method.n_ctx": 4, "optim.lr": 0.02, "train.epochs": 4},
+            "promptsrc": _PROMPTSRC,
         },
         "promptsrc",
         (),
