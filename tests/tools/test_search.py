@@ -98,6 +98,7 @@ def test_nothing_is_taken_before_every_trial_has_been_run(tmp_path, monkeypatch,
 def test_the_small_presets_are_what_the_committed_search_found(tmp_path):
     shutil.copy(REPOSITORY / "docs" / "results" / "search.csv", tmp_path / "results.csv")
     presets = yaml.safe_load(search.FILE.read_text("utf-8"))
+    assert len(presets) == 26
     (tmp_path / "rows.yaml").write_text(yaml.safe_dump(search.rows(sorted(presets), 6, 0)))
     found = search.search(read_rows(tmp_path / "rows.yaml"), search.read_figures([tmp_path]))
     assert {method: line["settings"] for method, line in found.items()} == presets
@@ -120,3 +121,11 @@ def test_the_demo_has_the_best_trials_on_validation_images_that_keep_novel_class
             best = trials[max(keeping or own, key=lambda trial: figures[trial]["hm"])]
             settings = {key: value for key, value in best.items() if key not in ("method", "preset")}
             assert build_config(name, overrides=given) == build_config(name, overrides=settings)
+
+
+def test_the_trial_beside_the_preset_of_drople_is_that_of_the_demo():
+    ((method, given),) = read_rows(REPOSITORY / "tools" / "tables" / "drople-trial.yaml").values()
+    settings = {key: value for key, value in given.items() if key != "preset"}
+    assert build_config(method, overrides=settings) == build_config(
+        "drople", overrides=SHOWS["clothing-demo"].methods["drople"]
+    )
