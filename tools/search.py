@@ -3,19 +3,22 @@
     python tools/search.py rows --methods coop maple --trials 6 > rows.yaml
     vlprompt bench base-to-novel --rows rows.yaml --data imagenette,openmoji --root DATA --seeds 1 --split val \
         --allow-fewer --out runs/search
-    python tools/search.py best rows.yaml runs/search --write
+    vlprompt bench base-to-novel --rows rows.yaml --only $(python tools/search.py finalists rows.yaml runs/search) \
+        --data imagenette,openmoji --root DATA --seeds 2,3 --split val --allow-fewer --out runs/finals
+    python tools/search.py best rows.yaml runs/search runs/finals --write
 
 Trials start from the official settings without a preset. They differ in learning rate (a factor on the official one),
-epochs, smallest crop and, where the method has them, number of prompt tokens and depth; all have batches of 16. Of each
-method the trial with the highest harmonic mean is taken, the mean over the data sets. ``--write`` makes it the method's
-preset ``mini``.
+epochs, smallest crop and, where the method has them, number of prompt tokens and depth; all have batches of 16. Each is
+run with one seed; the three of each method with the highest harmonic mean, the mean over the data sets, are run with
+more, and the highest of these, the mean over seeds and data sets, is taken. ``--write`` makes it the method's preset
+``mini``.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from statistics import mean
@@ -24,7 +27,7 @@ from typing import Any
 import yaml
 
 from vlprompt.bench.report.tables import Cell, studies, tables
-from vlprompt.bench.results import RESULTS, read_results
+from vlprompt.bench.results import RESULTS, Row, read_results
 from vlprompt.bench.rows import Rows, read_rows, unmarked
 from vlprompt.config.presets import FILE
 from vlprompt.config.schema import build_config
@@ -38,6 +41,7 @@ BATCH = 16
 SCALES = (0.08, 0.6)
 TOKENS = (2, 4, 8)
 DEPTHS = (3, 6, 9, 12)
+FINALISTS = 3
 FROZEN = "zero_shot"
 AVERAGED = 0.75  # PromptSRC's average of prompts is centred at this part of the training
 Figures = dict[str, dict[str, dict[str, float]]]
@@ -82,23 +86,45 @@ def rows(methods: list[str], trials: int, seed: int) -> dict[str, Any]:
     }
 
 
-def search(rows: Rows, figures: Figures) -> dict[str, dict[str, Any]]:
-    """Each method's trial with the highest mean of harmonic means, with its settings and figures.
+def finalists(rows: Rows, figures: Figures) -> list[str]:
+    """The ``FINALISTS`` trials of each method with the highest mean of harmonic means, from the figures of one seed.
 
     Raises ValueError for trials that a data set lacks.
     """
-    for data, known in figures.items():
-        if absent := [name for name in rows if name not in known and name != FROZEN]:
-            raise ValueError(f"not yet run on {data}: {', '.join(absent)}")
-    best: dict[str, str] = {}
+    _refuse_missing((name for name in rows if name != FROZEN), figures, "not yet run")
+    names: dict[str, list[str]] = {}
     for name, (method, _) in rows.items():
-        if name != FROZEN and (method not in best or _mean(figures, name) > _mean(figures, best[method])):
+        if name != FROZEN:
+            names.setdefault(method, []).append(name)
+    ordered = (sorted(trials, key=lambda name: _mean(figures, name), reverse=True) for trials in names.values())
+    return [name for trials in ordered for name in trials[:FINALISTS]]
+
+
+def search(rows: Rows, first: Figures, final: Figures) -> dict[str, dict[str, Any]]:
+    """Each method's trial that is taken, with its settings and figures.
+
+    ``first`` has the figures of the first seed, ``final`` those that are means over every seed. Raises ValueError for
+    trials that a data set lacks.
+    """
+    names = finalists(rows, first)
+    _refuse_missing(names, final, "not yet run with every seed")
+    best: dict[str, str] = {}
+    for name in names:
+        method = rows[name][0]
+        if method not in best or _mean(final, name) > _mean(final, best[method]):
             best[method] = name
     return {
         method: {"name": name, "settings": {key: value for key, value in rows[name][1].items() if key != "preset"}}
-        | {data: known[name] for data, known in figures.items()}
+        | {data: known[name] for data, known in final.items()}
         for method, name in best.items()
     }
+
+
+def _refuse_missing(names: Iterable[str], figures: Figures, what: str) -> None:
+    names = list(names)
+    for data, known in figures.items():
+        if absent := [name for name in names if name not in known]:
+            raise ValueError(f"{what} on {data}: {', '.join(absent)}")
 
 
 def _mean(figures: Figures, name: str) -> float:
@@ -112,13 +138,23 @@ def with_presets(text: str, found: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*head, yaml.safe_dump(dict(sorted(presets.items())), sort_keys=False)])
 
 
-def read_figures(benches: Sequence[Path]) -> Figures:
-    """Base, novel and harmonic mean of the rows run on each data set, as ``vlprompt report`` has them."""
+def read_figures(benches: Sequence[Path]) -> tuple[Figures, Figures]:
+    """Base, novel and harmonic mean of the rows of each data set: with the lowest seed, and as means over every seed.
+
+    The second has only the rows that were run with every seed that there is. Figures are those of ``vlprompt report``.
+    """
     rows = [row for bench in benches for row in read_results(bench / RESULTS)]
+    first = min((row.seed for row in rows), default=0)
+    return _figures([row for row in rows if row.seed == first]), _figures(rows)
+
+
+def _figures(rows: list[Row]) -> Figures:
+    seeds = len({row.seed for row in rows})
     figures: Figures = {}
     for table in (table for study in studies(rows) for table in tables(study) if len(table.data) == 1):
         for name, cells in table.lines.items():
-            means = [cell.mean for cell in cells[:3] if isinstance(cell, Cell) and cell.mean is not None]
+            known = [cell for cell in cells[:3] if isinstance(cell, Cell) and len(cell.values) == seeds]
+            means = [cell.mean for cell in known if cell.mean is not None]
             if len(means) == 3:
                 own = dict(zip(("base", "novel", "hm"), means, strict=True))
                 figures.setdefault(table.data[0], {})[unmarked(name)] = own
@@ -133,18 +169,22 @@ def main() -> None:
     write.add_argument("--methods", nargs="+", required=True, choices=sorted(METHODS), metavar="METHOD")
     write.add_argument("--trials", type=int, default=8)
     write.add_argument("--seed", type=int, default=0)
+    name = commands.add_parser("finalists", help=f"name the {FINALISTS} best trials of each method, for --only")
     choose = commands.add_parser("best", help="print the trial of each method that is taken")
-    choose.add_argument("rows", type=Path, help="the file of trials")
-    choose.add_argument(
-        "benches", type=Path, nargs="+", help="the bench of them, or several on other data sets or rows"
-    )
+    for command in (name, choose):
+        command.add_argument("rows", type=Path, help="the file of trials")
+        command.add_argument("benches", type=Path, nargs="+", help="the benches of them: data sets, rows or seeds")
     choose.add_argument("--write", action="store_true", help=f"write them into {FILE.name}, too")
     args = parser.parse_args()
     if args.command == "rows":
         print(yaml.safe_dump(rows(args.methods, args.trials, args.seed), sort_keys=False), end="")
         return
     try:
-        found = search(read_rows(args.rows), read_figures(args.benches))
+        trials, (first, final) = read_rows(args.rows), read_figures(args.benches)
+        if args.command == "finalists":
+            print(",".join(finalists(trials, first)))
+            return
+        found = search(trials, first, final)
     except (VlpromptError, ValueError) as error:
         parser.error(str(error))
     print(yaml.safe_dump(found, sort_keys=False), end="")

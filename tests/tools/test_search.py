@@ -46,18 +46,31 @@ def figures(**hm: float) -> dict[str, dict[str, float]]:
     return {name: {"base": value, "novel": value, "hm": value} for name, value in hm.items()}
 
 
-def test_the_trial_with_the_highest_mean_over_data_sets_is_taken():
-    rows = {name: (name[0], {"preset": None, "lr": name}) for name in ("a1", "a2", "b1", "b2")}
-    rows |= {"zero_shot": ("zero_shot", {})}
-    known = {"x": figures(a1=50, a2=70, b1=60, b2=60), "y": figures(a1=83, a2=62, b1=40, b2=30)}
-    found = search.search(rows, known)
-    assert {method: line["name"] for method, line in found.items()} == {"a": "a1", "b": "b1"}
-    assert found["a"] == {"name": "a1", "settings": {"lr": "a1"}, "x": known["x"]["a1"], "y": known["y"]["a1"]}
-    known["y"] |= figures(a1=81)
-    assert search.search(rows, known)["a"]["name"] == "a2"
-    del known["y"]["b2"]
+TRIALS = {name: (name[0], {"preset": None, "lr": name}) for name in ("a1", "a2", "a3", "a4", "b1", "b2")}
+TRIALS |= {"zero_shot": ("zero_shot", {})}
+FIRST = {
+    "x": figures(a1=50, a2=70, a3=60, a4=40, b1=60, b2=60),
+    "y": figures(a1=83, a2=62, a3=61, a4=82, b1=40, b2=30),
+}
+
+
+def test_the_three_trials_of_each_method_with_the_highest_mean_over_data_sets_are_run_again():
+    assert search.finalists(TRIALS, FIRST) == ["a1", "a2", "a4", "b1", "b2"]
     with pytest.raises(ValueError, match="not yet run on y: b2"):
-        search.search(rows, known)
+        search.finalists(TRIALS, {**FIRST, "y": figures(a1=83, a2=62, a3=61, a4=82, b1=40)})
+
+
+def test_the_highest_mean_over_every_seed_is_taken():
+    found = search.search(TRIALS, FIRST, FIRST)
+    assert {method: line["name"] for method, line in found.items()} == {"a": "a1", "b": "b1"}
+    assert found["a"] == {"name": "a1", "settings": {"lr": "a1"}, "x": FIRST["x"]["a1"], "y": FIRST["y"]["a1"]}
+    final = {"x": figures(a1=50, a2=70, a4=60, b1=40, b2=60), "y": figures(a1=60, a2=50, a4=50, b1=40, b2=30)}
+    assert {m: line["name"] for m, line in search.search(TRIALS, FIRST, final).items()} == {"a": "a2", "b": "b2"}
+    final["x"] |= figures(a3=99)
+    assert search.search(TRIALS, FIRST, final)["a"]["name"] == "a2"
+    del final["y"]["b2"]
+    with pytest.raises(ValueError, match="not yet run with every seed on y: b2"):
+        search.search(TRIALS, FIRST, final)
 
 
 def test_the_best_are_written_as_presets():
@@ -79,8 +92,17 @@ def test_figures_are_those_of_the_report(tmp_path):
         (tmp_path / folder / "results.csv").write_text(to_csv(rows))
     parts = {"base": 60, "novel": 30, "hm": pytest.approx(40)}
     level = dict.fromkeys(parts, pytest.approx(60))
-    read = search.read_figures([tmp_path / "a", tmp_path / "b"])
-    assert read == {"x": {"coop-1": parts, "promptkd-1": level}, "y": {"promptkd-1": level}}
+    first, final = search.read_figures([tmp_path / "a", tmp_path / "b"])
+    assert first == final == {"x": {"coop-1": parts, "promptkd-1": level}, "y": {"promptkd-1": level}}
+
+
+def test_final_figures_are_means_of_the_trials_run_with_every_seed(tmp_path):
+    runs = [("coop-1", 1, 60), ("coop-1", 2, 70), ("coop-2", 1, 50)]
+    rows = [replace(ROW, name=n, seed=s, accuracy=a, classes=c) for n, s, a in runs for c in ("base", "novel")]
+    (tmp_path / "results.csv").write_text(to_csv(rows))
+    first, final = search.read_figures([tmp_path])
+    assert {name: own["hm"] for name, own in first["x"].items()} == pytest.approx({"coop-1": 60, "coop-2": 50})
+    assert final == {"x": {"coop-1": dict.fromkeys(("base", "novel", "hm"), pytest.approx(65))}}
 
 
 def test_nothing_is_taken_before_every_trial_has_been_run(tmp_path, monkeypatch, capsys):
@@ -100,7 +122,10 @@ def test_the_small_presets_are_what_the_committed_search_found(tmp_path):
     presets = yaml.safe_load(search.FILE.read_text("utf-8"))
     assert len(presets) == 26
     (tmp_path / "rows.yaml").write_text(yaml.safe_dump(search.rows(sorted(presets), 6, 0)))
-    found = search.search(read_rows(tmp_path / "rows.yaml"), search.read_figures([tmp_path]))
+    first, final = search.read_figures([tmp_path])
+    trials = read_rows(tmp_path / "rows.yaml")
+    assert all(set(known) == {*search.finalists(trials, first)} for known in final.values())
+    found = search.search(trials, first, final)
     assert {method: line["settings"] for method, line in found.items()} == presets
     assert all(set(line) == {"name", "settings", "imagenette", "openmoji"} for line in found.values())
 
@@ -110,7 +135,7 @@ def test_the_demo_has_the_best_trials_on_validation_images_that_keep_novel_class
     for data, file in (("clothing", "search-demo.csv"), ("openmoji", "search.csv")):
         (tmp_path / data).mkdir()
         shutil.copy(REPOSITORY / "docs" / "results" / file, tmp_path / data / "results.csv")
-        figures = search.read_figures([tmp_path / data])[data]
+        figures = search.read_figures([tmp_path / data])[0][data]
         shown = SHOWS.get(f"{data}-demo") or SHOWS[data]
         tuned = {name: given for name, given in shown.methods.items() if "optim.lr" in given}
         assert len(tuned) >= 2
