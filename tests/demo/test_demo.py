@@ -16,23 +16,18 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image
 
-from tests.kit.marks import slow, sweep
-from tests.kit.known import needs_openmoji
 from tests.kit.command import vlprompt
+from tests.kit.known import needs_openmoji
+from tests.kit.marks import slow, sweep
 from tests.kit.pictures import write_pictures
-from vlprompt import cli
 from vlprompt.bench.report.axes import Axes, step_of
-from vlprompt.config.schema import build_config
-from vlprompt.data.datasets import load_dataset
 from vlprompt.data.known import openmoji, table
-from vlprompt.data.reading import ImageReader
 from vlprompt.demo import demo, drawing
 from vlprompt.demo.drawing import Curve, Shown, draw_curves, draw_predictions
 from vlprompt.errors import ConfigError
-from vlprompt.training.evaluate import EvaluationImages, evaluate, harmonic_mean
-from vlprompt.training.run import train
+from vlprompt.training.evaluate import harmonic_mean
 
 SVG = "{http://www.w3.org/2000/svg}"
 CLASSES = {

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlprompt.artefact.artefact import FILES
+from vlprompt.cli.progress import Bar
+from vlprompt.config.schema import build_config
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split
@@ -21,9 +24,6 @@ from vlprompt.documents import read_sealed
 from vlprompt.errors import ConfigError, unknown
 from vlprompt.files import in_use, write_atomically
 from vlprompt.methods import Method
-from vlprompt.cli.progress import Bar
-from vlprompt.artefact.artefact import FILES
-from vlprompt.config.schema import build_config
 from vlprompt.training.evaluate import EvaluationImages, evaluate, harmonic_mean, predict_logits
 from vlprompt.training.run import Result, train
 
