@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from statistics import mean
@@ -91,13 +91,13 @@ def finalists(rows: Rows, figures: Figures) -> list[str]:
 
     Raises ValueError for trials that a data set lacks.
     """
-    _refuse_missing((name for name in rows if name != FROZEN), figures, "not yet run")
-    names: dict[str, list[str]] = {}
-    for name, (method, _) in rows.items():
-        if name != FROZEN:
-            names.setdefault(method, []).append(name)
-    ordered = (sorted(trials, key=lambda name: _mean(figures, name), reverse=True) for trials in names.values())
-    return [name for trials in ordered for name in trials[:FINALISTS]]
+    trials = [name for name in rows if name != FROZEN]
+    _refuse_missing(trials, figures, "not yet run")
+    own: dict[str, list[str]] = {}
+    for name in trials:
+        own.setdefault(rows[name][0], []).append(name)
+    ordered = (sorted(names, key=lambda name: _mean(figures, name), reverse=True) for names in own.values())
+    return [name for names in ordered for name in names[:FINALISTS]]
 
 
 def search(rows: Rows, first: Figures, final: Figures) -> dict[str, dict[str, Any]]:
@@ -120,8 +120,7 @@ def search(rows: Rows, first: Figures, final: Figures) -> dict[str, dict[str, An
     }
 
 
-def _refuse_missing(names: Iterable[str], figures: Figures, what: str) -> None:
-    names = list(names)
+def _refuse_missing(names: Sequence[str], figures: Figures, what: str) -> None:
     for data, known in figures.items():
         if absent := [name for name in names if name not in known]:
             raise ValueError(f"{what} on {data}: {', '.join(absent)}")
@@ -141,23 +140,24 @@ def with_presets(text: str, found: dict[str, dict[str, Any]]) -> str:
 def read_figures(benches: Sequence[Path]) -> tuple[Figures, Figures]:
     """Base, novel and harmonic mean of the rows of each data set: with the lowest seed, and as means over every seed.
 
-    The second has only the rows that were run with every seed that there is. Figures are those of ``vlprompt report``.
+    The second has only the rows that were run with every seed that there is. Both have every data set, one without such
+    rows as well. Figures are those of ``vlprompt report``.
     """
     rows = [row for bench in benches for row in read_results(bench / RESULTS)]
-    first = min((row.seed for row in rows), default=0)
-    return _figures([row for row in rows if row.seed == first]), _figures(rows)
+    seeds = sorted({row.seed for row in rows})
+    return _figures(rows, seeds[:1]), _figures(rows, seeds)
 
 
-def _figures(rows: list[Row]) -> Figures:
-    seeds = len({row.seed for row in rows})
-    figures: Figures = {}
+def _figures(rows: list[Row], seeds: list[int]) -> Figures:
+    figures: Figures = {row.data: {} for row in rows}
+    rows = [row for row in rows if row.seed in seeds]
     for table in (table for study in studies(rows) for table in tables(study) if len(table.data) == 1):
         for name, cells in table.lines.items():
-            known = [cell for cell in cells[:3] if isinstance(cell, Cell) and len(cell.values) == seeds]
+            known = [cell for cell in cells[:3] if isinstance(cell, Cell) and len(cell.values) == len(seeds)]
             means = [cell.mean for cell in known if cell.mean is not None]
             if len(means) == 3:
                 own = dict(zip(("base", "novel", "hm"), means, strict=True))
-                figures.setdefault(table.data[0], {})[unmarked(name)] = own
+                figures[table.data[0]][unmarked(name)] = own
     return figures
 
 

@@ -105,6 +105,17 @@ def test_final_figures_are_means_of_the_trials_run_with_every_seed(tmp_path):
     assert final == {"x": {"coop-1": dict.fromkeys(("base", "novel", "hm"), pytest.approx(65))}}
 
 
+def test_a_data_set_that_lacks_a_seed_altogether_is_not_left_out_of_the_choice(tmp_path):
+    runs = [("x", 1), ("x", 2), ("y", 1)]
+    rows = [replace(ROW, data=d, measured_on=d, seed=s, classes=c) for d, s in runs for c in ("base", "novel")]
+    (tmp_path / "results.csv").write_text(to_csv(rows))
+    first, final = search.read_figures([tmp_path])
+    assert set(first["y"]) == {"coop-1"}
+    assert final["y"] == {}
+    with pytest.raises(ValueError, match="not yet run with every seed on y: coop-1"):
+        search.search({"coop-1": ("coop", {})}, first, final)
+
+
 def test_nothing_is_taken_before_every_trial_has_been_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "rows.yaml").write_text(yaml.safe_dump(search.rows(["coop"], 2, 0)))
     (tmp_path / "results.csv").write_text(to_csv([ROW, replace(ROW, classes="novel")]))
