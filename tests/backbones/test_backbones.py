@@ -37,7 +37,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from tests.kit import SHARED
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.convert import convert
-from vlprompt.backbones.load import EMBEDDED, load_backbone
+from vlprompt.backbones.load import EMBEDDED, cpu_has, load_backbone
 from vlprompt.backbones.tokenizer import load_clip_tokenizer
 from vlprompt.backbones.towers import quick_gelu
 from vlprompt.errors import BackboneError, DataError
@@ -644,6 +644,23 @@ def test_names_and_precision() -> None:
     refused("nothing", match="no backbone 'nothing' (allowed: mini, a folder or .safetensors file,")
     refused("mini", "cpu", "fp8", match="unknown precision 'fp8' (allowed: fp32, bf16, fp16)")
     refused("mini", "cpu:nowhere", match="cannot use device 'cpu:nowhere': ")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_precision_that_the_processor_lacks(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlprompt.backbones.load.cpu_has", lambda asked: asked != precision)
+    with pytest.warns(UserWarning, match=f"^this processor has no instructions for {precision}: it takes several"):
+        load_backbone("mini", precision=precision)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_backbone("mini")
+        monkeypatch.setattr("vlprompt.backbones.load.cpu_has", lambda asked: True)
+        load_backbone("mini", precision=precision)
+
+
+def test_what_the_processor_has() -> None:
+    assert cpu_has("fp32")
+    assert cpu_has("bf16") == torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def test_a_classifier_is_no_backbone() -> None:

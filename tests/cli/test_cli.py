@@ -565,6 +565,22 @@ def test_how_threads_wait_is_set_before_pytorch_and_left_to_the_user(given: dict
     assert python("-c", WAITING, **given).stdout == f"{expected} False\n"
 
 
+WITHOUT_BF16 = """
+import vlprompt.backbones.load
+from vlprompt.cli import main
+vlprompt.backbones.load.cpu_has = lambda precision: precision == "fp32"
+main()
+"""
+
+
+def test_a_warning_is_one_line(run: Path, photos: Path) -> None:
+    done = python("-c", WITHOUT_BF16, "predict", run, photos, "--precision", "bf16", "--json")
+    assert done.returncode == 0, done.stderr
+    line = "warning: this processor has no instructions for bf16: it takes several times as long as fp32 here"
+    assert done.stderr.splitlines().count(line) == 1
+    assert "load.py" not in done.stderr
+
+
 def test_an_error_in_a_process_of_its_own(tmp_path: Path) -> None:
     done = python("-m", "vlprompt", "train", "cop", "x", cwd=tmp_path)
     assert done.returncode == 2

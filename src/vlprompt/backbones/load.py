@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,7 +56,7 @@ def load_backbone(
     a file is an OpenAI state dict, or has its configuration beside it.
 
     Raises BackboneError if nothing is found there, if the architecture is not supported, or if tensors are
-    missing, left over or of another shape.
+    missing, left over or of another shape. Warns of a precision that the processor has no instructions for.
     """
     if not isinstance(name, (str, os.PathLike)):
         raise BackboneError(f"a backbone is loaded by its name or path: {repr(name)[:60]} is neither")
@@ -82,9 +83,20 @@ def load_backbone(
             "a hub id like openai/clip-vit-base-patch16, or open_clip:MODEL/TAG)"
         )
     try:
-        return backbone.to(device, DTYPES[precision])
+        backbone = backbone.to(device, DTYPES[precision])
     except (RuntimeError, AssertionError) as error:
         raise BackboneError(f"cannot use device '{device}': {first_line(error)}") from None
+    if torch.device(device).type == "cpu" and not cpu_has(precision):
+        warnings.warn(
+            f"this processor has no instructions for {precision}: it takes several times as long as fp32 here",
+            stacklevel=2,
+        )
+    return backbone
+
+
+def cpu_has(precision: str) -> bool:
+    """Whether the CPU multiplies matrices of it with instructions of its own, or PyTorch does not say."""
+    return precision == "fp32" or getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", lambda: True)()
 
 
 def check_device(device: torch.device | str) -> None:

@@ -47,6 +47,7 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):  # names of files and classes may be what a terminal cannot print
             stream.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", module=r"PIL\.")  # we tell what hinders us; the rest changes no pixel
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         code = app(standalone_mode=False, prog_name="vlprompt")
         if code == INTERRUPTED:  # typer turns an interrupt into a silent exit
