@@ -150,7 +150,7 @@ def check_gaussian_average(case: Case) -> None:
             f"loss of epoch {epoch}",
             total(step(method, batch, optimizer)),
             gold["loss_per_epoch"][epoch],
-            1e-4,  # of losses of 10: roundings of fp32, which differ between processors, amplified as below
+            1e-5 if epoch < 3 else 5e-5,  # roundings of fp32, which differ between processors, amplified as below
         )
         last = {n: view(method, n).detach().clone() for n in names}
         method.after_epoch(epoch, epochs)

@@ -468,7 +468,7 @@ def test_frozen_texts_without_words_are_the_data_sets_own(tiny: Backbone) -> Non
     cls = find_method("ivlp")
     method = cls(tiny, NAMES, cls.Config(depth_text=0, init=None), template="{}, a type of flower.")
     ours, theirs = method.class_features(("house",)), tiny.encode_texts(["house, a type of flower."])
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", [n for n, cls in METHODS.items() if "init" in cls.Config.__dataclass_fields__])
