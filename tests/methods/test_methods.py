@@ -182,7 +182,7 @@ def test_losses_are_named_finite_and_scalar(tuned: Tuned) -> None:
                 ("drople", "residual_entropy"),
                 ("pouf", "im"),
             }  # which are maximised
-            assert value >= 0 or (tuned.method.name, term) in below_zero, term
+            assert value > -1e-7 or (tuned.method.name, term) in below_zero, term  # 1 − cosine, less its rounding
         torch.testing.assert_close(total(losses), sum(losses.values()))
 
 
