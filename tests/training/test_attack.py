@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save
 
 from tests.kit import TINY, sealed
 from tests.kit.checks import flipped
-from tests.kit.marks import slow
 from tests.kit.results import PLAIN
 from tests.kit.runs import RUN_FILES, StopsAfter, configured, prompts
 from vlprompt.api import PromptedModel, build_method
@@ -439,12 +438,11 @@ def test_a_special_token_in_a_name_is_its_letters() -> None:
             assert ids == spelled[0]
 
 
-@pytest.mark.parametrize("calls", [100, pytest.param(2000, marks=slow)])
-def test_what_a_backbone_remembers_of_texts_is_bounded(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+def test_what_a_backbone_remembers_of_texts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = load_backbone(str(TINY))
     monkeypatch.setattr(backbone_module, "TEXTS_KEPT", 100 * 4 * tiny.embed_dim)
     first = tiny.encode_texts(["a", "b"])
-    for i in range(calls):
+    for i in range(100):
         frozen_class_features(tiny, [f"name {i}", f"other {i}", "always"], ["a {}."])
         assert len(tiny._texts) <= 100
         assert len(tiny._known) <= backbone_module.LISTS_KEPT
