@@ -1,9 +1,10 @@
 """Write the tables of ``docs/claims.md``: what the three systems claim, each tested on the committed figures of runs.
 
     python tools/claims.py           # rewrites what stands between <!-- claims: … --> and <!-- end of claims -->
-    python tools/claims.py --check   # changes nothing; exit code 1 if the page is not what the figures say
+    python tools/claims.py --check   # changes nothing; exit code 1 if a page is not what the figures say
 
-``tools/tables/claims.yaml`` holds the hypotheses. What has no figures is named, and is "not measured" on the page.
+``tools/tables/claims.yaml`` holds the hypotheses; README has those that it marks ``front``. What has no figures is
+named, and is "not measured" on the pages.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from vlprompt.bench.report.tables import Cell, Difference, Table, studies, table
 from vlprompt.bench.results import Row, read_results
 
 RESULTS, PAGE = REPOSITORY / "docs" / "results", REPOSITORY / "docs" / "claims.md"
+README = REPOSITORY / "README.md"
 HYPOTHESES = REPOSITORY / "tools" / "tables" / "claims.yaml"
 MARKED = marks("claims", "end of claims")
 SYSTEMS = {"drople": "DroPLe", "fdbpl": "FDBPL", "dpl": "DPL"}
@@ -46,6 +48,7 @@ class Hypothesis:
     data: tuple[str, ...]
     at_least: float = 0
     build: float = 0
+    front: bool = False
 
     @property
     def null(self) -> float:
@@ -159,6 +162,10 @@ def write_page(text: str, hypotheses: Sequence[Hypothesis], results: Path = RESU
         yield "| system | claim | difference ± s. e. | p | Holm | verdict |\n|---|---|---|---|---|---|"
         yield from (f"| {SYSTEMS[h.table.split()[0]]} | {h.claim} | {line(h)} |" for h in known)
 
+    def front() -> Iterator[str]:
+        yield "| claim | difference ± s. e. | p | Holm | verdict |\n|---|---|---|---|---|"
+        yield from (f"| {h.claim} | {line(h)} |" for h in known if h.front)
+
     def table(name: str) -> Iterator[str]:
         yield "| claim | data | pairs | difference ± s. e. | p | Holm | verdict | data sets above |"
         yield "|---" * 8 + "|"
@@ -174,9 +181,9 @@ def write_page(text: str, hypotheses: Sequence[Hypothesis], results: Path = RESU
             yield f"| {what} | {data} | {n} | {line(h)} | {above} |"
 
     def content(name: str) -> str:
-        if name not in ("summary", *(h.table for h in known)):
+        if name not in ("summary", "front", *(h.table for h in known)):
             raise KeyError(name)
-        return "\n".join(summary() if name == "summary" else table(name))
+        return "\n".join(summary() if name == "summary" else front() if name == "front" else table(name))
 
     return rewrite(text, MARKED, content)
 
@@ -203,13 +210,13 @@ def shown(p: float | None) -> str:
 
 
 def main() -> int:
-    """Rewrite the page, or with ``--check`` say whether it would change."""
+    """Rewrite the pages, or with ``--check`` say whether they would change."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing")
-    check, hypotheses, text = parser.parse_args().check, read_hypotheses(), PAGE.read_text("utf-8")
+    check, hypotheses = parser.parse_args().check, read_hypotheses()
     for told in filter(None, map(missing, hypotheses)):
         print(told, file=sys.stderr)
-    return write_changed({PAGE: write_page(text, hypotheses)}, check)
+    return write_changed({page: write_page(page.read_text("utf-8"), hypotheses) for page in (PAGE, README)}, check)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ def test_tables_are_those_of_the_figures(monkeypatch):
 def test_every_table_is_on_the_page():
     marks = [found[1] for found in claims.MARKED.findall(claims.PAGE.read_text("utf-8"))]
     assert marks == ["summary", *dict.fromkeys(h.table for h in claims.read_hypotheses())]
+    assert [found[1] for found in claims.MARKED.findall(claims.README.read_text("utf-8"))] == ["front"]
     with pytest.raises(KeyError, match="no such"):
         claims.write_page("<!-- claims: no such -->\n<!-- end of claims -->", claims.read_hypotheses())
 
