@@ -120,7 +120,10 @@ def by_seed(h: Hypothesis, name: str, data: str, results: Path = RESULTS) -> dic
     """A row's figure on a data set; none where it is not measured."""
     rows, made = read_tables(results / h.results)
     if h.figure == "speed":
-        seconds = {r.seed: r.train_seconds for r in rows if (r.protocol, r.data, r.name) == (h.protocol, data, name)}
+        own = [r for r in rows if (r.protocol, r.data, r.name) == (h.protocol, data, name)]
+        if len({(r.backbone, r.shots) for r in own}) > 1:
+            raise SystemExit(f"{h.results}: '{name}' on {data} has several backbones or shots (allowed: one of each)")
+        seconds = {r.seed: r.train_seconds for r in own}
         share = h.build / len(seconds) if name == h.a and seconds else 0
         return {seed: -math.log(value + share) for seed, value in seconds.items()}
     found = [t for protocol, t in made if (protocol, t.data) == (h.protocol, (data,)) and h.figure in t.head]

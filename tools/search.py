@@ -141,9 +141,12 @@ def read_figures(benches: Sequence[Path]) -> tuple[Figures, Figures]:
     """Base, novel and harmonic mean of the rows of each data set: with the lowest seed, and as means over every seed.
 
     The second has only the rows that were run with every seed that there is. Both have every data set, one without such
-    rows as well. Figures are those of ``vlprompt report``.
+    rows as well. Figures are those of ``vlprompt report``. Raises ValueError for figures that are of anything but val
+    images in base to novel: test images choose no settings.
     """
     rows = [row for bench in benches for row in read_results(bench / RESULTS)]
+    if strange := {f"{row.protocol}, {row.split} images" for row in rows} - {"base-to-novel, val images"}:
+        raise ValueError(f"there are figures of {'; '.join(sorted(strange))} (allowed: base-to-novel with --split val)")
     seeds = sorted({row.seed for row in rows})
     return _figures(rows, seeds[:1]), _figures(rows, seeds)
 

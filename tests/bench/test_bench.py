@@ -252,6 +252,12 @@ def test_words_in_rows_are_those_of_the_command_line(tmp_path: Path) -> None:
         ("rows: {a: {lr: 1}}", "row 'a' names no method"),
         ("rows: {a: coop}", "row 'a' must hold settings"),
         ("rows: {a: {", "cannot read rows from"),
+        ("rows: {a: {method: 3}}", "row 'a': method = 3 (allowed: a name)"),
+        ("method: [coop]\nrows: {a: {}}", "row 'a': method = ['coop'] (allowed: a name)"),
+        ("rows: {a: {method: coop, preset: [1]}}", "row 'a': preset = [1] (allowed: a name)"),
+        ("method: coop\nset: {preset: 1}\nrows: {a: {}}", "set: preset = 1 (allowed: a name)"),
+        ("method: coop\nset: 3\nrows: {a: {}}", "set = 3 (allowed: settings, {key: value})"),
+        ("method: coop\nset: [n_ctx]\nrows: {a: {}}", "set = ['n_ctx'] (allowed: settings, {key: value})"),
     ],
 )
 def test_rows_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -500,6 +506,66 @@ def test_another_bank_of_the_same_name_is_other_data(bench, photos: Path, tmp_pa
     code, _, err = bench(*given, f"bank={tmp_path / 'two' / 'b'}", "--skip-existing")
     assert code == 2
     assert f"was trained on another region bank than {tmp_path / 'two' / 'b'}" in err
+
+
+def test_other_texts_in_a_file_of_the_same_name_are_other_data(bench, photos: Path, tmp_path: Path) -> None:
+    file = tmp_path / "texts.json"
+    given = ("few-shot", "--methods", "zero_shot", "--shots", "2", "--data", photos, f"descriptions={file}")
+    for text, code in (("a cat or so", 0), ("a dog or so", 2), ("a cat or so", 0)):
+        file.write_text(json.dumps({name: [text] for name in CLASSES}))
+        done = bench(*given, "--seeds", "1,2" if code else "1", "--skip-existing")
+        assert done[0] == code
+        assert ("seed_1 was trained with another content of descriptions: choose" in done[2]) == bool(code)
+
+
+def test_another_model_to_begin_from_at_the_same_place_is_other_data(
+    bench, vlprompt, photos: Path, tmp_path: Path
+) -> None:
+    given = ("few-shot", "--methods", "coop", "--seeds", "1", "--shots", "2", "--data", photos)
+    begun = (f"warm_start={tmp_path / 'w'}", "--skip-existing")
+    for epochs, code in ((1, 0), (2, 2)):
+        shutil.rmtree(tmp_path / "w", ignore_errors=True)
+        assert vlprompt("train", "coop", photos, "--out", tmp_path / "w", *QUICK, f"train.epochs={epochs}")[0] == 0
+        done = bench(*given, *begun)
+        assert done[0] == code, done
+        assert ("was trained with another content of warm_start: choose" in done[2]) == bool(code)
+    shutil.rmtree(tmp_path / "w")
+    assert bench(*given, *begun)[0] == 0  # it is not needed any more
+
+
+def test_images_that_are_not_measured_are_told(bench, vlprompt, photos: Path, tmp_path: Path) -> None:
+    data = tmp_path / "pictures"
+    shutil.copytree(photos, data)
+    good = (data / "test" / "cat" / "0.png").read_bytes()
+    (data / "test" / "cat" / "0.png").write_bytes(b"none")
+    given = ("few-shot", "--methods", "zero_shot", "--shots", "2", "--data", data, "skip_bad=true", "--skip-existing")
+    code, _, err = bench(*given, "--seeds", "1")
+    assert code == 0
+    assert "; 1 test images of all left out, unreadable" in err
+    (data / "test" / "cat" / "0.png").write_bytes(good)
+    runs_module._readable.cache_clear()  # as in another process
+    assert bench(*given, "--seeds", "1,2")[0] == 0
+    text = vlprompt("report", tmp_path / "out")[1]
+    assert "Numbers of test images of pictures, all classes, differ between runs: 5, 6." in text
+
+
+def test_test_images_that_are_trained_on_are_told(bench, photos: Path, tmp_path: Path) -> None:
+    data = tmp_path / "pictures"
+    shutil.copytree(photos, data)
+    shutil.copy(data / "train" / "cat" / "0.png", data / "test" / "cat" / "9.png")
+    err = bench("few-shot", "--methods", "zero_shot", "--seeds", "1", "--shots", "2", "--data", data)[2]
+    assert "note: 1 of 7 test images are among the training images too: test/cat/9.png" in err
+
+
+def test_the_report_tells_settings_that_rows_should_share(bench, vlprompt, photos: Path, tmp_path: Path) -> None:
+    given = ("few-shot", "--seeds", "1", "--shots", "2", "--data", photos)
+    assert bench(*given, "--methods", "zero_shot")[0] == 0
+    assert bench(*given, "--methods", "coop", "train.select=val")[0] == 0
+    text = vlprompt("report", tmp_path / "out")[1]
+    assert "Of coop the epoch that is best on val images is kept." in text
+    assert "differs between runs" not in text
+    assert bench(*given, "--methods", "linear_probe", "skip_bad=true")[0] == 0
+    assert "data.skip_bad differs between runs: False, True." in vlprompt("report", tmp_path / "out")[1]
 
 
 def test_the_report_tells_other_weights_and_images(bench, vlprompt, photos: Path, tmp_path: Path) -> None:
@@ -1066,6 +1132,8 @@ def test_results_read_back(tmp_path: Path) -> None:
         (lambda t: t.replace("few-shot,", ",", 1), "line 2: protocol is empty"),
         (lambda t: t.replace("accuracy,", "", 1), "line 1: it lacks the columns accuracy"),
         (lambda t: "", "line 1: it lacks the columns protocol"),
+        (lambda t: t.replace(",all,", ",pgd-1/0-1,", 1), "line 2: unknown classes 'pgd-1/0-1'"),
+        (lambda t: t.replace(",all,", ",seen-0-of-0,", 1), "line 2: unknown classes 'seen-0-of-0'"),
         (lambda t: t + t.splitlines()[1].replace(",50.0,", ",60.0,"), "line 4: it is of the same run and images as"),
     ],
 )

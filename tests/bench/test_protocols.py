@@ -318,6 +318,11 @@ def test_what_is_measured_is_in_its_name() -> None:
     (run,) = plan(Asked("robustness", {"coop": ("coop", {})}, ["x"], [1]))
     assert attack_of(run.measurements[1].classes) == Attack()
     assert (seen("seen-2-of-5"), seen("all"), attack_of("all"), attack_of("pgd-0-3x")) == ((2, 5), None, None, None)
+    assert not any(map(seen, ("seen-0-of-2", "seen-3-of-2", "seen-1-of-1")))
+    assert not any(map(attack_of, ("pgd-0-1", "pgd-1/0-1", "pgd-1/2-0", "pgd-2-1")))
+    names = [str(attack_of(f"pgd-{eps}-1")) for eps in ("1/255", "1/100", "1/30000", "1/50000")]
+    assert names[:2] == ["pgd within 1/255, 1 steps", "pgd within 1/100, 1 steps"]
+    assert len(set(names)) == 4, "each has a column of its own"
     assert Measurement("x", "seen-1-of-2", "test").half == Measurement("x", "pgd-1/255-3", "test").half == "all"
 
 

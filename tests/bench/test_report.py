@@ -254,6 +254,19 @@ def test_runs_of_other_settings_are_not_averaged() -> None:
         studies([replace(first, settings="g"), *rest])
 
 
+def test_a_row_of_two_methods_is_refused() -> None:
+    rows = [replace(row, method="maple") if (row.name, row.data) == ("coop", "dtd") else row for row in base_to_novel()]
+    with pytest.raises(DataError, match="'coop' is coop on eurosat and maple on dtd"):
+        studies(rows)
+
+
+def test_results_without_what_an_average_is_of(tmp_path: Path) -> None:
+    """A source without targets, tasks of which none is measured: missing, as other runs are."""
+    rows = [replace(PLAIN, protocol=name, classes="all") for name in ("cross-dataset", "class-incremental")]
+    for section in read_sections(folder(tmp_path, rows)):
+        assert "missing" in {str(cell) for line in section.tables[0].lines.values() for cell in line}
+
+
 def test_a_reference_that_is_no_row(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown reference 'cop': did you mean 'coop'"):
         read_sections(folder(tmp_path, base_to_novel()), "cop")

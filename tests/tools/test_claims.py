@@ -108,6 +108,9 @@ def test_a_page_of_figures(tmp_path):
     )
     speed = replace(first, claim="A is fast", figure="speed", data=("clothing",), at_least=3, build=6)
     gone = replace(first, claim="C is above", a="c", results="none.csv")
+    (tmp_path / "s.csv").write_text(to_csv([*rows, *(replace(row, shots=1) for row in rows)]), "utf-8")
+    with pytest.raises(SystemExit, match="'a' on clothing has several backbones or shots"):
+        claims.by_seed(replace(speed, results="s.csv"), "a", "clothing", tmp_path)
     both_marks = "".join(f"<!-- claims: {name} -->\n<!-- end of claims -->\n" for name in ("summary", "dpl x"))
     lines = claims.write_page(both_marks, [first, speed, gone], tmp_path).splitlines()
     assert lines[1] == "3 hypotheses, of which 2 are measured."

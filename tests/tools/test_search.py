@@ -116,6 +116,14 @@ def test_a_data_set_that_lacks_a_seed_altogether_is_not_left_out_of_the_choice(t
         search.search({"coop-1": ("coop", {})}, first, final)
 
 
+@pytest.mark.parametrize("other", [{"split": "test"}, {"protocol": "few-shot", "classes": "all"}])
+def test_only_val_images_in_base_to_novel_choose(tmp_path, other):
+    rows = [ROW, replace(ROW, classes="novel"), replace(ROW, seed=2, **other)]
+    (tmp_path / "results.csv").write_text(to_csv(rows))
+    with pytest.raises(ValueError, match=r"there are figures of .* \(allowed: base-to-novel with --split val\)"):
+        search.read_figures([tmp_path])
+
+
 def test_nothing_is_taken_before_every_trial_has_been_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "rows.yaml").write_text(yaml.safe_dump(search.rows(["coop"], 2, 0)))
     (tmp_path / "results.csv").write_text(to_csv([ROW, replace(ROW, classes="novel")]))

@@ -27,7 +27,8 @@ from vlprompt.bench.stages import check_method, stages
 from vlprompt.config.images import run_split
 from vlprompt.config.schema import RunConfig
 from vlprompt.config.teacher import load_teacher_model, teacher_name
-from vlprompt.data.datasets import check_outside, load_dataset
+from vlprompt.data.datasets import check_outside, in_two_parts, load_dataset
+from vlprompt.data.known.table import find_dataset
 from vlprompt.documents import read_sealed, write_sealed
 from vlprompt.errors import ConfigError, DataError, Interrupted, VlpromptError, first_few, one_line
 from vlprompt.files import held, in_use, write_error
@@ -268,6 +269,8 @@ def gaps(runs: Sequence[Run], load: Load = load_dataset) -> list[str]:
     """A line for each choice of images that the runs are measured on in which some of its classes have none."""
     asked = [(measured_dataset(run.config, m, load), m) for run in runs for m in run.measurements]
     notes = [note for dataset, m in asked for note in (*dataset.notes, dataset.gap(m.split, m.half))]
+    own = {data.name: data for data in (run.config.data for run in runs) if not find_dataset(data.name)}
+    notes += [note for d in own.values() for note in in_two_parts(load(d.name, d.root, d.split_file).split)]
     notes += [
         f"note: {len(names)} classes of {run.data} for {n} tasks: a task of one class has nothing to tell it from"
         for run in runs

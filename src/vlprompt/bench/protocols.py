@@ -134,15 +134,19 @@ class Measurement:
 
 
 def seen(classes: str) -> tuple[int, int] | None:
-    """t and T of seen-t-of-T; None for other classes."""
-    found = re.fullmatch(r"seen-(\d+)-of-(\d+)", classes)
-    return (int(found[1]), int(found[2])) if found else None
+    """t and T of seen-t-of-T; None for other classes, and where there cannot be such a task."""
+    found = re.fullmatch(r"seen-(\d{1,9})-of-(\d{1,9})", classes)
+    t, n = (int(found[1]), int(found[2])) if found else (0, 0)
+    return (t, n) if n > 1 and 1 <= t <= n else None
 
 
 def attack_of(classes: str) -> Attack | None:
-    """The attack of pgd-EPS-STEPS; None where images are as they are."""
-    found = re.fullmatch(r"(pgd)-(\d+/?\d*)-(\d+)", classes)
-    return find_attack(found[1], found[2], int(found[3])) if found else None
+    """The attack of pgd-EPS-STEPS; None where images are as they are, and where there cannot be such an attack."""
+    found = re.fullmatch(r"(pgd)-(\d+/?\d*)-(\d{1,9})", classes)
+    try:
+        return find_attack(found[1], found[2], int(found[3])) if found else None
+    except ConfigError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,8 @@ def read_rows(file: Path) -> Rows:
         raise ConfigError(f"{file} must hold rows: names with settings")
     if strange := set(content) - {"method", "set", "rows"}:
         raise ConfigError(f"{file}: {unknown('key', min(map(str, strange)), ('method', 'set', 'rows'))}")
+    if not isinstance(content.get("set") or {}, dict):
+        raise ConfigError(f"{file}: set = {content['set']} (allowed: settings, {{key: value}})")
     rows: dict[str, tuple[str, Mapping[str, Any]]] = {}
     for name, settings in content["rows"].items():
         if not isinstance(settings or {}, dict):
@@ -83,7 +85,12 @@ def read_rows(file: Path) -> Rows:
         method = own.pop("method", content.get("method"))
         if method is None:
             raise ConfigError(f"{file}: row '{name}' names no method")
+        for key, value in (("method", method), ("preset", own.get("preset"))):
+            if not isinstance(value, str | None):
+                raise ConfigError(f"{file}: row '{name}': {key} = {value} (allowed: a name)")
         common = content.get("set") or {} if content.get("method") in (None, method) else {}
+        if not isinstance(common.get("preset"), str | None):
+            raise ConfigError(f"{file}: set: preset = {common['preset']} (allowed: a name)")
         rows[str(name)] = method, common | own
     return rows
 

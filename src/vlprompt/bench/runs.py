@@ -31,9 +31,13 @@ from vlprompt.training.attack import AttackedImages
 from vlprompt.training.checkpoints import checkpoint_file
 from vlprompt.training.evaluate import Evaluation, evaluate
 from vlprompt.training.prepare import describe_others
-from vlprompt.training.run import Environment, Result, saved_config, train
+from vlprompt.training.run import Environment, Result, files_read, saved_config, train
 
-_OF_TRAINING = ("epochs", "train_accuracy", "val_accuracy", "trainable_parameters", "seconds")
+_OF_TRAINING = ("epochs", "train_accuracy", "val_accuracy", "trainable_parameters", "seconds", "skipped", "kept_epoch")
+_COMMON = (
+    "train.precision", "data.imbalance", "data.val_fraction", "data.allow_fewer", "data.skip_bad", "data.split_file"
+)  # fmt: skip
+"""Settings that rows of a table should share: the report says where they do not."""
 ADVICE = "choose another folder, or remove it"
 
 T = TypeVar("T")
@@ -67,6 +71,7 @@ def do_run(run: Run, out: Path) -> dict[str, Any]:
         "shots": config.data.shots,
         "seed": config.seed,
         "settings": fingerprint(config),
+        "common": {key: result_settings(config)[key] for key in _COMMON},
         "code": code_version(),
         "measured": [],
     }
@@ -94,7 +99,9 @@ def do_run(run: Run, out: Path) -> dict[str, Any]:
             measured["seconds"] = time.monotonic() - began
             measured["images_fingerprint"] = images_fingerprint(split, measurement.split)
             groups = PROTOCOLS[run.protocol].groups
-            figures["measured"].append(measured | (described(score, groups) if score else {"n": 0}))
+            found = described(score, groups) if score else {"n": 0}
+            measured["skipped"] = len(split.items(measurement.split)) - found["n"] if score else 0
+            figures["measured"].append(measured | found)
             write_sealed(folder / FIGURES, figures)
     return figures
 
@@ -124,9 +131,12 @@ def _of_training(trained: Sequence[Stage]) -> dict[str, Any]:
 
 
 def told(run: Run, figures: Mapping[str, Any]) -> str:
-    """What was measured of a run, in a line."""
-    names = ((m, m["classes"] if m["data"] == run.data else m["data"]) for m in figures["measured"])
-    return ", ".join(f"{name} {m['accuracy']:.2f} %" if m["n"] else f"{name} –" for m, name in names)
+    """What was measured of a run, and how many images could not be read, in a line."""
+    names = [(m, m["classes"] if m["data"] == run.data else m["data"]) for m in figures["measured"]]
+    skipped = {"training images": figures.get("skipped", 0)}
+    skipped |= {f"{m['split']} images of {name}": m.get("skipped", 0) for m, name in names}
+    left_out = "".join(f"; {n} {what} left out, unreadable" for what, n in skipped.items() if n)
+    return ", ".join(f"{name} {m['accuracy']:.2f} %" if m["n"] else f"{name} –" for m, name in names) + left_out
 
 
 def measured_dataset(config: RunConfig, measurement: Measurement, load: Load = load_dataset) -> LoadedDataset:
@@ -231,6 +241,11 @@ def _check_same(stage: Stage, run: Run, load: Load) -> None:
         then = read_split(folder / "split.json", split.root)
         if (then.class_names, then.train, then.val) != (split.class_names, split.train, split.val):
             raise ConfigError(f"{folder} was trained on other images than {run.data} has now: {ADVICE}")
+    now_read = {key: value for key, value in files_read(stage.config).items() if key in environment}
+    if data.task is not None:
+        now_read.pop("warm_start_fingerprint", None)
+    if changed := [key.removesuffix("_fingerprint") for key, value in now_read.items() if environment[key] != value]:
+        raise ConfigError(f"{folder} was trained with another content of {', '.join(changed)}: {ADVICE}")
     bank = environment.get("bank_fingerprint")
     if bank and data.bank and bank != read_manifest(Path(data.bank).expanduser()).settings.fingerprint:
         raise ConfigError(f"{folder} was trained on another region bank than {data.bank}: {ADVICE}")

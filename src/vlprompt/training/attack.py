@@ -30,7 +30,8 @@ class Attack:
     """Of a level of 255 each, or of ``eps`` if that is less."""
 
     def __str__(self) -> str:
-        return f"{self.name} within {Fraction(self.eps).limit_denominator(10_000)}, {self.steps} steps"
+        short = Fraction(self.eps).limit_denominator(10_000)
+        return f"{self.name} within {short if float(short) == self.eps else self.eps}, {self.steps} steps"
 
 
 def find_attack(name: str | None, eps: str | None = None, steps: int | None = None) -> Attack | None:

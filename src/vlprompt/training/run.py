@@ -18,7 +18,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from vlprompt.artefact.artefact import save_artefact
+from vlprompt.artefact.artefact import PROMPTS, save_artefact
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.names import public_name
@@ -26,10 +26,11 @@ from vlprompt.bank.use import read_by, regions_used
 from vlprompt.config.images import choose_images, image_notes
 from vlprompt.config.schema import DataConfig, RunConfig, TrainConfig, build_config, read_config
 from vlprompt.data.datasets import LoadedDataset, check_outside, load_dataset
+from vlprompt.data.files import content_hash
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split, read_split, split_text, write_split
-from vlprompt.documents import write_sealed
-from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError
+from vlprompt.documents import read_sealed, write_sealed
+from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError, one_line
 from vlprompt.files import held, in_use, write_atomically, write_error
 from vlprompt.methods import Method, find_method
 from vlprompt.methods.registry import file_fingerprint
@@ -64,6 +65,8 @@ class Result:
     """Images left out because they cannot be read (--skip-bad)."""
     teacher: str | None
     """The model that it learned from, if it did not learn from labels."""
+    kept_epoch: int | None = None
+    """The epoch that is kept, where it was chosen on the val images; otherwise the last one is."""
 
 
 def train(
@@ -167,7 +170,9 @@ def train(
             trainable = sum(p.numel() for p in method.learned())
             seconds = time.monotonic() - began + history.earlier
             taught_by = config.teacher.backbone or sources.taught_by if config.taught else None
-            result = Result(str(out), len(history.rows), train_accuracy, kept, trainable, seconds, skipped, taught_by)
+            best = history.best_epoch if training and selects else None
+            epochs = len(history.rows)
+            result = Result(str(out), epochs, train_accuracy, kept, trainable, seconds, skipped, taught_by, best)
             if processes.first:
                 write_sealed(out / "metrics.json", vars(result), indent=2)
                 calibration = calibrate_trained(method, predicted, val.labels, split.class_names, say)
@@ -315,11 +320,15 @@ def _check_images(out: Path, split: Split) -> None:
 
 
 def _describe(out: Path, config: RunConfig, split: Split, environment: Environment, resume: bool) -> None:
+    file = out / "environment.json"
+    # What the run began with: a resumed one refuses other texts by itself, and no longer reads what it began from.
+    began = _saved_environment(file) if resume and file.is_file() else files_read(config)
+    environment |= {key: began[key] for key in _READ if key in began}
     if not resume:
         write_atomically(out / "config.yaml", config.placed().to_yaml())
     if own := file_fingerprint(config.method):
         environment["method_fingerprint"] = own
-    write_sealed(out / "environment.json", environment, indent=2)
+    write_sealed(file, environment, indent=2)
     write_split(split, out / "split.json")
 
 
@@ -358,6 +367,24 @@ def _run_folder(out: Path, resume: bool, processes: Processes) -> Iterator[None]
         raise Interrupted(f"to continue: vlprompt train --resume {shlex.quote(str(out))}") from None
     finally:
         lock.close()
+
+
+_READ = tuple(f"{name}_fingerprint" for name in ("descriptions", "prior", "class_names", "warm_start"))
+
+
+def _saved_environment(file: Path) -> Environment:
+    try:
+        return read_sealed(file, Environment)
+    except (KeyError, OSError, ValueError) as error:
+        raise DataError(f"cannot read {file}: {one_line(error)}: without that file the run can be resumed") from None
+
+
+def files_read(config: RunConfig) -> dict[str, str]:
+    """Fingerprints of what a run reads beside images and backbones: texts, a prior, and what it begins from."""
+    data, start = config.data, config.train.warm_start
+    files = data.descriptions, data.prior, config.teacher.class_names_file, start and f"{start}/{PROMPTS}"
+    places = {key: Path(file).expanduser() for key, file in zip(_READ, files, strict=True) if file}
+    return {key: content_hash(place)[:12] for key, place in places.items() if place.is_file()}
 
 
 def environment(backbone: Backbone, sources: Sources | None = None) -> Environment:

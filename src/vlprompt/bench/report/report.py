@@ -22,7 +22,8 @@ from vlprompt.errors import ConfigError, DataError, first_few, unknown
 from vlprompt.files import write_atomically
 
 CONVENTIONS = (
-    "Accuracy in percent: the mean over seeds ± its sample standard deviation, of the last epoch. An average over data "
+    "Accuracy in percent: the mean over seeds ± its sample standard deviation, of the last epoch, if no note says that "
+    "another one was chosen on val images. An average over data "
     "sets counts the seeds that all of them have. HM is the harmonic mean of the mean base and the mean novel "
     "accuracy, of the seeds that have both. Differences are paired by seed (of HM: of each seed's HM); p is two-sided, "
     "of a t-test over seeds. “–”: the method cannot be asked. train, s: seconds that a run trained."
@@ -137,8 +138,10 @@ def _orders(study: Study, runs: Runs) -> list[str]:
 
 
 def _unlike(study: Study, runs: Runs) -> list[str]:
-    """Notes on weights and images that should be the same in runs of a study and are not."""
+    """Notes on what should be the same in runs of a study and is not, and on runs that are not of the last epoch."""
     found: dict[str, set[str | None]] = {}
+    common: dict[str, dict[str, None]] = {}
+    chosen: dict[str, None] = {}
     for figures in runs.values():
         weights = figures.get("weights", {})
         same = {"Weights of the backbone": weights.get("backbone")}
@@ -149,7 +152,22 @@ def _unlike(study: Study, runs: Runs) -> list[str]:
             same[images] = m.get("images_fingerprint")
         for what, value in same.items():
             found.setdefault(what, set()).add(value)
-    return [f"{what} differ between runs." for what, values in found.items() if len(values - {None}) > 1]
+        for key, setting in figures.get("common", {}).items():
+            common.setdefault(key, {})[str(setting)] = None
+        if figures.get("kept_epoch") is not None:
+            chosen[figures["name"]] = None
+    numbers: dict[str, set[int]] = {}
+    for row in (row for row in study.rows if row.images):
+        of = f"{row.measured_on}, {row.classes} classes" + (f" of seed {row.seed}" if seen(row.classes) else "")
+        numbers.setdefault(of, set()).add(row.images)
+    notes = [f"{what} differ between runs." for what, values in found.items() if len(values - {None}) > 1]
+    notes += [f"{key} differs between runs: {', '.join(values)}." for key, values in common.items() if len(values) > 1]
+    notes += [
+        f"Numbers of {study.split} images of {of}, differ between runs: {', '.join(map(str, sorted(values)))}."
+        for of, values in numbers.items()
+        if len(values) > 1
+    ]
+    return notes + ([f"Of {', '.join(chosen)} the epoch that is best on val images is kept."] if chosen else [])
 
 
 def _gains(study: Study, reference: str, runs: Runs) -> Iterator[tuple[str, str]]:

@@ -195,7 +195,13 @@ def _tasks(classes: str) -> int:
 
 def _check_settings(rows: Iterable[Row]) -> None:
     known: dict[tuple, Row] = {}
+    methods: dict[str, Row] = {}
     for row in rows:
+        if (other := methods.setdefault(row.name, row)).method != row.method:
+            raise DataError(
+                f"{row.protocol}: '{row.name}' is {row.method} on {row.data} and {other.method} on {other.data}: "
+                "they cannot be averaged"
+            )
         first = known.setdefault((row.data, row.name, row.shots), row)
         if first.settings != row.settings:
             raise DataError(
@@ -264,7 +270,7 @@ def _transfer(study: Study, data: Sequence[str]) -> Columns:
 
     def average(name: str) -> Cell:
         cells = [of(target)(name) for target in targets]
-        shared = [seed for seed in study.seeds if all(seed in cell.values for cell in cells)]
+        shared = [seed for seed in study.seeds if cells and all(seed in cell.values for cell in cells)]
         values = {seed: statistics.mean(cell.values[seed] for cell in cells) for seed in shared}
         return Cell(values, len(study.seeds), any(cell.not_asked for cell in cells) and not values)
 
@@ -292,9 +298,8 @@ def _class_incremental(study: Study, data: Sequence[str]) -> Columns:
 
     def average(name: str) -> Cell:
         cells = [of(t)(name) for t in range(1, study.tasks + 1)]
-        values = {
-            s: statistics.mean(c.values[s] for c in cells) for s in study.seeds if all(s in c.values for c in cells)
-        }
+        shared = [seed for seed in study.seeds if cells and all(seed in cell.values for cell in cells)]
+        values = {seed: statistics.mean(cell.values[seed] for cell in cells) for seed in shared}
         return Cell(values, len(study.seeds), any(c.not_asked for c in cells) and not values)
 
     return {"last": of(study.tasks), "average": average}
