@@ -29,6 +29,7 @@ from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.splits import Item, Split, read_split
 from vlprompt.documents import read_sealed
 from vlprompt.errors import ConfigError, DataError
+from vlprompt.methods import METHODS
 from vlprompt.training.run import Result, saved_config
 
 FAST = "zero_shot,linear_probe,gda"
@@ -272,6 +273,26 @@ def test_a_second_call_trains_nothing_again(
     monkeypatch.setattr(run_module, "train", none)
     again = compared(small, out, "--json").json
     assert again["rows"] == told["rows"]
+
+
+def test_other_pixels_under_the_same_names_are_another_comparison(tmp_path: Path) -> None:
+    data = make_photos(tmp_path / "photos", train=6, val=0, test=0)
+    assert compared(data, tmp_path / "out", methods="zero_shot").code == 0
+    shutil.copy(next((data / "train").glob("*/5.png")), next((data / "train").glob("*/0.png")))
+    again = compared(data, tmp_path / "out", methods="zero_shot")
+    assert again.code == 2
+    assert "holds a comparison of other images or settings" in again.err
+
+
+def test_a_changed_method_of_ones_own_is_compared_anew(small: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    text = "from vlprompt.methods import register\nfrom vlprompt.methods.zero_shot import ZeroShot\n\n\n"
+    text += '@register("mine")\nclass Mine(ZeroShot):\n    """Zero-shot."""\n'
+    for content in (text, text + "    changed = True\n"):
+        file.write_text(content)
+        assert compared(small, tmp_path / "out", methods=str(file)).code == 0
+    METHODS.pop("mine", None)
+    assert len(list((tmp_path / "out" / "candidates").glob("mine-*.safetensors"))) == 2 * 3, "each fold again"
 
 
 def test_a_stopped_comparison_goes_on(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from vlprompt.data.splits import Split, in_order, ranked_by_class
 from vlprompt.documents import checksum
 from vlprompt.errors import DataError
 from vlprompt.methods import find_method
+from vlprompt.methods.registry import file_fingerprint
 from vlprompt.training.evaluate import EvaluationImages
 from vlprompt.training.prepare import build, find_sources, prepare
 
@@ -42,6 +43,11 @@ class Candidate:
     name: str
     config: RunConfig
     preset: str | None
+
+    @property
+    def settings(self) -> list[Any]:
+        """What of it decides a result: its configuration, and what is in a method's file."""
+        return [self.config.to_dict(), file_fingerprint(self.config.method)]
 
     @property
     def views(self) -> int:
@@ -128,7 +134,7 @@ def digest(value: Any) -> str:
 
 
 def split_values(split: Split) -> list[Any]:
-    """What of a split decides a result."""
+    """What of a split decides a result, but for the pixels."""
     return [split.class_names, [[(i.path, i.label) for i in part] for part in (split.train, split.val)]]
 
 

@@ -31,6 +31,7 @@ from vlprompt.compare.rows import LeftOut, Row, best_of, ranked, reason_for, row
 from vlprompt.config.images import choose_images
 from vlprompt.config.schema import RunConfig
 from vlprompt.data.datasets import check_outside, load_dataset
+from vlprompt.data.files import content_hash
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Item, Split, write_split
 from vlprompt.documents import read_sealed, write_sealed
@@ -117,7 +118,9 @@ def compare(
         split = replace(split, train=split.few_shot(shots, seed).train)
     held = hold_out(dataset, split)
     loaded = load_backbone(backbone, device, precision)
-    plan = {"images": digest(split_values(split)), "backbone": loaded.fingerprint, "precision": precision, "seed": seed}
+    pixels = [content_hash(path) for part in ("train", "val") for path in split.paths(part)]
+    plan = {"backbone": loaded.fingerprint, "precision": precision, "seed": seed}
+    plan["images"] = digest([*split_values(split), pixels])
     with _folder(place, plan) as inside:
         costs = Costs(loaded, dataset.template, held)
         work = _Work(held, inside, began + 60 * minutes, costs, say)
@@ -253,9 +256,8 @@ class _Work:
         self.say(f"{method} is left out: {reason}")
 
     def _result(self, candidate: Candidate, fold: Split) -> Path:
-        """Where a method's logits of a fold are kept: another setting, or image, is another file."""
-        values = candidate.config.to_dict()
-        return self.place / f"{candidate.name}-{digest([values, split_values(fold)])}.safetensors"
+        """Where a method's logits of a fold are kept: another setting, method's file or image is another one."""
+        return self.place / f"{candidate.name}-{digest([*candidate.settings, split_values(fold)])}.safetensors"
 
     def _fold(self, candidate: Candidate, k: int, file: Path) -> tuple[Tensor, dict[str, Any]]:
         """Logits of a fold's held-out images [n, C], and what was measured: from the file, or by training."""
@@ -286,7 +288,7 @@ class _Work:
         """
         best = best_of(self.rows).method
         candidate, whole = self.candidates[best], self.held.whole
-        model = digest([candidate.config.to_dict(), split_values(whole)])
+        model = digest([*candidate.settings, split_values(whole)])
         folder, split_file, stamp = self.place / f"best-{model}", self.place / "all.json", self.place / "best.json"
         if (out / CONFIG).is_file() and _json(stamp) == model:
             return
