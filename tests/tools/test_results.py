@@ -1,14 +1,22 @@
 """Tables of the documentation are those of the committed figures, and a bench's figures get there without loss."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 import results
+import yaml
 
 from tests.kit import REPOSITORY
+from tests.kit.marks import slow
+from vlprompt.bench.protocols import Asked, plan
 from vlprompt.bench.results import Row, read_results, to_csv
+from vlprompt.bench.rows import fingerprint, read_rows, unmarked
+from vlprompt.errors import ConfigError
 
 PAGES = [page for page in sorted((REPOSITORY / "docs").rglob("*.md")) if "<!-- results: " in page.read_text("utf-8")]
 ROW = Row(
@@ -41,6 +49,37 @@ def test_tables_are_those_of_the_figures(page, monkeypatch):
     text = page.read_text("utf-8")
     assert text.count("<!-- results: ") == text.count("<!-- end of results -->") == len(results.MARKED.findall(text))
     assert results.write_tables(text) == text
+
+
+def settings_now(shown: results.Shown, name: str, row: tuple, shots: int) -> Iterator[str]:
+    """Fingerprints of a row as its file and preset have it: with towers in either precision, and so on."""
+    targets = ["clothing-demo"] if shown.protocol == "cross-dataset" else []
+    for teacher, few, precision in product((None, "efficientnet-lite0"), (True, False), ("bf16", "fp32")):
+        given = {"train.precision": precision, **({"data.allow_fewer": True} if few else {})}
+        with suppress(ConfigError):  # without its teacher
+            asked = Asked(shown.protocol, {name: row}, [shown.data, *targets], [1], [shots], given, teacher)
+            yield fingerprint(plan(asked)[0].config)
+
+
+@slow
+def test_figures_have_the_settings_that_their_rows_have_now(monkeypatch):
+    """In all tables above the heading of those that are known to be of earlier settings."""
+    monkeypatch.setattr(results, "RESULTS", REPOSITORY / "docs" / "results")
+    text = (REPOSITORY / "docs" / "results.md").read_text("utf-8").partition("\n## Earlier: ")[0]
+    every = [results.Shown(**yaml.safe_load(found[1])) for found in results.MARKED.findall(text)]
+    assert len(every) > 20
+    wrong = []
+    for shown in (shown for shown in every if isinstance(shown.rows, str)):
+        rows, files = (
+            read_rows(REPOSITORY / "tools" / shown.rows),
+            [shown.of] if isinstance(shown.of, str) else shown.of,
+        )
+        of = [row for file in files for row in results.read(file)]
+        of = [row for row in of if (row.protocol, row.data) == (shown.protocol, shown.data)]
+        for name, shots, settings in {(unmarked(row.name), row.shots, row.settings) for row in of}:
+            if name in rows and settings not in settings_now(shown, name, rows[name], shots):
+                wrong.append(f"{shown.of}: {shown.data}, {name}, {shots} shots")
+    assert not wrong
 
 
 def test_results_has_tables():
