@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from filecmp import cmp
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from vlprompt.config.schema import read_config
 from vlprompt.data.datasets import LoadedDataset, load_dataset
+from vlprompt.data.files import same_files
 from vlprompt.data.reading import ImageReader, readable
 from vlprompt.data.splits import Classes, Split, find_classes, read_split
 from vlprompt.errors import DataError, first_few
@@ -77,8 +77,14 @@ def measure(method: Method, run: Path, asked: Asked, dataset: LoadedDataset, rea
         say(note)
     chosen = dataset.split.subset(asked.classes)
     among, names, position = _compared(method, asked, dataset, chosen.class_names, say)
-    split = _part(run, asked, dataset, say)
+    split, trained = _part(run, asked, dataset, say)
     items = chosen.items(split)
+    if dataset.division and split == "test" and not asked.split:
+        # The parts are drawn from the images that there are now: where some have come, gone or moved, they are others.
+        new = tuple(item for item in items if item.path not in trained)
+        if n := len(items) - len(new):
+            say(f"note: {n} of {len(items)} test images were trained on, and are left out")
+        items = new
     if not items:
         raise DataError(f"data set '{dataset.name}' has no {split} images")
     told = split != "all" and (among == "folder" or len(chosen.class_names) > 1)
@@ -98,39 +104,41 @@ def measure(method: Method, run: Path, asked: Asked, dataset: LoadedDataset, rea
     )  # fmt: skip
 
 
-def _part(run: Path, asked: Asked, dataset: LoadedDataset, say: Say) -> str:
-    """The part to measure on; says so where the data set does not name its parts itself."""
-    if not dataset.division:
-        return asked.split or "test"
-    trained = _images_trained_on(run, dataset.split)
-    part = asked.split or ("test" if trained else "all")
-    if trained and not asked.split:
-        say(f"{run} was trained on images of '{dataset.name}': its test part is measured (--split all measures all)")
-    elif part == "all":
+def _part(run: Path, asked: Asked, dataset: LoadedDataset, say: Say) -> tuple[str, set[str]]:
+    """The part to measure on, and which images the run was trained on; says what of that is not plain."""
+    trained = _images_trained_on(run, dataset.split) if dataset.own else set()
+    part = asked.split or ("all" if dataset.division and not trained else "test")
+    if dataset.division and part == "all":
         say(f"data set '{dataset.name}' names no train, val and test images: all are measured")
-    if part != "all":
+    elif dataset.division and not asked.split:
+        say(f"{run} was trained on images of '{dataset.name}': its test part is measured (--split all measures all)")
+        say(dataset.division)
+        return part, trained
+    elif dataset.division:
         say(dataset.division)
     if n := sum(item.path in trained for item in dataset.split.items(part)):
         say(f"note: {run} was trained on {n} of these {len(dataset.split.items(part))} images")
-    return part
+    return part, trained
 
 
 def _images_trained_on(run: Path, split: Split) -> set[str]:
-    """The images that a run was trained on, if they are a split's: by name and, where they still lie there, content.
+    """The images of a split that a run was trained on: those with the content of one that is where it was then.
 
-    Other folders may well have images of the same names.
+    Where the run's images are no longer at hand, by name, if most of the names are there: other folders may well have
+    some of the same names.
     """
     if not (run / "split.json").is_file() or not (run / "config.yaml").is_file():
         return set()
     if read_config(run / "config.yaml").get("data.class_names_file"):
         return set()  # it was trained on a folder without labels, which is never measured
     trained = {item.path for item in read_split(run / "split.json", split.root).train}
-    if not trained <= {item.path for item in split.items("all")}:
-        return set()
     data = Path(str(read_config(run / "config.yaml").get("data.name"))).expanduser()
-    root = data if data.is_dir() else data.parent
-    moved = not all((root / path).is_file() for path in trained)
-    return trained if moved or all(cmp(root / path, split.root / path, shallow=False) for path in trained) else set()
+    root, items = data if data.is_dir() else data.parent, split.items("all")
+    if originals := [root / path for path in trained if (root / path).is_file()]:
+        same = set(same_files([split.root / item.path for item in items], originals))
+        return {item.path for item in items if split.root / item.path in same}
+    there = trained & {item.path for item in items}
+    return there if 2 * len(there) > len(trained) else set()
 
 
 def _compared(
