@@ -104,12 +104,12 @@ def _take(handle: int, how: int) -> bool:
 
 def unfinished_name(file: Path) -> Path:
     """Where to write what becomes ``file``: a name that no other process takes, on any machine that sees the folder."""
-    return file.with_name(f".{file.name}.{secrets.randbits(64)}")
+    return file.with_name(f".{file.name}.vlprompt-{secrets.token_hex(8)}")
 
 
 def is_unfinished(file: Path) -> bool:
     """Whether it has such a name: a process is writing it, or was killed while it did."""
-    return re.fullmatch(r"\..+\.\d+", file.name) is not None
+    return re.fullmatch(r"\..+\.vlprompt-[0-9a-f]{16}", file.name) is not None
 
 
 def in_use(folder: Path) -> bool:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -26,8 +27,8 @@ from vlprompt.backbones.names import public_name
 from vlprompt.data.files import content_hash
 from vlprompt.data.splits import MOST_CLASSES
 from vlprompt.documents import MOST_JSON, check_text, fitted, parse_json, read_text, reader, unsealed, write_sealed
-from vlprompt.errors import ArtefactError, BackboneError, ConfigError, one_line, unknown
-from vlprompt.files import write_atomically
+from vlprompt.errors import ArtefactError, BackboneError, ConfigError, OutputError, one_line, unknown
+from vlprompt.files import is_unfinished, write_atomically
 from vlprompt.methods import Method, find_method, method_names
 from vlprompt.methods.base import TeacherEntry, Template
 from vlprompt.methods.registry import GROUP, file_of
@@ -93,8 +94,11 @@ def save_artefact(
     """Write a tuned model into ``folder``; ``about`` (data, options, metrics) goes into its model card.
 
     A backbone or teacher in a folder is noted with its whole path, or where the model is for others (``public``) by
-    name alone. Whenever the process is killed, the folder holds the model before or the new one, whole.
+    name alone. Whenever the process is killed, the folder holds the model before or the new one, whole. Raises
+    OutputError for a folder that has such files and is no tuned model.
     """
+    if not (folder / PROMPTS).exists() and (other := [name for name in FILES if (folder / name).exists()]):
+        raise OutputError(f"cannot write {folder / other[0]}: it is there already, and is no tuned model's")
     backbone, named = method.backbone, public_name if public else whole_name
     state = {k: v.detach().float().cpu().contiguous() for k, v in method.inference_state().items()}
     prompts = save(state)
@@ -126,8 +130,10 @@ def save_artefact(
     write_atomically(folder / PROMPTS, prompts)
     write_sealed(folder / CONFIG, config, indent=2)
     write_atomically(folder / CARD, model_card(method, about))
-    for left in (left for name in FILES for dots in (".", "..") for left in folder.glob(f"{dots}{name}.*")):
-        left.unlink(missing_ok=True)  # the prompts aside, and what killed processes were writing
+    for left in folder.glob(".*"):  # the prompts aside, and what killed processes were writing
+        ours = any(left.name.lstrip(".").startswith(f"{name}.") for name in FILES)
+        if ours and (is_unfinished(left) or re.fullmatch(rf"\.{PROMPTS}\.[0-9a-f]{{64}}", left.name)):
+            left.unlink(missing_ok=True)
 
 
 def load_artefact(

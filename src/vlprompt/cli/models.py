@@ -128,7 +128,8 @@ def evaluate(
         if html:
             from vlprompt.evaluation.page import page
 
-            write_atomically(html, page(method, folder, measured))
+            # Names of files that are no UTF-8 are spelt out.
+            write_atomically(html, page(method, folder, measured).encode("utf-8", "backslashreplace"))
             say(f"page written to {html}")
     if json_output:
         print(json.dumps(measured.to_dict()))

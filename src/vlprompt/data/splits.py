@@ -90,7 +90,7 @@ class Split:
             raise DataError("there is a val split already")
         train, val = [], []
         for ranked in ranked_by_class(self.train, "val").values():
-            n = int(len(ranked) * fraction)
+            n = int(len(ranked) * fraction + 1e-9)  # 0.29 of 100 is 28.999…
             val += ranked[:n]
             train += ranked[n:]
         return replace(self, train=in_order(train), val=in_order(val))

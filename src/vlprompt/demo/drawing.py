@@ -56,7 +56,7 @@ class Sheet:
 
         What reaches into the right ``margin``, if one is given, is cut off.
         """
-        font = ImageFont.load_default(SCALE * size)
+        font, text = ImageFont.load_default(SCALE * size), " ".join(text.split())
         while margin is not None and self.draw.textlength(text, font) > self.image.width - SCALE * (x + margin):
             text = text.removesuffix("…")[:-1] + "…"
         self.draw.text((SCALE * x, SCALE * y), text, colour, font, anchor=anchor)
