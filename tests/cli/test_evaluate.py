@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import re
 from collections import Counter
 from pathlib import Path
 from shutil import copytree
@@ -148,6 +150,41 @@ def test_the_folder_of_the_run_is_measured_on_its_test_part(runs, flat, tmp_path
         assert (told.json["split"], told.json["n"]) == (part, n)
         seen = f"was trained on 20 of these {n} images" in told.err
         assert seen == (part in ("train", "all"))
+
+
+@pytest.mark.parametrize("change", ["removed", "moved to another class", "a row removed", "renamed elsewhere"])
+def test_data_that_have_changed_since_are_measured_on_the_runs_test_images(change, runs, flat, tmp_path):
+    run = json.loads((runs["linear_probe"] / "split.json").read_text())
+    trained, tested = {row[0] for row in run["train"]}, {row[0] for row in run["test"]}
+    gone, data = min(trained), copytree(flat, tmp_path / "changed")
+    if change == "moved to another class":
+        (data / gone).rename(data / "white" / "moved.png")
+    elif change == "a row removed":
+        rows = [f"{x.relative_to(data)},{x.parent.name}" for x in data.rglob("*.png") if x != data / gone]
+        data = data / "list.csv"
+        data.write_text("\n".join(["path,label", *rows]))
+    else:
+        (data / gone).unlink()
+    if change == "renamed elsewhere":  # and an image to test too
+        (data / min(tested)).rename(data / "white" / "moved.png")
+        tested -= {min(tested)}
+    done = vlprompt("evaluate", runs["linear_probe"], data, "--csv")
+    root = data.parent if data.suffix else data
+    assert {str(Path(row["image"]).relative_to(root)) for row in rows_of(done.out)} == tested
+    assert f"{runs['linear_probe']} was trained on images of '{data.stem}': " in done.err
+    assert "trained on 19 of these" not in done.err
+    every = vlprompt("evaluate", runs["linear_probe"], data, "--split", "all")
+    assert re.search(r"was trained on 19 of these (39|40) images", every.err), every.err
+
+
+def test_a_run_is_told_from_its_data_by_one_image(runs, flat, tmp_path):
+    run = json.loads((runs["linear_probe"] / "split.json").read_text())
+    data = copytree(flat, tmp_path / "flat")
+    for path, *_ in run["train"][1:] + run["test"]:
+        (data / path).unlink()
+    done = vlprompt("evaluate", runs["linear_probe"], data, "--json")
+    assert (done.json["split"], done.json["n"]) == ("all", 9)
+    assert "was trained on 1 of these 9 images" in done.err
 
 
 def test_images_of_the_same_names_in_another_folder(runs, flat, tmp_path):

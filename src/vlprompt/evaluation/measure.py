@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from filecmp import cmp
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from torch import Tensor
 from vlprompt.config.schema import read_config
 from vlprompt.data.datasets import LoadedDataset, load_dataset
 from vlprompt.data.reading import ImageReader, readable
-from vlprompt.data.splits import Classes, Split, find_classes, read_split
+from vlprompt.data.splits import Classes, Item, Split, find_classes, read_split
 from vlprompt.errors import DataError, first_few
 from vlprompt.methods import Method
 from vlprompt.training.attack import Attack, AttackedImages
@@ -77,13 +77,17 @@ def measure(method: Method, run: Path, asked: Asked, dataset: LoadedDataset, rea
         say(note)
     chosen = dataset.split.subset(asked.classes)
     among, names, position = _compared(method, asked, dataset, chosen.class_names, say)
-    split = _part(run, asked, dataset, say)
+    split, dataset, trained = _part(run, asked, dataset, say)
+    chosen = dataset.split.subset(asked.classes)
     items = chosen.items(split)
     if not items:
         raise DataError(f"data set '{dataset.name}' has no {split} images")
     told = split != "all" and (among == "folder" or len(chosen.class_names) > 1)
     if told and (note := dataset.gap(split, asked.classes)):
         say(note)
+    trained_on = sum(item.path in trained for item in items)
+    if trained_on and (split != "train" or dataset.split.divided):  # of a part called train it goes without saying
+        say(f"note: {run} was trained on {trained_on} of these {len(items)} images")
     if not dataset.own:
         method.take_template(dataset.template)
     paths = [chosen.root / item.path for item in items]
@@ -98,39 +102,59 @@ def measure(method: Method, run: Path, asked: Asked, dataset: LoadedDataset, rea
     )  # fmt: skip
 
 
-def _part(run: Path, asked: Asked, dataset: LoadedDataset, say: Say) -> str:
-    """The part to measure on; says so where the data set does not name its parts itself."""
+def _part(run: Path, asked: Asked, dataset: LoadedDataset, say: Say) -> tuple[str, LoadedDataset, set[str]]:
+    """The part to measure on, of which data, and which of the user's own images were trained on.
+
+    Says so where the data set does not name its parts itself.
+    """
+    trained = _images_trained_on(run, dataset.split) if dataset.own else set[str]()
     if not dataset.division:
-        return asked.split or "test"
-    trained = _images_trained_on(run, dataset.split)
-    part = asked.split or ("test" if trained else "all")
-    if trained and not asked.split:
+        return asked.split or "test", dataset, trained
+    test = _test_images(run, dataset.split, trained) if trained else dataset.split.test
+    part = asked.split or ("test" if trained and test else "all")
+    if part == "test" and test != dataset.split.test:
+        say(f"{run} was trained on images of '{dataset.name}': its own test images are measured, those still there")
+        return part, replace(dataset, split=replace(dataset.split, test=test)), trained
+    if part == "test" and not asked.split:
         say(f"{run} was trained on images of '{dataset.name}': its test part is measured (--split all measures all)")
-    elif part == "all":
+    if part == "all":
         say(f"data set '{dataset.name}' names no train, val and test images: all are measured")
-    if part != "all":
+    else:
         say(dataset.division)
-    if n := sum(item.path in trained for item in dataset.split.items(part)):
-        say(f"note: {run} was trained on {n} of these {len(dataset.split.items(part))} images")
-    return part
+    return part, dataset, trained
+
+
+def _test_images(run: Path, split: Split, trained: set[str]) -> tuple[Item, ...]:
+    """The run's own test images that are still there, and the drawn ones of classes that the run does not have.
+
+    The draw of a folder that has changed since would take some that were trained on.
+    """
+    own = read_split(run / "split.json", split.root)
+    paths, drawn = {item.path for item in own.test or split.test} - trained, set(split.test)
+    place = find_classes(split.class_names, own.class_names)
+    return tuple(
+        item for item in split.items("all") if item.path in paths or (place[item.label] is None and item in drawn)
+    )
 
 
 def _images_trained_on(run: Path, split: Split) -> set[str]:
-    """The images that a run was trained on, if they are a split's: by name and, where they still lie there, content.
+    """The images of a split that a run was trained on: by name and, where its data still lie there, content.
 
-    Other folders may well have images of the same names.
+    Other folders may well have images of the same names. One image of the same name and content is enough: some may
+    have been removed, renamed or moved to another class since.
     """
     if not (run / "split.json").is_file() or not (run / "config.yaml").is_file():
         return set()
     if read_config(run / "config.yaml").get("data.class_names_file"):
         return set()  # it was trained on a folder without labels, which is never measured
     trained = {item.path for item in read_split(run / "split.json", split.root).train}
-    if not trained <= {item.path for item in split.items("all")}:
-        return set()
+    here = trained & {item.path for item in split.items("all")}
     data = Path(str(read_config(run / "config.yaml").get("data.name"))).expanduser()
     root = data if data.is_dir() else data.parent
-    moved = not all((root / path).is_file() for path in trained)
-    return trained if moved or all(cmp(root / path, split.root / path, shallow=False) for path in trained) else set()
+    there = {path for path in trained if (root / path).is_file()}
+    if not there:  # the data have moved: a few equal names may be chance, most of them hardly
+        return here if 2 * len(here) > len(trained) else set()
+    return {path for path in here & there if cmp(root / path, split.root / path, shallow=False)}
 
 
 def _compared(
