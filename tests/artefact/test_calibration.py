@@ -193,6 +193,16 @@ def test_training_calibrates_on_val_images(run: Path, noise: Path) -> None:
     }  # fmt: skip
 
 
+def test_resuming_a_finished_run_leaves_its_calibration(run: Path) -> None:
+    calibration = changed(run, temperature=7.0)
+    assert vlprompt("train", "--resume", run).code == 0
+    assert load_calibration(run) == calibration
+    (run / "config.json").write_text("{")
+    done = vlprompt("train", "--resume", run)
+    assert (done.code, "calibrated on 24 val images" in done.err) == (0, True)
+    assert load_calibration(run) not in (None, calibration)
+
+
 def test_without_enough_val_images_training_calibrates_nothing(photos: Path, tmp_path: Path) -> None:
     done = vlprompt("train", "zero_shot", photos, "--backbone", TINY, "--shots", "1", "--out", tmp_path / "run")
     assert done.code == 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections import Counter
-from itertools import product
 from pathlib import Path
 from shutil import copytree
 
@@ -16,7 +16,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_f
 from tests.kit import TINY
 from tests.kit.command import vlprompt
 from tests.kit.hub import Hub
-from tests.kit.pictures import draw, make_photos, paint
+from tests.kit.pictures import draw, paint
 from vlprompt.data.splits import find_classes
 from vlprompt.methods import METHODS
 
@@ -152,36 +152,39 @@ def test_the_folder_of_the_run_is_measured_on_its_test_part(runs, flat, tmp_path
         assert seen == (part in ("train", "all"))
 
 
-def test_what_was_trained_on_is_not_measured_where_images_are_gone_moved_or_new(runs, flat, tmp_path):
+@pytest.mark.parametrize("change", ["removed", "moved to another class", "a row removed", "renamed elsewhere"])
+def test_data_that_have_changed_since_are_measured_on_the_runs_test_images(change, runs, flat, tmp_path):
+    run = json.loads((runs["linear_probe"] / "split.json").read_text())
+    trained, tested = {row[0] for row in run["train"]}, {row[0] for row in run["test"]}
+    gone, data = min(trained), copytree(flat, tmp_path / "changed")
+    if change == "moved to another class":
+        (data / gone).rename(data / "white" / "moved.png")
+    elif change == "a row removed":
+        rows = [f"{x.relative_to(data)},{x.parent.name}" for x in data.rglob("*.png") if x != data / gone]
+        data = data / "list.csv"
+        data.write_text("\n".join(["path,label", *rows]))
+    else:
+        (data / gone).unlink()
+    if change == "renamed elsewhere":  # and an image to test too
+        (data / min(tested)).rename(data / "white" / "moved.png")
+        tested -= {min(tested)}
+    done = vlprompt("evaluate", runs["linear_probe"], data, "--csv")
+    root = data.parent if data.suffix else data
+    assert {str(Path(row["image"]).relative_to(root)) for row in rows_of(done.out)} == tested
+    assert f"{runs['linear_probe']} was trained on images of '{data.stem}': " in done.err
+    assert "trained on 19 of these" not in done.err
+    every = vlprompt("evaluate", runs["linear_probe"], data, "--split", "all")
+    assert re.search(r"was trained on 19 of these (39|40) images", every.err), every.err
+
+
+def test_a_run_is_told_from_its_data_by_one_image(runs, flat, tmp_path):
+    run = json.loads((runs["linear_probe"] / "split.json").read_text())
     data = copytree(flat, tmp_path / "flat")
-    run = tmp_path / "run"
-    assert vlprompt("train", "zero_shot", data, "--backbone", TINY, "--out", run).code == 0
-    trained = [image for image, _, _ in json.loads((run / "split.json").read_text())["train"]]
-    (data / trained[0]).unlink()
-    contents = {(data / image).read_bytes() for image in trained[1:]}
-    (data / trained[1]).rename((data / trained[1]).with_name("renamed.png"))
-    paint(data / "red" / "new.png", COLOURS["red"], 9999)
-    done = vlprompt("evaluate", run, data, "--csv")
-    assert "its test part is measured" in done.err
-    measured = {Path(row["image"]).read_bytes() for row in rows_of(done.out)}
-    assert len(measured & contents) <= 1, "but for the one that was renamed: its name is all that is known of it"
-    whole = vlprompt("evaluate", run, data, "--split", "all", "--json")
-    assert f"was trained on {len(trained) - 2} of these {whole.json['n']} images" in whole.err
-
-
-def test_a_part_with_a_name_that_was_trained_on_is_told(tmp_path):
-    data = make_photos(tmp_path / "photos", val=0, test=0)
-    for c, (part, name) in enumerate(product(("val", "test"), ("red", "green", "blue"))):
-        for i in range(2):
-            paint(data / part / name / f"{i}.png", COLOURS["white"], 5000 + 10 * c + i)
-    done = vlprompt(
-        "compare", data, "--backbone", TINY, "--methods", "zero_shot,linear_probe", "--out", tmp_path / "run"
-    )
-    assert done.code == 0
-    for part, told in (("val", "trained on 6 of these 6 images"), ("all", "trained on 18 of these 24"), ("test", "")):
-        said = vlprompt("evaluate", tmp_path / "run", data, "--split", part)
-        assert told in said.err
-        assert ("trained on" in said.err) == bool(told)
+    for path, *_ in run["train"][1:] + run["test"]:
+        (data / path).unlink()
+    done = vlprompt("evaluate", runs["linear_probe"], data, "--json")
+    assert (done.json["split"], done.json["n"]) == ("all", 9)
+    assert "was trained on 1 of these 9 images" in done.err
 
 
 def test_images_of_the_same_names_in_another_folder(runs, flat, tmp_path):

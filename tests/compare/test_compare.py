@@ -262,6 +262,42 @@ def test_the_page_needs_nothing_else(done: tuple[Path, dict[str, Any]]) -> None:
     assert not re.search(r"(?:src|href)=|@import|url\(", page)
 
 
+@pytest.fixture(scope="module")
+def with_val(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Images with a val part, which a comparison trains on at last, and its folder."""
+    photos = make_photos(tmp_path_factory.mktemp("with val") / "photos", train=4, val=2, test=2)
+    out = photos.parent / "out"
+    code, _, err = compared(photos, out, methods="linear_probe")
+    assert code == 0, err
+    return photos, out
+
+
+@pytest.mark.parametrize(
+    ("part", "of"), [("val", ["6 of these 6"]), ("all", ["18 of these 24"]), ("train", []), ("test", [])]
+)
+def test_evaluate_says_that_val_images_were_trained_on(
+    part: str, of: list[str], with_val: tuple[Path, Path], tmp_path: Path
+) -> None:
+    photos, out = with_val
+    code, _, err = vlprompt("evaluate", out, photos, "--split", part, "--html", tmp_path / "page.html")
+    assert code == 0, err
+    assert re.findall(r"note: .* was trained on (\d+ of these \d+) images", err) == of
+    if of:
+        assert f"{of[0].split()[0]} of the images themselves were trained on" in (tmp_path / "page.html").read_text()
+
+
+def test_the_run_may_be_moved(with_val: tuple[Path, Path]) -> None:
+    photos, out = with_val
+    away = out.rename(out.with_name("away"))
+    try:
+        code, _, err = vlprompt("calibrate", away, photos)
+        assert (code, "6 of 6 images were trained on" in err) == (2, True), err
+        code, _, err = vlprompt("export", away, "--int8", "--out", away.parent / "small.onnx")
+        assert (code, "accuracy on 6 test images of photos" in err) == (0, True), err
+    finally:
+        away.rename(out)
+
+
 def test_a_second_call_trains_nothing_again(
     done: tuple[Path, dict[str, Any]], small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

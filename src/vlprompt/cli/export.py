@@ -55,7 +55,8 @@ def measured_on(run: str, data: str | None, root: Path | None, split_file: Path 
         raise ConfigError(f"--int8 is measured on labelled images, and {run} names none: say which with --data")
     config = read_config(file)
     try:
-        own_root, own_split = config.get("data.root"), config.get("data.split_file")
+        # The run holds its split, and the file that this was read from may be gone.
+        own_root, own_split = config.get("data.root"), config.get("data.split_file") and file.with_name("split.json")
         return load_dataset(config["data.name"], root or own_root, split_file or own_split)
     except DataError as error:
         raise DataError(f"--int8 is measured on the run's images, or those of --data: {error}") from None

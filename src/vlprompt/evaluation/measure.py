@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from filecmp import cmp
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +12,8 @@ from torch import Tensor
 
 from vlprompt.config.schema import read_config
 from vlprompt.data.datasets import LoadedDataset, load_dataset
-from vlprompt.data.files import same_files
 from vlprompt.data.reading import ImageReader, readable
-from vlprompt.data.splits import Classes, Split, find_classes, read_split
+from vlprompt.data.splits import Classes, Item, Split, find_classes, read_split
 from vlprompt.errors import DataError, first_few
 from vlprompt.methods import Method
 from vlprompt.training.attack import Attack, AttackedImages
@@ -77,19 +77,17 @@ def measure(method: Method, run: Path, asked: Asked, dataset: LoadedDataset, rea
         say(note)
     chosen = dataset.split.subset(asked.classes)
     among, names, position = _compared(method, asked, dataset, chosen.class_names, say)
-    split, trained = _part(run, asked, dataset, say)
+    split, dataset, trained = _part(run, asked, dataset, say)
+    chosen = dataset.split.subset(asked.classes)
     items = chosen.items(split)
-    if dataset.division and split == "test" and not asked.split:
-        # The parts are drawn from the images that there are now: where some have come, gone or moved, they are others.
-        new = tuple(item for item in items if item.path not in trained)
-        if n := len(items) - len(new):
-            say(f"note: {n} of {len(items)} test images were trained on, and are left out")
-        items = new
     if not items:
         raise DataError(f"data set '{dataset.name}' has no {split} images")
     told = split != "all" and (among == "folder" or len(chosen.class_names) > 1)
     if told and (note := dataset.gap(split, asked.classes)):
         say(note)
+    trained_on = sum(item.path in trained for item in items)
+    if trained_on and (split != "train" or dataset.split.divided):  # of a part called train it goes without saying
+        say(f"note: {run} was trained on {trained_on} of these {len(items)} images")
     if not dataset.own:
         method.take_template(dataset.template)
     paths = [chosen.root / item.path for item in items]
@@ -104,41 +102,59 @@ def measure(method: Method, run: Path, asked: Asked, dataset: LoadedDataset, rea
     )  # fmt: skip
 
 
-def _part(run: Path, asked: Asked, dataset: LoadedDataset, say: Say) -> tuple[str, set[str]]:
-    """The part to measure on, and which images the run was trained on; says what of that is not plain."""
-    trained = _images_trained_on(run, dataset.split) if dataset.own else set()
-    part = asked.split or ("all" if dataset.division and not trained else "test")
-    if dataset.division and part == "all":
-        say(f"data set '{dataset.name}' names no train, val and test images: all are measured")
-    elif dataset.division and not asked.split:
+def _part(run: Path, asked: Asked, dataset: LoadedDataset, say: Say) -> tuple[str, LoadedDataset, set[str]]:
+    """The part to measure on, of which data, and which of the user's own images were trained on.
+
+    Says so where the data set does not name its parts itself.
+    """
+    trained = _images_trained_on(run, dataset.split) if dataset.own else set[str]()
+    if not dataset.division:
+        return asked.split or "test", dataset, trained
+    test = _test_images(run, dataset.split, trained) if trained else dataset.split.test
+    part = asked.split or ("test" if trained and test else "all")
+    if part == "test" and test != dataset.split.test:
+        say(f"{run} was trained on images of '{dataset.name}': its own test images are measured, those still there")
+        return part, replace(dataset, split=replace(dataset.split, test=test)), trained
+    if part == "test" and not asked.split:
         say(f"{run} was trained on images of '{dataset.name}': its test part is measured (--split all measures all)")
+    if part == "all":
+        say(f"data set '{dataset.name}' names no train, val and test images: all are measured")
+    else:
         say(dataset.division)
-        return part, trained
-    elif dataset.division:
-        say(dataset.division)
-    if n := sum(item.path in trained for item in dataset.split.items(part)):
-        say(f"note: {run} was trained on {n} of these {len(dataset.split.items(part))} images")
-    return part, trained
+    return part, dataset, trained
+
+
+def _test_images(run: Path, split: Split, trained: set[str]) -> tuple[Item, ...]:
+    """The run's own test images that are still there, and the drawn ones of classes that the run does not have.
+
+    The draw of a folder that has changed since would take some that were trained on.
+    """
+    own = read_split(run / "split.json", split.root)
+    paths, drawn = {item.path for item in own.test or split.test} - trained, set(split.test)
+    place = find_classes(split.class_names, own.class_names)
+    return tuple(
+        item for item in split.items("all") if item.path in paths or (place[item.label] is None and item in drawn)
+    )
 
 
 def _images_trained_on(run: Path, split: Split) -> set[str]:
-    """The images of a split that a run was trained on: those with the content of one that is where it was then.
+    """The images of a split that a run was trained on: by name and, where its data still lie there, content.
 
-    Where the run's images are no longer at hand, by name, if most of the names are there: other folders may well have
-    some of the same names.
+    Other folders may well have images of the same names. One image of the same name and content is enough: some may
+    have been removed, renamed or moved to another class since.
     """
     if not (run / "split.json").is_file() or not (run / "config.yaml").is_file():
         return set()
     if read_config(run / "config.yaml").get("data.class_names_file"):
         return set()  # it was trained on a folder without labels, which is never measured
     trained = {item.path for item in read_split(run / "split.json", split.root).train}
+    here = trained & {item.path for item in split.items("all")}
     data = Path(str(read_config(run / "config.yaml").get("data.name"))).expanduser()
-    root, items = data if data.is_dir() else data.parent, split.items("all")
-    if originals := [root / path for path in trained if (root / path).is_file()]:
-        same = set(same_files([split.root / item.path for item in items], originals))
-        return {item.path for item in items if split.root / item.path in same}
-    there = trained & {item.path for item in items}
-    return there if 2 * len(there) > len(trained) else set()
+    root = data if data.is_dir() else data.parent
+    there = {path for path in trained if (root / path).is_file()}
+    if not there:  # the data have moved: a few equal names may be chance, most of them hardly
+        return here if 2 * len(here) > len(trained) else set()
+    return {path for path in here & there if cmp(root / path, split.root / path, shallow=False)}
 
 
 def _compared(

@@ -12,8 +12,9 @@ from torch import Tensor
 from vlprompt.artefact.calibration import Calibration, check_share, fit_calibration
 from vlprompt.config.schema import read_config
 from vlprompt.data.batches import fold_of
-from vlprompt.data.datasets import LoadedDataset, load_dataset
+from vlprompt.data.datasets import LoadedDataset, known_folder, read_known
 from vlprompt.data.files import same_files
+from vlprompt.data.known.table import find_dataset
 from vlprompt.data.splits import find_classes, read_split
 from vlprompt.errors import DataError, VlpromptError, first_few
 from vlprompt.methods import Method
@@ -174,12 +175,18 @@ def check_not_trained_on(run: Path, paths: Sequence[Path]) -> bool:
 
 
 def images_trained_on(run: Path) -> list[Path] | None:
-    """The training images of a run folder, as long as its data lie where they lay."""
-    if not (run / "split.json").is_file() or not (run / "config.yaml").is_file():
+    """The training images of a run folder, by its own split; None if none of them lies where it lay."""
+    file = run / "split.json"
+    if not file.is_file() or not (run / "config.yaml").is_file():
         return None
     config = read_config(run / "config.yaml")
     try:
-        dataset = load_dataset(config["data.name"], config.get("data.root"), config.get("data.split_file"))
-        return read_split(run / "split.json", dataset.split.root).paths("train")
+        if known := find_dataset(config["data.name"]):
+            split, _ = read_known(known, known_folder(known, config.get("data.root")), file)
+        else:
+            data = Path(config["data.name"]).expanduser()
+            split = read_split(file, data if data.is_dir() else data.parent)
     except VlpromptError:
         return None
+    paths = split.paths("train")
+    return paths if any(path.is_file() for path in paths) else None

@@ -18,7 +18,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from vlprompt.artefact.artefact import PROMPTS, save_artefact
+from vlprompt.artefact.artefact import PROMPTS, load_calibration, save_artefact
+from vlprompt.artefact.calibration import Calibration
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone
 from vlprompt.backbones.names import public_name
@@ -30,7 +31,7 @@ from vlprompt.data.files import content_hash
 from vlprompt.data.reading import ImageReader
 from vlprompt.data.splits import Split, read_split, split_text, write_split
 from vlprompt.documents import read_sealed, write_sealed
-from vlprompt.errors import ConfigError, DataError, Interrupted, OutputError, one_line
+from vlprompt.errors import ArtefactError, ConfigError, DataError, Interrupted, OutputError, one_line
 from vlprompt.files import held, in_use, write_atomically, write_error
 from vlprompt.methods import Method, find_method
 from vlprompt.methods.registry import file_fingerprint
@@ -175,7 +176,9 @@ def train(
             result = Result(str(out), epochs, train_accuracy, kept, trainable, seconds, skipped, taught_by, best)
             if processes.first:
                 write_sealed(out / "metrics.json", vars(result), indent=2)
-                calibration = calibrate_trained(method, predicted, val.labels, split.class_names, say)
+                calibration = _calibration_there(out) or calibrate_trained(
+                    method, predicted, val.labels, split.class_names, say
+                )
                 save_artefact(method, out, about(config, dataset, result, history), calibration)
     return method.requires_grad_(False), result
 
@@ -304,6 +307,13 @@ def _measures_all(config: RunConfig, method: Method) -> list[str]:
     why = "train.select = val" if config.train.select == "val" else method.name if method.keeps_best else None
     changed = why and every != TrainConfig.val_every
     return [f"train.val_every = {every} has no effect: {why} measures every epoch"] * bool(changed)
+
+
+def _calibration_there(out: Path) -> Calibration | None:
+    """That of a run which was finished before: it may be of other images than calibrate the end of training."""
+    with suppress(ArtefactError):  # not finished, or damaged since
+        return load_calibration(out)
+    return None
 
 
 def _check_images(out: Path, split: Split) -> None:
