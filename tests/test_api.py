@@ -24,7 +24,7 @@ from tests.kit.pictures import pictures, write_pictures
 from vlprompt import PromptClassifier, PromptedModel, build_method, evaluate, fit, load_backbone, load_dataset
 from vlprompt.artefact.artefact import FORMAT_VERSION
 from vlprompt.config.schema import build_config
-from vlprompt.errors import ArtefactError, BackboneError, ConfigError, DataError, VlpromptError
+from vlprompt.errors import ArtefactError, BackboneError, ConfigError, DataError, OutputError, VlpromptError
 from vlprompt.methods import METHODS, Can
 from vlprompt.training.run import train
 
@@ -376,6 +376,21 @@ def test_card_of_a_run_has_data_settings_and_metrics(tmp_path):
     ):  # fmt: skip
         assert text in card
     assert PromptedModel.from_pretrained(tmp_path / "run").about["seed"] == "1"
+
+
+def test_a_model_is_saved_over_no_other_files(tuned, tmp_path):
+    model = PromptedModel(tuned)
+    for name in ("README.md", "config.json"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("mine")
+        with fails(OutputError, f"{name}: it is there already, and is no tuned model's"):
+            model.save_pretrained(tmp_path / name)
+        assert [file.name for file in (tmp_path / name).iterdir()] == [name]
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / ".README.md.swp").write_text("mine")
+    model.save_pretrained(tmp_path / "model")  # over an earlier model
+    kept = {file.name for file in (tmp_path / "model").iterdir()}
+    assert kept == {"README.md", "config.json", "prompts.safetensors", ".README.md.swp"}
 
 
 def test_card_names_licence_and_hub_backbone(tuned, monkeypatch, tmp_path):

@@ -84,7 +84,7 @@ def test_other_kinds_of_dropout(kind, tiny, tmp_path, picture):
     p = probability.values[0]
     assert torch.equal(p, torch.full_like(p, 0.3 if kind == "uniform" else 0))
     assert importance.values[0].max() == 1
-    sheet = draw_explanation(explain(method, picture), "x" * 500)
+    sheet = draw_explanation(explain(method, picture), "x\n" + "x" * 500)
     edge = np.asarray(sheet)[:, -24:]
     assert (edge == 255).all(), "a long title stays within the margin"
 

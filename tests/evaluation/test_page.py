@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
+import sys
 from base64 import b64decode
 from collections import Counter
 from html import unescape
@@ -55,6 +57,16 @@ def page(photos: Path, run: Path) -> Path:
     assert f"page written to {file}" in done.err
     file.with_suffix(".json").write_text(done.out)
     return file
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems allow no such names")
+def test_names_that_are_no_utf_8_are_spelt_out(photos: Path, run: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(photos, tmp_path / "photos")
+    file = data / "test" / "blue" / "moved.png"  # which is shown, as it is red
+    file.rename(os.fsdecode(os.fsencode(file.parent) + b"/\xff.png"))
+    done = vlprompt("evaluate", run, data, "--html", tmp_path / "page.html")
+    assert done.code == 0, done.err
+    assert "udcff.png" in (tmp_path / "page.html").read_text("utf-8")
 
 
 def section(page: Path, head: str) -> str:

@@ -664,6 +664,7 @@ def test_the_metrics_are_those_of_the_saved_model(
     assert metrics == vars(result)
     assert set(metrics) == {
         "run", "epochs", "train_accuracy", "val_accuracy", "trainable_parameters", "seconds", "skipped", "teacher",
+        "kept_epoch",
     }  # fmt: skip
     assert metrics["run"] == str(out)
     assert metrics["epochs"] == 2
@@ -779,6 +780,13 @@ def test_a_used_output_folder_is_left_alone(tiny_from_memory: None, photos: Path
     with pytest.raises(OutputError, match=one_line("cannot make output folder")):
         train(configure(photos), used / "thesis.txt" / "run")
     assert tree(tmp_path) == before
+    for hidden in (".notes.2024", ".backup.20240101/thesis.txt"):
+        place = tmp_path / hidden[:4]
+        (place / hidden).parent.mkdir(parents=True)
+        (place / hidden).write_text("three years")
+        with pytest.raises(ConfigError, match="is already in use"):
+            train(configure(photos, "zero_shot"), place)
+        assert (place / hidden).read_text() == "three years"
     (tmp_path / "empty").mkdir()
     train(configure(photos, "zero_shot"), tmp_path / "empty")
     assert {p.name for p in (tmp_path / "empty").iterdir()} == RUN_FILES
