@@ -347,10 +347,11 @@ def _run_folder(out: Path, resume: bool, processes: Processes) -> Iterator[None]
     """Make the run folder, which is empty or not there yet; take it away if the run fails before its first checkpoint.
 
     The causes are data that cannot be used (an image that cannot be decoded, a class name that is too long) and a disk
-    that cannot be written. What a run has trained, or an earlier run's folder, stays. Raises ConfigError if another
-    process is at work in it.
+    that cannot be written. What a run has trained, an earlier run's folder, and what was there before, stays. Raises
+    ConfigError if another process is at work in it.
     """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]  # innermost first
+    there: set[Path] | None = None  # what is in the folder before the run; None until it is this run's
     lock = ExitStack()
     try:
         try:
@@ -362,10 +363,11 @@ def _run_folder(out: Path, resume: bool, processes: Processes) -> Iterator[None]
             raise ConfigError(f"output folder {out} is already in use: another process has begun a run there")
         if processes.first:
             remove_unfinished(out)
+            there = set(out.iterdir())
         yield
     except (DataError, OutputError, OSError) as error:
         if processes.first and not resume and not checkpoint_file(out).exists():
-            for path in out.iterdir() if out.is_dir() else ():
+            for path in set(out.iterdir()) - there if there is not None and out.is_dir() else ():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             for folder in made:
                 with suppress(OSError):  # not made after all, or another run may have begun below it
