@@ -18,7 +18,7 @@ LAB = ["provision", "describe", "demo", "bench", "compare", "evaluation", "app",
 BUILDS_BANKS = ("bank.build", "bank.towers", "bank.config")
 """The lab's part of ``bank``; the rest reads banks."""
 
-LINES = {"the engine without its methods": 13_000, "all": 27_000}
+LINES = {"the engine without its methods": 13_100, "all": 27_250}
 """What is allowed. Who needs more first looks for what can go."""
 
 

@@ -490,7 +490,7 @@ def test_builds_write_one_at_a_time(pictures, tmp_path, monkeypatch) -> None:
 def test_what_killed_parts_left_is_gone_when_the_bank_is_complete(pictures, bank, tmp_path) -> None:
     out = tmp_path / "bank"
     build(pictures, out, part=(1, 2))
-    for name in (".manifest.json.1", ".regions-00001.npy.2"):
+    for name in (".manifest.json.vlprompt-0123456789abcdef", ".regions-00001.npy.vlprompt-fedcba9876543210"):
         (out / name).write_text("half")
     build(pictures, out, part=(2, 2))
     assert content(out) == content(bank)

@@ -156,6 +156,7 @@ def test_train_prints_one_json_object(trained: tuple[Path, Done]) -> None:
     result = done.json
     assert set(result) == {
         "run", "epochs", "train_accuracy", "val_accuracy", "trainable_parameters", "seconds", "skipped", "teacher",
+        "kept_epoch",
     }  # fmt: skip
     assert result["run"] == str(out)
     assert result["epochs"] == 1
