@@ -216,6 +216,13 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+@pytest.mark.parametrize("page", [*PAGES, *sorted((REPOSITORY / "tools").rglob("*.md"))], ids=name)
+def test_files_of_the_repository_are_where_pages_say(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    named = {file for file in re.findall(r"`((?:src|tests|tools|speed|docs)/[\w./-]+)`", text) if "NAME" not in file}
+    assert [file for file in named if not (REPOSITORY / file).exists()] == []
+
+
 def method_page(method: str) -> Path:
     """Methods of one file have one page, heads another together."""
     module, docs = METHODS[method].__module__, REPOSITORY / "docs"
