@@ -21,7 +21,7 @@ from vlprompt.config.schema import TrainConfig, build_config, check_capabilities
 from vlprompt.data.images import load_image
 from vlprompt.data.reading import ImageReader
 from vlprompt.errors import ArtefactError, ConfigError
-from vlprompt.methods import METHODS, Batch, Can, Method, registry
+from vlprompt.methods import METHODS, Batch, Can, Method, find_method, registry
 from vlprompt.training.evaluate import EvaluationImages, predict_logits
 
 NAMES = ("red square", "blue circle", "green star", "black dog", "old oak tree")
@@ -210,6 +210,40 @@ def test_an_installed_method_stands_for_the_file_it_came_from(
     point = EntryPoint("own_adapter", "own_package:Adapter", registry.GROUP)
     monkeypatch.setattr(registry, "_installed", lambda: {"own_adapter": point})
     assert load_artefact(tmp_path / "saved", str(TINY)).name == "own_adapter"
+
+
+def test_a_file_is_known_by_what_was_run_of_it(tiny: Backbone, sources: dict[str, str], tmp_path: Path) -> None:
+    """Not by what is in it when the model is saved: it may have been edited while the model was trained."""
+    file = Path(sources["own_adapter"])
+    method = build_method(str(file), tiny, NAMES)
+    file.write_text(file.read_text("utf-8").replace("0.5", "0.9"), "utf-8")
+    save_artefact(method, tmp_path / "saved")
+    with pytest.warns(UserWarning, match=r"own_adapter.py has changed since .*saved was tuned with it"):
+        load_artefact(tmp_path / "saved", tiny)
+    (tmp_path / "elsewhere").mkdir()
+    METHODS.pop("own_adapter")
+    find_method(str(file.rename(tmp_path / "elsewhere" / "other.py")))
+    with pytest.warns(UserWarning, match=r"other.py has changed since .*saved was tuned with it"):
+        load_artefact(tmp_path / "saved", tiny)
+
+
+def test_a_file_that_is_edited_and_edited_back(sources: dict[str, str]) -> None:
+    file = Path(sources["own_adapter"])
+    one, two = (code.encode() for code in (ADAPTER, ADAPTER.replace("0.5", "0.9")))  # in one second, of one size
+    classes = []
+    for content in (one, two, one, two):
+        file.write_bytes(content)
+        classes.append(find_method(str(file)))
+        assert METHODS["own_adapter"] is classes[-1]
+    assert classes[:2] == classes[2:]
+    assert classes[0] is not classes[1]
+    for wrong, says in ((one + b"\n1 / 0\n", "cannot be run: ZeroDivisionError"), (b"", "it registers none")):
+        file.write_bytes(wrong)
+        with pytest.raises(ConfigError, match=says):
+            find_method(str(file))
+        assert METHODS["own_adapter"] is classes[1]
+    file.write_bytes(one + b"\n")  # mended
+    assert find_method(str(file)).name == "own_adapter"
 
 
 # --- parts equal the whole, or are refused --------------------------------------------------------

@@ -24,7 +24,6 @@ from vlprompt.artefact.card import model_card
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone, whole_name
 from vlprompt.backbones.names import public_name
-from vlprompt.data.files import content_hash
 from vlprompt.data.splits import MOST_CLASSES
 from vlprompt.documents import MOST_JSON, check_text, fitted, parse_json, read_text, reader, unsealed, write_sealed
 from vlprompt.errors import ArtefactError, BackboneError, ConfigError, OutputError, one_line, unknown
@@ -210,7 +209,7 @@ def write_calibration(folder: Path, calibration: Calibration) -> None:
 def _method_file(method: Method) -> dict[str, Any]:
     """The file that the method was loaded from, if it is no package's."""
     file = file_of(type(method))
-    return {"method_file": {"path": str(file), "sha256": content_hash(file)}} if file else {}
+    return {"method_file": {"path": str(file[0]), "sha256": file[1]}} if file else {}
 
 
 def _descriptions(method: Method) -> dict[str, Any]:
@@ -233,18 +232,18 @@ def _find_method(config: ArtefactConfig, folder: Path, files: bool) -> type[Meth
     if source is None:
         return find_method(name)
     file = Path(source["path"])
-    known = find_method(name) if name in method_names() else None
-    if known and (file_of(known) != file or not files):
-        return known  # installed since, or loaded from where it lies now
-    if not files or not file.is_file():
-        raise ArtefactError(
-            f"{folder} was tuned with method '{name}' of file {file}, which is "
-            f"{'not run for a downloaded model' if not files else 'not there'}: load it first with "
-            f'find_method("…/{file.name}"), or install it under the entry point group {GROUP}'
-        )
-    if content_hash(file) != source["sha256"]:
-        warnings.warn(f"{file} has changed since {folder} was tuned with it", stacklevel=3)
-    return find_method(str(file))
+    cls = find_method(name) if name in method_names() else None
+    if not cls or (files and (known := file_of(cls)) and known[0] == file):  # else installed, or loaded from elsewhere
+        if not files or not file.is_file():
+            raise ArtefactError(
+                f"{folder} was tuned with method '{name}' of file {file}, which is "
+                f"{'not run for a downloaded model' if not files else 'not there'}: load it first with "
+                f'find_method("…/{file.name}"), or install it under the entry point group {GROUP}'
+            )
+        cls = find_method(str(file))
+    if (now := file_of(cls)) and now[1] != source["sha256"]:
+        warnings.warn(f"{now[0]} has changed since {folder} was tuned with it", stacklevel=3)
+    return cls
 
 
 def _unreadable_error(folder: Path, error: Exception) -> ArtefactError:
