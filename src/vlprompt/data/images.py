@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -56,9 +57,7 @@ def load_image(source: ImageSource, white: float | None = None, max_pixels: int 
         return _from_pixels(source)
     if isinstance(source, Image.Image):
         try:
-            own = _own_white(source)
-            source.load()
-            return to_rgb(_upright(source), own or white)
+            return _decoded(source, white)
         except MemoryError:
             raise
         except Exception as error:  # a file that Pillow has opened may be damaged further on
@@ -69,18 +68,22 @@ def load_image(source: ImageSource, white: float | None = None, max_pixels: int 
         with open_image(source) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise DataError(f"{image.width * image.height} pixels; data.max_pixels = {max_pixels} is the limit")
-            own, sliced = _own_white(image), _has_16_bit_colours(image)
-            if sliced and white is not None:
-                raise DataError("of 16-bit colours 8 bits are read, so data.white is for greys; save it with 8 bits")
-            image.load()
-            rgb = to_rgb(_upright(image), own or white)
-            if sliced:
-                rgb.info["greatest"] = 257 * max(high for _, high in rgb.getextrema())  # type: ignore[misc]
-            return rgb
+            return _decoded(image, white)
     except MemoryError:  # which says nothing about the image
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes
         raise DataError(f"cannot read image {os.fspath(source)}: {_reason(error, Path(source))}") from error
+
+
+def _decoded(image: Image.Image, white: float | None) -> Image.Image:
+    own, sliced = _own_white(image), _has_16_bit_colours(image)
+    if sliced and white is not None:
+        raise DataError("of 16-bit colours 8 bits are read, so data.white is for greys; save it with 8 bits")
+    image.load()
+    rgb = to_rgb(_upright(image), own or white)
+    if sliced:
+        rgb.info["greatest"] = 257 * max(high for _, high in rgb.getextrema())  # type: ignore[misc]
+    return rgb
 
 
 def _from_pixels(pixels: NDArray[np.uint8]) -> Image.Image:
@@ -91,10 +94,12 @@ def _from_pixels(pixels: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(pixels).convert("RGB")
 
 
-def greatest_grey(file: Path) -> float | None:
+def greatest_grey(source: ImageSource) -> float | None:
     """The greatest value of a grey image deeper than 8 bits, which is not 0; None for others and unreadable ones."""
+    if isinstance(source, np.ndarray):  # of 8 bits, or refused
+        return None
     try:
-        with open_image(file) as image:
+        with nullcontext(source) if isinstance(source, Image.Image) else open_image(source) as image:
             if not _is_deep(image) or _own_white(image):
                 return None
             return float(np.asarray(image).max()) or None
