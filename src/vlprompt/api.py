@@ -95,11 +95,15 @@ def method_keys(name: str) -> dict[str, str]:
 
 
 def full_keys(settings: Mapping[str, Any], known: Mapping[str, str], what: str) -> dict[str, Any]:
-    """Settings by their keys in the run configuration; raises ConfigError for those that are not ``known``."""
-    for key in settings:
+    """Settings by their keys in the run configuration; raises ConfigError for unknown ones, and one given twice."""
+    full: dict[str, Any] = {}
+    for key, value in settings.items():
         if key not in known and key not in known.values():
             raise ConfigError(unknown(what, key, known))
-    return {known.get(key, key): value for key, value in settings.items()}
+        if known.get(key, key) in full:
+            raise ConfigError(f"{key} = {one_line(value, 60)}: it is given twice, as {known.get(key, key)} too")
+        full[known.get(key, key)] = value
+    return full
 
 
 def build_configured(config: RunConfig, backbone: Backbone, class_names: Sequence[str]) -> Method:
