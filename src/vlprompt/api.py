@@ -166,6 +166,10 @@ def fit_configured(
 ) -> Method:
     """Fit under a checked configuration, with ``weights`` [n] of the images, 1 on average; see :func:`fit`."""
     images, indices = _labelled(images, labels, method.class_names)
+    for name, values in (extra or {}).items():
+        if not isinstance(values, Tensor) or values.shape[:1] != (len(images),):
+            found = list(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"
+            raise DataError(f"extra: '{name}' is a tensor with a row for each of {len(images)} images, not {found}")
     if not method.trains and any(True for _ in method.parameters()):
         raise ConfigError(f"{method.name} is frozen, as loaded models are: build a new one to fit it")
     with ImageReader(config.data.workers, max_pixels=config.data.max_pixels) as reader, _random_state_kept():
