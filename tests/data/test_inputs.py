@@ -352,6 +352,9 @@ def test_folders_of_parts_by_the_usual_names(tmp_path, train, test):
         (("Lernen/a/1.png", "Lernen/x.png", "Pruefen/a/1.png", "Pruefen/x.png"), "all hold folders a"),
         (("dogs/poodle/1.png", "cats/1.png"), "dogs hold folders only, as poodle"),
         (("Testing/a/1.png", "Testing/b/1.png", "c/1.png"), "Testing hold folders only, as a, b"),
+        (("train/dogs/poodle/1.png", "train/dogs/pug/1.png", "train/cats/1.png", "test/cats/2.png"),
+         "dogs hold folders only, as poodle, pug"),
+        (("train/x/a/1.png", "train/x/b/1.png", "train/y/a/1.png", "train/y/b/1.png"), "x, y all hold folders a, b"),
     ],
 )  # fmt: skip
 def test_folders_that_seem_to_be_no_classes(tmp_path, paths, seen):
