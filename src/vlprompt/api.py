@@ -279,7 +279,8 @@ class PromptedModel:
             raise ConfigError(f"sets = {sets:g}: they need a calibrated model, and its own classes")
         with _evaluation_images(images, self.method) as unlabelled:
             logits = evaluation.predict_logits(self.method, unlabelled, names) if images else torch.zeros(0, len(names))
-            spread = evaluation.predict_spread(self.method, unlabelled, names) if images else None
+            scale = self.calibration.scale(self.method, logits, names) if self.calibration else None
+            spread = evaluation.predict_spread(self.method, unlabelled, names, scale) if images else None
         probabilities, none = calibrated(self.calibration, self.method, logits, names)
         sure, listed = None if spread is None else spread.double().numpy(), None
         if self.calibration and sets is not None:
