@@ -55,35 +55,26 @@ def load_image(source: ImageSource, white: float | None = None, max_pixels: int 
     """
     if isinstance(source, np.ndarray):
         return _from_pixels(source)
-    if isinstance(source, Image.Image):
-        try:
-            return _decoded(source, white)
-        except MemoryError:
-            raise
-        except Exception as error:  # a file that Pillow has opened may be damaged further on
-            raise DataError(f"cannot read the image {source!r}: {error}") from error
-    if not isinstance(source, (str, os.PathLike)):
+    if not isinstance(source, (str, os.PathLike, Image.Image)):
         raise DataError(f"an image is a path, a Pillow image or an array, not {type(source).__name__}")
     try:
-        with open_image(source) as image:
+        with nullcontext(source) if isinstance(source, Image.Image) else open_image(source) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise DataError(f"{image.width * image.height} pixels; data.max_pixels = {max_pixels} is the limit")
-            return _decoded(image, white)
+            own, sliced = _own_white(image), _has_16_bit_colours(image)
+            if sliced and white is not None:
+                raise DataError("of 16-bit colours 8 bits are read, so data.white is for greys; save it with 8 bits")
+            image.load()
+            rgb = to_rgb(_upright(image), own or white)
+            if sliced:
+                rgb.info["greatest"] = 257 * max(high for _, high in rgb.getextrema())  # type: ignore[misc]
+            return rgb
     except MemoryError:  # which says nothing about the image
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes
+        if isinstance(source, Image.Image):
+            raise DataError(f"cannot read the image {source!r}: {error}") from error
         raise DataError(f"cannot read image {os.fspath(source)}: {_reason(error, Path(source))}") from error
-
-
-def _decoded(image: Image.Image, white: float | None) -> Image.Image:
-    own, sliced = _own_white(image), _has_16_bit_colours(image)
-    if sliced and white is not None:
-        raise DataError("of 16-bit colours 8 bits are read, so data.white is for greys; save it with 8 bits")
-    image.load()
-    rgb = to_rgb(_upright(image), own or white)
-    if sliced:
-        rgb.info["greatest"] = 257 * max(high for _, high in rgb.getextrema())  # type: ignore[misc]
-    return rgb
 
 
 def _from_pixels(pixels: NDArray[np.uint8]) -> Image.Image:

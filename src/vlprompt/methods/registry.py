@@ -7,8 +7,8 @@ from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 from vlprompt.data.files import content_hash
@@ -103,11 +103,10 @@ def _load(file: Path) -> type[Method]:
 
 def _run(file: Path, content: bytes) -> type[Method]:
     module_name = f"vlprompt_method_{sha256(str(file).encode() + content).hexdigest()[:16]}"
-    spec = spec_from_file_location(module_name, file)
-    assert spec is not None
-    module = sys.modules[module_name] = module_from_spec(spec)
+    module = sys.modules[module_name] = ModuleType(module_name)
+    module.__file__ = str(file)
     try:
-        # Not by its loader, which takes compiled code of an earlier content of the same size and second.
+        # Python's loader would take compiled code of an earlier content of the same size and second.
         exec(compile(content, file, "exec"), vars(module))
     except ConfigError:
         raise
