@@ -227,8 +227,8 @@ def test_bad_input(tiny, tuned, tmp_path):
         fit(tuned, pixels, names, preset="few")
     with fails(DataError, "3 images and 2 labels"):
         fit(tuned, pixels, names[:2])
-    for rows, found in ((torch.ones(2, 4), r"\[2, 4\]"), (torch.ones(5), r"\[5\]"), (np.ones(3), "a ndarray")):
-        with fails(DataError, rf"^extra: 'row' is a tensor with a row for each of 3 images, not {found}$"):
+    for rows in (torch.ones(2, 4), torch.ones(5), torch.ones(()), np.ones(3)):
+        with fails(DataError, "^extra: 'row' is no tensor with a row for each of 3 images$"):
             fit(build_method("coop", tiny, NAMES, n_ctx=1), pixels, names, epochs=1, extra={"row": rows})
     with fails(DataError, "0 images and 0 labels"):
         evaluate(tuned, [], [])

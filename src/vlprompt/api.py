@@ -96,14 +96,12 @@ def method_keys(name: str) -> dict[str, str]:
 
 def full_keys(settings: Mapping[str, Any], known: Mapping[str, str], what: str) -> dict[str, Any]:
     """Settings by their keys in the run configuration; raises ConfigError for unknown ones, and one given twice."""
-    full: dict[str, Any] = {}
-    for key, value in settings.items():
+    for key in settings:
         if key not in known and key not in known.values():
             raise ConfigError(unknown(what, key, known))
-        if known.get(key, key) in full:
-            raise ConfigError(f"{key} = {one_line(value, 60)}: it is given twice, as {known.get(key, key)} too")
-        full[known.get(key, key)] = value
-    return full
+        if known.get(key, key) != key and known[key] in settings:
+            raise ConfigError(f"{key} = {one_line(settings[key], 60)}: it is given twice, as {known[key]} too")
+    return {known.get(key, key): value for key, value in settings.items()}
 
 
 def build_configured(config: RunConfig, backbone: Backbone, class_names: Sequence[str]) -> Method:
@@ -168,8 +166,7 @@ def fit_configured(
     images, indices = _labelled(images, labels, method.class_names)
     for name, values in (extra or {}).items():
         if not isinstance(values, Tensor) or values.shape[:1] != (len(images),):
-            found = list(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"
-            raise DataError(f"extra: '{name}' is a tensor with a row for each of {len(images)} images, not {found}")
+            raise DataError(f"extra: '{name}' is no tensor with a row for each of {len(images)} images")
     if not method.trains and any(True for _ in method.parameters()):
         raise ConfigError(f"{method.name} is frozen, as loaded models are: build a new one to fit it")
     with ImageReader(config.data.workers, max_pixels=config.data.max_pixels) as reader, _random_state_kept():

@@ -127,7 +127,6 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError("sample_weight and class_weight must be finite numbers from 0 on")
         if not weights.any():
             raise ValueError("sample_weight and class_weight: every image's weight is zero")
-        weights = weights / weights.max()  # their sum may be too large for a number
         return weights / weights.mean()
 
     def _name(self, label: Hashable) -> str:

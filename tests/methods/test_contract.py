@@ -227,6 +227,38 @@ def test_a_file_is_known_by_what_was_run_of_it(tiny: Backbone, sources: dict[str
         load_artefact(tmp_path / "saved", tiny)
 
 
+def test_what_is_not_saved_is_told(tiny: Backbone, tmp_path: Path, photos: list[Path]) -> None:
+    """A tensor that is neither a parameter nor a buffer, unless ``build`` makes it again."""
+    code = ADAPTER.replace("own_adapter", "own_mean").replace(
+        "    def class_features",
+        "        self.same, self.share, self.mean = torch.randn(3).sort().values.sign() ** 2, 0.1, None\n\n"
+        "    def fit_features(self, features, labels):\n        self.mean = features.mean(0)\n\n    def class_features",
+    )
+    (tmp_path / "own_mean.py").write_text(code, "utf-8")
+    method = build_method(str(tmp_path / "own_mean.py"), tiny, NAMES)
+    save_artefact(method, tmp_path / "untrained")
+    method.fit_features(tiny.encode_images(views(tiny, photos)), torch.arange(len(photos)))
+    with pytest.warns(
+        UserWarning, match=r"^method 'own_mean' is saved without its mean, which build\(\) does not make"
+    ):
+        save_artefact(method, tmp_path / "saved")
+    METHODS.pop("own_mean")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("class Adapter(Method)", "class Adapter", "'own_adapter' is no Method, or its Config no MethodConfig"),
+        ("    def build", "    class Config:\n        pass\n\n    def build", "or its Config no MethodConfig"),
+        ("paper, year, learns, parity", "_, year, _, parity", "'own_adapter' does not say its paper, learns"),
+    ],
+)
+def test_what_is_no_whole_method(old: str, new: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(ADAPTER.replace(old, new), "utf-8")
+    with pytest.raises(ConfigError, match=says):
+        find_method(str(tmp_path / "own.py"))
+
+
 def test_a_file_that_is_edited_and_edited_back(sources: dict[str, str]) -> None:
     file = Path(sources["own_adapter"])
     one, two = (code.encode() for code in (ADAPTER, ADAPTER.replace("0.5", "0.9")))  # in one second, of one size

@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
+import torch
 from annotated_types import Gt, Lt
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -100,6 +101,9 @@ def save_artefact(
         raise OutputError(f"cannot write {folder / other[0]}: it is there already, and is no tuned model's")
     backbone, named = method.backbone, public_name if public else whole_name
     state = {k: v.detach().float().cpu().contiguous() for k, v in method.inference_state().items()}
+    if lost := _unsaved(method, state):
+        says = f"method '{method.name}' is saved without its {', '.join(lost)}, which build() does not make"
+        warnings.warn(f"{says}: register_buffer keeps a tensor", stacklevel=2)
     prompts = save(state)
     about = {key: str(value) for key, value in (about or {}).items()}
     config = {
@@ -204,6 +208,20 @@ def write_calibration(folder: Path, calibration: Calibration) -> None:
     """Put a calibration into a tuned model's folder, over an earlier one."""
     config = {**read_artefact_config(folder), "calibration": calibration.to_dict()}
     write_sealed(folder / CONFIG, config, indent=2)
+
+
+def _unsaved(method: Method, state: Mapping[str, Tensor]) -> list[str]:
+    """Plain tensors and numbers of a method of one's own that are others than when it was built."""
+
+    def plain(of: Method) -> dict[str, Tensor]:
+        found = {k: torch.as_tensor(v) for k, v in vars(of).items() if isinstance(v, Tensor | float)}
+        return {k: v for k, v in found.items() if k not in state and not hasattr(Method, k)}
+
+    if type(method).__module__.startswith("vlprompt.") or not (now := plain(method)):
+        return []
+    with torch.random.fork_rng(devices=[]):
+        built = plain(type(method)(method.backbone, method.class_names, method.config, method.template))
+    return [k for k in now if k not in built or not torch.equal(now[k], built[k].to(now[k]))]
 
 
 def _method_file(method: Method) -> dict[str, Any]:

@@ -87,10 +87,8 @@ def _from_pixels(pixels: NDArray[np.uint8]) -> Image.Image:
 
 def greatest_grey(source: ImageSource) -> float | None:
     """The greatest value of a grey image deeper than 8 bits, which is not 0; None for others and unreadable ones."""
-    if isinstance(source, np.ndarray):  # of 8 bits, or refused
-        return None
     try:
-        with nullcontext(source) if isinstance(source, Image.Image) else open_image(source) as image:
+        with nullcontext(source) if isinstance(source, Image.Image) else open_image(source) as image:  # type: ignore[arg-type]
             if not _is_deep(image) or _own_white(image):
                 return None
             return float(np.asarray(image).max()) or None

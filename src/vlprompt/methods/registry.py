@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from vlprompt.data.files import content_hash
 from vlprompt.errors import ConfigError, one_line, unknown
-from vlprompt.methods.base import Method
+from vlprompt.methods.base import Method, MethodConfig
 
 METHODS: dict[str, type[Method]] = {}
 GROUP = "vlprompt.methods"
@@ -22,9 +22,13 @@ M = TypeVar("M", bound=Method)
 
 
 def register(name: str) -> Callable[[type[M]], type[M]]:
-    """Make a method known under ``name``; raises ConfigError if another one has it."""
+    """Make a method known under ``name``; raises ConfigError for what is no whole method, and if another one has it."""
 
     def add(cls: type[M]) -> type[M]:
+        if not (isinstance(cls, type) and issubclass(cls, Method) and issubclass(cls.Config, MethodConfig)):
+            raise ConfigError(f"method '{name}' is no Method, or its Config no MethodConfig")
+        if lacking := [what for what in ("paper", "year", "learns") if not hasattr(cls, what)]:
+            raise ConfigError(f"method '{name}' does not say its {', '.join(lacking)}")
         known = METHODS.get(name, cls)
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ConfigError(f"there is a method '{name}' already, in {known.__module__}: choose another name")
@@ -88,9 +92,8 @@ def _load(file: Path) -> type[Method]:
     known = next((cls for cls in _FILES if _FILES[cls] == source), None)
     if known and METHODS.get(known.name) is known:
         return known
-    for cls in before.values():
-        if cls in _FILES and _FILES[cls][0] == file:  # of another content
-            METHODS.pop(cls.name)
+    for cls in (c for c in before.values() if c in _FILES and _FILES[c][0] == file):  # of another content
+        METHODS.pop(cls.name)
     try:
         found = register(known.name)(known) if known else _run(file, content)
     except Exception:
@@ -129,6 +132,4 @@ def _import(point: EntryPoint) -> None:
         cls = point.load()
     except Exception as error:
         raise ConfigError(f"method '{point.name}' of {point.value} cannot be imported: {one_line(error)}") from error
-    if not (isinstance(cls, type) and issubclass(cls, Method)):
-        raise ConfigError(f"method '{point.name}' of {point.value} is no Method")
     register(point.name)(cls)

@@ -118,11 +118,10 @@ def predict_spread(
     """
     if not method.has_spread:
         return None
-    found, done = list[Tensor](), 0
+    found: list[Tensor] = []
     for x in images.read_by(method):
-        part = None if scale is None else scale[done : done + len(x)]
-        found.append(method.spread(x, class_names, part).cpu())
-        done += len(x)
+        done = sum(map(len, found))
+        found.append(method.spread(x, class_names, None if scale is None else scale[done : done + len(x)]).cpu())
     return torch.cat(found)
 
 

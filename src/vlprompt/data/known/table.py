@@ -20,7 +20,6 @@ from vlprompt.data.known.layouts import (
     read_tiny_imagenet,
 )
 from vlprompt.data.splits import Split
-from vlprompt.errors import DataError
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 
@@ -80,12 +79,6 @@ class Dataset:
     sources: tuple[Source, ...] = field(default=(), repr=False)
     by_hand: str = ""
     """What has no public mirror, and how to get it."""
-
-    def __post_init__(self) -> None:
-        if "{}" not in self.template:
-            raise DataError(
-                f"data set '{self.name}': template = {self.template} (allowed: text with {{}} for the name)"
-            )
 
     @property
     def from_folders(self) -> bool:
