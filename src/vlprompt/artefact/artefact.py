@@ -97,13 +97,14 @@ def save_artefact(
     name alone. Whenever the process is killed, the folder holds the model before or the new one, whole. Raises
     OutputError for a folder that has such files and is no tuned model.
     """
-    if not (folder / PROMPTS).exists() and (other := [name for name in FILES if (folder / name).exists()]):
+    before = folder / CONFIG
+    tuned = (folder / PROMPTS).exists() and (not before.is_file() or b'"format_version"' in before.read_bytes())
+    if not tuned and (other := [name for name in FILES if (folder / name).exists()]):
         raise OutputError(f"cannot write {folder / other[0]}: it is there already, and is no tuned model's")
     backbone, named = method.backbone, public_name if public else whole_name
     state = {k: v.detach().float().cpu().contiguous() for k, v in method.inference_state().items()}
     if lost := _unsaved(method, state):
-        says = f"method '{method.name}' is saved without its {', '.join(lost)}, which build() does not make"
-        warnings.warn(f"{says}: register_buffer keeps a tensor", stacklevel=2)
+        warnings.warn(f"'{method.name}' is saved without its {', '.join(lost)}: no parameter, no buffer", stacklevel=2)
     prompts = save(state)
     about = {key: str(value) for key, value in (about or {}).items()}
     config = {
@@ -128,8 +129,8 @@ def save_artefact(
     }
     # config.json speaks of the model before until it is replaced: that one's prompts stay beside the new till then.
     if (folder / PROMPTS).is_file() and (folder / CONFIG).is_file():
-        before = (folder / PROMPTS).read_bytes()
-        write_atomically(_aside(folder, sha256(before).hexdigest()), before)
+        replaced = (folder / PROMPTS).read_bytes()
+        write_atomically(_aside(folder, sha256(replaced).hexdigest()), replaced)
     write_atomically(folder / PROMPTS, prompts)
     write_sealed(folder / CONFIG, config, indent=2)
     write_atomically(folder / CARD, model_card(method, about))

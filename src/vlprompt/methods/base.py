@@ -316,10 +316,7 @@ class Method(nn.Module):
         return max(TEXTS_OF_IMAGES // len(class_names), 1)
 
     def spread(self, x: Tensor, class_names: Sequence[str], scale: Tensor | None = None) -> Tensor:
-        """Standard deviation of each class's probability over what the model leaves open; as ``predict``: [B, C].
-
-        ``scale`` [B] is what calibration multiplies logits by.
-        """
+        """Standard deviation of each class's probability over what is left open, logits times ``scale`` [B]: [B, C]."""
         raise NotImplementedError
 
     def own_classes(self, class_names: Sequence[str]) -> list[int]:
