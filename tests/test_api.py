@@ -389,6 +389,7 @@ def test_a_model_is_saved_over_no_other_files(tuned, tmp_path):
         with fails(OutputError, f"{name}: it is there already, and is no tuned model's"):
             model.save_pretrained(tmp_path / name)
         assert [file.name for file in (tmp_path / name).iterdir()] == [name]
+    (tmp_path / "config.json" / "config.json").write_text('{"r": 8}\n')
     (tmp_path / "config.json" / "prompts.safetensors").write_text("mine too")
     with fails(OutputError, "config.json: it is there already, and is no tuned model's"):
         model.save_pretrained(tmp_path / "config.json")

@@ -97,8 +97,8 @@ def save_artefact(
     name alone. Whenever the process is killed, the folder holds the model before or the new one, whole. Raises
     OutputError for a folder that has such files and is no tuned model.
     """
-    before = folder / CONFIG
-    tuned = (folder / PROMPTS).exists() and (not before.is_file() or b'"format_version"' in before.read_bytes())
+    before = (folder / CONFIG).read_bytes() if (folder / CONFIG).is_file() else b""  # a damaged one may be replaced
+    tuned = (folder / PROMPTS).exists() and (b'"format_version"' in before or not before.rstrip().endswith(b"}"))
     if not tuned and (other := [name for name in FILES if (folder / name).exists()]):
         raise OutputError(f"cannot write {folder / other[0]}: it is there already, and is no tuned model's")
     backbone, named = method.backbone, public_name if public else whole_name
