@@ -227,6 +227,9 @@ def test_bad_input(tiny, tuned, tmp_path):
         fit(tuned, pixels, names, preset="few")
     with fails(DataError, "3 images and 2 labels"):
         fit(tuned, pixels, names[:2])
+    for rows in (torch.ones(2, 4), torch.ones(5), torch.ones(()), np.ones(3)):
+        with fails(DataError, "^extra: 'row' is no tensor with a row for each of 3 images$"):
+            fit(build_method("coop", tiny, NAMES, n_ctx=1), pixels, names, epochs=1, extra={"row": rows})
     with fails(DataError, "0 images and 0 labels"):
         evaluate(tuned, [], [])
     with fails(DataError, "unknown label 'red nose': did you mean 'red rose'"):
@@ -386,6 +389,11 @@ def test_a_model_is_saved_over_no_other_files(tuned, tmp_path):
         with fails(OutputError, f"{name}: it is there already, and is no tuned model's"):
             model.save_pretrained(tmp_path / name)
         assert [file.name for file in (tmp_path / name).iterdir()] == [name]
+    (tmp_path / "config.json" / "config.json").write_text('{"r": 8}\n')
+    (tmp_path / "config.json" / "prompts.safetensors").write_text("mine too")
+    with fails(OutputError, "config.json: it is there already, and is no tuned model's"):
+        model.save_pretrained(tmp_path / "config.json")
+    assert (tmp_path / "config.json" / "prompts.safetensors").read_text() == "mine too"
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / ".README.md.swp").write_text("mine")
     model.save_pretrained(tmp_path / "model")  # over an earlier model

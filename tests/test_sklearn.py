@@ -221,6 +221,9 @@ def test_weights_that_cannot_be_used(tiny, data):
     ]:
         with pytest.raises(ValueError, match=message):
             coop(tiny).fit(X, y, sample_weight=given)
+    for weight in (-0.5, np.inf, np.nan):
+        with pytest.raises(ValueError, match="sample_weight and class_weight must be finite numbers from 0 on"):
+            coop(tiny, class_weight={y[0]: weight}).fit(X, y)
     with pytest.raises(ConfigError, match="method 'drople' cannot weigh images"):
         PromptClassifier("drople", tiny, epochs=1, class_weight="balanced").fit(X, y)
     with pytest.raises(ConfigError, match="method 'coop' cannot weigh images"):
@@ -253,6 +256,14 @@ def test_bad_parameters_and_data_are_refused_by_fit(tiny, data):
         ({"lr": -1.0}, ConfigError, "optim.lr = -1.0"),
         ({"settings": {"nctx": 2}}, ConfigError, "unknown setting of coop 'nctx': did you mean 'n_ctx'"),
         ({"settings": {"shots": 2}}, ConfigError, "unknown setting of coop 'shots'"),
+        ({"settings": ["n_ctx"]}, ConfigError, r"settings = \['n_ctx'\] \(allowed: a mapping of names to values\)"),
+        ({"settings": {"epochs": 5}}, ConfigError, "epochs = 2: it is given twice, in settings too"),
+        (
+            {"settings": {"n_ctx": 2, "method.n_ctx": 3}},
+            ConfigError,
+            "n_ctx = 2: it is given twice, as method.n_ctx too",
+        ),
+        ({"class_names": {0: "boat"}}, ConfigError, r"labels are \[0\], and y's \['blue boat', .*: none is in both"),
         ({"preset": "no"}, ConfigError, "unknown preset"),
         ({"backbone": "/nowhere/at/all"}, BackboneError, "no backbone"),
     ]:

@@ -95,10 +95,12 @@ def method_keys(name: str) -> dict[str, str]:
 
 
 def full_keys(settings: Mapping[str, Any], known: Mapping[str, str], what: str) -> dict[str, Any]:
-    """Settings by their keys in the run configuration; raises ConfigError for those that are not ``known``."""
+    """Settings by their keys in the run configuration; raises ConfigError for unknown ones, and one given twice."""
     for key in settings:
         if key not in known and key not in known.values():
             raise ConfigError(unknown(what, key, known))
+        if known.get(key, key) != key and known[key] in settings:
+            raise ConfigError(f"{key} = {one_line(settings[key], 60)}: it is given twice, as {known[key]} too")
     return {known.get(key, key): value for key, value in settings.items()}
 
 
@@ -162,6 +164,9 @@ def fit_configured(
 ) -> Method:
     """Fit under a checked configuration, with ``weights`` [n] of the images, 1 on average; see :func:`fit`."""
     images, indices = _labelled(images, labels, method.class_names)
+    for name, values in (extra or {}).items():
+        if not isinstance(values, Tensor) or values.shape[:1] != (len(images),):
+            raise DataError(f"extra: '{name}' is no tensor with a row for each of {len(images)} images")
     if not method.trains and any(True for _ in method.parameters()):
         raise ConfigError(f"{method.name} is frozen, as loaded models are: build a new one to fit it")
     with ImageReader(config.data.workers, max_pixels=config.data.max_pixels) as reader, _random_state_kept():
@@ -271,7 +276,8 @@ class PromptedModel:
             raise ConfigError(f"sets = {sets:g}: they need a calibrated model, and its own classes")
         with _evaluation_images(images, self.method) as unlabelled:
             logits = evaluation.predict_logits(self.method, unlabelled, names) if images else torch.zeros(0, len(names))
-            spread = evaluation.predict_spread(self.method, unlabelled, names) if images else None
+            scale = self.calibration.scale(self.method, logits, names) if self.calibration else None
+            spread = evaluation.predict_spread(self.method, unlabelled, names, scale) if images else None
         probabilities, none = calibrated(self.calibration, self.method, logits, names)
         sure, listed = None if spread is None else spread.double().numpy(), None
         if self.calibration and sets is not None:

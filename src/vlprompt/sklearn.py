@@ -74,21 +74,26 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         method whose loss knows no weights, DataError for what is no image or two labels with one name, ValueError for
         labels that are no classes and weights that are none.
         """
-        if self.class_names is not None and not isinstance(self.class_names, Mapping):
-            raise ConfigError(
-                f"class_names = {one_line(self.class_names, 60)} (allowed: a mapping of labels to words, such as "
-                "dict(enumerate(names)))"
-            )
+        for what in ("class_names", "settings"):
+            if not isinstance(given := getattr(self, what), Mapping | None):
+                says = "labels to words, such as dict(enumerate(names))" if what == "class_names" else "names to values"
+                raise ConfigError(f"{what} = {one_line(given, 60)} (allowed: a mapping of {says})")
         _check_present(y)
         check_classification_targets(y)
         labels = column_or_1d(y, warn=True)
         self.classes_, indices = np.unique(labels, return_inverse=True)
         if len(self.classes_) == 1:
             raise ValueError(f"y has only one class, {self.classes_[0]!r}: every answer would be right")
+        if self.class_names and not any(label in self.class_names for label in self.classes_.tolist()):
+            labelled = f"{one_line(list(self.class_names), 60)}, and y's {one_line(self.classes_.tolist(), 60)}"
+            raise ConfigError(f"class_names: its labels are {labelled}: none is in both")
         known = {**TRAINING, **method_keys(self.method)}
-        settings = full_keys(self.settings or {}, known, f"setting of {self.method}")
-        given = {"train.epochs": self.epochs, "optim.lr": self.lr, "data.batch_size": self.batch_size}
-        overrides = {**settings, **{k: v for k, v in given.items() if v is not None}}
+        overrides = full_keys(self.settings or {}, known, f"setting of {self.method}")
+        for name in ("epochs", "lr", "batch_size"):
+            if (value := getattr(self, name)) is not None:
+                if TRAINING[name] in overrides:
+                    raise ConfigError(f"{name} = {value}: it is given twice, in settings too")
+                overrides[TRAINING[name]] = value
         overrides |= {"seed": self.seed, "data.template": self.template}
         config = build_config(self.method, self.preset, overrides=overrides)
         backbone = self.backbone
@@ -117,10 +122,10 @@ class PromptClassifier(ClassifierMixin, BaseEstimator):
         weights = np.ones(len(labels)) if sample_weight is None else np.array(sample_weight, dtype=np.float64)
         if weights.shape != labels.shape:
             raise ValueError(f"sample_weight has shape {list(weights.shape)}, and y {list(labels.shape)}")
-        if not np.isfinite(weights).all() or weights.min() < 0:
-            raise ValueError("sample_weight must be finite numbers from 0 on")
         weights = weights * compute_sample_weight(self.class_weight, labels)
-        if not weights.sum() > 0:
+        if not np.isfinite(weights).all() or weights.min() < 0:
+            raise ValueError("sample_weight and class_weight must be finite numbers from 0 on")
+        if not weights.any():
             raise ValueError("sample_weight and class_weight: every image's weight is zero")
         return weights / weights.mean()
 

@@ -59,6 +59,17 @@ def test_explain_draws_a_picture(tiny, tmp_path, picture, vlprompt):
         assert max(block["hit"]) < truth.reach, "prompts that are replaced are not drawn"
 
 
+def test_an_image_is_read_as_predict_reads_it(tiny, tmp_path, picture, vlprompt):
+    run, dark = saved(tiny, tmp_path / "run", "zero_shot"), tmp_path / "dark.png"
+    Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20)).save(dark)
+    code, _, err = vlprompt("explain", run, dark, "--out", tmp_path / "dark-why.png")
+    assert code == 0, err
+    assert "1 of 1 images of more than 8 bits look dark" in err
+    code, _, err = vlprompt("explain", run, picture, "--max-pixels", 9, "--out", tmp_path / "out.png")
+    assert code == 2
+    assert "2500 pixels; data.max_pixels = 9 is the limit" in err
+
+
 def test_the_seed_decides_the_draw(tiny, tmp_path, picture, vlprompt):
     run = saved(tiny, tmp_path / "run")
     pictures, hits = [], []

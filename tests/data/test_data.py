@@ -584,6 +584,12 @@ def test_data_set_made_on_the_fly(tmp_path, monkeypatch):
     assert load_dataset("drawn").split.root == tmp_path / "cache" / "vlprompt" / "drawn-1"
 
 
+def test_a_template_has_room_for_the_name(monkeypatch):
+    monkeypatch.setitem(DATASETS, "drawn", Dataset("drawn", "drawn-1", template="a drawing"))
+    with fails(r"data set 'drawn': template = a drawing \(allowed: text with \{\} in it\)"):
+        load_dataset("drawn")
+
+
 def test_bad_data_sets(tmp_path):
     accepted = r"a folder of class folders or a \.csv file of path,label is accepted too"
     with fails("unknown data set 'caltech11': did you mean 'caltech101'.*" + accepted):

@@ -151,8 +151,10 @@ def test_16_bit_colours_are_told_of(tmp_path):
     with ImageReader(0) as reader:
         assert value(reader.image(tmp_path / "c.png")) == 15
     assert "1 of 1 images of more than 8 bits look dark" in reader.range_notes()[0]
-    with fails("of 16-bit colours 8 bits are read"):
-        load_image(tmp_path / "c.png", white=4095)
+    with Image.open(tmp_path / "c.png") as opened:
+        for image in (tmp_path / "c.png", opened):
+            with fails("of 16-bit colours 8 bits are read"):
+                load_image(image, white=4095)
 
 
 def test_white_is_kept_with_the_model(tmp_path, monkeypatch):
@@ -186,6 +188,25 @@ def test_white_is_kept_with_the_model(tmp_path, monkeypatch):
     code, _, err = vlprompt("predict", "again", "dark")
     assert code == 2
     assert err.count("\n") == 1
+
+
+def test_dark_greys_in_memory_are_told_of_too(tmp_path, tiny):
+    from vlprompt import PromptedModel, build_method, fit
+
+    greys(tmp_path, 4095)
+    files = sorted(image_files(tmp_path))
+    images, labels = [], [file.parent.name for file in files]
+    for file in files:
+        with Image.open(file) as image:
+            images.append(image.copy())
+    method = build_method("linear_probe", tiny, sorted(set(labels)))
+    dark = f"{len(files)} of {len(files)} images of more than 8 bits look dark"
+    with pytest.warns(UserWarning, match=dark):
+        fit(method, images, labels)
+    with pytest.warns(UserWarning, match=dark):
+        PromptedModel(method).predict(images)
+    method = fit(build_method("linear_probe", tiny, sorted(set(labels))), images, labels, white="auto")
+    assert method.white == 4095
 
 
 @pytest.mark.parametrize("white", ["0", "-5", "autom", ".inf", ".nan", "true"])
@@ -331,6 +352,9 @@ def test_folders_of_parts_by_the_usual_names(tmp_path, train, test):
         (("Lernen/a/1.png", "Lernen/x.png", "Pruefen/a/1.png", "Pruefen/x.png"), "all hold folders a"),
         (("dogs/poodle/1.png", "cats/1.png"), "dogs hold folders only, as poodle"),
         (("Testing/a/1.png", "Testing/b/1.png", "c/1.png"), "Testing hold folders only, as a, b"),
+        (("train/dogs/poodle/1.png", "train/dogs/pug/1.png", "train/cats/1.png", "test/cats/2.png"),
+         "dogs hold folders only, as poodle, pug"),
+        (("train/x/a/1.png", "train/x/b/1.png", "train/y/a/1.png", "train/y/b/1.png"), "x, y all hold folders a, b"),
     ],
 )  # fmt: skip
 def test_folders_that_seem_to_be_no_classes(tmp_path, paths, seen):

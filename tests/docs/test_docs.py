@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 import sys
@@ -111,6 +112,14 @@ def test_a_method_of_ones_own_is_trained_and_compared(place: Path, own_method: N
         assert code == 0, err
     rows = (place / "benches" / "taskres" / "results.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows[1:]]
+
+
+def test_the_pages_functions_take_what_it_says() -> None:
+    listed = re.findall(r"^\| `(\w+)\(([^)`]*)\)`", ADDING.read_text("utf-8"), re.MULTILINE)
+    assert len(listed) > 10
+    for function, arguments in listed:
+        taken = list(inspect.signature(getattr(Method, function)).parameters)[1:]
+        assert len(taken) == len([a for a in arguments.split(",") if a]), f"{function} takes {taken}"
 
 
 # --- commands -------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from vlprompt.config.schema import TrainConfig, build_config, check_capabilities
 from vlprompt.data.images import load_image
 from vlprompt.data.reading import ImageReader
 from vlprompt.errors import ArtefactError, ConfigError
-from vlprompt.methods import METHODS, Batch, Can, Method, registry
+from vlprompt.methods import METHODS, Batch, Can, Method, find_method, registry
 from vlprompt.training.evaluate import EvaluationImages, predict_logits
 
 NAMES = ("red square", "blue circle", "green star", "black dog", "old oak tree")
@@ -210,6 +210,70 @@ def test_an_installed_method_stands_for_the_file_it_came_from(
     point = EntryPoint("own_adapter", "own_package:Adapter", registry.GROUP)
     monkeypatch.setattr(registry, "_installed", lambda: {"own_adapter": point})
     assert load_artefact(tmp_path / "saved", str(TINY)).name == "own_adapter"
+
+
+def test_a_file_is_known_by_what_was_run_of_it(tiny: Backbone, sources: dict[str, str], tmp_path: Path) -> None:
+    """Not by what is in it when the model is saved: it may have been edited while the model was trained."""
+    file = Path(sources["own_adapter"])
+    method = build_method(str(file), tiny, NAMES)
+    file.write_text(file.read_text("utf-8").replace("0.5", "0.9"), "utf-8")
+    save_artefact(method, tmp_path / "saved")
+    with pytest.warns(UserWarning, match=r"own_adapter.py has changed since .*saved was tuned with it"):
+        load_artefact(tmp_path / "saved", tiny)
+    (tmp_path / "elsewhere").mkdir()
+    METHODS.pop("own_adapter")
+    find_method(str(file.rename(tmp_path / "elsewhere" / "other.py")))
+    with pytest.warns(UserWarning, match=r"other.py has changed since .*saved was tuned with it"):
+        load_artefact(tmp_path / "saved", tiny)
+
+
+def test_what_is_not_saved_is_told(tiny: Backbone, tmp_path: Path, photos: list[Path]) -> None:
+    """A tensor that is neither a parameter nor a buffer, unless ``build`` makes it again."""
+    code = ADAPTER.replace("own_adapter", "own_mean").replace(
+        "    def class_features",
+        "        self.same, self.share, self.mean = torch.randn(3).sort().values.sign() ** 2, 0.1, None\n\n"
+        "    def fit_features(self, features, labels):\n        self.mean = features.mean(0)\n\n    def class_features",
+    )
+    (tmp_path / "own_mean.py").write_text(code, "utf-8")
+    method = build_method(str(tmp_path / "own_mean.py"), tiny, NAMES)
+    save_artefact(method, tmp_path / "untrained")
+    method.fit_features(tiny.encode_images(views(tiny, photos)), torch.arange(len(photos)))
+    with pytest.warns(UserWarning, match="^'own_mean' is saved without its mean: no parameter, no buffer$"):
+        save_artefact(method, tmp_path / "saved")
+    METHODS.pop("own_mean")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("class Adapter(Method)", "class Adapter", "'own_adapter' is no Method, or its Config no MethodConfig"),
+        ("    def build", "    class Config:\n        pass\n\n    def build", "or its Config no MethodConfig"),
+        ("paper, year, learns, parity", "_, year, _, parity", "'own_adapter' does not say its paper, learns"),
+    ],
+)
+def test_what_is_no_whole_method(old: str, new: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(ADAPTER.replace(old, new), "utf-8")
+    with pytest.raises(ConfigError, match=says):
+        find_method(str(tmp_path / "own.py"))
+
+
+def test_a_file_that_is_edited_and_edited_back(sources: dict[str, str]) -> None:
+    file = Path(sources["own_adapter"])
+    one, two = (code.encode() for code in (ADAPTER, ADAPTER.replace("0.5", "0.9")))  # in one second, of one size
+    classes = []
+    for content in (one, two, one, two):
+        file.write_bytes(content)
+        classes.append(find_method(str(file)))
+        assert METHODS["own_adapter"] is classes[-1]
+    assert classes[:2] == classes[2:]
+    assert classes[0] is not classes[1]
+    for wrong, says in ((one + b"\n1 / 0\n", "cannot be run: ZeroDivisionError"), (b"", "it registers none")):
+        file.write_bytes(wrong)
+        with pytest.raises(ConfigError, match=says):
+            find_method(str(file))
+        assert METHODS["own_adapter"] is classes[1]
+    file.write_bytes(one + b"\n")  # mended
+    assert find_method(str(file)).name == "own_adapter"
 
 
 # --- parts equal the whole, or are refused --------------------------------------------------------

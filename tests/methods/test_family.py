@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from tests.kit.plain import plain_block, plain_norm, same_with_gradients, small_
 from tests.kit.runs import check_stopped, configured
 from vlprompt.api import PromptedModel, build_method
 from vlprompt.artefact.artefact import save_artefact
+from vlprompt.artefact.calibration import Calibration
 from vlprompt.backbones.backbone import Backbone, unit
 from vlprompt.config.schema import build_config, parse_override
 from vlprompt.errors import ConfigError
@@ -270,6 +272,9 @@ def test_bayesian_averages_probabilities_over_its_samples(conditional: bool) -> 
     torch.testing.assert_close(logits.exp(), p.mean(0), rtol=0, atol=1e-9)
     torch.testing.assert_close(spread, ((p - p.mean(0)) ** 2).mean(0).sqrt(), rtol=0, atol=1e-9)
     assert spread.max() > 1e-4
+    scale = torch.linspace(0.2, 3, len(x), dtype=torch.double)
+    scaled = (scale[:, None] * p.log()).softmax(-1)
+    torch.testing.assert_close(method.spread(x, NAMES, scale), scaled.std(0, correction=0), rtol=0, atol=1e-9)
     torch.testing.assert_close(method.predict(x[2:3], NAMES), logits[2:3], rtol=0, atol=1e-9)
     method.train()
     assert not torch.equal(method.noise(mu), method.noise(mu)), "a step draws anew"
@@ -280,6 +285,23 @@ def test_bayesian_has_no_spread_without_variance() -> None:
     with torch.no_grad():
         method.log_variance.fill_(-100)
     assert method.spread(images(method.backbone), NAMES).max() < 1e-9
+
+
+@pytest.mark.parametrize("names", [NAMES, ("otter", "sea horse")])
+def test_the_spread_is_of_calibrated_probabilities(
+    names: Sequence[str], tiny: Backbone, tmp_path: Path, vlprompt
+) -> None:
+    files = sorted(write_pictures(tmp_path / "photos", n=1).rglob("*.png"))
+    model = PromptedModel(build_method("bayesian", tiny, NAMES, samples=3))
+    as_it_is = model.predict(files, names)
+    model.calibration = Calibration(200.0, ((0.5,),) * 3, "energy", None, 0.95)
+    calibrated = model.predict(files, names)
+    assert 0 < calibrated.spread.max() < as_it_is.spread.max() / 20, "nearly uniform, whatever is drawn"
+    save_artefact(model.method, tmp_path / "run", calibration=model.calibration)
+    given = ("--class-names", ",".join(names), "--backbone", str(TINY), "--json")
+    said = json.loads(vlprompt("predict", str(tmp_path / "run"), str(files[0]), *given)[1])["predictions"][0]["top"][0]
+    best = calibrated.probabilities[0].argmax()
+    assert said["spread"] == pytest.approx(calibrated.spread[0, best], abs=1e-9)
 
 
 def test_predictions_tell_their_spread(tiny: Backbone, tmp_path: Path, vlprompt) -> None:

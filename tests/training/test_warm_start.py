@@ -187,6 +187,7 @@ def test_checkpoints_that_are_refused(tmp_path, tiny, monkeypatch):
     dassl(Path("model.pth.tar-4"), tiny, {"ctx": torch.full((3, tiny.text_tower.config.width), float("nan"))})
     dassl(Path("model.pth.tar-5"), tiny, {"ctx": torch.ones(3, 5)})
     Path("model.pth.tar-6").write_bytes(b"no checkpoint")
+    torch.save({"state_dict": {"ctx": torch.ones(3, 2, tiny.text_tower.config.width)}}, "model.pth.tar-8")
     swapped = ["--backbone", TINY, "--class-names", "dog,cat,sea horse"]
     for n, given, says in [
         (1, [], "CoOp's prompts name no backbone and no classes: --backbone, --class-names-file"),
@@ -200,6 +201,7 @@ def test_checkpoints_that_are_refused(tmp_path, tiny, monkeypatch):
         (5, GIVEN, "was trained on tokens of width 5"),
         (6, GIVEN, "cannot read model.pth.tar-6 as weights alone"),
         (7, GIVEN, "checkpoint model.pth.tar-7 does not exist"),
+        (8, GIVEN, "model.pth.tar-8 holds no 'token_suffix': nothing in it says which context is which class's"),
     ]:
         done = vlprompt("convert", f"model.pth.tar-{n}", "out", *given)
         assert (done.code, done.err.count("\n")) == (2, 1), done.err

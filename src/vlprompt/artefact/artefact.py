@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
+import torch
 from annotated_types import Gt, Lt
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -24,7 +25,6 @@ from vlprompt.artefact.card import model_card
 from vlprompt.backbones.backbone import Backbone
 from vlprompt.backbones.load import load_backbone, whole_name
 from vlprompt.backbones.names import public_name
-from vlprompt.data.files import content_hash
 from vlprompt.data.splits import MOST_CLASSES
 from vlprompt.documents import MOST_JSON, check_text, fitted, parse_json, read_text, reader, unsealed, write_sealed
 from vlprompt.errors import ArtefactError, BackboneError, ConfigError, OutputError, one_line, unknown
@@ -97,10 +97,14 @@ def save_artefact(
     name alone. Whenever the process is killed, the folder holds the model before or the new one, whole. Raises
     OutputError for a folder that has such files and is no tuned model.
     """
-    if not (folder / PROMPTS).exists() and (other := [name for name in FILES if (folder / name).exists()]):
+    before = (folder / CONFIG).read_bytes() if (folder / CONFIG).is_file() else b""  # a damaged one may be replaced
+    tuned = (folder / PROMPTS).exists() and (b'"format_version"' in before or not before.rstrip().endswith(b"}"))
+    if not tuned and (other := [name for name in FILES if (folder / name).exists()]):
         raise OutputError(f"cannot write {folder / other[0]}: it is there already, and is no tuned model's")
     backbone, named = method.backbone, public_name if public else whole_name
     state = {k: v.detach().float().cpu().contiguous() for k, v in method.inference_state().items()}
+    if lost := _unsaved(method, state):
+        warnings.warn(f"'{method.name}' is saved without its {', '.join(lost)}: no parameter, no buffer", stacklevel=2)
     prompts = save(state)
     about = {key: str(value) for key, value in (about or {}).items()}
     config = {
@@ -125,8 +129,8 @@ def save_artefact(
     }
     # config.json speaks of the model before until it is replaced: that one's prompts stay beside the new till then.
     if (folder / PROMPTS).is_file() and (folder / CONFIG).is_file():
-        before = (folder / PROMPTS).read_bytes()
-        write_atomically(_aside(folder, sha256(before).hexdigest()), before)
+        replaced = (folder / PROMPTS).read_bytes()
+        write_atomically(_aside(folder, sha256(replaced).hexdigest()), replaced)
     write_atomically(folder / PROMPTS, prompts)
     write_sealed(folder / CONFIG, config, indent=2)
     write_atomically(folder / CARD, model_card(method, about))
@@ -207,10 +211,24 @@ def write_calibration(folder: Path, calibration: Calibration) -> None:
     write_sealed(folder / CONFIG, config, indent=2)
 
 
+def _unsaved(method: Method, state: Mapping[str, Tensor]) -> list[str]:
+    """Plain tensors and numbers of a method of one's own that are others than when it was built."""
+
+    def plain(of: Method) -> dict[str, Tensor]:
+        found = {k: torch.as_tensor(v) for k, v in vars(of).items() if isinstance(v, Tensor | float)}
+        return {k: v for k, v in found.items() if k not in state and not hasattr(Method, k)}
+
+    if type(method).__module__.startswith("vlprompt.") or not (now := plain(method)):
+        return []
+    with torch.random.fork_rng(devices=[]):
+        built = plain(type(method)(method.backbone, method.class_names, method.config, method.template))
+    return [k for k in now if k not in built or not torch.equal(now[k], built[k].to(now[k]))]
+
+
 def _method_file(method: Method) -> dict[str, Any]:
     """The file that the method was loaded from, if it is no package's."""
     file = file_of(type(method))
-    return {"method_file": {"path": str(file), "sha256": content_hash(file)}} if file else {}
+    return {"method_file": {"path": str(file[0]), "sha256": file[1]}} if file else {}
 
 
 def _descriptions(method: Method) -> dict[str, Any]:
@@ -233,18 +251,18 @@ def _find_method(config: ArtefactConfig, folder: Path, files: bool) -> type[Meth
     if source is None:
         return find_method(name)
     file = Path(source["path"])
-    known = find_method(name) if name in method_names() else None
-    if known and (file_of(known) != file or not files):
-        return known  # installed since, or loaded from where it lies now
-    if not files or not file.is_file():
-        raise ArtefactError(
-            f"{folder} was tuned with method '{name}' of file {file}, which is "
-            f"{'not run for a downloaded model' if not files else 'not there'}: load it first with "
-            f'find_method("…/{file.name}"), or install it under the entry point group {GROUP}'
-        )
-    if content_hash(file) != source["sha256"]:
-        warnings.warn(f"{file} has changed since {folder} was tuned with it", stacklevel=3)
-    return find_method(str(file))
+    cls = find_method(name) if name in method_names() else None
+    if not cls or (files and (known := file_of(cls)) and known[0] == file):  # else installed, or loaded from elsewhere
+        if not files or not file.is_file():
+            raise ArtefactError(
+                f"{folder} was tuned with method '{name}' of file {file}, which is "
+                f"{'not run for a downloaded model' if not files else 'not there'}: load it first with "
+                f'find_method("…/{file.name}"), or install it under the entry point group {GROUP}'
+            )
+        cls = find_method(str(file))
+    if (now := file_of(cls)) and now[1] != source["sha256"]:
+        warnings.warn(f"{now[0]} has changed since {folder} was tuned with it", stacklevel=3)
+    return cls
 
 
 def _unreadable_error(folder: Path, error: Exception) -> ArtefactError:

@@ -63,9 +63,13 @@ class Calibration:
 
     def logits(self, method: Method, logits: Tensor, class_names: Sequence[str]) -> Tensor:
         """Calibrated logits [n, C] in float64: of class names not tuned on too, by distance-aware calibration."""
+        return logits.double() * self.scale(method, logits, class_names)[:, None]
+
+    def scale(self, method: Method, logits: Tensor, class_names: Sequence[str]) -> Tensor:
+        """What logits [n, C] are multiplied by, [n] in float64."""
         factors = class_factors(method, class_names)
-        scaled = logits.double() if factors is None else dac(logits.double(), factors.double().cpu())
-        return scaled / self.temperature
+        of_image = 1.0 if factors is None else factors.double().cpu()[logits.argmax(-1)]
+        return logits.new_ones(len(logits), dtype=torch.double) * of_image / self.temperature
 
     def sets(self, probabilities: Tensor, coverage: float, by_class: bool = False) -> Tensor:
         """Which classes are in each image's set, [n, C]: the right one for a share ``coverage`` of images, at least.

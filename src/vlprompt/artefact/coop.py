@@ -59,6 +59,8 @@ def import_prompts(file: Path, out: Path, backbone: Backbone, class_names: Seque
     if wrong := sorted(counts - {len(class_names)}):
         raise ArtefactError(f"{file} was trained on {wrong[0]} classes, and {len(class_names)} class names are given")
     n_ctx, cls = context.shape[-2], find_method("cocoop" if meta else "coop")
+    if suffix is None and context.ndim == 3:
+        raise ArtefactError(f"{file} holds no 'token_suffix': nothing in it says which context is which class's")
     if suffix is not None:
         _check_texts(file, suffix, backbone, class_names, n_ctx)
     own = {} if meta else {"class_specific": context.ndim == 3, "position": position}

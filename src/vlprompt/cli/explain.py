@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vlprompt.artefact.calibration import Calibration
 from vlprompt.backbones.attack import Pixels
 from vlprompt.backbones.backbone import unit
-from vlprompt.data.images import load_image
+from vlprompt.data.images import ImageSource, load_image
 from vlprompt.data.splits import find_classes
 from vlprompt.demo.drawing import FAINT, GRID, SCALE, Sheet
 from vlprompt.errors import ConfigError, DataError, first_few
@@ -70,18 +70,18 @@ def _numbers(values: Tensor) -> list[float] | list[int]:
 @torch.no_grad()
 def explain(
     method: Method,
-    file: Path,
+    source: ImageSource,
     seed: int = 0,
     class_name: str | None = None,
     calibration: Calibration | None = None,
 ) -> Explanation:
-    """Explain what a tuned model says of an image file.
+    """Explain what a tuned model says of an image.
 
     Raises DataError if the image cannot be read or the model has no such class, ConfigError if it cannot be explained.
     """
     preprocess = method.backbone.preprocess
     asked = None if class_name is None else own_class(method, class_name)
-    pixels = preprocess(load_image(file, method.white))
+    pixels = preprocess(load_image(source, method.white))
     images = pixels[None].to(method.backbone.device)
     found = relevance(method, pixels, class_index=asked, calibration=calibration)
     has_tokens = hasattr(method.backbone.image_tower, "blocks")

@@ -346,6 +346,7 @@ def explain(
     run: RunFolder,
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="An image file.")],
     *,
+    max_pixels: MaxPixels = None,
     backbone: OtherBackbone = None,
     device: Device = "cpu",
     precision: Precision = "fp32",
@@ -368,7 +369,8 @@ def explain(
 
     check_new(out, ".png")
     method, folder = load_model(run, backbone, device, precision)
-    explanation = explain_image(method, image, seed, class_name, load_calibration(folder))
+    with reading(method, False, max_pixels) as reader:
+        explanation = explain_image(method, reader.image(image), seed, class_name, load_calibration(folder))
     write_explanation(explanation, out, image.name)
     if json_output:
         print(json.dumps(explanation.to_dict()))

@@ -91,7 +91,9 @@ def predict_images(
     if len(class_names) == 1:
         predict_logits(method, EvaluationImages(paths[:1], [], reader), class_names)  # its name may be what is wrong
         raise DataError(f"there is only one class, '{class_names[0]}', so it is always right: commas separate names")
-    logits, spread = predict_logits(method, images, class_names), predict_spread(method, images, class_names)
+    logits = predict_logits(method, images, class_names)
+    scale = calibration.scale(method, logits, class_names) if calibration else None
+    spread = predict_spread(method, images, class_names, scale)
     probabilities, none = calibrated(calibration, method, logits, class_names)
     chosen = calibration.sets(probabilities, sets, by_class) if calibration and sets is not None else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -108,6 +107,6 @@ def set_white(
     if data.white != "auto":
         reader.white = data.white
         return
-    reader.white = reader.find_white([Path(image) for image in images if isinstance(image, (str, os.PathLike))])
+    reader.white = reader.find_white(images)
     found = "no image has more than 8 bits" if reader.white is None else f"{reader.white:g}, by the training images"
     say(f"data.white = auto: {found}")

@@ -85,6 +85,8 @@ def load_dataset(
         return _unlabelled(Path(os.path.expanduser(data)), Path(os.path.expanduser(class_names_file)), split_file)
     data, file = os.fspath(data), None if split_file is None else Path(os.path.expanduser(split_file))
     if dataset := find_dataset(data):
+        if "{}" not in dataset.template:
+            raise DataError(f"data set '{dataset.name}': template = {dataset.template} (allowed: text with {{}} in it)")
         here = f"for the folder of that name here write ./{data}" if os.path.isdir(data) else ""
         try:
             folder = known_folder(dataset, root)

@@ -48,7 +48,7 @@ def from_folder(root: str | os.PathLike[str], left_out: LeftOut | None = None, l
     images of each class are ranked by a hash of their relative paths, and half of them (rounded up) are train, a fifth
     (rounded down) val, the rest test. Hidden files are skipped; ``left_out`` is told of others that are not read.
     Raises DataError for a missing folder, fewer than ``least`` classes, a class folder without images, and folders that
-    seem to be no classes: some hold folders only, or folders of the same names.
+    seem to be no classes: some hold folders only (inside a part, more than one), or folders of the same names.
     """
     root, left_out = Path(root), LeftOut() if left_out is None else left_out
     if not os.path.isdir(root):
@@ -59,6 +59,8 @@ def from_folder(root: str | os.PathLike[str], left_out: LeftOut | None = None, l
     labels = _labels((folder.name for folder in parts.get("train", every)), f"folder {root}", least)
     if not parts:
         _check_classes(root, folders)
+    for classes in parts.values():  # a class may have one folder of images there
+        _check_classes(classes[0].parent, [folder for folder in classes if len(subfolders(folder)) > 1])
     for folder in every:
         if folder.name not in labels:
             raise DataError(f"{folder}: {unknown('class', folder.name, labels)}")

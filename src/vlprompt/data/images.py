@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -54,19 +55,10 @@ def load_image(source: ImageSource, white: float | None = None, max_pixels: int 
     """
     if isinstance(source, np.ndarray):
         return _from_pixels(source)
-    if isinstance(source, Image.Image):
-        try:
-            own = _own_white(source)
-            source.load()
-            return to_rgb(_upright(source), own or white)
-        except MemoryError:
-            raise
-        except Exception as error:  # a file that Pillow has opened may be damaged further on
-            raise DataError(f"cannot read the image {source!r}: {error}") from error
-    if not isinstance(source, (str, os.PathLike)):
+    if not isinstance(source, (str, os.PathLike, Image.Image)):
         raise DataError(f"an image is a path, a Pillow image or an array, not {type(source).__name__}")
     try:
-        with open_image(source) as image:
+        with nullcontext(source) if isinstance(source, Image.Image) else open_image(source) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise DataError(f"{image.width * image.height} pixels; data.max_pixels = {max_pixels} is the limit")
             own, sliced = _own_white(image), _has_16_bit_colours(image)
@@ -80,6 +72,8 @@ def load_image(source: ImageSource, white: float | None = None, max_pixels: int 
     except MemoryError:  # which says nothing about the image
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes
+        if isinstance(source, Image.Image):
+            raise DataError(f"cannot read the image {source!r}: {error}") from error
         raise DataError(f"cannot read image {os.fspath(source)}: {_reason(error, Path(source))}") from error
 
 
@@ -91,10 +85,10 @@ def _from_pixels(pixels: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(pixels).convert("RGB")
 
 
-def greatest_grey(file: Path) -> float | None:
+def greatest_grey(source: ImageSource) -> float | None:
     """The greatest value of a grey image deeper than 8 bits, which is not 0; None for others and unreadable ones."""
     try:
-        with open_image(file) as image:
+        with nullcontext(source) if isinstance(source, Image.Image) else open_image(source) as image:  # type: ignore[arg-type]
             if not _is_deep(image) or _own_white(image):
                 return None
             return float(np.asarray(image).max()) or None

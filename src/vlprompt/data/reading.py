@@ -57,7 +57,7 @@ class ImageReader:
             Image.MAX_IMAGE_PIXELS = None
         self._full = False
         self._decode = decode
-        self._greys: dict[Path, float] = {}  # the greatest value of each deep grey
+        self._greys: dict[Path | int, float] = {}  # the greatest value of each deep grey
         self._kept: dict[Path, Image.Image] = {}
         self._lock = Lock()
 
@@ -80,7 +80,10 @@ class ImageReader:
         how: dict[str, Any] = {} if self.white is None else {"white": self.white}
         how |= {} if self._max_pixels is None else {"max_pixels": self._max_pixels}
         if not isinstance(source, (str, os.PathLike)):
-            return load_image(source, **how)  # it is in memory already
+            image = load_image(source, **how)  # it is in memory already
+            if greatest := image.info.get("greatest"):
+                self._greys[id(source)] = greatest
+            return image
         path = Path(source)
         if path in self._kept:
             return self._kept[path]
@@ -95,9 +98,9 @@ class ImageReader:
                 self._kept[path] = image
         return image
 
-    def find_white(self, paths: Sequence[Path]) -> float | None:
-        """What is white in the deep greys among these files, by the greatest value of all; None if there are none."""
-        chunks = [paths[i : i + 64] for i in range(0, len(paths), 64)]
+    def find_white(self, images: Sequence[ImageSource]) -> float | None:
+        """What is white in the deep greys among these images, by the greatest value of all; None if there are none."""
+        chunks = [images[i : i + 64] for i in range(0, len(images), 64)]
         found = [value for _, values in self._ahead(greatest_grey, chunks) for value in values if value]
         return white_above(max(found)) if found else None
 

@@ -315,8 +315,8 @@ class Method(nn.Module):
         """Images whose own class texts are encoded together."""
         return max(TEXTS_OF_IMAGES // len(class_names), 1)
 
-    def spread(self, x: Tensor, class_names: Sequence[str]) -> Tensor:
-        """Standard deviation of each class's probability over what the model leaves open; as ``predict``: [B, C]."""
+    def spread(self, x: Tensor, class_names: Sequence[str], scale: Tensor | None = None) -> Tensor:
+        """Standard deviation of each class's probability over what is left open, logits times ``scale`` [B]: [B, C]."""
         raise NotImplementedError
 
     def own_classes(self, class_names: Sequence[str]) -> list[int]:

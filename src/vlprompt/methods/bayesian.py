@@ -138,19 +138,19 @@ class Bayesian(Method):
         return {"kl": self.config.w * kl.mean(-1).mean()}
 
     @torch.no_grad()
-    def spread(self, x: Tensor, class_names: Sequence[str]) -> Tensor:
+    def spread(self, x: Tensor, class_names: Sequence[str], scale: Tensor | None = None) -> Tensor:
         """[B, C]"""
         names = tuple(class_names)
         v = self.encode_images(x) if x.ndim == 4 else x
         shared = None if self.image_dependent else self.kept_class_features(names)
-        return torch.cat(
+        each = torch.cat(
             [
                 self.log_probabilities(part, self.class_features(names, part) if shared is None else shared)
-                .exp()
-                .std(1, correction=0)
                 for part in v.split(self.images_at_once(names))
             ]
         )
+        scaled = each if scale is None else scale.to(each)[:, None, None] * each
+        return scaled.softmax(-1).std(1, correction=0)
 
     def images_at_once(self, class_names: Sequence[str]) -> int:
         """As texts of their own are encoded for each sample too."""

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 from vlprompt.data.files import content_hash
 from vlprompt.errors import ConfigError, one_line, unknown
-from vlprompt.methods.base import Method
+from vlprompt.methods.base import Method, MethodConfig
 
 METHODS: dict[str, type[Method]] = {}
 GROUP = "vlprompt.methods"
@@ -22,9 +22,13 @@ M = TypeVar("M", bound=Method)
 
 
 def register(name: str) -> Callable[[type[M]], type[M]]:
-    """Make a method known under ``name``; raises ConfigError if another one has it."""
+    """Make a method known under ``name``; raises ConfigError for what is no whole method, and if another one has it."""
 
     def add(cls: type[M]) -> type[M]:
+        if not (isinstance(cls, type) and issubclass(cls, Method) and issubclass(cls.Config, MethodConfig)):
+            raise ConfigError(f"method '{name}' is no Method, or its Config no MethodConfig")
+        if lacking := [what for what in ("paper", "year", "learns") if not hasattr(cls, what)]:
+            raise ConfigError(f"method '{name}' does not say its {', '.join(lacking)}")
         known = METHODS.get(name, cls)
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ConfigError(f"there is a method '{name}' already, in {known.__module__}: choose another name")
@@ -59,14 +63,15 @@ def is_file(name: str) -> bool:
     return name.endswith(".py")
 
 
-def file_of(cls: type[Method]) -> Path | None:
-    """The file that a method was loaded from; None for those of packages."""
+def file_of(cls: type[Method]) -> tuple[Path, str] | None:
+    """The file that a method was loaded from and the SHA-256 of what was in it then; None for those of packages."""
     return _FILES.get(cls)
 
 
 def source_of(method: Method) -> str:
     """What :func:`find_method` finds the method's class by."""
-    return str(file_of(type(method)) or method.name)
+    file = file_of(type(method))
+    return str(file[0]) if file else method.name
 
 
 def file_fingerprint(name: str) -> str | None:
@@ -74,7 +79,7 @@ def file_fingerprint(name: str) -> str | None:
     return content_hash(Path(name).expanduser())[:12] if is_file(name) else None
 
 
-_FILES: dict[type[Method], Path] = {}
+_FILES: dict[type[Method], tuple[Path, str]] = {}
 
 
 def _load(file: Path) -> type[Method]:
@@ -83,28 +88,37 @@ def _load(file: Path) -> type[Method]:
         content = file.read_bytes()
     except OSError as error:
         raise ConfigError(f"method file {file}: {error.strerror}") from None
+    source, before = (file, sha256(content).hexdigest()), dict(METHODS)
+    known = next((cls for cls in _FILES if _FILES[cls] == source), None)
+    if known and METHODS.get(known.name) is known:
+        return known
+    for cls in (c for c in before.values() if c in _FILES and _FILES[c][0] == file):  # of another content
+        METHODS.pop(cls.name)
+    try:
+        found = register(known.name)(known) if known else _run(file, content)
+    except Exception:
+        METHODS.clear()
+        METHODS.update(before)
+        raise
+    _FILES[found] = source
+    return found
+
+
+def _run(file: Path, content: bytes) -> type[Method]:
     module_name = f"vlprompt_method_{sha256(str(file).encode() + content).hexdigest()[:16]}"
-    if module_name not in sys.modules:
-        spec = spec_from_file_location(module_name, file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = sys.modules[module_name] = module_from_spec(spec)
-        before = {cls.name: cls for cls in _FILES if _FILES[cls] == file}  # of an earlier content
-        for name in before:
-            METHODS.pop(name, None)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[module_name]
-            METHODS.update(before)
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"method file {file} cannot be run: {type(error).__name__}: {one_line(error)}") from error
+    module = sys.modules[module_name] = ModuleType(module_name)
+    module.__file__ = str(file)
+    try:
+        # Python's loader would take compiled code of an earlier content of the same size and second.
+        exec(compile(content, file, "exec"), vars(module))
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"method file {file} cannot be run: {type(error).__name__}: {one_line(error)}") from error
     found = [cls for cls in METHODS.values() if cls.__module__ == module_name]
     if len(found) != 1:
         names = ", ".join(cls.name for cls in found) or "none"
         raise ConfigError(f'method file {file} must register one method, with @register("name"); it registers {names}')
-    _FILES[found[0]] = file
     return found[0]
 
 
@@ -118,6 +132,4 @@ def _import(point: EntryPoint) -> None:
         cls = point.load()
     except Exception as error:
         raise ConfigError(f"method '{point.name}' of {point.value} cannot be imported: {one_line(error)}") from error
-    if not (isinstance(cls, type) and issubclass(cls, Method)):
-        raise ConfigError(f"method '{point.name}' of {point.value} is no Method")
     register(point.name)(cls)

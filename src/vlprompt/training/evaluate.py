@@ -109,11 +109,20 @@ def predict_logits(method: Method, images: EvaluationImages, class_names: Sequen
     return logits
 
 
-def predict_spread(method: Method, images: EvaluationImages, class_names: Sequence[str]) -> Tensor | None:
-    """How far each class's probability moves with what the method leaves open, [n, C]; None where that is nothing."""
+def predict_spread(
+    method: Method, images: EvaluationImages, class_names: Sequence[str], scale: Tensor | None = None
+) -> Tensor | None:
+    """How far each class's probability moves with what the method leaves open, [n, C]; None where that is nothing.
+
+    ``scale`` [n] is what calibration multiplies logits by.
+    """
     if not method.has_spread:
         return None
-    return torch.cat([method.spread(x, class_names).cpu() for x in images.read_by(method)])
+    found: list[Tensor] = []
+    for x in images.read_by(method):
+        done = sum(map(len, found))
+        found.append(method.spread(x, class_names, None if scale is None else scale[done : done + len(x)]).cpu())
+    return torch.cat(found)
 
 
 @dataclass(frozen=True)
