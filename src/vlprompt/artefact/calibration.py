@@ -68,8 +68,9 @@ class Calibration:
     def scale(self, method: Method, logits: Tensor, class_names: Sequence[str]) -> Tensor:
         """What logits [n, C] are multiplied by, [n] in float64."""
         factors = class_factors(method, class_names)
-        of_image = 1.0 if factors is None else factors.double().cpu()[logits.argmax(-1)]
-        return logits.new_ones(len(logits), dtype=torch.double) * of_image / self.temperature
+        if factors is None:
+            return logits.new_full((len(logits),), 1 / self.temperature, dtype=torch.double)
+        return _taken_for(logits, factors.double().cpu()) / self.temperature
 
     def sets(self, probabilities: Tensor, coverage: float, by_class: bool = False) -> Tensor:
         """Which classes are in each image's set, [n, C]: the right one for a share ``coverage`` of images, at least.
@@ -215,7 +216,11 @@ def dac_factors(base_frozen: Tensor, frozen: Tensor, base_tuned: Tensor, tuned: 
 
 def dac(logits: Tensor, factors: Tensor) -> Tensor:
     """All logits [n, K] of an image times the factor [K] of the class that it is taken for."""
-    return logits * factors[logits.argmax(-1), None]
+    return logits * _taken_for(logits, factors)[:, None]
+
+
+def _taken_for(logits: Tensor, factors: Tensor) -> Tensor:
+    return factors[logits.argmax(-1)]
 
 
 @torch.no_grad()
