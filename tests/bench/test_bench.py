@@ -923,6 +923,7 @@ from vlprompt.methods import Method, register
 
 @register("ends")
 class Ends(Method):
+    paper, year, learns = "none", 2026, "nothing"
     settings = {"train.epochs": 1}
     def build(self):
         how = open(__file__ + ".how").read()
